@@ -1,0 +1,86 @@
+"""A model as a folder: `model.safetensors` and `t5.json`; no pickle, loads anywhere t5lib is installed."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from t5lib.attention import T5Config
+from t5lib.config import from_dict, to_dict
+from t5lib.errors import T5Error
+from t5lib.families import timm_vit
+from t5lib.files import atomic_dir, read_json, write_json
+
+FORMAT = 1
+
+
+def save(model: nn.Module, folder: Path | str) -> None:
+    """Write `model`, converted or softmax, to `folder`, replacing what was there only once all is written.
+
+    Raises:
+        T5Error: timm's arguments cannot be told from the model, so that it could not be loaded again.
+    """
+    architecture, arguments = timm_vit.describe(model)
+    config = getattr(model, "t5_config", None)
+    with torch.device("meta"):
+        twin = timm_vit.build(architecture, arguments, config)
+    _compare(model.state_dict(), twin.state_dict(), "the model as rebuilt from its description")
+    with atomic_dir(folder) as temporary:
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        write_json(
+            temporary / "t5.json",
+            {
+                "format": FORMAT,
+                "architecture": architecture,
+                "model_args": arguments,
+                "t5": to_dict(config) if config else None,
+                "versions": {name: version(name) for name in ("torch", "timm")},
+            },
+        )
+
+
+def load(folder: Path | str, device: str | torch.device = "cpu") -> nn.Module:
+    """Load what `save` wrote, in eval mode.
+
+    Raises:
+        T5Error: no such folder, another format, or weights that do not fit the description (named).
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    config = from_dict(T5Config, description["t5"], f"{folder}/t5.json: t5") if description["t5"] else None
+    try:
+        weights = load_file(folder / "model.safetensors", device=str(device))
+    except (FileNotFoundError, SafetensorError) as error:
+        raise T5Error(f"{folder}/model.safetensors cannot be read ({error}); save or copy the folder again") from None
+    with torch.device(device):
+        model = timm_vit.build(description["architecture"], description["model_args"], config)
+    _compare(weights, model.state_dict(), f"{folder}/t5.json")
+    model.load_state_dict(weights)
+    return model.to(next(iter(weights.values())).dtype).eval()
+
+
+def read_description(folder: Path | str) -> dict[str, Any]:
+    """The checked content of `folder`/t5.json.
+
+    Raises:
+        T5Error: the folder is not one that `save` wrote, or is of a newer format.
+    """
+    if not (Path(folder) / "t5.json").exists():
+        raise T5Error(f"{folder} is not a saved model: it has no t5.json; expected a folder written by t5lib.save")
+    description = read_json(Path(folder) / "t5.json")
+    if description.get("format") != FORMAT:
+        raise T5Error(f"{folder}/t5.json is of format {description.get('format')}; this t5lib reads {FORMAT}: update it")
+    return description
+
+
+def _compare(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], what: str) -> None:
+    missing, extra = sorted(set(expected) - set(ours)), sorted(set(ours) - set(expected))
+    wrong = [n for n in expected if n in ours and ours[n].shape != expected[n].shape]
+    if missing or extra or wrong:
+        shapes = [f"{n} {tuple(ours[n].shape)} for {tuple(expected[n].shape)}" for n in wrong]
+        raise T5Error(f"weights do not fit {what}: missing {missing[:4]}, unknown {extra[:4]}, other shapes {shapes[:4]}")

@@ -1,0 +1,95 @@
+"""timm's VisionTransformer family: where its attentions are, how its tokens lie, how a model is rebuilt."""
+
+from typing import Any
+
+import timm
+from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from t5lib.attention import T5Config, TTTAttention
+from t5lib.errors import T5Error
+from t5lib.grid import TokenGrid
+
+
+def check_convertible(model: nn.Module) -> None:
+    """Raises T5Error naming what in `model` cannot be converted, and why."""
+    if not isinstance(model, VisionTransformer):
+        raise T5Error(
+            f"{type(model).__name__} is not a timm VisionTransformer (ViT, DeiT, AugReg, DINOv2, DeiT III, SigLIP …); "
+            "only that family can be converted so far"
+        )
+    for index, block in enumerate(model.blocks):
+        attention = getattr(block, "attn", None)
+        if isinstance(attention, TTTAttention):
+            raise T5Error(f"blocks.{index}.attn is converted already; call t5lib.revert first")
+        if type(attention) is not Attention:
+            found = type(attention).__name__ if attention is not None else type(block).__name__
+            raise T5Error(
+                f"blocks.{index} uses {found}; only timm's Attention can be converted (relative position bias, "
+                "rotary and parallel attention have no counterpart in a TTT layer)"
+            )
+    if not isinstance(model.patch_drop, nn.Identity):
+        raise T5Error("patch_drop_rate is set: dropped patches leave holes in the grid; build the model with 0")
+    if getattr(model.patch_embed, "dynamic_feat_size", None) is None:
+        raise T5Error(f"patch_embed is {type(model.patch_embed).__name__}, which does not tell its token grid")
+
+
+def attention_names(model: nn.Module) -> list[str]:
+    """Names of all self-attentions, in order; position i is layer i of T5Config.layers."""
+    return [f"blocks.{index}.attn" for index in range(len(model.blocks))]
+
+
+def make_grid(model: nn.Module) -> TokenGrid:
+    """A TokenGrid that follows the size of every image `model` sees."""
+    grid = TokenGrid(*model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens)
+    model.patch_embed.register_forward_pre_hook(grid)
+    return grid
+
+
+def remove_grid(model: nn.Module) -> None:
+    hooks = model.patch_embed._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, TokenGrid)]:
+        del hooks[key]
+
+
+def softmax_attention(layer: TTTAttention) -> Attention:
+    """The timm Attention a TTTAttention stands for, with its present projections (shared)."""
+    head_dim, channels = layer.head_dim, layer.qkv.in_features
+    attention = Attention(channels, layer.num_heads, attn_head_dim=head_dim, device="meta")
+    for name in TTTAttention.inherited:
+        setattr(attention, name, getattr(layer, name))
+    return attention.train(layer.training)
+
+
+def describe(model: VisionTransformer) -> tuple[str, dict[str, Any]]:
+    """timm's architecture name and the arguments that rebuild `model` (weights aside).
+
+    Raises:
+        T5Error: the description does not rebuild the model's parameters.
+    """
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if not architecture:
+        raise T5Error(f"this {type(model).__name__} was not made by timm.create_model; make it so, then save it")
+    arguments = {
+        "img_size": list(model.patch_embed.img_size),
+        "patch_size": model.patch_embed.patch_size[0],
+        "in_chans": model.patch_embed.proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": model.blocks[0].attn.num_heads,
+        "dynamic_img_size": model.dynamic_img_size,
+    }
+    return architecture, arguments
+
+
+def build(architecture: str, arguments: dict[str, Any], config: T5Config | None) -> nn.Module:
+    """The model of `describe`, with fresh weights and, given `config`, converted."""
+    from t5lib.conversion import convert
+
+    if not timm.is_model(architecture):
+        raise T5Error(f"timm {timm.__version__} knows no architecture '{architecture}'; is it older than the model?")
+    model = timm.create_model(architecture, pretrained=False, **arguments)
+    return convert(model, config, inplace=True) if config else model

@@ -1,0 +1,61 @@
+"""Key norms: what is done to the keys before the inner model is fitted on them (METHOD: paper section on key shift).
+
+Softmax ignores a shift common to all keys; the inner gradient does not. Instance norm removes it.
+Shapes: k is (B, H, N, D); statistics are taken in the dtype of k, at least float32.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+TOKENS, CHANNELS = -2, -1
+
+
+def _none(k: Tensor, eps: float) -> Tensor:
+    return k
+
+
+def _rms(k: Tensor, eps: float) -> Tensor:
+    return k * torch.rsqrt(k.square().mean(CHANNELS, keepdim=True) + eps)
+
+
+def _layer(k: Tensor, eps: float) -> Tensor:
+    return _standardize(k, CHANNELS, eps)
+
+
+def _instance(k: Tensor, eps: float) -> Tensor:
+    return _standardize(k, TOKENS, eps)
+
+
+def _instance_no_std(k: Tensor, eps: float) -> Tensor:
+    return k - k.mean(TOKENS, keepdim=True)
+
+
+def _instance_no_mean(k: Tensor, eps: float) -> Tensor:
+    return k * torch.rsqrt(k.var(TOKENS, keepdim=True, correction=0) + eps)
+
+
+def _standardize(k: Tensor, dim: int, eps: float) -> Tensor:
+    centred = k - k.mean(dim, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dim, keepdim=True) + eps)
+
+
+KEY_NORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "none": _none,
+    "rms": _rms,
+    "layer": _layer,
+    "instance": _instance,
+    "instance_no_std": _instance_no_std,
+    "instance_no_mean": _instance_no_mean,
+}
+
+
+def key_norm(k: Tensor, kind: str, eps: float) -> Tensor:
+    """Normalize keys (B, H, N, D). `kind`: a name of KEY_NORMS; `eps` is added to the variance (released code: 1.0).
+
+    "rms" and "layer" work per token and head; the "instance" kinds per image and channel over the tokens.
+    No kind has learned parameters. Half-precision keys are normalized in float32 and returned in their own dtype.
+    """
+    wide = k.float() if k.dtype in (torch.float16, torch.bfloat16) else k
+    return KEY_NORMS[kind](wide, eps).to(k.dtype)
