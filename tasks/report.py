@@ -1,0 +1,71 @@
+"""report: one HTML page and a Markdown summary of everything the other stages found."""
+
+import platform
+import time
+from importlib.metadata import version
+from typing import Any
+
+from t5lib import report
+from t5lib.benchmark import describe_device
+from t5lib.data import DataConfig
+from t5lib.errors import T5Error
+from t5lib.files import read_json, write_text
+from tasks.params import resolve
+from tasks.stage import Stage, main, read_history
+from tasks.tracking import git_commit
+
+SECTIONS = {"data": DataConfig}
+REQUIRED = ("convert", "calibrate", "finetune", "evaluate")
+OPTIONAL = ("source", "diagnose", "freeze", "control", "benchmark")
+CURVES = ("calibrate", "freeze", "finetune", "control")
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """Write report.html and summary.md."""
+    data = gather(stage)
+    write_text(stage.out / "report.html", report.html(data))
+    write_text(stage.out / "summary.md", report.summary(data))
+    for name in ("report.html", "summary.md"):
+        stage.artifact(stage.out / name)
+    return {"sections_missing": sum(name not in data.metrics for name in OPTIONAL)}
+
+
+def gather(stage: Stage) -> report.ReportData:
+    """Read what the stages of the target wrote. Raises T5Error when one that the report cannot do without is absent."""
+    metrics = {name: stage.metrics(name) for name in REQUIRED}
+    metrics |= {name: found for name in OPTIONAL if (found := _if_made(stage.metrics, name)) is not None}
+    curves = {name: stage.input(name) / "history.jsonl" for name in CURVES if name in metrics}
+    benchmark = read_json(stage.input("benchmark") / "benchmark.json") if "benchmark" in metrics else None
+    return report.ReportData(
+        target=stage.target,
+        metrics=metrics,
+        histories={name: read_history(path) for name, path in curves.items() if path.is_file()},
+        account=read_json(stage.input("convert") / "account.json"),
+        description=read_json(stage.input("finetune") / "t5.json"),
+        data=stage.params(DataConfig, "data"),
+        shift=read_json(stage.input("diagnose") / "shift_ratio.json") if "diagnose" in metrics else None,
+        benchmark=benchmark,
+        parameters=resolve(stage.root, stage.target) if (stage.root / "params.yaml").is_file() else {},
+        provenance=_provenance(stage, benchmark),
+    )
+
+
+def _if_made(read, name: str) -> Any | None:
+    try:
+        return read(name)
+    except T5Error:
+        return None
+
+
+def _provenance(stage: Stage, benchmark: dict[str, Any] | None) -> dict[str, str]:
+    return {
+        "Git commit": git_commit(stage.root),
+        "Made on": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "Device": benchmark["device"] if benchmark else describe_device("cpu"),
+        "Python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "timm", "t5-ttt")},
+    }
+
+
+if __name__ == "__main__":
+    main(run)
