@@ -1,0 +1,113 @@
+"""Stage `shards`: opens and checks the training and validation images, and writes their manifests for later stages."""
+
+import glob
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from t5lib.data import DataConfig
+from t5lib.errors import T5Error
+from t5lib.shards import ShardSet, scan
+from t5lib.sources import fetch, resolve
+from tasks.stage import Stage, main
+
+TAR_NAMES = ("*.tar", "*.tar.gz", "*.tgz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsConfig:
+    """Where the images are. Each of both is one of
+
+        file:data/fashion-mnist/train.json          a manifest; its shards are checked against it
+        file:/data/imagenet/train                   a folder of tar files, or a pattern: file:/data/in1k/train-*.tar
+        hf:datasets/OWNER/REPO@COMMIT#train-*.tar   the same from the hub, kept in data/datasets
+
+    Tar files without a manifest (img2dataset and webdataset layout: `<key>.jpg` and `<key>.cls`) are counted and
+    hashed, once. Paths are relative to the repository.
+    """
+
+    train: str
+    val: str
+
+
+SECTIONS = {"shards": ShardsConfig, "data": DataConfig}
+
+
+def run(stage: Stage) -> dict:
+    """Check the shards and write train.json and val.json."""
+    config = stage.params(ShardsConfig)
+    num_classes = stage.params(DataConfig, "data").num_classes
+    train = _open(config.train, "train", num_classes, stage)
+    val = _open(config.val, "val", num_classes, stage)
+    _refuse_mismatch(train, val, num_classes)
+    for split, shards in (("train", train), ("val", val)):
+        shards.write(stage.out / f"{split}.json", root=stage.root)
+        stage.artifact(stage.out / f"{split}.json")
+    sizes = {"train": train.count, "val": val.count, "classes": num_classes}
+    return sizes | {"train_shards": len(train.shards), "val_shards": len(val.shards)}
+
+
+def _open(source: str, split: str, num_classes: int, stage: Stage) -> ShardSet:
+    scheme, _, rest = source.partition(":")
+    if scheme == "file" and rest.endswith(".json"):
+        shards = ShardSet.read(stage.root / Path(rest).expanduser())
+        shards.verify()
+        return shards
+    if scheme == "file":
+        place = stage.root / Path(rest).expanduser()
+    elif source.startswith("hf:datasets/"):
+        place = _downloaded(source, stage.root)
+    else:
+        raise T5Error(
+            f"shards.{split} is '{source}'; expected file:MANIFEST.json, file:FOLDER, file:PATTERN "
+            "or hf:datasets/OWNER/REPO@COMMIT#PATTERN"
+        )
+    classes = [str(index) for index in range(num_classes)]
+    notes = stage.root / "data/scratch/counted-shards.jsonl"
+    return scan(f"{stage.target} {split}", _tar_files(place, source), classes, source, notes)
+
+
+def _tar_files(place: Path, source: str) -> list[Path]:
+    """The tar files in a folder and below, or those that a pattern matches."""
+    if place.is_dir():
+        found = [path for pattern in TAR_NAMES for path in place.rglob(pattern)]
+    else:
+        found = [Path(path) for path in glob.glob(str(place))]
+    if not found:
+        raise T5Error(f"{source} gives no shards: looked for {' '.join(TAR_NAMES)} in {place.absolute()}")
+    return sorted(found)
+
+
+def _downloaded(source: str, root: Path) -> Path:
+    """The folder of a data set from the hub. It takes its name when it is complete, and is not fetched again."""
+    source = resolve(source)
+    folder = root / "data/datasets" / re.sub(r"[^\w.]+", "-", source)
+    if not folder.exists():
+        incoming = folder.with_name(f".{folder.name}.incoming")
+        fetch(source, incoming)
+        os.replace(incoming, folder)
+    return folder
+
+
+def _refuse_mismatch(train: ShardSet, val: ShardSet, num_classes: int) -> None:
+    if train.classes != val.classes:
+        raise T5Error(
+            f"train has {len(train.classes)} classes and val {len(val.classes)}, or they have other names "
+            "or another order; both must come from the same data set"
+        )
+    if len(train.classes) != num_classes:
+        raise T5Error(
+            f"the shards have {len(train.classes)} classes, but data.num_classes is {num_classes}; correct it"
+        )
+    known = {shard.sha256: shard.path for shard in train.shards}
+    for shard in val.shards:
+        if shard.sha256 in known:
+            raise T5Error(
+                f"{shard.path} of val is also in train ({known[shard.sha256]}); "
+                "accuracy on images trained on means nothing: use patterns that keep them apart"
+            )
+
+
+if __name__ == "__main__":
+    main(run)
