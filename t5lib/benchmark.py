@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from t5lib.errors import T5Error
 
 # Relative error allowed against the model's own float64 output: round-off that grows through all layers, no more.
-TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 CHECKED_IMAGES = 2
 
 
