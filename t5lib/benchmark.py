@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from t5lib.config import one_of
 from t5lib.errors import T5Error
 
 # Relative error allowed against the model's own float64 output: round-off that grows through all layers, no more.
@@ -42,7 +43,7 @@ class BenchmarkConfig:
 
     resolutions: tuple[int, ...] = (98, 224, 392, 518)
     batch: int = 1
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    dtype: str = "auto"
     warmup: int = 1
     repeats: int = 5
     compile: bool | None = None
@@ -50,6 +51,7 @@ class BenchmarkConfig:
     def __post_init__(self):
         if not self.resolutions or min(self.resolutions) < 1:
             raise T5Error(f"resolutions {list(self.resolutions)}: expected at least one positive image side in pixels")
+        one_of(self.dtype, ("auto", "float32", "float16", "bfloat16"), "dtype")
         for name, least in (("batch", 1), ("warmup", 0), ("repeats", 1)):
             if getattr(self, name) < least:
                 raise T5Error(f"{name} is {getattr(self, name)}; expected at least {least}")

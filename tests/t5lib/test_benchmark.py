@@ -106,7 +106,7 @@ def test_resolution_must_be_a_multiple_of_the_patch(pair):
         benchmark(*pair, BenchmarkConfig(resolutions=(100,)))
 
 
-@pytest.mark.parametrize("bad", [{"resolutions": ()}, {"batch": 0}, {"repeats": 0}, {"warmup": -1}])
+@pytest.mark.parametrize("bad", [{"resolutions": ()}, {"batch": 0}, {"repeats": 0}, {"warmup": -1}, {"dtype": "fp32"}])
 def test_config_refuses_what_measures_nothing(bad):
     with pytest.raises(T5Error, match=next(iter(bad))):
         BenchmarkConfig(**bad)
