@@ -1,0 +1,46 @@
+# The commands of this repository. What each tool reads: prefect.toml, prefect.yaml, .dvc/config, params.yaml, dvc.yaml.
+
+PYTHON  ?= python3          # the Python that .venv is made with, 3.11 or newer
+TARGET  ?= dinov2-fashion   # what `make demo` builds: a target of params.yaml
+PORT    ?= 4200             # Prefect's server
+UI_PORT ?= 5000             # MLflow's pages
+
+RUN   := .venv/bin/python
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint up down ui
+
+help:  ## this list
+	@echo "make WHAT, where WHAT is"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-8s %s\n", $$1, $$2 }'
+	@echo "settings, as in make demo TARGET=deit-tiny:"
+	@sed -n 's/^\([A-Z_]*\) *?= \([^ ]*\) *# \(.*\)/  \1|\2|\3/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-10s %s (default: %s)\n", $$1, $$3, $$2 }'
+
+demo: $(READY)  ## from real weights to a measured linear model, and its report; run again, it redoes only what changed
+	@$(RUN) -m flows.t5 $(TARGET)
+
+test: $(READY)  ## every test that this machine can run
+	@$(RUN) -m pytest -n 2 --dist loadgroup
+
+lint: $(READY)  ## style and formatting of the Python code
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+up: $(READY)  ## Prefect's server, worker and deployments in the background; again does no harm
+	@$(RUN) -m flows.services up --port $(PORT)
+
+down: $(READY)  ## stop what `make up` started
+	@$(RUN) -m flows.services down
+
+ui: $(READY)  ## MLflow's pages: runs, curves, comparison
+	@$(RUN) -m flows.services ui --port $(UI_PORT)
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) > /dev/null || { echo "there is no '$(strip $(PYTHON))'; name a Python 3.11 or newer: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, $(strip $(PYTHON)) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12")'
+	@echo "installing into .venv"
+	@$(PYTHON) -m venv .venv
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	@.venv/bin/uv pip install --quiet --python $(RUN) -c constraints.txt -e '.[pipeline,dev]'
+	@touch $@

@@ -29,6 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+
 from t5lib.config import from_dict, to_dict
 from t5lib.errors import T5Error
 from t5lib.files import read_json, sha256, write_json, write_text
@@ -51,6 +53,7 @@ class Stage:
         self.resolved: dict[str, Any] = {}  # what params() gave out, as plain values
         self.run_log: NoRun = NoRun()  # its MLflow run
         self._settings, self._sections = settings, sections
+        self._declared = _declared(root, name, target)
         self._used: dict[str, str] = {}  # what input() and metrics() gave out, as checksums
         self._resume_dir: Path | None = None
 
@@ -68,6 +71,7 @@ class Stage:
         where = f"params.yaml: targets.{self.target}"
         if section not in self._settings:
             raise T5Error(f"{where} has no section '{section}', which stage '{self.name}' reads; add it, empty: {{}}")
+        self._must_be_declared(f"targets.{self.target}.{section}")
         config = from_dict(cls, self._settings[section], f"{where}.{section}")
         self._still_open(f'params("{section}")')
         self.resolved[section] = to_dict(config)
@@ -77,6 +81,7 @@ class Stage:
     def input(self, stage: str) -> Path:
         """The output folder of another stage of this target. Raises T5Error when it was not made yet."""
         path = self._outputs / stage
+        self._must_be_declared(f"data/out/{self.target}/{stage}")
         if not path.is_dir():
             raise T5Error(f"{path} does not exist, and '{self.name}' needs it; {self._remedy(stage)}")
         self._still_open(f'input("{stage}")')
@@ -86,6 +91,7 @@ class Stage:
     def metrics(self, stage: str) -> dict[str, Any]:
         """The metrics of another stage of this target. Raises T5Error when it did not run yet."""
         path = self._outputs / f"{stage}.json"
+        self._must_be_declared(f"data/out/{self.target}/{stage}.json")
         if not path.is_file():
             raise T5Error(f"{path} does not exist, and '{self.name}' needs it; {self._remedy(stage)}")
         self._still_open(f'metrics("{stage}")')
@@ -139,6 +145,13 @@ class Stage:
     @property
     def _history(self) -> Path:
         return self.resume_dir() / "history.jsonl"
+
+    def _must_be_declared(self, what: str) -> None:
+        if self._declared is not None and what not in self._declared:
+            raise RuntimeError(
+                f"tasks/{self.name}.py reads {what}, which dvc.yaml does not list for stage '{self.name}'; "
+                "add it, or DVC will not notice when it changes"
+            )
 
     def _still_open(self, call: str) -> None:
         if self._resume_dir is not None:
@@ -231,6 +244,16 @@ def _run(run, name, target, sections, settings, root, track) -> dict[str, Any]:
     stage.run_log.set_tags({"device": device(), "metrics_sha256": sha256(stage.metrics_file)})
     stage.run_log.finish()
     return metrics
+
+
+def _declared(root: Path, name: str, target: str) -> set[str] | None:
+    """What the stage depends on by dvc.yaml, with the target's name filled in; None where it has no such stage."""
+    path = root / "dvc.yaml"
+    stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else {}
+    if name not in stages:
+        return None
+    entry = stages[name].get("do", stages[name])
+    return {item.replace("${item}", target) for item in [*entry.get("deps", []), *entry.get("params", [])]}
 
 
 def _short(value: Any) -> str:

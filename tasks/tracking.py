@@ -42,11 +42,13 @@ class NoRun:
 
     def log_params(self, resolved: dict[str, Any]) -> None: ...
 
-    def log_metrics(self, metrics: dict[str, Any], step: int = 0) -> None: ...
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None: ...
 
     def log_artifact(self, path: Path) -> None: ...
 
     def set_tags(self, tags: dict[str, str]) -> None: ...
+
+    def adopt_stage(self, root: Path, target: str, stage: str) -> None: ...
 
     def finish(self, status: str = "FINISHED") -> None: ...
 
@@ -56,6 +58,7 @@ class Run(NoRun):
 
     def __init__(self, client: Any, run_id: str):
         self.client, self.id, self.broken = client, run_id, False
+        self._writing: list[Any] = []
 
     @_never_fatal
     def log_params(self, resolved: dict[str, Any]) -> None:
@@ -68,17 +71,18 @@ class Run(NoRun):
         self.client.log_dict(self.id, resolved, "config.json")
 
     @_never_fatal
-    def log_metrics(self, metrics: dict[str, Any], step: int = 0) -> None:
-        """The numbers among `metrics` (nested names are joined by dots), written in the background."""
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """The numbers among `metrics` (nested names are joined by dots); points of a curve go in the background."""
         import time
 
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         numbers = {key: value for key, value in flatten(metrics).items() if isinstance(value, int | float)}
-        batch = [Metric(key, float(value), now, step) for key, value in numbers.items()]
+        batch = [Metric(key, float(value), now, step or 0) for key, value in numbers.items()]
         for start in range(0, len(batch), 1000):
-            self.client.log_batch(self.id, metrics=batch[start : start + 1000], synchronous=False)
+            operation = self.client.log_batch(self.id, metrics=batch[start : start + 1000], synchronous=step is None)
+            self._writing += [operation] if operation else []
 
     @_never_fatal
     def log_artifact(self, path: Path) -> None:
@@ -91,11 +95,20 @@ class Run(NoRun):
         self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     @_never_fatal
+    def adopt_stage(self, root: Path, target: str, stage: str) -> None:
+        """Note which earlier run holds the results of a stage that did not run now, and the device they come from."""
+        made_by = finished_stage(root, target, stage)
+        if made_by is None:
+            return
+        reused = made_by.data.tags.get("mlflow.parentRunId") != self.id
+        tags = {f"reused.{stage}": made_by.info.run_id} if reused else {}
+        self.set_tags({"device": made_by.data.tags["device"], **tags})
+
+    @_never_fatal
     def finish(self, status: str = "FINISHED") -> None:
         """`status`: FINISHED, FAILED or KILLED."""
-        import mlflow
-
-        mlflow.flush_async_logging()
+        for operation in self._writing:
+            operation.wait()
         self.client.set_terminated(self.id, status)
 
 

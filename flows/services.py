@@ -1,0 +1,155 @@
+"""The Prefect server, worker and deployments in the background, and MLflow's pages: `make up`, `down`, `ui`.
+
+Process ids and logs are in data/prefect. `up` may be repeated: what runs already is left alone.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+from flows.process import environment, stream
+from t5lib.errors import T5Error
+from t5lib.files import write_text
+from tasks import tracking
+
+HOME = Path("data/prefect")
+PROFILE = '# written by `make up`, removed by `make down`\nactive = "t5"\n\n[profiles.t5]\nPREFECT_API_URL = "{url}"\n'
+
+HOW_TO_TRIGGER = """\
+Prefect is up: http://127.0.0.1:{port}   (logs: {home}, stop: make down)
+Start a run:   .venv/bin/prefect deployment run t5/convert-vit --watch
+Another one:   .venv/bin/prefect deployment run t5/convert-vit --watch --param target=deit-tiny"""
+
+
+def up(root: Path, port: int, *, patience: float = 120.0) -> None:
+    """Start server, pool, worker and deployments, and wait until they can be used.
+
+    Raises:
+        T5Error: the server did not start (its last log lines are in the message), or a deployment is refused.
+    """
+    home, url = root / HOME, f"http://127.0.0.1:{port}/api"
+    if _running(home, "server") and not _healthy(url):
+        raise T5Error(f"the server that `make up` started does not answer at {url}; `make down` first, then `make up`")
+    _start(root, "server", ["server", "start", "--host", "127.0.0.1", "--port", str(port)])
+    _wait_until_healthy(home, url, patience)
+    write_text(home / "profiles.toml", PROFILE.format(url=url))
+    _prefect(root, "work-pool", "create", "local", "--type", "process", "--overwrite")
+    _prefect(root, "deploy", "--all")
+    _start(root, "worker", ["worker", "start", "--pool", "local", "--type", "process"])
+
+
+def down(root: Path) -> None:
+    """Stop the worker, then the server; flow runs started without them are not touched."""
+    for name in ("worker", "server"):
+        process = _running(root / HOME, name)
+        if process is not None:
+            _stop(process)
+        (root / HOME / f"{name}.pid").unlink(missing_ok=True)
+    (root / HOME / "profiles.toml").unlink(missing_ok=True)
+
+
+def _start(root: Path, name: str, arguments: list[str]) -> None:
+    home = root / HOME
+    if _running(home, name):
+        return
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prefect", *arguments],
+            cwd=root,
+            env=environment({"PREFECT_HOME": str(home.resolve())}),  # the worker starts flows from another folder
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # it outlives this terminal
+        )
+    write_text(home / f"{name}.pid", f"{process.pid}\n")
+
+
+def _running(home: Path, name: str) -> psutil.Process | None:
+    """The process whose id is in the pid file, if it is still that one and not a stranger with the same id."""
+    try:
+        process = psutil.Process(int((home / f"{name}.pid").read_text()))
+        alive = process.status() != psutil.STATUS_ZOMBIE and {"prefect", name} <= set(process.cmdline())
+    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+        return None
+    return process if alive else None
+
+
+def _stop(process: psutil.Process) -> None:
+    everyone = [process, *process.children(recursive=True)]
+    process.terminate()
+    _, left = psutil.wait_procs(everyone, timeout=20)
+    for straggler in left:
+        straggler.kill()
+
+
+def _wait_until_healthy(home: Path, url: str, patience: float) -> None:
+    until = time.monotonic() + patience
+    while _running(home, "server"):
+        if _healthy(url):
+            return
+        if time.monotonic() > until:
+            break
+        time.sleep(0.5)
+    lines = (home / "server.log").read_text(errors="replace").strip().splitlines()[-8:]
+    raise T5Error("\n".join([f"the Prefect server did not come up at {url}; {home / 'server.log'} ends with:", *lines]))
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _prefect(root: Path, *arguments: str) -> None:
+    command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+    run = subprocess.run(command, cwd=root, env=environment({}), capture_output=True, text=True)
+    if run.returncode:
+        raise T5Error(f"`prefect {' '.join(arguments)}` failed:\n{run.stdout}{run.stderr}".rstrip())
+
+
+def ui(root: Path, port: int) -> None:
+    """Serve MLflow's pages until interrupted. Raises T5Error when nothing was recorded yet."""
+    store = root / tracking.FOLDER / "mlflow.db"
+    if not store.is_file():
+        raise T5Error(f"{store} does not exist: no run was recorded yet; `make demo` makes one")
+    print(f"MLflow: http://127.0.0.1:{port}   (Ctrl-C ends it)", flush=True)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{store.resolve()}"]
+    place = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    # without this variable its job runners outlive it
+    env = environment({"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+    code = stream([*command, *place], print, cwd=root, env=env)
+    if code:
+        raise T5Error(f"MLflow's server ended with status {code}; is port {port} taken? `make ui UI_PORT=5001`")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flows.services", description=__doc__)
+    parser.add_argument("action", choices=["up", "down", "ui"])
+    parser.add_argument("--port", type=int, default=None, help="default: 4200 for up, 5000 for ui")
+    arguments = parser.parse_args()
+    try:
+        if arguments.action == "up":
+            up(Path.cwd(), arguments.port or 4200)
+            print(HOW_TO_TRIGGER.format(port=arguments.port or 4200, home=HOME))
+        elif arguments.action == "down":
+            down(Path.cwd())
+        else:
+            ui(Path.cwd(), arguments.port or 5000)
+    except T5Error as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

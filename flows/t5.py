@@ -1,0 +1,183 @@
+"""The flow `t5`: one target, from fetched weights to the report, a Prefect task for every DVC stage.
+
+`python -m flows.t5 dinov2-fashion`, or in Python `from flows.t5 import t5; t5("dinov2-fashion")`, or a deployment
+(prefect.yaml). Without a Prefect server one is started for as long as the flow runs.
+"""
+
+import argparse
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect import Task, flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, Failed, State
+
+from flows import graph
+from flows.process import environment, stream
+from t5lib.errors import T5Error
+from t5lib.files import read_json
+from tasks import params, tracking
+
+# What DVC says that a reader of the log need not know.
+DVC_NOISE = re.compile(
+    r"Running stage |> python -m |(Updating|Generating) lock file|To track the changes|\tgit add "
+    r"|To enable auto staging|\tdvc config |Use `dvc push`|Data and pipelines are up to date"
+)
+DVC_SKIPPED = re.compile(r"Stage '.*' (didn't change, skipping|is cached - skipping run)")
+HEADLINES = ("evaluate", "benchmark")  # the stages whose metrics are shown with the whole run
+
+
+class StageError(T5Error):
+    """A stage failed; the message is the stage's own. `retryable` says whether trying again may help."""
+
+    def __init__(self, message: str, *, retryable: bool = False):
+        super().__init__(message)
+        self.retryable = retryable
+
+
+def _retryable(task: Any, _run: Any, state: State) -> bool:
+    return task.name == "fetch" and getattr(state.data, "retryable", False)
+
+
+@flow(name="t5", flow_run_name="{target}", persist_result=False)
+def t5(target: str = "dinov2-fashion") -> dict[str, Any]:
+    """Build a target of params.yaml and return its headline metrics, {"evaluate": ..., "benchmark": ...}.
+
+    Stages whose inputs, code and settings did not change are not run again. A target that is not listed under
+    `enabled` is added there.
+
+    Raises:
+        StageError: with the message of the stage that failed.
+        T5Error: unknown target, a setting that does not fit, or this is not the repository's folder.
+    """
+    # A returned state, not an exception: Prefect would print its own inner workings above the message.
+    try:
+        return _build(Path.cwd(), target)
+    except T5Error as error:
+        return Failed(message=str(error), data=error)
+
+
+def _build(root: Path, target: str) -> dict[str, Any]:
+    log = get_run_logger()
+    settings = _checked_settings(root, target)
+    if params.enable(root, target):
+        log.warning("params.yaml: added '%s' to `enabled`; plain `dvc repro` builds it from now on", target)
+    names = graph.stages(root, target)
+    run = tracking.start_run(root, target, target, {"stage": "flow", "protocol": _protocol(settings, names)})
+    run.log_params(settings)
+    try:
+        for name in names:
+            _stage_task(name)(str(root), name, target, run.id, return_state=True).result()
+            run.adopt_stage(root, target, name)
+        headlines = {name: read_json(root / f"data/out/{target}/{name}.json") for name in HEADLINES if name in names}
+        run.log_metrics(headlines)
+    except BaseException as error:
+        run.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    run.finish()
+    return headlines
+
+
+def _stage_task(name: str) -> Task:
+    # Every task is given retries, though only fetch uses them: for one without, Prefect logs an empty traceback.
+    return task(
+        run_stage,
+        name=name,
+        task_run_name="{name}",
+        retries=2,
+        retry_delay_seconds=[5, 30],
+        retry_condition_fn=_retryable,
+        cache_policy=NO_CACHE,
+    )
+
+
+def run_stage(root: str, name: str, target: str, parent: str | None) -> State:
+    """Bring one stage up to date with DVC. A Completed state says whether anything had to be done."""
+    log, said, skipped = get_run_logger(), [], False
+    error_file = Path(root) / f"data/scratch/{target}/{name}.error.json"
+    error_file.unlink(missing_ok=True)
+
+    def on_line(line: str) -> None:
+        nonlocal skipped
+        if DVC_SKIPPED.match(line):
+            skipped = True
+        elif not DVC_NOISE.match(line):
+            said.append(line)
+            if not line.startswith("ERROR: failed to reproduce"):  # DVC's own, told by _stage_error if need be
+                log.info(line)
+
+    command = ["dvc", "--wait-for-lock", "repro", "-s", f"{name}@{target}"]
+    env = environment({tracking.PARENT_VARIABLE: parent} if parent else {})
+    code = stream(command, on_line, cwd=Path(root), env=env)
+    if code:
+        error = _stage_error(name, error_file, said, code)
+        return Failed(message=str(error), data=error)
+    if skipped:
+        log.info("nothing changed: results of an earlier run")
+    return Completed(message="nothing changed" if skipped else "done", data=None)
+
+
+def _stage_error(name: str, error_file: Path, said: list[str], code: int) -> StageError:
+    if error_file.is_file():
+        error = read_json(error_file)
+        return StageError(f"{name}: {error['message']}", retryable=error["retryable"])
+    return StageError("\n".join([f"{name}: DVC ended with status {code}, saying:", *said[-15:]]))
+
+
+def _checked_settings(root: Path, target: str) -> dict[str, Any]:
+    """All settings of the target, checked before any work; in a process of its own, which loads the stages' modules."""
+    params.read_target(root, target)
+    command = [sys.executable, "-m", "tasks.params", target]
+    run = subprocess.run(command, cwd=root, env=environment({}), capture_output=True, text=True)
+    if run.returncode:
+        raise T5Error(run.stderr.strip())
+    return json.loads(run.stdout)
+
+
+def _protocol(settings: dict[str, Any], names: list[str]) -> str:
+    """How long each training stage trains, such as "calibrate 300 steps, finetune 2.0 epochs"."""
+    told = [
+        f"{name} {settings[name][unit]} {unit}"
+        for name in names
+        for unit in ("steps", "epochs")
+        if unit in settings.get(name, {})
+    ]
+    return ", ".join(told)
+
+
+def show(root: Path, target: str) -> None:
+    """Print the report's summary and where everything is."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    out, console = root / f"data/out/{target}", Console(highlight=False)
+    console.print(Markdown((out / "report/summary.md").read_text(encoding="utf-8")))
+    for what, where in {
+        "report": out.relative_to(root) / "report/report.html",
+        "model": out.relative_to(root) / "finetune",
+        "runs compared": "make ui",
+    }.items():
+        console.print(f"[bold]{what:>14}[/]  {where}", soft_wrap=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flows.t5", description="Build one target, from weights to report.")
+    parser.add_argument("target", nargs="?", default="dinov2-fashion", help="a section of `targets` in params.yaml")
+    target = parser.parse_args().target
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell made us ignore Ctrl-C
+    try:
+        t5(target)
+    except T5Error as error:
+        sys.exit(f"\n{error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    show(Path.cwd(), target)
+
+
+if __name__ == "__main__":
+    main()
