@@ -68,7 +68,7 @@ def _build(root: Path, target: str) -> dict[str, Any]:
     if params.enable(root, target):
         log.warning("params.yaml: added '%s' to `enabled`; plain `dvc repro` builds it from now on", target)
     names = graph.stages(root, target)
-    run = tracking.start_run(root, target, target, {"stage": "flow", "protocol": _protocol(settings, names)})
+    run = tracking.start_run(root, target, target, settings, {"stage": "flow", "protocol": _protocol(settings, names)})
     run.log_params(settings)
     try:
         for name in names:

@@ -231,7 +231,7 @@ def _run(run, name, target, sections, settings, root, track) -> dict[str, Any]:
     stage = Stage(name, target, settings=settings, sections=sections, root=root)
     stage.begin()
     if track:
-        stage.run_log = start_run(root, target, name, {"stage": name, "protocol": name})
+        stage.run_log = start_run(root, target, name, settings, {"stage": name, "protocol": name})
     try:
         metrics = run(stage)
         stage.succeed(metrics)

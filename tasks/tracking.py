@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from t5lib.files import sha256
-from tasks.params import read_target
 
 # Not MLFLOW_RUN_ID: with that one set a stage would write into its parent's run instead of making its own.
 PARENT_VARIABLE = "T5_PARENT_RUN"
@@ -112,18 +111,19 @@ class Run(NoRun):
         self.client.set_terminated(self.id, status)
 
 
-def start_run(root: Path, target: str, name: str, tags: dict[str, str] | None = None) -> Run | NoRun:
-    """Start a run called `name`, nested in the flow's run when PARENT_VARIABLE holds one."""
-    client = _client(root)
-    if client is None:
-        return NoRun()
+def start_run(root: Path, target: str, name: str, settings: dict[str, Any], tags: dict[str, str]) -> NoRun:
+    """Start a run called `name`, nested in the flow's run when PARENT_VARIABLE holds one.
+
+    `settings` are the target's, by section; those that tell one run from another at a glance become tags.
+    """
     parent = os.environ.get(PARENT_VARIABLE)
     nested = {"mlflow.parentRunId": parent} if parent else {}
+    tags = {"target": target, **_telling(settings), **_commit(root), **tags, **nested, "mlflow.user": _user()}
     try:
-        experiment = _experiment(client, root)
-        run = client.create_run(
-            experiment, run_name=name, tags={**_tags(root, target), **(tags or {}), **nested, "mlflow.user": _user()}
-        )
+        client = _client(root)
+        if client is None:
+            return NoRun()
+        run = client.create_run(_experiment(client, root), run_name=name, tags=tags)
     except Exception as error:
         print(f"MLflow: {type(error).__name__}: {error}; this run is not recorded", file=sys.stderr)
         return NoRun()
@@ -182,13 +182,14 @@ def _experiment(client: Any, root: Path) -> str:
     return client.create_experiment("t5", artifact_location=(root / FOLDER / "artifacts").resolve().as_uri())
 
 
-def _tags(root: Path, target: str) -> dict[str, str]:
-    """What tells one run from another in the UI's table."""
-    settings = read_target(root, target)
+def _telling(settings: dict[str, Any]) -> dict[str, str]:
     convert = settings.get("convert") or {}
-    told = {name: str(convert[name]) for name in ("inner", "key_norm", "locality") if name in convert}
+    return {name: str(convert[name]) for name in ("inner", "key_norm", "locality") if name in convert}
+
+
+def _commit(root: Path) -> dict[str, str]:
     commit = git_commit(root)
-    return {"target": target, **told, "git_commit": commit, "mlflow.source.git.commit": commit}
+    return {"git_commit": commit, "mlflow.source.git.commit": commit}
 
 
 def git_commit(root: Path) -> str:

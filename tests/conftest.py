@@ -1,0 +1,150 @@
+"""A small pipeline in a git repository of its own, with the real flow, DVC and tasks/ machinery and stand-in stages."""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What a stage of the stand-in does is a setting: `fail` is the message it fails with, `seconds` how long it takes.
+STAGE = '''
+import time
+from dataclasses import dataclass
+from tasks.stage import main
+from t5lib.errors import SourceError, T5Error
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    inner: str = "swiglu"
+    steps: int = 3
+    seconds: float = 0.0
+    fail: str = ""
+    retryable: bool = False
+    crash: bool = False
+
+NAME = "{name}"
+SECTIONS = {{NAME: Config}}
+
+def run(stage):
+    config = stage.params(Config)
+    inputs = [stage.input(name).joinpath("result.txt").read_text() for name in {inputs}]
+    print(f"{name} at work")
+    with (stage.root / f"data/{name}.calls").open("a") as calls:
+        calls.write("called\\n")
+    time.sleep(config.seconds)
+    if config.fail:
+        raise SourceError(config.fail, retryable=True) if config.retryable else T5Error(config.fail)
+    if config.crash:
+        raise ZeroDivisionError("division by zero")
+    for step in range(config.steps):
+        stage.log({{"loss": 1 / (1 + step)}}, step)
+    (stage.out / "result.txt").write_text(config.inner + "".join(inputs))
+    stage.artifact(stage.out / "result.txt")
+    return {{"score": float(config.steps), "told": config.inner}}
+
+if __name__ == "__main__":
+    main(run)
+'''
+
+PARAMS = """\
+enabled: [small]   # a comment that must survive
+targets:
+  small:
+    fetch: {inner: "2"}
+    convert: {inner: swiglu, key_norm: instance, locality: none}
+    evaluate: {steps: 0}
+  other:
+    fetch: {inner: "3"}
+    convert: {inner: two_layer, key_norm: instance, locality: none}
+    evaluate: {steps: 0}
+"""
+
+INPUTS = {"fetch": [], "convert": ["fetch"], "evaluate": ["fetch", "convert"]}
+
+
+class SmallRepo:
+    """A repository with the stages fetch → convert → evaluate, and what tests do with it."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def set(self, old: str, new: str, file: str = "params.yaml") -> None:
+        """Replace the first `old` in a file."""
+        text = (self.root / file).read_text()
+        assert old in text
+        (self.root / file).write_text(text.replace(old, new, 1))
+
+    def calls(self) -> list[int]:
+        """How often each stage was run, in order."""
+        files = [self.root / f"data/{name}.calls" for name in INPUTS]
+        return [len(file.read_text().splitlines()) if file.exists() else 0 for file in files]
+
+    def run(self, *command: str, **extra: str) -> subprocess.CompletedProcess:
+        """Run a command there, with this Python first on the path."""
+        env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **extra}
+        return subprocess.run(command, cwd=self.root, env=env, capture_output=True, text=True, timeout=120)
+
+    def git(self, *arguments: str) -> str:
+        me = {f"GIT_{who}_{what}": "t5@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        run = self.run("git", *arguments, **me)
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+
+@pytest.fixture
+def small_repo(tmp_path, monkeypatch) -> SmallRepo:
+    """It is also the working folder."""
+    root = tmp_path / "repo"
+    (root / "tasks").mkdir(parents=True)
+    for module in ("__init__", "params", "stage", "tracking"):
+        shutil.copy(ROOT / f"tasks/{module}.py", root / "tasks")
+    for name, inputs in INPUTS.items():
+        code = STAGE.format(name=name, inputs=inputs)
+        if name == "convert":
+            code = code.replace("    steps: int = 3", '    steps: int = 3\n    key_norm: str = ""\n    locality: str = ""')
+        (root / f"tasks/{name}.py").write_text(code)
+    (root / "params.yaml").write_text(PARAMS)
+    (root / "dvc.yaml").write_text("stages:\n" + "".join(_dvc_stage(name, inputs) for name, inputs in INPUTS.items()))
+    for name in (".gitignore", "prefect.toml", ".dvcignore", ".dvc/config", ".dvc/.gitignore"):
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    shutil.copytree(ROOT / "flows", root / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    repo = SmallRepo(root)
+    repo.git("init", "-q")
+    repo.git("add", "-A")
+    repo.git("commit", "-qm", "start")
+    monkeypatch.chdir(root)
+    return repo
+
+
+def _dvc_stage(name: str, inputs: list[str]) -> str:
+    deps = [f"tasks/{name}.py", *(f"data/out/${{item}}/{other}" for other in inputs)]
+    stage = f"""\
+        {name}:
+          foreach: ${{enabled}}
+          do:
+            cmd: python -m tasks.{name} ${{item}}
+            deps: {deps}
+            params: ["targets.${{item}}.{name}"]
+            outs: ["data/out/${{item}}/{name}"]
+            metrics: [{{"data/out/${{item}}/{name}.json": {{cache: false}}}}]
+        """
+    return textwrap.indent(textwrap.dedent(stage), "  ")
+
+
+@pytest.fixture
+def as_stage(monkeypatch):
+    """Make a function the stage `tasks.<name>`, for run_stage."""
+
+    def register(name: str, config: type, run) -> None:
+        module = ModuleType(f"tasks.{name}")
+        module.SECTIONS, module.run = {name: config}, run
+        monkeypatch.setitem(sys.modules, f"tasks.{name}", module)
+
+    return register
