@@ -28,7 +28,7 @@ _HOMES = {
     "save": "checkpoint",
     "load": "checkpoint",
 }
-__all__ = sorted(_HOMES)  # noqa: PLE0605 - the names live in _HOMES
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,9 +6,9 @@ Shapes: B images, N tokens, C channels, H heads, D = C / H head width.
 from dataclasses import dataclass
 
 import torch
+from t5kernels import INNER_LOSSES, INNER_WEIGHTS, ttt
 from torch import Tensor, nn
 
-from t5kernels import INNER_LOSSES, INNER_WEIGHTS, ttt
 from t5lib.config import one_of
 from t5lib.errors import T5Error
 from t5lib.grid import TokenGrid
@@ -126,13 +126,8 @@ class TTTAttention(nn.Module):
         """
         if attn_mask is not None or is_causal:
             raise T5Error("a TTT layer sees all tokens: attn_mask and is_causal are not supported; call without them")
-        q, k, v = self.project(x)
+        q, k, v = project(self, x)
         return self.merge(self.mixer(q, k, v, self.grid), x)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, N, C) to q, k, v, each (B, H, N, D), with the pretrained q and k norms."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.q_norm(q), self.k_norm(k), v
 
     def merge(self, o: Tensor, x: Tensor) -> Tensor:
         """Heads (B, H, N, D) to (B, N, C) through the pretrained norm, gate and output projection; x gates."""
@@ -140,3 +135,10 @@ class TTTAttention(nn.Module):
         if self.gate is not None:
             o = o * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(o))
+
+
+def project(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, N, C) to q, k, v, each (B, H, N, D), with the pretrained q and k norms of a timm or TTT attention."""
+    heads = (3, attention.num_heads, attention.head_dim)
+    q, k, v = attention.qkv(x).unflatten(-1, heads).permute(2, 0, 3, 1, 4).unbind(0)
+    return attention.q_norm(q), attention.k_norm(k), v

@@ -74,7 +74,9 @@ def read_description(folder: Path | str) -> dict[str, Any]:
         raise T5Error(f"{folder} is not a saved model: it has no t5.json; expected a folder written by t5lib.save")
     description = read_json(Path(folder) / "t5.json")
     if description.get("format") != FORMAT:
-        raise T5Error(f"{folder}/t5.json is of format {description.get('format')}; this t5lib reads {FORMAT}: update it")
+        raise T5Error(
+            f"{folder}/t5.json is of format {description.get('format')}; this t5lib reads {FORMAT}: update it"
+        )
     return description
 
 
@@ -83,4 +85,6 @@ def _compare(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], w
     wrong = [n for n in expected if n in ours and ours[n].shape != expected[n].shape]
     if missing or extra or wrong:
         shapes = [f"{n} {tuple(ours[n].shape)} for {tuple(expected[n].shape)}" for n in wrong]
-        raise T5Error(f"weights do not fit {what}: missing {missing[:4]}, unknown {extra[:4]}, other shapes {shapes[:4]}")
+        raise T5Error(
+            f"weights do not fit {what}: missing {missing[:4]}, unknown {extra[:4]}, other shapes {shapes[:4]}"
+        )

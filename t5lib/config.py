@@ -81,7 +81,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     expected = origin or hint
     if expected is Any or (isinstance(value, expected) and not (isinstance(value, bool) and expected is not bool)):
         return value
-    raise T5Error(f"{where}: expected {getattr(expected, '__name__', hint)}, got {value!r}{_number_hint(expected, value)}")
+    raise T5Error(
+        f"{where}: expected {getattr(expected, '__name__', hint)}, got {value!r}{_number_hint(expected, value)}"
+    )
 
 
 def _convert_union(hint: Any, value: Any, where: str) -> Any:

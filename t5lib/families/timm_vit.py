@@ -3,6 +3,7 @@
 from typing import Any
 
 import timm
+import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -60,6 +61,15 @@ def softmax_attention(layer: TTTAttention) -> Attention:
     for name in TTTAttention.inherited:
         setattr(attention, name, getattr(layer, name))
     return attention.train(layer.training)
+
+
+def fresh_weights(model: VisionTransformer, seed: int) -> VisionTransformer:
+    """Give `model` timm's random initialization, in place: the control for a diagnosis."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        twin = build(*describe(model), None)
+    model.load_state_dict(twin.state_dict())
+    return model
 
 
 def describe(model: VisionTransformer) -> tuple[str, dict[str, Any]]:

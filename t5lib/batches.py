@@ -1,0 +1,45 @@
+"""What training and calibration are fed with."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t5lib.errors import T5Error
+
+# An iterable of batches (repeated when it ends), or a function from a batch number to an iterator from there on.
+# Only the function resumes without reading again what was used.
+Batches = Iterable[Any] | Callable[[int], Iterator[Any]]
+
+
+def open_batches(batches: Batches, start: int) -> Iterator[Any]:
+    """An endless iterator that begins with batch number `start`."""
+    if callable(batches):
+        return iter(batches(start))
+    return _skipped(_repeated(batches), start)
+
+
+def images_of(batch: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    """The images (B, 3, H, W) of a batch that may carry labels too."""
+    images = batch[0] if isinstance(batch, tuple | list) else batch
+    if not isinstance(images, torch.Tensor) or images.ndim != 4:
+        shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise T5Error(f"a batch must hold images (B, 3, H, W), got {shape}")
+    return images
+
+
+def _repeated(batches: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise T5Error("the loader gave no batch; an iterator that is used up cannot be repeated: pass a loader")
+
+
+def _skipped(batches: Iterator[Any], count: int) -> Iterator[Any]:
+    for _ in range(count):
+        next(batches)
+    return batches

@@ -1,0 +1,268 @@
+"""Attention transfer: fit every new layer to the softmax layer it replaces, without labels, before any fine-tune.
+
+The softmax model (teacher) runs on images; each of its attentions gives an input and an output, and the TTT layer of
+the same place learns to map one to the other. The layers do not see each other, so one pass of the teacher serves
+them all, and since the layers of a model differ only in their heads, all are fitted as one mixer with L·H heads.
+
+Shapes: B images, L layers, H heads, N tokens, D head width, C channels.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from t5lib.attention import TTTAttention, TTTMixer, project
+from t5lib.batches import Batches, images_of, open_batches
+from t5lib.conversion import ttt_layers
+from t5lib.errors import T5Error
+from t5lib.progress import progress
+
+Log = Callable[[dict[str, float], int], None]
+LOG_EVERY = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig:
+    """How the new layers are fitted.
+
+    Attributes:
+        steps: optimizer steps; 0 skips calibration.
+        batch_size: images a step.
+        lr: peak learning rate of the new weights (Adam); linear warm-up over `warmup` steps, then cosine to 0.
+        lr_inherited: peak learning rate of the q, k, v and output projections of the new layers; 0 keeps them.
+        pool: batches of teacher activations held at once; steps draw their images from this pool.
+        reuse: how often each image of a pool is used before the pool is replaced.
+        checkpoint_every: steps between checkpoints (they fall on the end of a pool).
+        compile: torch.compile the fitting step (worth it on CUDA).
+        seed: the order in which images are drawn from a pool.
+    """
+
+    steps: int = 1500
+    batch_size: int = 64
+    lr: float = 1e-2
+    lr_inherited: float = 0.0
+    warmup: int = 50
+    pool: int = 4
+    reuse: int = 2
+    checkpoint_every: int = 500
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("batch_size", "pool", "reuse", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise T5Error(f"calibrate: {name} is {getattr(self, name)}; expected 1 or more")
+        if self.steps < 0 or self.warmup < 0 or self.lr <= 0 or self.lr_inherited < 0:
+            raise T5Error(f"calibrate: steps {self.steps}, warmup {self.warmup}, lr {self.lr} must not be negative")
+
+
+@dataclass(kw_only=True)
+class CalibrationReport:
+    """Error of each layer (squared error over the target's variance, on images not fitted on) and the cost."""
+
+    error_before: dict[str, float]
+    error_after: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+
+
+def calibrate(
+    model: nn.Module,
+    *,
+    teacher: nn.Module,
+    batches: Batches,
+    config: CalibrateConfig | None = None,
+    resume_dir: Path | None = None,
+    log: Log | None = None,
+) -> CalibrationReport:
+    """Fit the TTT layers of `model`, in place, to the attentions of `teacher`.
+
+    Args:
+        model: a converted model (t5lib.convert).
+        teacher: the softmax model it was converted from, on the same device.
+        batches: images (B, 3, H, W), or tuples that begin with them (labels are not used); see t5lib.batches.
+        config: the recipe.
+        resume_dir: where partial work is kept; a second call with the same folder continues from there.
+        log: called with {"loss": …, "lr": …} and the step.
+
+    Raises:
+        T5Error: the models do not match, or the loss is not finite.
+    """
+    config = config or CalibrateConfig()
+    fit = _Fit(model, teacher, config)
+    source = open_batches(batches, 0)
+    probe = fit.capture(images_of(next(source)))  # measured on, never fitted on
+    report = CalibrationReport(error_before=fit.errors(probe), steps=config.steps)
+    state = fit.restore(resume_dir)
+    if state["step"]:
+        source = open_batches(batches, state["batches"])
+    with progress("calibrate", config.steps, state["step"]) as bar:
+        while state["step"] < config.steps:
+            begun, first = time.monotonic(), state["step"]
+            pool = fit.capture(torch.cat([images_of(next(source)) for _ in range(config.pool)]))
+            state["batches"] += config.pool
+            for chosen in _draws(pool[-1].shape[0], config, first):
+                loss = fit.step(tuple(part[chosen] for part in pool), state["step"])
+                state["step"] += 1
+                _tell(loss, fit, state["step"], log, bar)
+                if state["step"] == config.steps:
+                    break
+            state["seconds"] += time.monotonic() - begun
+            if resume_dir and state["step"] // config.checkpoint_every > first // config.checkpoint_every:
+                fit.checkpoint(resume_dir, state)
+    fit.write_back()
+    report.seconds, report.error_after = state["seconds"], fit.errors(probe)
+    return report
+
+
+class _Fit:
+    """The TTT layers of a model as one mixer of L·H heads, its optimizer, and the teacher they learn from."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, config: CalibrateConfig):
+        self.config, self.layers, self.teacher = config, ttt_layers(model), teacher.eval()
+        if not self.layers:
+            raise T5Error("this model has no TTT layer to calibrate; convert it first (t5lib.convert)")
+        self.sources = [_softmax_source(teacher, name) for name in self.layers]
+        self.device = next(teacher.parameters()).device
+        first = next(iter(self.layers.values()))
+        self.mixer = TTTMixer(len(self.layers) * first.num_heads, first.head_dim, first.mixer.config).to(self.device)
+        self.grid = first.grid
+        self._copy(to_layers=False)
+        groups = [{"params": list(self.mixer.parameters()), "peak": config.lr}]
+        if config.lr_inherited:
+            groups.append({"params": list(self._inherited()), "peak": config.lr_inherited})
+        self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=self.device.type == "cuda")
+        self.loss = torch.compile(self._loss) if config.compile else self._loss
+
+    def autocast(self) -> torch.autocast:
+        """bf16 on CUDA, where the fit is bound by memory; full precision on a CPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    @torch.no_grad()
+    def capture(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Run the teacher on (B, 3, H, W); per image: the layers' inputs (or their q, k, v) and softmax outputs."""
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
+        hooks = []
+        for source in self.sources:
+            hooks.append(source.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
+            hooks.append(source.norm.register_forward_pre_hook(lambda _, args: outputs.append(args[0])))
+        try:
+            with self.autocast():
+                self.teacher(images.to(self.device, non_blocking=True))
+                target = torch.stack(outputs, dim=1)
+                if self.config.lr_inherited:
+                    return torch.stack(inputs, dim=1), target
+                return *self._project(inputs), target
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def step(self, batch: tuple[Tensor, ...], step: int) -> Tensor:
+        """One optimizer step; returns the error of each layer (L,)."""
+        warm = min(1.0, (step + 1) / max(self.config.warmup, 1))
+        factor = warm * 0.5 * (1 + math.cos(math.pi * step / self.config.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        errors = self.loss(*batch)
+        errors.sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return errors.detach()
+
+    @torch.no_grad()
+    def errors(self, batch: tuple[Tensor, ...]) -> dict[str, float]:
+        return dict(zip(self.layers, self._loss(*batch).tolist(), strict=True))
+
+    def write_back(self) -> None:
+        self._copy(to_layers=True)
+
+    def checkpoint(self, folder: Path, state: dict[str, float]) -> None:
+        content = {"state": state, "mixer": self.mixer.state_dict(), "optimizer": self.optimizer.state_dict()}
+        content["inherited"] = [p.detach() for p in self._inherited()]
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(content, folder / "calibrate.tmp")
+        os.replace(folder / "calibrate.tmp", folder / "calibrate.pt")
+
+    def restore(self, folder: Path | None) -> dict[str, float]:
+        """Continue from a checkpoint if there is one. Counts: steps done, batches read (the probe is one), seconds."""
+        if folder is None or not (folder / "calibrate.pt").exists():
+            return {"step": 0, "batches": 1, "seconds": 0.0}
+        content = torch.load(folder / "calibrate.pt", map_location=self.device, weights_only=True)
+        self.mixer.load_state_dict(content["mixer"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        with torch.no_grad():
+            for parameter, value in zip(self._inherited(), content["inherited"], strict=True):
+                parameter.copy_(value)
+        return content["state"]
+
+    def _loss(self, *batch: Tensor) -> Tensor:
+        """Squared error of each layer's heads over the variance of its target, (L,)."""
+        *inputs, target = batch
+        with self.autocast():
+            q, k, v = inputs if len(inputs) == 3 else self._project(inputs[0].unbind(1))
+            o = self.mixer(q, k, v, self.grid)
+        B, _, N, D = o.shape
+        o = o.view(B, len(self.layers), -1, N, D).transpose(2, 3).flatten(3).float()
+        target = target.float()
+        variance = target.var(dim=(0, 2, 3), correction=0)
+        return (o - target).square().mean(dim=(0, 2, 3)) / variance
+
+    def _project(self, inputs: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:
+        parts = [project(layer, x) for layer, x in zip(self.layers.values(), inputs, strict=True)]
+        return tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+
+    def _inherited(self) -> Iterator[nn.Parameter]:
+        if self.config.lr_inherited:
+            for layer in self.layers.values():
+                yield from layer.qkv.parameters()
+
+    @torch.no_grad()
+    def _copy(self, *, to_layers: bool) -> None:
+        """Between the layers' mixers and the one whose heads are all of theirs, in order."""
+        stacked = dict(self.mixer.named_parameters())
+        own = [dict(layer.mixer.named_parameters()) for layer in self.layers.values()]
+        for name, whole in stacked.items():
+            for part, parameters in zip(whole.chunk(len(own)), own, strict=True):
+                source, destination = (part, parameters[name]) if to_layers else (parameters[name], part)
+                destination.copy_(source)
+
+
+def _softmax_source(teacher: nn.Module, name: str) -> nn.Module:
+    try:
+        source = teacher.get_submodule(name)
+    except AttributeError:
+        source = None
+    if source is None or isinstance(source, TTTAttention):
+        found = "nothing" if source is None else "a TTT layer"
+        raise T5Error(f"the teacher has {found} at {name}; pass the softmax model that was converted")
+    return source
+
+
+def _draws(images: int, config: CalibrateConfig, first: int) -> Iterator[Tensor]:
+    """Indices into a pool of `images`, `reuse` times through it in fresh random order."""
+    generator = torch.Generator().manual_seed(config.seed + first)
+    for _ in range(config.reuse):
+        yield from torch.randperm(images, generator=generator).split(config.batch_size)
+
+
+def _tell(errors: Tensor, fit: _Fit, step: int, log: Log | None, bar) -> None:
+    """Show and log now and then (reading a number waits for the device), and stop at the first loss not finite."""
+    if step % LOG_EVERY and step != fit.config.steps:
+        return
+    if not errors.isfinite().all():
+        broken = [n for n, ok in zip(fit.layers, errors.isfinite().tolist(), strict=True) if not ok]
+        raise T5Error(
+            f"calibration broke at step {step}: the error of {', '.join(broken)} is not finite; "
+            f"lower calibrate.lr ({fit.config.lr}), or keep key_norm 'instance' (others can diverge)"
+        )
+    values = {"loss": errors.mean().item(), "lr": fit.optimizer.param_groups[0]["lr"]}
+    bar.advance(step, loss=values["loss"])
+    if log:
+        log(values, step)

@@ -1,0 +1,48 @@
+"""One progress display for every long step: a live bar in a terminal, a line now and then in a log."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LOG_EVERY_SECONDS = 15.0
+
+
+class StepReporter:
+    """Tells how far a step of the work is; `advance` takes the count done and values worth showing."""
+
+    def __init__(self, title: str, total: int, start: int, bar: Progress | None):
+        self.title, self.total, self.bar = title, total, bar
+        self.start, self.begun, self.spoken = start, time.monotonic(), time.monotonic()
+        self.task = bar.add_task(title, total=total, completed=start, values="") if bar else None
+
+    def advance(self, done: int, **values: float) -> None:
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self.bar:
+            self.bar.update(self.task, completed=done, **({"values": shown} if shown else {}))
+            return
+        now = time.monotonic()
+        if done == self.total or now - self.spoken > LOG_EVERY_SECONDS:
+            self.spoken = now
+            left = (now - self.begun) / max(done - self.start, 1) * (self.total - done)
+            print(f"{self.title}: {done}/{self.total}  {shown}  about {left:.0f} s left", flush=True)
+
+
+@contextmanager
+def progress(title: str, total: int, start: int = 0) -> Iterator[StepReporter]:
+    """Show `title` with a bar of `total` steps, `start` of them done before."""
+    if not sys.stderr.isatty():
+        yield StepReporter(title, total, start, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[values]}"),
+    )
+    with Progress(*columns) as bar:
+        yield StepReporter(title, total, start, bar)

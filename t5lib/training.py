@@ -1,0 +1,278 @@
+"""One training loop for every protocol: freeze (new parameters only), fine-tune and control (everything)."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from t5lib.batches import Batches, open_batches
+from t5lib.config import one_of
+from t5lib.conversion import new_parameters
+from t5lib.data import AugmentConfig
+from t5lib.errors import T5Error
+from t5lib.health import explain_blow_up
+from t5lib.progress import progress
+from t5lib.training_state import Counter, load_checkpoint, save_checkpoint
+
+Log = Callable[[dict[str, float], int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training recipe. The defaults are the paper's for ViTs (section 6 of the method), epochs aside.
+
+    Attributes:
+        epochs: passes over the training images; may be a fraction.
+        batch_size: images a process and forward pass; times `accumulate` and the number of processes for a step.
+        lr, lr_new: peak learning rates of inherited and of new parameters.
+        min_lr: the cosine's end, as a part of the peak.
+        warmup: part of all steps with linearly rising learning rate.
+        weight_decay: AdamW's, for matrices; vectors and biases get none.
+        clip_norm: bound of the gradient's norm; null for none.
+        trainable: "all", or "new" for the freeze protocol.
+        distill: weight from 0 to 1 of the teacher's soft labels beside the true ones; 0 needs no teacher.
+        ema: decay of the averaged weights, which are then the result; null for none.
+        precision: "fp32" or "bf16" (autocast).
+        compile: torch.compile the model.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    epochs: float = 30.0
+    batch_size: int = 64
+    accumulate: int = 1
+    lr: float = 2e-5
+    lr_new: float = 4e-4
+    min_lr: float = 0.01
+    warmup: float = 0.1
+    weight_decay: float = 0.05
+    clip_norm: float | None = 1.0
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    distill: float = 0.0
+    ema: float | None = None
+    trainable: str = "all"
+    precision: str = "fp32"
+    compile: bool = False
+    checkpoint_every: int = 100
+    seed: int = 0
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self):
+        one_of(self.trainable, ("all", "new"), "train.trainable")
+        one_of(self.precision, ("fp32", "bf16"), "train.precision")
+        if min(self.epochs, self.batch_size, self.accumulate, self.checkpoint_every) <= 0:
+            raise T5Error("train: epochs, batch_size, accumulate and checkpoint_every must be positive")
+        if not 0 <= self.distill <= 1:
+            raise T5Error(f"train: distill is {self.distill}; expected a weight from 0 to 1")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise T5Error(f"train: mixup and cutmix pair images; batch_size {self.batch_size} must be even")
+
+    def steps(self, num_images: int, num_processes: int = 1) -> int:
+        """Optimizer steps for `epochs` passes over `num_images`."""
+        return max(1, round(self.epochs * num_images / (self.batch_size * self.accumulate * num_processes)))
+
+
+@dataclass(kw_only=True)
+class TrainReport:
+    """`steps` done in all, wall-clock `seconds` of training (earlier runs included), images a second, last loss."""
+
+    steps: int
+    seconds: float
+    samples_per_second: float
+    loss: float
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    config: TrainConfig,
+    *,
+    steps: int,
+    num_classes: int,
+    teacher: nn.Module | None = None,
+    resume_dir: Path | None = None,
+    log: Log | None = None,
+) -> TrainReport:
+    """Train the classifier `model` in place.
+
+    Args:
+        batches: (images (B, 3, H, W), labels (B,)); see t5lib.batches. Every process passes its own part.
+        steps: optimizer steps (TrainConfig.steps tells them from the epochs).
+        teacher: softmax model whose logits are learned from when config.distill is set.
+        resume_dir: checkpoints; a second call with the same folder continues and, on a CPU, ends with the same bits.
+        log: called in the main process with loss, learning rates, gradient norm, and the step.
+
+    Raises:
+        T5Error: nothing to train, a missing teacher, or a loss that is not finite (step, layers and advice named).
+        KeyboardInterrupt: after a checkpoint has been written.
+    """
+    if config.distill and teacher is None:
+        raise T5Error("train: distill is set but there is no teacher; pass the softmax model as teacher=")
+    run = _Run(model, config, teacher, num_classes, steps)
+    run.restore(resume_dir)
+    source = open_batches(batches, run.done.step * config.accumulate)
+    loss = math.nan
+    with progress(f"train ({config.trainable})", steps, run.done.step) as bar:
+        try:
+            while run.done.step < steps:
+                begun = time.monotonic()
+                values = run.step([next(source) for _ in range(config.accumulate)])
+                run.done.seconds += time.monotonic() - begun
+                loss = values["loss"]
+                bar.advance(run.done.step, loss=loss)
+                if log and run.accelerator.is_main_process:
+                    log(values, run.done.step)
+                if resume_dir and run.done.step % config.checkpoint_every == 0 and run.done.step < steps:
+                    run.save(resume_dir)
+        except KeyboardInterrupt:
+            if resume_dir:
+                run.save(resume_dir)
+            raise
+    run.finish()
+    images = steps * config.batch_size * config.accumulate * run.accelerator.num_processes
+    return TrainReport(
+        steps=steps, seconds=run.done.seconds, samples_per_second=images / max(run.done.seconds, 1e-9), loss=loss
+    )
+
+
+class _Run:
+    """Model, optimizer, averaged weights and counters of one training; Accelerate places them."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, teacher: nn.Module | None, num_classes: int, steps: int):
+        AcceleratorState._reset_state()  # runs of one process may differ in precision
+        self.accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+        self.config, self.total, self.plain = config, steps, model
+        set_seed(config.seed)  # Python, NumPy (mixup) and torch
+        device = self.accelerator.device
+        model.to(device).train()
+        self.frozen = freeze(model, config.trainable)
+        self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None
+        optimizer = torch.optim.AdamW(_groups(model, config), fused=device.type == "cuda")
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if config.compile:
+            self.model = torch.compile(self.model)
+        self.teacher = teacher.to(device).eval() if config.distill else None
+        self.mixup = _mixup(config, num_classes)
+        self.done = Counter()
+        self.accelerator.register_for_checkpointing(self.done, *([self.ema] if self.ema else []))
+
+    def step(self, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """One optimizer step over the given forward passes; returns what is worth a curve."""
+        rates = self._set_rates()
+        losses = []
+        for index, (images, labels) in enumerate(batches):
+            images, labels = (t.to(self.accelerator.device, non_blocking=True) for t in (images, labels))
+            last = index == len(batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self._loss(images, labels)
+                self.accelerator.backward(loss / len(batches))
+            losses.append(loss.detach())
+        value = torch.stack(losses).mean().item()
+        norm = self.accelerator.clip_grad_norm_(self.plain.parameters(), self.config.clip_norm or math.inf).item()
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise T5Error(explain_blow_up(self.plain, images, self.config, self.done.step + 1, value, norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done.step += 1
+        if self.ema:
+            self.ema.update(self.plain, step=self.done.step)
+        return {"loss": value, **rates, "grad_norm": norm}
+
+    def restore(self, folder: Path | None) -> None:
+        if folder:
+            load_checkpoint(self.accelerator, folder)
+
+    def save(self, folder: Path) -> None:
+        save_checkpoint(self.accelerator, folder, self.done.step)
+
+    def finish(self) -> None:
+        if self.ema:
+            self.plain.load_state_dict(self.ema.module.state_dict())
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+        self.plain.eval()
+        self.accelerator.free_memory()
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        smoothing, targets = self.config.label_smoothing, labels
+        if self.mixup:
+            images, targets = self.mixup(images.clone(), labels)  # it works in place
+        with self.accelerator.autocast():
+            logits = self.model(images)
+        if self.mixup:
+            loss = SoftTargetCrossEntropy()(logits.float(), targets)
+        else:
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad(), self.accelerator.autocast():
+            soft = self.teacher(images).float().softmax(-1)
+        return torch.lerp(loss, F.cross_entropy(logits.float(), soft), self.config.distill)
+
+    def _set_rates(self) -> dict[str, float]:
+        factor = rate_factor(self.done.step, self.total, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        return {"lr_inherited": self.config.lr * factor, "lr_new": self.config.lr_new * factor}
+
+
+def rate_factor(step: int, total: int, config: TrainConfig) -> float:
+    """Learning rate at `step` (from 0) as a part of the peak: linear warm-up, then cosine to `min_lr`."""
+    warm = round(config.warmup * total)
+    if step < warm:
+        return (step + 1) / warm
+    through = (step - warm) / max(total - warm, 1)
+    return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * through))
+
+
+def freeze(model: nn.Module, trainable: str) -> list[nn.Parameter]:
+    """Leave only what `trainable` names ("all" or "new") with a gradient; returns the parameters it froze.
+
+    Raises:
+        T5Error: "new" on a model without converted layers.
+    """
+    if trainable == "all":
+        return []
+    new = set(new_parameters(model).values())
+    if not new:
+        raise T5Error("the freeze protocol trains the new parameters, but this model has none; convert it first")
+    frozen = [p for p in model.parameters() if p.requires_grad and p not in new]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return frozen
+
+
+def _groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """Parameters by (new or inherited, decayed or not): their learning rates and weight decay differ."""
+    new = set(new_parameters(model))
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name in new, parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "peak": config.lr_new if is_new else config.lr,
+            "weight_decay": config.weight_decay if is_matrix else 0.0,
+        }
+        for (is_new, is_matrix), parameters in groups.items()
+    ]
+
+
+def _mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
+    if not (config.mixup or config.cutmix):
+        return None
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes)

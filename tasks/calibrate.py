@@ -1,0 +1,29 @@
+"""Stage `calibrate`: attention transfer from the softmax model, without labels."""
+
+import t5lib
+from t5lib.calibration import CalibrateConfig
+from t5lib.data import AugmentConfig, DataConfig
+from tasks.common import device, stream
+from tasks.stage import Stage, main
+
+SECTIONS = {"calibrate": CalibrateConfig, "data": DataConfig}
+
+
+def run(stage: Stage) -> dict:
+    config, data = stage.params(CalibrateConfig), stage.params(DataConfig, "data")
+    model = t5lib.load(stage.input("convert"), device())
+    teacher = t5lib.load(stage.input("source"), device())
+    batches = stream(stage.input("shards"), data, AugmentConfig(hflip=0.5), config.batch_size, config.seed)
+    report = t5lib.calibrate(
+        model, teacher=teacher, batches=batches, config=config, resume_dir=stage.resume_dir(), log=stage.log
+    )
+    t5lib.save(model, stage.out)
+    metrics = {"steps": report.steps, "seconds": report.seconds}
+    for moment, errors in (("before", report.error_before), ("after", report.error_after)):
+        metrics[f"error_{moment}"] = sum(errors.values()) / len(errors)
+        metrics |= {f"error_{moment}.{layer}": error for layer, error in errors.items()}
+    return metrics
+
+
+if __name__ == "__main__":
+    main(run)

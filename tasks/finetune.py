@@ -1,0 +1,36 @@
+"""Stage `finetune`: all weights of the calibrated model, trained a little."""
+
+import t5lib
+from t5lib.data import DataConfig
+from t5lib.training import TrainConfig
+from tasks.common import device, evaluate_one, fit
+from tasks.stage import Stage, main
+
+SECTIONS = {"finetune": TrainConfig, "data": DataConfig}
+
+
+def run(stage: Stage) -> dict:
+    """Start from the calibrated model, once the freeze gate is passed (dvc.yaml makes that a dependency)."""
+    return finetune(stage, "calibrate")
+
+
+def finetune(stage: Stage, start: str) -> dict:
+    """Train the model of stage `start` by the section `finetune`; the source is the teacher if the recipe has one."""
+    config, data = stage.params(TrainConfig, "finetune"), stage.params(DataConfig, "data")
+    model = t5lib.load(stage.input(start), device())
+    teacher = t5lib.load(stage.input("source"), device()) if config.distill else None
+    shards = stage.input("shards")
+    report = fit(stage, model, config, data, shards, teacher)
+    score = evaluate_one(model, data, shards)
+    t5lib.save(model, stage.out)
+    return {
+        "top1": score.top1,
+        "loss": score.loss,
+        "steps": report.steps,
+        "seconds": report.seconds,
+        "samples_per_second": report.samples_per_second,
+    }
+
+
+if __name__ == "__main__":
+    main(run)

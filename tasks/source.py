@@ -1,0 +1,97 @@
+"""Stage `source`: the softmax classifier that is converted: the fetched model, with a head for the target's classes."""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import t5lib
+from t5lib.data import DataConfig, ShardSet, eval_batches, transform
+from t5lib.errors import T5Error
+from t5lib.progress import progress
+from t5lib.training import TrainConfig
+from tasks.common import device, evaluate_one, fit
+from tasks.stage import Stage, main
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """How the classifier comes about.
+
+    Attributes:
+        head: "keep" the fetched one, or "fit" a linear head on the frozen features (logistic regression).
+        l2: weight of the head's squared norm, on standardized features.
+        finetune: recipe to train the whole softmax model with afterwards; null for none.
+    """
+
+    head: Literal["keep", "fit"] = "fit"
+    l2: float = 1e-3
+    finetune: TrainConfig | None = None
+
+
+SECTIONS = {"source": SourceConfig, "data": DataConfig}
+
+
+def run(stage: Stage) -> dict:
+    config, data = stage.params(SourceConfig), stage.params(DataConfig, "data")
+    model = t5lib.load(stage.input("fetch"), device())
+    shards = stage.input("shards")
+    begun, steps = time.monotonic(), 0
+    if config.head == "fit":
+        fit_head(model, ShardSet.read(shards / "train.json"), data, config.l2)
+    if config.finetune:
+        steps = fit(stage, model, config.finetune, data, shards).steps
+    seconds = time.monotonic() - begun
+    score = evaluate_one(model, data, shards)
+    t5lib.save(model, stage.out)
+    return {"top1": score.top1, "loss": score.loss, "seconds": seconds, "steps": steps}
+
+
+def fit_head(model: nn.Module, shards: ShardSet, data: DataConfig, l2: float) -> None:
+    """Fit `model.head` by logistic regression on the frozen features of all training images; deterministic.
+
+    Raises:
+        T5Error: the model's head is not linear.
+    """
+    if not isinstance(model.head, nn.Linear):
+        raise T5Error(f"head is {type(model.head).__name__}, not a linear layer; use source.head: keep")
+    features, labels = _features(model, shards, data)
+    mean, std = features.mean(0), features.std(0) + 1e-6
+    features = (features - mean) / std
+    weight = torch.zeros_like(model.head.weight, dtype=torch.float32, requires_grad=True)
+    bias = torch.zeros(len(weight), device=weight.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(features @ weight.T + bias, labels) + l2 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        model.head.weight.copy_(weight / std)
+        model.head.bias.copy_(bias - (weight / std) @ mean)
+
+
+@torch.no_grad()
+def _features(model: nn.Module, shards: ShardSet, data: DataConfig) -> tuple[Tensor, Tensor]:
+    """What the head sees, (n, C) float32, and the labels (n,), on the model's device."""
+    place = next(model.parameters()).device
+    features, labels = [], []
+    batches = eval_batches(shards, transform(data), batch_size=data.eval_batch_size, workers=data.workers)
+    with progress("features", shards.count) as bar:
+        for images, batch_labels in batches:
+            with torch.autocast(place.type, torch.bfloat16, enabled=place.type == "cuda"):
+                hidden = model.forward_head(model.forward_features(images.to(place)), pre_logits=True)
+            features.append(hidden.float())
+            labels.append(batch_labels.to(place))
+            bar.advance(sum(map(len, labels)))
+    return torch.cat(features), torch.cat(labels)
+
+
+if __name__ == "__main__":
+    main(run)
