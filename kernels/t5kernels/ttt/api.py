@@ -31,13 +31,13 @@ def ttt(
     """
     if inner not in INNER_MODELS or loss not in INNER_LOSSES:
         raise ValueError(f"ttt: inner={inner!r}, loss={loss!r}; expected {list(INNER_MODELS)} and {INNER_LOSSES}")
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"ttt: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} disagree; expected (B, H, N, D)"
+        )
     heads, width = q.shape[1], q.shape[3]
     expected = (heads, width, width)
     if len(weights) != INNER_WEIGHTS[inner] or any(tuple(w.shape) != expected for w in weights):
         got = [tuple(w.shape) for w in weights]
         raise ValueError(f"ttt: {inner} takes {INNER_WEIGHTS[inner]} weights of shape {expected}, got {got}")
-    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != width:
-        raise ValueError(
-            f"ttt: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} disagree; expected (B, H, N, D)"
-        )
     return INNER_MODELS[inner](q, k, v, weights, scale, loss)
