@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+PATIENCE = 25.0  # seconds to save a checkpoint in; Prefect's worker waits 30 before it kills
+
 
 def environment(extra: Mapping[str, str]) -> dict[str, str]:
     """What children get: this Python first on the path, lines unbuffered, progress bars that suit a log."""
@@ -43,10 +45,10 @@ def stream(command: list[str], on_line: Callable[[str], None], *, cwd: Path, env
         raise
 
 
-def stop(process: subprocess.Popen, *, patience: float = 25.0) -> None:
+def stop(process: subprocess.Popen) -> None:
     """Ask the process and its children to finish, as Ctrl-C does (time to save a checkpoint), then insist."""
     try:
-        for sign, seconds in ((signal.SIGINT, patience), (signal.SIGTERM, 3.0)):
+        for sign, seconds in ((signal.SIGINT, PATIENCE), (signal.SIGTERM, 3.0)):
             os.killpg(process.pid, sign)
             try:
                 process.wait(seconds)

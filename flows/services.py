@@ -50,7 +50,7 @@ def down(root: Path) -> None:
         process = _running(root / HOME, name)
         if process is not None:
             _stop(process)
-        (root / HOME / f"{name}.pid").unlink(missing_ok=True)
+        (root / HOME / f"t5-{name}.pid").unlink(missing_ok=True)
     (root / HOME / "profiles.toml").unlink(missing_ok=True)
 
 
@@ -69,25 +69,26 @@ def _start(root: Path, name: str, arguments: list[str]) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # it outlives this terminal
         )
-    write_text(home / f"{name}.pid", f"{process.pid}\n")
+    write_text(home / f"t5-{name}.pid", f"{process.pid}\n")
 
 
 def _running(home: Path, name: str) -> psutil.Process | None:
     """The process whose id is in the pid file, if it is still that one and not a stranger with the same id."""
     try:
-        process = psutil.Process(int((home / f"{name}.pid").read_text()))
+        process = psutil.Process(int((home / f"t5-{name}.pid").read_text()))
         alive = process.status() != psutil.STATUS_ZOMBIE and {"prefect", name} <= set(process.cmdline())
     except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
         return None
     return process if alive else None
 
 
-def _stop(process: psutil.Process) -> None:
+def _stop(process: psutil.Process, *, patience: float = 30.0) -> None:
     everyone = [process, *process.children(recursive=True)]
     process.terminate()
-    _, left = psutil.wait_procs(everyone, timeout=20)
+    _, left = psutil.wait_procs(everyone, timeout=patience)
     for straggler in left:
         straggler.kill()
+    psutil.wait_procs(left, timeout=5)
 
 
 def _wait_until_healthy(home: Path, url: str, patience: float) -> None:

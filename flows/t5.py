@@ -6,6 +6,7 @@
 
 import argparse
 import json
+import logging
 import re
 import signal
 import subprocess
@@ -30,6 +31,7 @@ DVC_NOISE = re.compile(
 )
 DVC_SKIPPED = re.compile(r"Stage '.*' (didn't change, skipping|is cached - skipping run)")
 HEADLINES = ("evaluate", "benchmark")  # the stages whose metrics are shown with the whole run
+RETRY_AFTER_SECONDS = [5, 30]
 
 
 class StageError(T5Error):
@@ -40,8 +42,18 @@ class StageError(T5Error):
         self.retryable = retryable
 
 
-def _retryable(task: Any, _run: Any, state: State) -> bool:
-    return task.name == "fetch" and getattr(state.data, "retryable", False)
+def _retryable(_task: Any, _run: Any, state: State) -> bool:
+    return getattr(state.data, "retryable", False)
+
+
+def _worth_showing(record: logging.LogRecord) -> bool:
+    """False for the tracebacks through Prefect's inner workings that follow a failure whose message was just logged."""
+    error = record.exc_info[1] if record.exc_info else record
+    return error is not None and not isinstance(error, T5Error)
+
+
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(_worth_showing)
 
 
 @flow(name="t5", flow_run_name="{target}", persist_result=False)
@@ -55,7 +67,7 @@ def t5(target: str = "dinov2-fashion") -> dict[str, Any]:
         StageError: with the message of the stage that failed.
         T5Error: unknown target, a setting that does not fit, or this is not the repository's folder.
     """
-    # A returned state, not an exception: Prefect would print its own inner workings above the message.
+    # A returned state, not an exception, so that Prefect shows the message alone.
     try:
         return _build(Path.cwd(), target)
     except T5Error as error:
@@ -84,15 +96,10 @@ def _build(root: Path, target: str) -> dict[str, Any]:
 
 
 def _stage_task(name: str) -> Task:
-    # Every task is given retries, though only fetch uses them: for one without, Prefect logs an empty traceback.
+    retries = {"retries": len(RETRY_AFTER_SECONDS), "retry_delay_seconds": RETRY_AFTER_SECONDS}
+    retries |= {"retry_condition_fn": _retryable}
     return task(
-        run_stage,
-        name=name,
-        task_run_name="{name}",
-        retries=2,
-        retry_delay_seconds=[5, 30],
-        retry_condition_fn=_retryable,
-        cache_policy=NO_CACHE,
+        run_stage, name=name, task_run_name="{name}", cache_policy=NO_CACHE, **(retries if name == "fetch" else {})
     )
 
 

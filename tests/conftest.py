@@ -10,10 +10,12 @@ from types import ModuleType
 
 import pytest
 
+from tasks import tracking
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # What a stage of the stand-in does is a setting: `fail` is the message it fails with, `seconds` how long it takes.
-STAGE = '''
+STAGE = """
 import time
 from dataclasses import dataclass
 from tasks.stage import main
@@ -50,7 +52,7 @@ def run(stage):
 
 if __name__ == "__main__":
     main(run)
-'''
+"""
 
 PARAMS = """\
 enabled: [small]   # a comment that must survive
@@ -71,6 +73,8 @@ INPUTS = {"fetch": [], "convert": ["fetch"], "evaluate": ["fetch", "convert"]}
 class SmallRepo:
     """A repository with the stages fetch → convert → evaluate, and what tests do with it."""
 
+    STAGES = tuple(INPUTS)
+
     def __init__(self, root: Path):
         self.root = root
 
@@ -82,13 +86,19 @@ class SmallRepo:
 
     def calls(self) -> list[int]:
         """How often each stage was run, in order."""
-        files = [self.root / f"data/{name}.calls" for name in INPUTS]
+        files = [self.root / f"data/{name}.calls" for name in self.STAGES]
         return [len(file.read_text().splitlines()) if file.exists() else 0 for file in files]
 
     def run(self, *command: str, **extra: str) -> subprocess.CompletedProcess:
         """Run a command there, with this Python first on the path."""
         env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **extra}
         return subprocess.run(command, cwd=self.root, env=env, capture_output=True, text=True, timeout=120)
+
+    def recorded(self, **tags: str) -> list:
+        """The MLflow runs with these tags, oldest first."""
+        client = tracking._client(self.root)
+        runs = client.search_runs([tracking._experiment(client, self.root)], order_by=["start_time ASC"])
+        return [run for run in runs if tags.items() <= run.data.tags.items()]
 
     def git(self, *arguments: str) -> str:
         me = {f"GIT_{who}_{what}": "t5@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
@@ -107,7 +117,9 @@ def small_repo(tmp_path, monkeypatch) -> SmallRepo:
     for name, inputs in INPUTS.items():
         code = STAGE.format(name=name, inputs=inputs)
         if name == "convert":
-            code = code.replace("    steps: int = 3", '    steps: int = 3\n    key_norm: str = ""\n    locality: str = ""')
+            code = code.replace(
+                "    steps: int = 3", '    steps: int = 3\n    key_norm: str = ""\n    locality: str = ""'
+            )
         (root / f"tasks/{name}.py").write_text(code)
     (root / "params.yaml").write_text(PARAMS)
     (root / "dvc.yaml").write_text("stages:\n" + "".join(_dvc_stage(name, inputs) for name, inputs in INPUTS.items()))
@@ -148,3 +160,26 @@ def as_stage(monkeypatch):
         monkeypatch.setitem(sys.modules, f"tasks.{name}", module)
 
     return register
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory) -> Path:
+    """An MLflow store without runs; making its tables takes seconds."""
+    root = tmp_path_factory.mktemp("mlflow")
+    tracking._client(root)
+    return root / tracking.FOLDER
+
+
+@pytest.fixture
+def mlflow_repo(small_repo, empty_mlflow) -> SmallRepo:
+    """The small repository with an MLflow store."""
+    shutil.copytree(empty_mlflow, small_repo.root / tracking.FOLDER)
+    return small_repo
+
+
+@pytest.fixture
+def unrecorded(small_repo, monkeypatch):
+    """Child processes run as if MLflow were not installed: they are quicker, and it must work."""
+    (small_repo.root / "site").mkdir()
+    (small_repo.root / "site/sitecustomize.py").write_text('import sys; sys.modules["mlflow"] = None')
+    monkeypatch.setenv("PYTHONPATH", str(small_repo.root / "site"))

@@ -1,0 +1,81 @@
+"""Commands started by a flow: their lines arrive while they run, and they end when the flow does."""
+
+import os
+import sys
+import time
+
+import pytest
+
+from flows.process import environment, stream
+
+# Tells its own and its child's process id, then sleeps; on Ctrl-C it "saves a checkpoint", or holds out.
+FAMILY = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+while True:
+    try:
+        print(os.getpid(), child.pid)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        if sys.argv[1] == "obedient":
+            open("checkpoint", "w").close()
+            raise
+"""
+
+
+def run(tmp_path, code, on_line, *arguments):
+    return stream([sys.executable, "-c", code, *arguments], on_line, cwd=tmp_path, env=environment({}))
+
+
+def test_lines_of_both_outputs_arrive_as_they_are_written_and_the_status_is_returned(tmp_path):
+    times, lines = [], []
+
+    def on_line(line):
+        times.append(time.monotonic())
+        lines.append(line)
+
+    code = "import sys, time; print('one'); time.sleep(1); print('two\\r\\n\\nthree', file=sys.stderr); sys.exit(3)"
+    assert run(tmp_path, code, on_line) == 3
+    assert lines == ["one", "two", "three"]
+    assert times[1] - times[0] > 0.8
+
+
+def test_updates_of_a_progress_bar_are_lines(tmp_path):
+    lines = []
+    run(tmp_path, "print(' 10%\\r 20%\\r', end='')", lines.append)
+    assert lines == [" 10%", " 20%"]
+
+
+@pytest.mark.parametrize("kind", ["obedient", "stubborn"])
+def test_an_interrupt_ends_the_whole_family_after_time_for_a_checkpoint(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("flows.process.PATIENCE", 2.0)
+    family = []
+
+    def interrupt(line):
+        family.extend(map(int, line.split()))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, FAMILY, interrupt, kind)
+    assert len(family) == 2
+    assert not any(alive(pid) for pid in family)
+    assert (tmp_path / "checkpoint").exists() == (kind == "obedient")
+
+
+def alive(pid):
+    """A killed grandchild may wait a moment for init to collect it."""
+    for _ in range(50):
+        try:
+            os.kill(pid, 0)
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rsplit(")", 1)[1].split()[0] == "Z":
+                    return False
+        except (ProcessLookupError, FileNotFoundError):
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def test_children_find_this_python_first():
+    assert environment({"A": "b"})["PATH"].split(os.pathsep)[0] == os.path.dirname(sys.executable)
+    assert environment({"A": "b"})["A"] == "b"

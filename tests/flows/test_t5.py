@@ -1,0 +1,149 @@
+"""The flow: DVC stages one by one under a Prefect server, recorded in MLflow, failing with the stage's own words."""
+
+import logging
+import sys
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.testing.utilities import prefect_test_harness
+
+from flows import t5 as t5_module
+from flows.t5 import StageError, t5
+from t5lib.errors import T5Error
+from tasks import tracking
+
+pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("prefect")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect():
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+def task_states(state):
+    """The states of a flow run's tasks as the server knows them, by task name."""
+    flow_run = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+    with get_client(sync_client=True) as client:
+        tasks = client.read_task_runs(flow_run_filter=flow_run)
+    return {task.name: task.state for task in tasks}
+
+
+def run_state(target="small"):
+    return t5(target, return_state=True)
+
+
+def test_stages_run_once_are_recorded_and_reused(mlflow_repo, caplog):
+    caplog.set_level(logging.INFO)
+    assert t5("small") == {"evaluate": {"score": 0.0, "told": "swiglu"}}
+    assert mlflow_repo.calls() == [1, 1, 1]
+    assert mlflow_repo.git("status", "--short").split() == ["??", "dvc.lock"]
+    said = [record.getMessage() for record in caplog.records]
+    assert "convert at work" in said
+    assert not [line for line in said if "lock file" in line or "dvc push" in line]
+
+    mlflow_repo.set("steps: 0", "steps: 1")
+    state = run_state()
+    assert mlflow_repo.calls() == [1, 1, 2]
+    done = {name: task.message for name, task in task_states(state).items()}
+    assert done == {"fetch": "nothing changed", "convert": "nothing changed", "evaluate": "done"}
+
+    mlflow_repo.set("steps: 1", "steps: 0")  # DVC brings back the results of the first run
+    t5("small")
+    assert mlflow_repo.calls() == [1, 1, 2]
+
+    first, second, third = mlflow_repo.recorded(stage="flow")
+    made_by = {name: [run.info.run_id for run in mlflow_repo.recorded(stage=name)] for name in mlflow_repo.STAGES}
+    parents = [run.data.tags["mlflow.parentRunId"] for run in mlflow_repo.recorded(stage="evaluate")]
+    assert parents == [first.info.run_id, second.info.run_id]
+    assert reused(first) == {}
+    assert reused(second) == {f"reused.{name}": made_by[name][0] for name in ("fetch", "convert")}
+    assert reused(third) == {f"reused.{name}": made_by[name][0] for name in ("fetch", "convert", "evaluate")}
+    for run, steps in ((first, 0), (second, 1), (third, 0)):
+        assert (run.info.run_name, run.info.status) == ("small", "FINISHED")
+        assert run.data.params["evaluate.steps"] == str(steps)
+        assert run.data.metrics == {"evaluate.score": steps}
+        told = {"device": tracking.device(), "protocol": f"fetch 3 steps, convert 3 steps, evaluate {steps} steps"}
+        assert (told | {"inner": "swiglu", "target": "small"}).items() <= run.data.tags.items()
+
+
+def reused(run):
+    return {key: value for key, value in run.data.tags.items() if key.startswith("reused.")}
+
+
+def test_without_mlflow_a_target_that_is_not_enabled_is_added_and_told(small_repo, unrecorded, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    assert t5("other") == {"evaluate": {"score": 0.0, "told": "swiglu"}}
+    assert "enabled: [small, other] # a comment that must survive" in (small_repo.root / "params.yaml").read_text()
+    assert "params.yaml: added 'other' to `enabled`" in caplog.text
+
+
+def test_a_failing_stage_shows_its_own_words_and_stops_the_flow(mlflow_repo, unrecorded, caplog):
+    mlflow_repo.set("{inner: swiglu,", '{inner: swiglu, fail: "top-1 is 9.6, below the floor of 30",')
+    state = run_state()
+    assert (state.type.value, state.message) == ("FAILED", "convert: top-1 is 9.6, below the floor of 30")
+    messages = {name: task.message for name, task in task_states(state).items()}
+    assert messages == {"fetch": "done", "convert": state.message}
+    assert not [record for record in caplog.records if record.exc_info]
+    assert mlflow_repo.calls() == [1, 1, 0]
+    assert [run.info.status for run in mlflow_repo.recorded(stage="flow")] == ["FAILED"]
+
+
+def test_only_what_may_pass_by_itself_is_tried_again(mlflow_repo, unrecorded, monkeypatch):
+    monkeypatch.setattr(t5_module, "RETRY_AFTER_SECONDS", [0, 0])
+    mlflow_repo.set('{inner: "2"}', '{inner: "2", fail: "no network; try later", retryable: true}')
+    with pytest.raises(StageError, match="no network"):
+        t5("small")
+    assert mlflow_repo.calls() == [3, 0, 0]
+
+
+def test_a_bug_in_a_stage_shows_its_kind_and_its_traceback_in_the_log(mlflow_repo, unrecorded, caplog):
+    caplog.set_level(logging.INFO)
+    mlflow_repo.set('{inner: "2"}', '{inner: "2", crash: true}')
+    with pytest.raises(StageError, match=r"^fetch: ZeroDivisionError: division by zero$"):
+        t5("small")
+    assert 'raise ZeroDivisionError("division by zero")' in caplog.text
+
+
+def test_what_fails_before_a_stage_begins_is_told_with_dvcs_words(mlflow_repo, unrecorded):
+    mlflow_repo.set("deps: ['tasks/fetch.py'", "deps: ['tasks/fetch.py', 'images'", file="dvc.yaml")
+    dvc_said = "(?s)^fetch: DVC ended with status 255, saying:.*failed to reproduce 'fetch@small': .*images"
+    with pytest.raises(StageError, match=dvc_said):
+        t5("small")
+
+
+@pytest.mark.parametrize(
+    ("target", "old", "new", "message"),
+    [
+        ("smal", "small", "small", "no target 'smal'; did you mean 'small'"),
+        ("small", "{steps: 0}", "{stepps: 0}", "small.evaluate: unknown setting 'stepps'; did you mean 'steps'"),
+    ],
+    ids=["target", "setting"],
+)
+def test_slips_are_told_before_any_work(small_repo, target, old, new, message):
+    small_repo.set(old, new)
+    with pytest.raises(T5Error, match=message):
+        t5(target)
+    assert small_repo.calls() == [0, 0, 0]
+
+
+def test_an_interrupt_ends_the_stage_and_marks_the_run(mlflow_repo, unrecorded, monkeypatch):
+    mlflow_repo.set('{inner: "2"}', '{inner: "2", seconds: 60}')
+
+    def interrupt(command, on_line, **options):
+        def then_interrupt(line):
+            if "at work" in line:
+                raise KeyboardInterrupt
+
+        return stream(command, then_interrupt, **options)
+
+    stream = t5_module.stream
+    monkeypatch.setattr(t5_module, "stream", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        t5("small")
+    assert [run.info.status for run in mlflow_repo.recorded()] == ["KILLED"]
+    monkeypatch.undo()
+    monkeypatch.chdir(mlflow_repo.root)
+    mlflow_repo.set(", seconds: 60", "")
+    assert mlflow_repo.run("dvc", "repro", "-q", "fetch@small").returncode == 0  # no lock is left behind
