@@ -87,17 +87,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _convert_union(hint: Any, value: Any, where: str) -> Any:
+    options = typing.get_args(hint)
+    if value is None and type(None) in options:  # first: a missing section would otherwise mean its defaults
+        return None
     problems = []
-    for option in typing.get_args(hint):
-        if option is type(None):
-            if value is None:
-                return None
-            continue
-        try:
-            return _convert(option, value, where)
-        except T5Error as error:
-            problems.append(str(error))
-    raise T5Error(problems[0] if problems else f"{where}: unexpected value {value!r}")
+    for option in options:
+        if option is not type(None):
+            try:
+                return _convert(option, value, where)
+            except T5Error as error:
+                problems.append(str(error))
+    raise T5Error(problems[0])
 
 
 def _number_hint(expected: Any, value: Any) -> str:

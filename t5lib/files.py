@@ -18,10 +18,14 @@ def write_text(path: Path | str, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -34,7 +38,7 @@ def read_json(path: Path | str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise T5Error(f"{path} does not exist; expected a JSON file there") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not text
         raise T5Error(f"{path} is not valid JSON ({error}); delete it and run the step that makes it again") from None
 
 
@@ -48,12 +52,15 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place on success and vanishes on error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = work / "new"
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    if path.exists():
+        os.replace(path, work / "old")  # deleting takes time: a kill must leave the old folder whole, or the new one
+    os.replace(temporary, path)
+    shutil.rmtree(work, ignore_errors=True)
