@@ -147,14 +147,14 @@ def _checked_settings(root: Path, target: str) -> dict[str, Any]:
 
 
 def _protocol(settings: dict[str, Any], names: list[str]) -> str:
-    """How long each training stage trains, such as "calibrate 300 steps, finetune 2.0 epochs"."""
-    told = [
-        f"{name} {settings[name][unit]} {unit}"
+    """How long each training stage trains, such as "calibrate 300 steps, freeze 0.5 epochs, finetune 2.0 epochs"."""
+    lengths = {
+        name: f"{value} {key.rpartition('.')[2]}"
         for name in names
-        for unit in ("steps", "epochs")
-        if unit in settings.get(name, {})
-    ]
-    return ", ".join(told)
+        for key, value in tracking.flatten(settings.get(name, {})).items()
+        if key.rpartition(".")[2] in ("steps", "epochs")
+    }
+    return ", ".join(f"{name} {length}" for name, length in lengths.items())
 
 
 def show(root: Path, target: str) -> None:

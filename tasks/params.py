@@ -73,11 +73,12 @@ def enable(root: Path | str, target: str) -> bool:
     if target in (read(root).get("enabled") or []):
         return False
     path = Path(root) / "params.yaml"
-    write_text(path, _with_enabled(path.read_text(encoding="utf-8"), target))
+    write_text(path, with_enabled(path.read_text(encoding="utf-8"), target))
     return True
 
 
-def _with_enabled(text: str, target: str) -> str:
+def with_enabled(text: str, target: str) -> str:
+    """The text of params.yaml with `target` added to `enabled`, all else as it was."""
     import io
 
     from ruamel.yaml import YAML

@@ -48,7 +48,11 @@ def test_check_prints_every_setting_with_defaults(small_repo):
     [
         ("{steps: 0}", "{stepps: 0}", "targets.small.evaluate: unknown setting 'stepps'; did you mean 'steps'?"),
         ("{steps: 0}", "{steps: many}", "targets.small.evaluate.steps: expected int, got 'many'"),
-        ("evaluate:", "evaluat:", "targets.small.evaluat is read by no stage; known sections: convert, evaluate, fetch"),
+        (
+            "evaluate:",
+            "evaluat:",
+            "targets.small.evaluat is read by no stage; known sections: convert, evaluate, fetch",
+        ),
         ("    evaluate: {steps: 0}\n", "", "targets.small lacks the sections evaluate; add them, empty if need be"),
         ("targets:", "tagrets:", "params.yaml has no `targets:`"),
         ("{steps: 0}", "{steps: 0", "params.yaml is not valid YAML"),

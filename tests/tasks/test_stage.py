@@ -174,9 +174,7 @@ def test_what_dvc_yaml_does_not_list_cannot_be_read_unnoticed(stage, tmp_path, r
 
 
 def test_what_dvc_yaml_lists_can_be_read(stage, tmp_path):
-    (tmp_path / "dvc.yaml").write_text(
-        "stages: {demo: {foreach: [a], do: {cmd: x, params: ['targets.${item}.demo']}}}"
-    )
+    (tmp_path / "dvc.yaml").write_text("stages: {demo: {foreach: [a], do: {cmd: x, params: ['targets.${item}.demo']}}}")
     assert stage(write_result)["size"] == 1
 
 

@@ -1,0 +1,191 @@
+"""The rules that hold the packages, dvc.yaml, params.yaml and prefect.yaml together.
+
+flows → tasks → t5lib → t5kernels; what a stage reads is what DVC watches; every deployment and target can be built.
+"""
+
+import ast
+import functools
+import importlib
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+import t5lib
+from tasks import params
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = {"flows": "flows", "tasks": "tasks", "t5lib": "t5lib", "t5kernels": "kernels/t5kernels"}
+SERVICES = {"prefect", "dvc", "mlflow"}
+DVC_STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+STAGES = params.stage_modules(ROOT)
+
+# How a stage is run and how files are read; none of it decides about a result.
+PLUMBING = {
+    *("tasks/stage.py", "tasks/params.py", "tasks/tracking.py"),
+    *("t5lib/__init__.py", "t5lib/errors.py", "t5lib/config.py", "t5lib/files.py", "t5lib/progress.py"),
+}
+# Code of which a stage uses a part that leads no further: an edit behind it must not cause a download or a calibration.
+NOT_FOLLOWED = {
+    "fetch": "t5lib/checkpoint.py",  # saves a softmax model
+    "diagnose": "tasks/common.py",  # device()
+    "calibrate": "tasks/common.py",  # device(), stream()
+}
+
+
+def python_files(layer):
+    return sorted((ROOT / LAYERS[layer]).rglob("*.py"))
+
+
+@functools.cache
+def imports(path):
+    """(module, name or None) of every import in a file, with names used as attributes of a package: t5lib.load."""
+    found, tree = set(), ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, None) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; the rules here are told by full names"
+            found |= {(node.module, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in LAYERS:
+            found.add((node.value.id, node.attr))
+    return frozenset(found)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_run_one_way(layer):
+    order = list(LAYERS)
+    above = set(order[: order.index(layer)])
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in python_files(layer)
+        for module, _ in imports(path)
+        if module.split(".")[0] in above
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_each_service_is_used_by_its_one_owner(layer):
+    owners = {"flows": {"prefect"}, "tasks": {"mlflow"}}.get(layer, set())
+    for path in python_files(layer):
+        used = {module.split(".")[0] for module, _ in imports(path)} & SERVICES
+        allowed = owners if layer == "flows" or path.name == "tracking.py" else set()
+        assert used <= allowed, f"{path.relative_to(ROOT)} imports {used - allowed}"
+
+
+def test_the_kernels_know_neither_models_nor_the_library():
+    known = {"torch", "triton", "t5kernels"}
+    for path in python_files("t5kernels"):
+        used = {module.split(".")[0] for module, _ in imports(path)}
+        foreign = used - known - set(__import__("sys").stdlib_module_names)
+        assert foreign == set(), f"{path.relative_to(ROOT)} imports {foreign}"
+
+
+def test_dvc_and_tasks_have_the_same_stages():
+    assert sorted(DVC_STAGES) == sorted(STAGES)
+
+
+@pytest.mark.parametrize("stage", DVC_STAGES)
+def test_a_dvc_stage_runs_its_module_for_every_enabled_target_and_owns_its_outputs(stage):
+    entry = DVC_STAGES[stage]
+    assert entry["foreach"] == "${enabled}"
+    assert entry["do"]["cmd"] == f"python -m tasks.{stage} ${{item}}"
+    assert entry["do"]["outs"] == [f"data/out/${{item}}/{stage}"]
+    assert entry["do"]["metrics"] == [{f"data/out/${{item}}/{stage}.json": {"cache": False}}]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_watches_every_setting_that_a_stage_reads(stage):
+    sections = importlib.import_module(f"tasks.{stage}").SECTIONS
+    assert sorted(DVC_STAGES[stage]["do"].get("params", [])) == sorted(f"targets.${{item}}.{name}" for name in sections)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_watches_the_code_that_decides_about_a_stages_result(stage):
+    needed = code_of(stage)
+    deps = [dep for dep in DVC_STAGES[stage]["do"]["deps"] if not dep.startswith("data/")]
+    missing = {path for path in needed if not any(covers(dep, path) for dep in deps)}
+    idle = {dep for dep in deps if not any(covers(dep, path) for path in needed)} - {"t5lib/templates"}
+    assert (missing, idle) == (set(), set()), f"dvc.yaml, {stage}: add {sorted(missing)}, drop {sorted(idle)}"
+
+
+def covers(dep, path):
+    return path == dep or path.startswith(f"{dep}/")
+
+
+def code_of(stage):
+    """Our files that a stage imports, directly or not, lazily or not."""
+    seen, todo = set(), [f"tasks/{stage}.py"]
+    while todo:
+        path = todo.pop()
+        if path in seen or path in PLUMBING:
+            continue
+        seen.add(path)
+        if path != NOT_FOLLOWED.get(stage):
+            todo += [str(file.relative_to(ROOT)) for file in map(file_of, imports(ROOT / path)) if file]
+    return seen
+
+
+def file_of(imported):
+    """The file of ours that (module, name) comes from; None for other people's."""
+    module, name = imported
+    top, *rest = module.split(".")
+    if top not in LAYERS:
+        return None
+    if module == "t5lib" and name in t5lib._HOMES:
+        rest, name = [t5lib._HOMES[name]], None
+    base = ROOT.joinpath(LAYERS[top], *rest)
+    options = [base / f"{name}.py", base / f"{name}/__init__.py", base.with_suffix(".py"), base / "__init__.py"]
+    return next(path for path in options if path.is_file())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_watches_every_input_that_a_stage_names(stage):
+    deps = DVC_STAGES[stage]["do"]["deps"]
+    for method, ending in (("input", ""), ("metrics", ".json")):
+        for name in named_in_calls(ROOT / f"tasks/{stage}.py", method):
+            assert f"data/out/${{item}}/{name}{ending}" in deps
+
+
+def named_in_calls(path, method):
+    """The string literals in calls such as stage.input("convert")."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    methods = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == method]
+    return {call.args[0].value for call in methods if call.args and isinstance(call.args[0], ast.Constant)}
+
+
+@pytest.mark.parametrize("target", PARAMS["targets"])
+def test_every_target_has_valid_settings_for_every_stage(target):
+    settings = params.resolve(ROOT, target)
+    told = {"inner", "key_norm", "locality"}  # the tags that tell runs apart
+    assert told <= set(PARAMS["targets"][target]["convert"])
+    assert settings.keys() == PARAMS["targets"][target].keys()
+
+
+def test_enabled_targets_exist_and_adding_one_changes_one_line():
+    assert set(PARAMS["enabled"]) <= set(PARAMS["targets"])
+    before = (ROOT / "params.yaml").read_text().splitlines()
+    after = params.with_enabled((ROOT / "params.yaml").read_text(), "deit-tiny").splitlines()
+    changed = [new for old, new in zip(before, after, strict=True) if old != new]
+    assert len(changed) == 1
+    assert "deit-tiny]" in changed[0]
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda deployment: deployment["name"])
+def test_every_deployment_builds_a_target_that_exists_with_the_one_flow(deployment):
+    assert deployment["parameters"]["target"] in PARAMS["targets"]
+    assert deployment["entrypoint"] == "flows/t5.py:t5"
+
+
+def test_a_run_dirties_nothing_that_git_tracks():
+    def ignored(path):
+        return subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT).returncode == 0
+
+    for made in ("out/x/convert/model.safetensors", "out/x/convert.json", "scratch/x", "mlflow/mlflow.db", "prefect/x"):
+        assert ignored(f"data/{made}")
+    assert not ignored("dvc.lock")  # DVC refuses to work otherwise; whoever wants to pin results commits it
+    assert not ignored("data/fashion-mnist/train.json")
