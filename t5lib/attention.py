@@ -30,6 +30,7 @@ class T5Config:
         layers: indices of the attentions to convert, None for all.
         init_std: standard deviation of new inner weights; None means head_dim**-0.5, the best start for
             calibration (docs/results); the paper trains from 0.02.
+        seed: of the new weights; a conversion is repeatable and leaves the global random state alone.
     """
 
     inner: str = "swiglu"
@@ -39,6 +40,7 @@ class T5Config:
     locality: str = "dwc_qk"
     layers: tuple[int, ...] | None = None
     init_std: float | None = None
+    seed: int = 0
 
     def __post_init__(self):
         one_of(self.inner, INNER_WEIGHTS, "inner")

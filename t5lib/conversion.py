@@ -48,8 +48,10 @@ def convert(model: nn.Module, config: T5Config | None = None, *, inplace: bool =
         model = copy.deepcopy(model)
     before = model.state_dict()
     grid = timm_vit.make_grid(model)
-    for name in chosen:
-        model.set_submodule(name, TTTAttention(model.get_submodule(name), config, grid))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        for name in chosen:
+            model.set_submodule(name, TTTAttention(model.get_submodule(name), config, grid))
     model.t5_config = config
     model.t5_report = _account(before, model, chosen)
     return model

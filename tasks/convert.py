@@ -1,20 +1,16 @@
 """Stage `convert`: softmax attention out, TTT layers in, every parameter accounted for."""
 
-import torch
-
 import t5lib
 from t5lib import files
 from t5lib.attention import T5Config
 from tasks.stage import Stage, main
 
 SECTIONS = {"convert": T5Config}
-SEED = 0  # of the new weights
 
 
 def run(stage: Stage) -> dict:
     config = stage.params(T5Config)
     model = t5lib.load(stage.input("source"))
-    torch.manual_seed(SEED)
     model = t5lib.convert(model, config, inplace=True)
     report = model.t5_report
     t5lib.save(model, stage.out)

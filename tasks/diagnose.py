@@ -29,7 +29,7 @@ def run(stage: Stage) -> dict:
     batches = eval_batches(shards, transform(data), batch_size=data.eval_batch_size, limit=config.images)
     found = t5lib.diagnose(model, torch.cat([images for images, _ in batches]), seed=config.seed)
     files.write_json(stage.out / "shift_ratio.json", found.as_dict())
-    plots.save(plots.shift_ratio_map(found.as_dict()), stage.out / "shift_ratio.png")
+    plots.save(plots.shift_ratio_map(**found.as_dict()), stage.out / "shift_ratio.png")
     stage.artifact(stage.out / "shift_ratio.json")
     stage.artifact(stage.out / "shift_ratio.png")
     return found.summary() | {"images": config.images}

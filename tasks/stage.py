@@ -222,7 +222,7 @@ def main(run: Callable[[Stage], dict[str, Any]]) -> None:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    shown = [f"{key} {_short(value)}" for key, value in flatten(metrics).items()]
+    shown = [f"{key} {value:.4g}" for key, value in flatten(metrics).items() if isinstance(value, int | float)]
     print(f"{name} done in {time.monotonic() - started:.0f} s: {', '.join(shown[:6])}", flush=True)
 
 
@@ -254,10 +254,6 @@ def _declared(root: Path, name: str, target: str) -> set[str] | None:
         return None
     entry = stages[name].get("do", stages[name])
     return {item.replace("${item}", target) for item in [*entry.get("deps", []), *entry.get("params", [])]}
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _checksum(folder: Path) -> str:
