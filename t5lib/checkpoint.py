@@ -1,5 +1,6 @@
 """A model as a folder: `model.safetensors` and `t5.json`; no pickle, loads anywhere t5lib is installed."""
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ FORMAT = 1
 
 
 def save(model: nn.Module, folder: Path | str) -> None:
-    """Write `model`, converted or softmax, to `folder`, replacing what was there only once all is written.
+    """Write `model`, converted or softmax, to `folder`, replacing the model saved there only once all is written.
 
     Raises:
-        T5Error: timm's arguments cannot be told from the model, so that it could not be loaded again.
+        T5Error: timm's arguments cannot be told from the model, so that it could not be loaded again; or `folder` holds
+            something else than a saved model.
     """
+    folder = Path(folder).absolute()
+    _check_replaceable(folder)
     architecture, arguments = timm_vit.describe(model)
+    _check_plain(architecture, arguments)
     config = getattr(model, "t5_config", None)
     with torch.device("meta"):
         twin = timm_vit.build(architecture, arguments, config)
@@ -39,6 +44,7 @@ def save(model: nn.Module, folder: Path | str) -> None:
                 "architecture": architecture,
                 "model_args": arguments,
                 "t5": to_dict(config) if config else None,
+                "preprocessing": {n: v for n, v in model.pretrained_cfg.items() if n in timm_vit.PREPROCESSING},
                 "versions": {name: version(name) for name in ("torch", "timm")},
             },
         )
@@ -57,11 +63,13 @@ def load(folder: Path | str, device: str | torch.device = "cpu") -> nn.Module:
         weights = load_file(folder / "model.safetensors", device=str(device))
     except (FileNotFoundError, SafetensorError) as error:
         raise T5Error(f"{folder}/model.safetensors cannot be read ({error}); save or copy the folder again") from None
-    with torch.device(device):
+    with torch.device("meta"):
         model = timm_vit.build(description["architecture"], description["model_args"], config)
     _compare(weights, model.state_dict(), f"{folder}/t5.json")
-    model.load_state_dict(weights)
-    return model.to(next(iter(weights.values())).dtype).eval()
+    model.load_state_dict(weights, assign=True)
+    preprocessing = description.get("preprocessing", {})
+    model.pretrained_cfg.update({n: tuple(v) if isinstance(v, list) else v for n, v in preprocessing.items()})
+    return model.eval()
 
 
 def read_description(folder: Path | str) -> dict[str, Any]:
@@ -77,7 +85,28 @@ def read_description(folder: Path | str) -> dict[str, Any]:
         raise T5Error(
             f"{folder}/t5.json is of format {description.get('format')}; this t5lib reads {FORMAT}: update it"
         )
+    missing = [name for name in ("architecture", "model_args", "t5") if name not in description]
+    if missing:
+        raise T5Error(f"{folder}/t5.json lacks {', '.join(missing)}; save or copy the folder again")
     return description
+
+
+def _check_replaceable(folder: Path) -> None:
+    """A slip such as `t5 convert -o .` must not cost anybody their files."""
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty and not (folder / "t5.json").exists():
+        raise T5Error(f"{folder} is no saved model, and saving would replace it; pass a new folder, or empty this one")
+
+
+def _check_plain(architecture: str, arguments: dict[str, Any]) -> None:
+    for name, value in arguments.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise T5Error(
+                f"{architecture} was created with {name}={value!r}, which JSON cannot hold, so that it could not be "
+                "loaded again; create it with a name that timm knows (such as act_layer='relu')"
+            ) from None
 
 
 def _compare(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], what: str) -> None:

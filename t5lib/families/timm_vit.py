@@ -12,6 +12,8 @@ from t5lib.attention import T5Config, TTTAttention
 from t5lib.errors import T5Error
 from t5lib.grid import TokenGrid
 
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what a tag of pretrained weights decides
+
 
 def check_convertible(model: nn.Module) -> None:
     """Raises T5Error naming what in `model` cannot be converted, and why."""
@@ -64,11 +66,22 @@ def softmax_attention(layer: TTTAttention) -> Attention:
 
 
 def fresh_weights(model: VisionTransformer, seed: int) -> VisionTransformer:
-    """Give `model` timm's random initialization, in place: the control for a diagnosis."""
+    """Give `model` timm's random initialization, in place: the control for a diagnosis.
+
+    Raises:
+        T5Error: timm cannot make a model like this one.
+    """
+    architecture, arguments = describe(model)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        twin = build(*describe(model), None)
-    model.load_state_dict(twin.state_dict())
+        torch.default_generator.manual_seed(seed)
+        twin = build(architecture, arguments, None)
+    try:
+        model.load_state_dict(twin.state_dict())
+    except RuntimeError as error:
+        raise T5Error(
+            f"no random control: timm's {architecture} with {arguments} is another model than this one, "
+            f"which was changed after it was created: {error}"
+        ) from None
     return model
 
 
@@ -76,23 +89,27 @@ def describe(model: VisionTransformer) -> tuple[str, dict[str, Any]]:
     """timm's architecture name and the arguments that rebuild `model` (weights aside).
 
     Raises:
-        T5Error: the description does not rebuild the model's parameters.
+        T5Error: `model` was not made by timm.create_model.
     """
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if not architecture:
         raise T5Error(f"this {type(model).__name__} was not made by timm.create_model; make it so, then save it")
-    arguments = {
+    given = getattr(model, "_model_args", {})  # what timm.create_model was told (timm 1.0.31 and later keep it)
+    present = {
         "img_size": list(model.patch_embed.img_size),
-        "patch_size": model.patch_embed.patch_size[0],
-        "in_chans": model.patch_embed.proj.in_channels,
+        "patch_size": list(model.patch_embed.patch_size),
+        "in_chans": model.in_chans,
         "num_classes": model.num_classes,
         "global_pool": model.global_pool,
+        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "pool_include_prefix": model.pool_include_prefix,
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": model.blocks[0].attn.num_heads,
         "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": model.patch_embed.dynamic_img_pad,
     }
-    return architecture, arguments
+    return architecture, given | present
 
 
 def build(architecture: str, arguments: dict[str, Any], config: T5Config | None) -> nn.Module:

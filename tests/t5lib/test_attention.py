@@ -11,6 +11,7 @@ from t5lib.errors import T5Error
 from t5lib.grid import TokenGrid
 from t5lib.key_norm import KEY_NORMS, key_norm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 B, H, D = 2, 3, 4
 C = H * D
 

@@ -47,12 +47,12 @@ def test_what_is_not_json_is_not_written(tmp_path):
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""], ids=["cut", "binary", "empty"])
 def test_broken_json_is_an_error_with_a_remedy(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(T5Error, match="x.json is not valid JSON .*run the step that makes it again"):
+    with pytest.raises(T5Error, match=r"x.json is not valid JSON .*run the step that makes it again"):
         files.read_json(tmp_path / "x.json")
 
 
 def test_missing_json_is_an_error(tmp_path):
-    with pytest.raises(T5Error, match="x.json does not exist"):
+    with pytest.raises(T5Error, match=r"x.json does not exist"):
         files.read_json(tmp_path / "x.json")
 
 

@@ -1,0 +1,241 @@
+"""A saved model loads bit for bit, whatever it is; what could not be loaded again is refused before it is written."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.layers import Attention
+from tiny import KINDS, random_images, tiny_vit
+from torch import nn
+
+import t5lib
+from t5lib.attention import T5Config
+from t5lib.errors import T5Error
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return random_images()
+
+
+def assert_same(loaded: nn.Module, model: nn.Module, images: torch.Tensor) -> None:
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+    assert torch.equal(loaded(images), model(images))
+
+
+@pytest.mark.parametrize("converted", [True, False], ids=["converted", "softmax"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load_are_bit_equal(kind, converted, images, tmp_path):
+    model = t5lib.convert(tiny_vit(kind)) if converted else tiny_vit(kind)
+    t5lib.save(model, tmp_path / "model")
+    loaded = t5lib.load(tmp_path / "model")
+    assert_same(loaded, model, images)
+    assert not loaded.training and all(parameter.requires_grad for parameter in loaded.parameters())
+    assert str(loaded) == str(model)
+
+
+def test_config_and_account_come_back(tmp_path):
+    config = T5Config(inner="two_layer", inner_loss="residual", key_norm="layer", locality="none", layers=(1,), seed=3)
+    model = t5lib.convert(tiny_vit(), config)
+    t5lib.save(model, tmp_path)
+    loaded = t5lib.load(tmp_path)
+    assert loaded.t5_config == config and loaded.t5_report == model.t5_report
+    described = json.loads((tmp_path / "t5.json").read_text())
+    assert described["format"] == 1 and described["architecture"] == "vit_tiny_patch16_224"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "t5.json"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_precision_is_kept(dtype, images, tmp_path):
+    model = t5lib.convert(tiny_vit()).to(dtype)
+    t5lib.save(model, tmp_path)
+    assert_same(t5lib.load(tmp_path), model, images.to(dtype))
+
+
+def test_mixed_precision_is_kept(tmp_path):
+    model = t5lib.convert(tiny_vit()).half()
+    model.blocks[1].norm1.float()
+    model.head.double()
+    t5lib.save(model, tmp_path)
+    loaded = t5lib.load(tmp_path).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("augreg", lambda model: model.reset_classifier(3)),
+        ("augreg", lambda model: model.reset_classifier(0)),
+        ("dinov2_registers", lambda model: model.reset_classifier(3, "avg")),
+        ("siglip", lambda model: model.reset_classifier(3, "avg")),
+        ("augreg", lambda model: model.set_input_size(img_size=(40, 24))),
+        ("augreg", lambda model: model.set_input_size(img_size=(32, 32), patch_size=(16, 8))),
+        ("augreg", lambda model: model.prune_intermediate_layers(1, prune_head=False)),
+    ],
+    ids=["head", "no head", "pooling", "pooling without attention", "image size", "patch size", "depth"],
+)
+def test_what_timm_changes_after_creation_is_kept(kind, change, tmp_path):
+    model = tiny_vit(kind)
+    change(model)
+    model.eval()
+    t5lib.save(t5lib.convert(model), tmp_path)
+    images = random_images(2, *model.patch_embed.img_size)
+    assert_same(t5lib.load(tmp_path), t5lib.convert(model), images)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dynamic_img_size": True},
+        {"dynamic_img_size": True, "dynamic_img_pad": True},
+        {"img_size": (40, 24)},
+        {"patch_size": (8, 16)},
+        {"in_chans": 1},
+        {"mlp_ratio": 2.0, "init_values": 0.1, "no_embed_class": True, "reg_tokens": 3},
+        {"act_layer": "relu", "norm_layer": "rmsnorm"},
+        {"global_pool": "avg", "pool_include_prefix": True},
+        {"drop_path_rate": 0.1, "proj_drop_rate": 0.2},
+        {"final_norm": False},
+    ],
+    ids=str,
+)
+def test_what_create_model_was_given_is_kept(options, tmp_path):
+    model = t5lib.convert(tiny_vit(**options))
+    t5lib.save(model, tmp_path)
+    loaded = t5lib.load(tmp_path)
+    height, width = (30, 41) if "dynamic_img_pad" in options else model.patch_embed.img_size
+    images = random_images(2, height, width)[:, : model.patch_embed.proj.in_channels]
+    assert_same(loaded, model, images)
+    assert str(loaded) == str(model)
+
+
+def test_a_convolutional_stem_is_kept(tmp_path):
+    model = t5lib.convert(timm.create_model("vit_tiny_r_s16_p8_224", img_size=128, depth=1, num_classes=3).eval())
+    t5lib.save(model, tmp_path)
+    assert_same(t5lib.load(tmp_path), model, random_images(1, 128, 128))
+
+
+def test_preprocessing_of_the_pretrained_weights_is_kept(tmp_path):
+    """timm tells mean and deviation by the weights' tag, not by the architecture."""
+    model = timm.create_model("vit_base_patch16_224.dino", depth=1, embed_dim=32, num_heads=2, num_classes=0)
+    t5lib.save(model, tmp_path)
+    ours, theirs = (timm.data.resolve_model_data_config(m) for m in (t5lib.load(tmp_path), model))
+    assert ours == theirs and ours["mean"] != (0.5, 0.5, 0.5)
+
+
+def test_a_loaded_model_trains_and_converts_back(images, tmp_path):
+    model = tiny_vit()
+    t5lib.save(t5lib.convert(model), tmp_path)
+    loaded = t5lib.load(tmp_path)
+    loaded(images).sum().backward()
+    assert torch.equal(t5lib.revert(loaded)(images), model(images))
+
+
+def test_load_leaves_the_global_random_state_alone(tmp_path):
+    t5lib.save(t5lib.convert(tiny_vit()), tmp_path)
+    before = torch.get_rng_state()
+    t5lib.load(tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_model_that_its_description_does_not_rebuild_is_refused_by_name(tmp_path):
+    model = tiny_vit()
+    model.blocks[1].attn = Attention(32, 2, gated=True)
+    for made in (model, t5lib.convert(model)):
+        with pytest.raises(
+            T5Error, match=r"do not fit the model as rebuilt .*unknown \['blocks\.1\.attn\.gate\.weight"
+        ):
+            t5lib.save(made, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_that_json_cannot_hold_are_refused_by_name(tmp_path):
+    model = tiny_vit(act_layer=nn.ReLU)
+    with pytest.raises(T5Error, match="act_layer"):
+        t5lib.save(model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_timm_did_not_create_is_refused(tmp_path):
+    model = timm.models.vision_transformer.VisionTransformer(depth=1, embed_dim=32, num_heads=2)
+    with pytest.raises(T5Error, match=r"was not made by timm.create_model"):
+        t5lib.save(model, tmp_path / "model")
+
+
+def test_saving_again_replaces_the_model(images, tmp_path):
+    t5lib.save(t5lib.convert(tiny_vit()), tmp_path / "model")
+    t5lib.save(tiny_vit(seed=1), tmp_path / "model")
+    assert torch.equal(t5lib.load(tmp_path / "model")(images), tiny_vit(seed=1)(images))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_saving_never_deletes_what_is_no_saved_model(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for place in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(T5Error, match=r"is no saved model.*pass a new folder"):
+            t5lib.save(tiny_vit(), place)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    t5lib.save(t5lib.convert(tiny_vit()), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_no_model_there(tmp_path):
+    with pytest.raises(T5Error, match=r"is not a saved model: it has no t5.json"):
+        t5lib.load(tmp_path / "nowhere")
+
+
+def test_missing_or_cut_weights(saved):
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(T5Error, match=r"model.safetensors cannot be read"):
+        t5lib.load(saved)
+    weights.unlink()
+    with pytest.raises(T5Error, match=r"model.safetensors cannot be read"):
+        t5lib.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "is of format 2; this t5lib reads 1"),
+        ({"architecture": "vit_of_2031"}, "timm .* knows no architecture 'vit_of_2031'"),
+        ({"t5": {"inner": "swiglu", "key_nrom": "none"}}, "unknown setting 'key_nrom'; did you mean 'key_norm'"),
+        ({"t5": {"inner": "two_layer"}}, r"do not fit .*unknown \['blocks\.0\.attn\.mixer\.w3'"),
+        ({"t5": None}, r"do not fit .*unknown \['blocks\.0\.attn\.mixer"),
+    ],
+    ids=["format", "architecture", "setting", "inner model", "softmax"],
+)
+def test_a_description_that_does_not_fit(saved, change, message):
+    described = json.loads((saved / "t5.json").read_text())
+    (saved / "t5.json").write_text(json.dumps(described | change))
+    with pytest.raises(T5Error, match=message):
+        t5lib.load(saved)
+
+
+def test_a_description_with_a_part_missing(saved):
+    described = json.loads((saved / "t5.json").read_text())
+    for name in ("format", "architecture", "model_args", "t5"):
+        (saved / "t5.json").write_text(json.dumps({key: value for key, value in described.items() if key != name}))
+        with pytest.raises(T5Error, match=r"t5.json"):
+            t5lib.load(saved)
+
+
+def test_weights_of_other_shapes_are_named(saved):
+    weights = load_file(saved / "model.safetensors")
+    weights["head.bias"] = torch.zeros(9)
+    del weights["cls_token"]
+    save_file(weights, saved / "model.safetensors")
+    with pytest.raises(T5Error, match=r"missing \['cls_token'\].*other shapes \['head.bias \(9,\) for \(7,\)'\]"):
+        t5lib.load(saved)

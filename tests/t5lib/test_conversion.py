@@ -1,0 +1,289 @@
+"""Conversion inherits every weight, accounts for all of them, leaves its argument alone, and can be taken back."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import Attention
+from tiny import KINDS, random_images, tiny_vit
+from torch import nn
+from torch.utils.checkpoint import CheckpointError
+
+import t5lib
+from t5lib.attention import T5Config, TTTAttention
+from t5lib.conversion import new_parameters, ttt_layers
+from t5lib.errors import T5Error
+from t5lib.grid import TokenGrid
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return random_images()
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
+
+
+def grids(model: nn.Module) -> set[int]:
+    """Identities of all token grids of a model: those of its layers, and those that read the image size."""
+    hooks = [hook for hook in model.patch_embed._forward_pre_hooks.values() if isinstance(hook, TokenGrid)]
+    return {id(hook) for hook in hooks} | {id(layer.grid) for layer in ttt_layers(model).values()}
+
+
+@every_kind
+def test_convert_and_revert_give_the_original_back_bit_for_bit(kind, images):
+    model = tiny_vit(kind)
+    back = t5lib.revert(t5lib.convert(model))
+    assert bits(back) == bits(model)
+    assert str(back) == str(model)
+    assert torch.equal(back(images), model(images))
+    assert not hasattr(back, "t5_config") and not grids(back)
+
+
+@every_kind
+def test_convert_leaves_its_argument_alone(kind, images):
+    model = tiny_vit(kind)
+    model.blocks[0].register_forward_hook(lambda *_: None)
+    before = bits(model), str(model), [len(m._forward_pre_hooks) for m in model.modules()], model(images)
+    converted = t5lib.convert(model)
+    with torch.no_grad():
+        for parameter in converted.parameters():
+            parameter.zero_()
+    converted(images)
+    after = bits(model), str(model), [len(m._forward_pre_hooks) for m in model.modules()], model(images)
+    assert before[:3] == after[:3] and torch.equal(before[3], after[3])
+    assert not hasattr(model, "t5_config")
+
+
+@every_kind
+def test_every_parameter_is_inherited_with_its_storage_or_new(kind):
+    model = tiny_vit(kind)
+    pointers = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    converted = t5lib.convert(model, inplace=True)
+    report, after = converted.t5_report, converted.state_dict()
+    assert converted is model
+    assert set(report.inherited) == set(pointers) and report.dropped == ()
+    assert set(report.inherited) | set(report.new) == set(after) and not set(report.inherited) & set(report.new)
+    assert {name: after[name].data_ptr() for name in report.inherited} == pointers
+    assert set(report.new) == set(new_parameters(converted))
+    assert report.layers == ("blocks.0.attn", "blocks.1.attn")
+    own = (
+        2 * 3 * 16 * 16 + 2 * 32 * 10
+    )  # 2 heads × 3 inner weights of 16 × 16; two 3×3 depthwise convolutions with bias
+    assert report.numbers["new"] == 2 * own and report.numbers["dropped"] == 0
+    assert report.numbers["inherited"] == sum(p.numel() for p in converted.parameters()) - 2 * own
+
+
+@every_kind
+def test_converted_model_learns_in_every_parameter(kind, images):
+    converted = t5lib.convert(tiny_vit(kind))
+    converted(images).square().sum().backward()
+    without = [n for n, p in converted.named_parameters() if p.grad is None or not p.grad.any()]
+    # a class token is read alone in the end, and the convolution over the grid leaves it out
+    idle = "blocks.1.attn.mixer.q_conv."
+    assert without == ([idle + "weight", idle + "bias"] if converted.global_pool == "token" else [])
+
+
+def test_gated_attention_is_converted_with_its_gate(images):
+    model = tiny_vit("augreg")
+    for block in model.blocks:
+        block.attn = Attention(32, 2, qkv_bias=True, gated=True)
+    converted = t5lib.convert(model)
+    open_gate, gate = converted(images), converted.blocks[0].attn.gate
+    with torch.no_grad():
+        gate.bias -= 1e4  # shuts it
+    assert not torch.equal(converted(images), open_gate)
+    shut = converted.blocks[0].attn(torch.randn(1, 17, 32))
+    torch.testing.assert_close(shut, converted.blocks[0].attn.proj.bias.expand_as(shut))
+    assert torch.equal(t5lib.revert(t5lib.convert(model))(images), model(images))
+
+
+@pytest.mark.parametrize("layers", [(0,), (1,), (1, 0)], ids=str)
+def test_a_subset_of_layers(layers, images):
+    converted = t5lib.convert(tiny_vit(), T5Config(layers=layers))
+    names = [f"blocks.{i}.attn" for i in sorted(layers)]
+    assert list(ttt_layers(converted)) == names == list(converted.t5_report.layers)
+    assert type(converted.blocks[1 - layers[0]].attn) is (TTTAttention if len(layers) == 2 else Attention)
+    assert converted(images).isfinite().all()
+    assert torch.equal(t5lib.revert(converted)(images), tiny_vit()(images))
+
+
+@pytest.mark.parametrize("layers", [(), (2,), (-1,), (0, 0)], ids=str)
+def test_layers_that_do_not_exist_are_refused(layers):
+    with pytest.raises(T5Error, match="expected different indices from 0 to 1, at least one"):
+        t5lib.convert(tiny_vit(), T5Config(layers=layers))
+
+
+@pytest.mark.parametrize("kind", ["augreg", "dinov2_registers", "siglip", "deit_distilled"])
+def test_any_image_size_in_any_sequence(kind):
+    """Layers follow the grid of each image, so the sizes seen before leave no trace."""
+    converted = t5lib.convert(tiny_vit(kind, dynamic_img_size=True))
+    shapes = [(32, 48), (48, 32), (40, 24), (32, 32)]
+    fresh = [copy.deepcopy(converted)(random_images(2, *shape)) for shape in shapes]
+    for shape, expected in zip(shapes + shapes[::-1], fresh + fresh[::-1], strict=True):
+        assert torch.equal(converted(random_images(2, *shape)), expected)
+    wide, tall = random_images(2, 32, 48), random_images(2, 32, 48).mT.contiguous()
+    assert not torch.equal(converted(wide), converted(tall))
+
+
+def test_padded_image_sizes():
+    converted = t5lib.convert(tiny_vit(dynamic_img_size=True, dynamic_img_pad=True))
+    images = random_images(2, 30, 41)
+    padded = nn.functional.pad(images, (0, 7, 0, 2))
+    torch.testing.assert_close(converted(images), converted(padded))
+
+
+def test_set_input_size_moves_the_grid_along():
+    converted = t5lib.convert(tiny_vit())
+    converted.set_input_size(img_size=(40, 24))
+    assert converted(random_images(2, 40, 24)).shape == (2, 7)
+    converted.set_input_size(img_size=(32, 32), patch_size=(16, 8))
+    assert converted(random_images(2)).shape == (2, 7)
+    assert {(layer.grid.rows, layer.grid.columns) for layer in ttt_layers(converted).values()} == {(2, 4)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_new_weights_share_the_dtype_of_the_model(dtype, images):
+    converted = t5lib.convert(tiny_vit().to(dtype))
+    assert {parameter.dtype for parameter in converted.parameters()} == {dtype}
+    out = converted(images.to(dtype))
+    exact = t5lib.convert(tiny_vit())  # the same new weights, up to rounding
+    exact.load_state_dict(converted.state_dict())
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), exact(images), rtol=0.1, atol=0.1)
+
+
+def test_new_weights_follow_from_the_seed_alone():
+    state = torch.get_rng_state()
+    one, two = t5lib.convert(tiny_vit()), t5lib.convert(tiny_vit())
+    assert bits(one) == bits(two)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = t5lib.convert(tiny_vit(), T5Config(seed=1))
+    assert all(not torch.equal(p, new_parameters(other)[n]) for n, p in new_parameters(one).items())
+    heads = one.blocks[0].attn.mixer.w1
+    assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads, one.blocks[1].attn.mixer.w1)
+
+
+def test_a_copy_has_one_grid_of_its_own(images):
+    converted = t5lib.convert(tiny_vit(dynamic_img_size=True))
+    twin = copy.deepcopy(converted)
+    assert len(grids(converted)) == len(grids(twin)) == 1
+    assert grids(converted).isdisjoint(grids(twin))
+    expected = twin(images)
+    converted(random_images(1, 16, 48))
+    assert torch.equal(twin(images), expected)
+
+
+def test_timm_interface_still_works(images):
+    converted = t5lib.convert(tiny_vit("dinov2_registers"))
+    features = converted.forward_features(images)
+    assert features.shape == (4, 5 + 16, 32)
+    last, maps = converted.forward_intermediates(images, indices=2, norm=True)
+    assert torch.equal(last, features) and [m.shape for m in maps] == [(4, 32, 4, 4)] * 2
+    converted.reset_classifier(3, "avg")
+    assert converted(images).shape == (4, 3)
+    assert converted.no_weight_decay() == tiny_vit("dinov2_registers").no_weight_decay()
+
+
+def test_gradient_checkpointing_gives_equal_gradients(images):
+    converted = t5lib.convert(tiny_vit()).train()
+    converted(images).square().sum().backward()
+    plain = {name: parameter.grad.clone() for name, parameter in converted.named_parameters()}
+    converted.zero_grad()
+    converted.set_grad_checkpointing()
+    converted(images).square().sum().backward()
+    for name, parameter in converted.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain[name], msg=name)
+
+
+def test_gradient_checkpointing_of_two_image_sizes_in_one_step_is_not_silently_wrong():
+    """Layers run again in the backward pass, when the grid has moved on to the last image's."""
+    converted = t5lib.convert(tiny_vit(dynamic_img_size=True)).train()
+    converted.set_grad_checkpointing()
+    wide, tall = random_images(1, 32, 48), random_images(1, 48, 32)
+    with pytest.raises(CheckpointError, match="different metadata"):
+        (converted(wide).sum() + converted(tall).sum()).backward()
+
+
+def test_compiled_model_agrees_also_after_the_image_size_changed():
+    converted = t5lib.convert(tiny_vit(dynamic_img_size=True, depth=1))
+    compiled = torch.compile(copy.deepcopy(converted), backend="aot_eager")
+    for shape in ((32, 32), (32, 48), (48, 32), (32, 32)):
+        images = random_images(2, *shape)
+        torch.testing.assert_close(compiled(images), converted(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet18", {}, "ResNet is not a timm VisionTransformer"),
+        ("swin_tiny_patch4_window7_224", {}, "SwinTransformer is not a timm VisionTransformer"),
+        ("eva02_tiny_patch14_224", {"depth": 1}, "Eva is not a timm VisionTransformer"),
+        ("vit_relpos_small_patch16_224", {"depth": 1}, "VisionTransformerRelPos is not a timm VisionTransformer"),
+        ("beit_base_patch16_224", {"depth": 1, "embed_dim": 64, "num_heads": 2}, "Beit is not a timm VisionTr"),
+        ("vit_tiny_patch16_224", {"depth": 1, "attn_layer": "diff"}, r"blocks\.0 uses DiffAttention; only timm's"),
+        ("vit_tiny_patch16_224", {"depth": 1, "patch_drop_rate": 0.5}, "patch_drop_rate is set"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_by_name(name, options, message):
+    with torch.device("meta"):
+        model = timm.create_model(name, **options)
+    with pytest.raises(T5Error, match=message):
+        t5lib.convert(model)
+
+
+def test_parallel_blocks_are_refused_by_name():
+    from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock
+
+    for block in (ParallelScalingBlock, ParallelThingsBlock):
+        with pytest.raises(T5Error, match=f"blocks.0 uses {block.__name__}"):
+            t5lib.convert(tiny_vit(block_fn=block))
+
+
+def test_a_subclass_of_attention_is_refused_by_name():
+    class MyAttention(Attention):
+        pass
+
+    model = tiny_vit()
+    model.blocks[1].attn = MyAttention(32, 2)
+    with pytest.raises(T5Error, match=r"blocks\.1 uses MyAttention"):
+        t5lib.convert(model)
+
+
+def test_converting_twice_or_reverting_a_softmax_model_is_refused():
+    converted = t5lib.convert(tiny_vit(), T5Config(layers=(1,)))
+    with pytest.raises(T5Error, match=r"blocks\.1\.attn is converted already; call t5lib\.revert first"):
+        t5lib.convert(converted)
+    with pytest.raises(T5Error, match="holds no TTT layer; nothing to revert"):
+        t5lib.revert(tiny_vit())
+
+
+def test_revert_in_place_and_revert_of_a_trained_model_keep_inherited_weights(images):
+    converted = t5lib.convert(tiny_vit())
+    with torch.no_grad():
+        converted.blocks[0].attn.qkv.weight.add_(1)
+        converted.blocks[0].attn.mixer.w1.add_(1)
+    copied, back = t5lib.revert(converted), None
+    assert ttt_layers(converted)
+    back = t5lib.revert(converted, inplace=True)
+    assert back is converted and not ttt_layers(back)
+    assert torch.equal(back(images), copied(images))
+    assert torch.equal(back.blocks[0].attn.qkv.weight, tiny_vit().blocks[0].attn.qkv.weight + 1)
+
+
+@pytest.mark.parametrize("mask", [{"attn_mask": torch.ones(17, 17)}, {"is_causal": True}], ids=str)
+def test_masks_given_to_the_model_are_refused(mask, images):
+    with pytest.raises(T5Error, match="attn_mask and is_causal are not supported"):
+        t5lib.convert(tiny_vit())(images, **mask)
+
+
+def test_tokens_that_were_dropped_or_merged_on_the_way_are_refused(images):
+    converted = t5lib.convert(tiny_vit())
+    converted.blocks[0].register_forward_hook(lambda _module, _inputs, out: out[:, ::2])
+    with pytest.raises(T5Error, match=r"holds 16 tokens .* got 9 tokens.*turn token dropping and merging off"):
+        converted(images)
