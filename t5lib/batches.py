@@ -16,7 +16,7 @@ Batches = Iterable[Any] | Callable[[int], Iterator[Any]]
 def open_batches(batches: Batches, start: int) -> Iterator[Any]:
     """An endless iterator that begins with batch number `start`."""
     if callable(batches):
-        return iter(batches(start))
+        return _endless(batches(start), start)
     return _skipped(_repeated(batches), start)
 
 
@@ -27,6 +27,14 @@ def images_of(batch: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
         shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
         raise T5Error(f"a batch must hold images (B, 3, H, W), got {shape}")
     return images
+
+
+def _endless(batches: Iterator[Any], start: int) -> Iterator[Any]:
+    done = start
+    for batch in batches:
+        done += 1
+        yield batch
+    raise T5Error(f"the batches ended after number {done}; a function from a batch number must give them without end")
 
 
 def _repeated(batches: Iterable[Any]) -> Iterator[Any]:

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from t5lib.attention import TTTAttention, TTTMixer, project
 from t5lib.batches import Batches, images_of, open_batches
 from t5lib.conversion import ttt_layers
 from t5lib.errors import T5Error
+from t5lib.families import timm_vit
 from t5lib.progress import progress
 
 Log = Callable[[dict[str, float], int], None]
@@ -35,8 +37,8 @@ class CalibrateConfig:
         steps: optimizer steps; 0 skips calibration.
         batch_size: images a step.
         lr: peak learning rate of the new weights (Adam); linear warm-up over `warmup` steps, then cosine to 0.
-        lr_inherited: peak learning rate of the q, k and v projections, which are fitted along; 0 keeps them as they
-            are, at the price of a larger error (docs/results).
+        lr_inherited: peak learning rate of the q, k and v projections and q and k norms, which are fitted along; 0
+            keeps them as they are, at the price of a larger error (docs/results).
         pool: batches of teacher activations held at once; steps draw their images from this pool.
         reuse: how often each image of a pool is used before the pool is replaced.
         checkpoint_every: steps between checkpoints (they fall on the end of a pool).
@@ -59,13 +61,20 @@ class CalibrateConfig:
         for name in ("batch_size", "pool", "reuse", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise T5Error(f"calibrate: {name} is {getattr(self, name)}; expected 1 or more")
-        if self.steps < 0 or self.warmup < 0 or self.lr <= 0 or self.lr_inherited < 0:
-            raise T5Error(f"calibrate: steps {self.steps}, warmup {self.warmup}, lr {self.lr} must not be negative")
+        for name in ("steps", "warmup", "lr_inherited"):
+            if getattr(self, name) < 0:
+                raise T5Error(f"calibrate: {name} is {getattr(self, name)}; expected 0 or more")
+        if self.lr <= 0:
+            raise T5Error(f"calibrate: lr is {self.lr}; expected a positive number, such as 1.0e-2")
 
 
 @dataclass(kw_only=True)
 class CalibrationReport:
-    """Error of each layer (squared error over the target's variance, on images not fitted on) and the cost."""
+    """Error of each layer and the cost.
+
+    The error is the squared error over the target's variance, on the first batch, which the fit leaves out (a loader
+    that repeats its images gives them again later).
+    """
 
     error_before: dict[str, float]
     error_after: dict[str, float] = field(default_factory=dict)
@@ -98,26 +107,28 @@ def calibrate(
     config = config or CalibrateConfig()
     fit = _Fit(model, teacher, config)
     source = open_batches(batches, 0)
-    probe = fit.capture(images_of(next(source)))  # measured on, never fitted on
+    probe = images_of(next(source))  # measured on, left out of the fit
     report = CalibrationReport(error_before=fit.errors(probe), steps=config.steps)
     state = fit.restore(resume_dir)
     if state["step"]:
         source = open_batches(batches, state["batches"])
-    with progress("calibrate", config.steps, state["step"]) as bar:
-        while state["step"] < config.steps:
-            begun, first = time.monotonic(), state["step"]
-            pool = fit.capture(torch.cat([images_of(next(source)) for _ in range(config.pool)]))
-            state["batches"] += config.pool
-            for chosen in _draws(pool[-1].shape[0], config, first):
-                loss = fit.step(tuple(part[chosen] for part in pool), state["step"])
-                state["step"] += 1
-                _tell(loss, fit, state["step"], log, bar)
-                if state["step"] == config.steps:
-                    break
-            state["seconds"] += time.monotonic() - begun
-            if resume_dir and state["step"] // config.checkpoint_every > first // config.checkpoint_every:
-                fit.checkpoint(resume_dir, state)
-    fit.write_back()
+    try:
+        with progress("calibrate", config.steps, state["step"]) as bar:
+            while state["step"] < config.steps:
+                begun, first = time.monotonic(), state["step"]
+                pool = fit.capture(torch.cat([images_of(next(source)) for _ in range(config.pool)]))
+                state["batches"] += config.pool
+                for chosen in _draws(pool[-1].shape[0], config, first):
+                    loss = fit.step(tuple(part[chosen] for part in pool), state["step"])
+                    state["step"] += 1
+                    _tell(loss, fit, state["step"], log, bar)
+                    if state["step"] == config.steps:
+                        break
+                state["seconds"] += time.monotonic() - begun
+                if resume_dir and state["step"] // config.checkpoint_every > first // config.checkpoint_every:
+                    fit.checkpoint(resume_dir, state)
+    finally:
+        fit.write_back()  # also when interrupted: a model half of whose layer was fitted would be of no use
     report.seconds, report.error_after = state["seconds"], fit.errors(probe)
     return report
 
@@ -129,7 +140,7 @@ class _Fit:
         self.config, self.layers, self.teacher = config, ttt_layers(model), teacher.eval()
         if not self.layers:
             raise T5Error("this model has no TTT layer to calibrate; convert it first (t5lib.convert)")
-        self.sources = [_softmax_source(teacher, name) for name in self.layers]
+        self.sources = [_softmax_source(teacher, name, layer) for name, layer in self.layers.items()]
         self.device = next(teacher.parameters()).device
         first = next(iter(self.layers.values()))
         self.mixer = TTTMixer(len(self.layers) * first.num_heads, first.head_dim, first.mixer.config).to(self.device)
@@ -150,7 +161,7 @@ class _Fit:
         """Run the teacher on (B, 3, H, W); per image: the layers' inputs (or their q, k, v) and softmax outputs."""
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
-        hooks = []
+        hooks = [timm_vit.follow_images(self.teacher, self.grid)]
         for source in self.sources:
             hooks.append(source.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
             hooks.append(source.norm.register_forward_pre_hook(lambda _, args: outputs.append(args[0])))
@@ -178,8 +189,8 @@ class _Fit:
         return errors.detach()
 
     @torch.no_grad()
-    def errors(self, batch: tuple[Tensor, ...]) -> dict[str, float]:
-        return dict(zip(self.layers, self._loss(*batch).tolist(), strict=True))
+    def errors(self, images: Tensor) -> dict[str, float]:
+        return dict(zip(self.layers, self._loss(*self.capture(images)).tolist(), strict=True))
 
     def write_back(self) -> None:
         self._copy(to_layers=True)
@@ -222,7 +233,8 @@ class _Fit:
     def _inherited(self) -> Iterator[nn.Parameter]:
         if self.config.lr_inherited:
             for layer in self.layers.values():
-                yield from layer.qkv.parameters()
+                for part in (layer.qkv, layer.q_norm, layer.k_norm):
+                    yield from part.parameters()
 
     @torch.no_grad()
     def _copy(self, *, to_layers: bool) -> None:
@@ -235,14 +247,21 @@ class _Fit:
                 destination.copy_(source)
 
 
-def _softmax_source(teacher: nn.Module, name: str) -> nn.Module:
+def _softmax_source(teacher: nn.Module, name: str, layer: TTTAttention) -> Attention:
+    """The attention that `layer` learns from."""
     try:
         source = teacher.get_submodule(name)
     except AttributeError:
         source = None
-    if source is None or isinstance(source, TTTAttention):
-        found = "nothing" if source is None else "a TTT layer"
+    if not isinstance(source, Attention):
+        found = "nothing" if source is None else f"a {type(source).__name__}"
         raise T5Error(f"the teacher has {found} at {name}; pass the softmax model that was converted")
+    theirs, ours = ((a.num_heads, a.head_dim, a.qkv.in_features) for a in (source, layer))
+    if theirs != ours:
+        raise T5Error(
+            f"{name} of the teacher has (heads, width, channels) {theirs}, of the model {ours}; "
+            "pass the softmax model that was converted"
+        )
     return source
 
 

@@ -7,6 +7,7 @@ import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from t5lib.attention import T5Config, TTTAttention
 from t5lib.errors import T5Error
@@ -46,8 +47,13 @@ def attention_names(model: nn.Module) -> list[str]:
 def make_grid(model: nn.Module) -> TokenGrid:
     """A TokenGrid that follows the size of every image `model` sees."""
     grid = TokenGrid(*model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens)
-    model.patch_embed.register_forward_pre_hook(grid)
+    follow_images(model, grid)
     return grid
+
+
+def follow_images(model: nn.Module, grid: TokenGrid) -> RemovableHandle:
+    """Let `grid` be that of every image `model` sees."""
+    return model.patch_embed.register_forward_pre_hook(grid)
 
 
 def remove_grid(model: nn.Module) -> None:
