@@ -1,0 +1,131 @@
+"""What was typed on the command line, checked before anything slow is imported or downloaded."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from t5lib.errors import T5Error
+from t5lib.files import read_json
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The softmax model a command works on: a timm name, or a folder written by t5lib.save.
+
+    Attributes:
+        name: as typed.
+        weights: safetensors file to load in place of timm's pretrained weights.
+        pretrained: False for random weights.
+        img_size: (height, width) in pixels, None for the model's own.
+    """
+
+    name: str
+    weights: Path | None = None
+    pretrained: bool = True
+    img_size: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        if self.folder:
+            self._check_folder()
+        elif self.weights:
+            self._check_weights()
+
+    @property
+    def folder(self) -> Path | None:
+        """The saved model's folder; None for a timm name."""
+        path = Path(self.name).expanduser()
+        return path if path.is_dir() or os.sep in self.name else None
+
+    def _check_folder(self) -> None:
+        if self.weights or not self.pretrained:
+            raise T5Error(f"{self.name} is a folder with weights of its own; leave --weights and --no-pretrained out")
+        if not (self.folder / "t5.json").is_file():
+            found = "is no saved model: it has no t5.json" if self.folder.is_dir() else "does not exist"
+            raise T5Error(f"{self.name} {found}; expected a timm name, or a folder written by t5lib.save")
+        if read_json(self.folder / "t5.json").get("t5"):
+            raise T5Error(
+                f"{self.name} is converted already: TTT layers are where its softmax attention was. Use the softmax "
+                "model it came from, or give it back its softmax attention in Python: "
+                f"t5lib.save(t5lib.revert(t5lib.load({self.name!r})), 'softmax')"
+            )
+
+    def _check_weights(self) -> None:
+        if not self.pretrained:
+            raise T5Error("--weights and --no-pretrained contradict each other; leave one out")
+        if not self.weights.is_file():
+            raise T5Error(f"--weights {self.weights} does not exist; expected a .safetensors file")
+        if self.weights.suffix != ".safetensors":
+            raise T5Error(
+                f"--weights {self.weights} is no .safetensors file; other formats can run code when they are opened. "
+                "Load it where you trust it, and save it with safetensors.torch.save_file"
+            )
+
+
+def find_images(folder: Path, least: int = 1) -> list[Path]:
+    """All image files under `folder`, sorted; hidden ones left out.
+
+    Raises:
+        T5Error: no such folder, or fewer than `least` images in it.
+    """
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise T5Error(f"{folder} {found}; expected a folder of images")
+    inside = (path for path in folder.rglob("*") if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+    images = sorted(path for path in inside if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
+    if len(images) < least:
+        raise T5Error(
+            f"{folder} holds {len(images)} images, subfolders included; expected {least} or more, with names ending "
+            f"in {' '.join(IMAGE_ENDINGS)}"
+        )
+    return images
+
+
+def spread(images: list[Path], limit: int) -> list[Path]:
+    """At most `limit` of `images`, evenly over the whole list, so that every subfolder has its share."""
+    count = min(limit, len(images))
+    return [images[index * len(images) // count] for index in range(count)]
+
+
+def check_output(folder: Path, *, force: bool) -> None:
+    """Raises T5Error unless a model may be written to `folder`: nothing is there, or a model and `force`."""
+    if folder.exists() and not folder.is_dir():
+        raise T5Error(f"{folder} is a file; name a folder for the converted model")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / "t5.json").is_file():
+            raise T5Error(f"{folder} holds other things than a model and is left as it is; name a new folder")
+        if not force:
+            raise T5Error(f"{folder} holds a model already; replace it with --force, or name another folder")
+    check_writable(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises T5Error unless `folder` exists or can be made, and files can be put there."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise T5Error(f"{folder} cannot be written: {nearest} is no folder of yours; name another place")
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Image size in pixels, "224" or "224x320" (height x width), as (height, width)."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d*)(?:[x×]([1-9]\d*))?", text.strip())
+    if not match:
+        raise T5Error(f"--img-size '{text}' is not understood; expected pixels: 224, or 224x320 (height x width)")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """Layer numbers, "0-5,8" for 0 1 2 3 4 5 8; None means all."""
+    if text is None:
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise T5Error(f"--layers '{text}' is not understood at '{part}'; expected such as 0-5,8 (counted from 0)")
+        layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(layers))

@@ -1,0 +1,256 @@
+"""The commands, their arguments and help. What they do is in the modules that they import when they run."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from t5lib.cli import arguments
+from t5lib.cli.arguments import Source
+from t5lib.cli.screen import error
+from t5lib.errors import T5Error
+
+
+class _Group(TyperGroup):
+    """Errors meant for the user end a command with one message and exit code 1."""
+
+    def invoke(self, context: Any) -> Any:
+        try:
+            return super().invoke(context)
+        except T5Error as problem:
+            error(str(problem))
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    name="t5",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+MODEL, LAYER, CALIBRATION = "The model", "The new layers", "Calibration"
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A timm name, such as vit_small_patch14_dinov2.lvd142m, or a folder of t5lib.save."
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Your own .safetensors of that timm model.", rich_help_panel=MODEL),
+]
+Pretrained = Annotated[
+    bool, typer.Option(help="timm's weights, or random ones to try things out.", rich_help_panel=MODEL)
+]
+ImgSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PIXELS", help="224, or 224x320 (height x width), in place of the model's own.", rich_help_panel=MODEL
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; unless given, the GPU if there is one.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"t5 {version('t5-ttt')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def t5(
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Turn a pretrained softmax vision transformer into one whose attention costs linear time.
+
+    - `t5 diagnose MODEL --images photos` — what its keys share, and what that means
+    - `t5 convert MODEL out --calibrate photos` — convert, fit the new layers, save
+    - `t5 inspect out` — what is in a saved folder, and what it costs to run
+
+    MODEL is any ViT of timm (ViT, DeiT, AugReg, DINOv2, DeiT III, SigLIP). Images are your own; labels are not needed.
+    """
+
+
+@app.command()
+def diagnose(
+    model: ModelArgument,
+    images: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Images the model was made for; subfolders are searched too.")
+    ],
+    limit: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How many images to use, spread over the folder.")
+    ] = 64,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write shift_ratio.json and shift_ratio.png there.")
+    ] = None,
+    weights: Weights = None,
+    pretrained: Pretrained = True,
+    img_size: ImgSize = None,
+    device: Device = None,
+) -> None:
+    """Measure the shift that the keys of every attention layer share, on your own images.
+
+    Softmax ignores what all keys of an image have in common; a TTT layer would spend itself on fitting it. The shift
+    ratio says how much that is: the length of an image's mean key over the mean length of its keys, from 0 (keys point
+    everywhere) to 1 (all are equal). Beside it stands the same model with random weights: the difference was learned.
+
+    **Examples**
+
+    - `t5 diagnose vit_small_patch14_dinov2.lvd142m --images photos`
+    - `t5 diagnose deit_tiny_patch16_224 --images photos --limit 16 --out diagnosis`
+    - `t5 diagnose vit_base_patch16_224 --weights mine.safetensors --images photos --img-size 384`
+
+    **Output**
+
+    One line a layer: mean, smallest and largest head, and the mean with random weights.
+    Means of 0.5 and more are usual. Then keep the default key norm, 'instance', when converting.
+    """
+    source = Source(name=model, weights=weights, pretrained=pretrained, img_size=arguments.parse_size(img_size))
+    paths = arguments.spread(arguments.find_images(images), limit)
+    if out:
+        arguments.check_writable(out)
+    from t5lib.cli import diagnosing
+
+    diagnosing.run(source, paths, out, device)
+
+
+@app.command()
+def convert(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the converted model.")],
+    weights: Weights = None,
+    pretrained: Pretrained = True,
+    img_size: ImgSize = None,
+    inner: Annotated[
+        str | None, typer.Option(help="Inner model: swiglu (default) or two_layer.", rich_help_panel=LAYER)
+    ] = None,
+    inner_loss: Annotated[
+        str | None, typer.Option(help="Its loss: dot (default) or residual.", rich_help_panel=LAYER)
+    ] = None,
+    key_norm: Annotated[
+        str | None,
+        typer.Option(
+            help="instance (default), instance_no_std, instance_no_mean, layer, rms or none.", rich_help_panel=LAYER
+        ),
+    ] = None,
+    locality: Annotated[
+        str | None,
+        typer.Option(help="dwc_qk (default: 3 x 3 convolutions on queries and keys) or none.", rich_help_panel=LAYER),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="NUMBERS", help="Which attentions, such as 0-5,8 (default: all).", rich_help_panel=LAYER),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Images to fit the new layers on; no labels.", rich_help_panel=CALIBRATION),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Optimizer steps (default 5000; on a CPU a few hundred already help).",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Images a step (default 64).", rich_help_panel=CALIBRATION),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE", help="Peak learning rate of the new weights (default 0.01).", rich_help_panel=CALIBRATION
+        ),
+    ] = None,
+    lr_inherited: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            help="Peak for q, k and v projections (default 0.001; 0 keeps them).",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the new weights and the order of images.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model that OUT holds.")] = False,
+    device: Device = None,
+) -> None:
+    """Replace softmax attention by TTT layers, whose cost grows with the number of tokens, not with its square.
+
+    Every pretrained weight is inherited; what is new are small inner weights and convolutions. They start at random,
+    so without calibration a classifier answers at chance level. --calibrate fits every new layer to the output of the
+    softmax layer it replaces, on unlabelled images; after that the model is near the original, before any fine-tune.
+    Interrupted, the same command goes on from where it was, about 100 steps back at most.
+
+    **Examples**
+
+    - `t5 convert vit_small_patch14_dinov2.lvd142m dino-t5 --calibrate photos --img-size 224`
+    - `t5 convert deit_tiny_patch16_224 deit-t5 --calibrate photos --steps 300 --batch-size 32`
+    - `t5 convert my-softmax-folder half --layers 0-5 --inner two_layer`
+
+    **Output**
+
+    The error of every layer before and after calibration (0: same output as softmax, 1: no better than a constant),
+    how many numbers were inherited, new and dropped, and how to load the folder: t5lib.load("OUT").
+    """
+    source = Source(name=model, weights=weights, pretrained=pretrained, img_size=arguments.parse_size(img_size))
+    arguments.check_output(out, force=force)
+    if source.folder and source.folder.resolve() == out.resolve():
+        raise T5Error(f"MODEL and OUT are the same folder, {out}; name another OUT, and the softmax model stays")
+    fit = _given(steps=steps, batch_size=batch_size, lr=lr, lr_inherited=lr_inherited)
+    if fit and not calibrate:
+        raise T5Error(f"--{next(iter(fit)).replace('_', '-')} is for calibration; add --calibrate FOLDER")
+    t5 = _given(
+        inner=inner,
+        inner_loss=inner_loss,
+        key_norm=key_norm,
+        locality=locality,
+        layers=arguments.parse_layers(layers),
+    )
+    images = arguments.find_images(calibrate, least=2) if calibrate else []
+    from t5lib.cli import converting
+
+    request = converting.Request(source=source, out=out, images=images, t5=t5, calibrate=fit, seed=seed, device=device)
+    converting.run(request)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder written by t5 convert or t5lib.save.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The same and more, for programs.")] = False,
+) -> None:
+    """Show what is in a saved folder, converted or softmax.
+
+    **Examples**
+
+    - `t5 inspect dino-t5`
+    - `t5 inspect dino-t5 --json | jq .flops`
+
+    **Output**
+
+    Architecture, which layers are converted and how, image size and tokens, parameters (inherited and new), file.
+    Cost is arithmetic, not time: matrix products and convolutions, a multiply-add counted as 2, beside the softmax
+    twin of the same size. Equal cost is the number of tokens from which on the TTT layers take fewer FLOPs.
+    """
+    from t5lib.cli import inspecting
+
+    found = inspecting.run(folder)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        inspecting.show(folder, found)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were typed; the rest is the library's to choose."""
+    return {name: value for name, value in options.items() if value is not None}

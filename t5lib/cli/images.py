@@ -1,0 +1,109 @@
+"""A user's own folder of images as the model's input.
+
+Shapes: B images, H and W pixels of the model's input.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from t5lib.cli.screen import counted, note
+from t5lib.errors import T5Error
+
+MOST_HELD_OUT = 64
+
+
+class ImageReader:
+    """Reads image files as `model` wants them: its input size, timm's normalization and crop for its weights.
+
+    Files that cannot be read are left out and remembered in `unreadable`, so that one damaged file among thousands
+    costs neither the work done before it nor goes unsaid.
+    """
+
+    def __init__(self, model: nn.Module):
+        if model.in_chans != 3:
+            raise T5Error(f"the model takes images of {model.in_chans} channels; image files are read as RGB, with 3")
+        config = resolve_model_data_config(model)
+        config["input_size"] = (3, *model.patch_embed.img_size)
+        self.config, self.transform = config, create_transform(**config)
+        self.unreadable: dict[Path, str] = {}
+
+    def read(self, paths: Sequence[Path]) -> Tensor:
+        """(B, 3, H, W) float32, B at most the number of `paths`.
+
+        Raises:
+            T5Error: not one of them can be read.
+        """
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # decoding and resizing run outside Python's lock
+            images = [image for image in threads.map(self._read, paths) if image is not None]
+        if not images:
+            raise T5Error(
+                f"no image can be read, such as {paths[0]} ({self.unreadable[paths[0]]}); replace or remove such files"
+            )
+        return torch.stack(images)
+
+    def describe(self) -> str:
+        """How images are prepared, in words."""
+        _, height, width = self.config["input_size"]
+        mean, std = (" ".join(f"{value:.3g}" for value in self.config[name]) for name in ("mean", "std"))
+        return f"{height} × {width} px, mean {mean}, std {std}"
+
+    def report(self) -> None:
+        """Note the files that were left out."""
+        if self.unreadable:
+            path, reason = next(iter(self.unreadable.items()))
+            note(f"left out, for it cannot be read: {counted(len(self.unreadable), 'file')}, such as {path} ({reason})")
+
+    def _read(self, path: Path) -> Tensor | None:
+        try:
+            with Image.open(path) as image:
+                return self.transform(image.convert("RGB"))
+        except Exception as error:  # Pillow raises nearly anything on damaged files
+            self.unreadable[path] = str(error).partition(" '")[0] or type(error).__name__
+            return None
+
+
+class CalibrationImages:
+    """Batches for t5lib.calibrate: number 0 is held out to measure on, the later ones pass over all other images again
+    and again, each pass in a new order, every image mirrored half of the times.
+
+    A batch follows from the seed and its number alone, so work goes on where it stopped.
+
+    Args:
+        paths: 2 images or more.
+        read: makes (B, 3, H, W) of some of them.
+    """
+
+    def __init__(self, paths: Sequence[Path], read: Callable[[Sequence[Path]], Tensor], batch_size: int, seed: int):
+        order = torch.randperm(len(paths), generator=_generator(seed)).tolist()
+        held_out = min(MOST_HELD_OUT, batch_size, max(1, len(paths) // 10))
+        self.held_out = [paths[index] for index in order[:held_out]]
+        self.rest = [paths[index] for index in order[held_out:]]
+        self.read, self.batch_size, self.seed = read, batch_size, seed
+
+    def __call__(self, start: int) -> Iterator[Tensor]:
+        """Endless batches (B, 3, H, W) from number `start` on."""
+        return (self._batch(number) for number in itertools.count(start))
+
+    def _batch(self, number: int) -> Tensor:
+        if number == 0:
+            return self.read(self.held_out)
+        batches_a_pass = -(-len(self.rest) // self.batch_size)
+        epoch, position = divmod(number - 1, batches_a_pass)
+        order = torch.randperm(len(self.rest), generator=_generator(self.seed, 1 + epoch)).tolist()
+        chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
+        images = self.read([self.rest[index] for index in chosen])
+        mirrored = torch.rand(len(images), generator=_generator(self.seed, number, 1)) < 0.5
+        return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+
+def _generator(*key: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))

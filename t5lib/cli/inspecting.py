@@ -1,0 +1,132 @@
+"""`t5 inspect`: what is in a folder written by t5lib.save."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import t5lib
+from t5lib.attention import T5Config
+from t5lib.benchmark import count_flops, num_tokens
+from t5lib.checkpoint import read_description
+from t5lib.cli.screen import facts, notes, ranges
+from t5lib.config import to_dict
+from t5lib.conversion import new_parameters, ttt_layers
+from t5lib.errors import T5Error
+from t5lib.families import timm_vit
+
+SHOWN = {"inner": "inner model", "inner_loss": "loss", "key_norm": "key norm", "locality": "locality"}
+FACTORS = (1, 2, 4)  # by which the image's sides are multiplied to find where both models cost the same
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """Everything about the model in `folder`, JSON-ready; see `_flops` for its FLOPs.
+
+    Raises:
+        T5Error: `folder` is no saved model, or its parts do not fit each other.
+    """
+    with notes.status(f"reading {folder}"):
+        description = read_description(folder)
+        model = t5lib.load(folder)
+        config, attentions = getattr(model, "t5_config", None), timm_vit.attention_names(model)
+        converted = ttt_layers(model)
+        new = sum(parameter.numel() for parameter in new_parameters(model).values())
+        total = sum(parameter.numel() for parameter in model.parameters())
+        return {
+            "architecture": description["architecture"],
+            "num_classes": model.num_classes,
+            "image_size": list(model.patch_embed.img_size),
+            "patch_size": model.patch_embed.feat_ratio(),
+            "grid": list(model.patch_embed.grid_size),
+            "prefix_tokens": model.num_prefix_tokens,
+            "tokens": num_tokens(model),
+            "t5": to_dict(config) if config else None,
+            "layers": {
+                "ttt": [index for index, name in enumerate(attentions) if name in converted],
+                "softmax": [index for index, name in enumerate(attentions) if name not in converted],
+            },
+            "parameters": {"total": total, "inherited": total - new, "new": new},
+            "file_bytes": (folder / "model.safetensors").stat().st_size,
+            "dtype": " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in model.parameters()})),
+            "flops": _flops(description, config or T5Config()),
+            "versions": description.get("versions"),
+        }
+
+
+def show(folder: Path, found: dict[str, Any]) -> None:
+    """Print what `run` found."""
+    height, width = found["image_size"]
+    rows, columns = found["grid"]
+    prefix = f" and {found['prefix_tokens']} prefix" if found["prefix_tokens"] else ""
+    head = f"{found['num_classes']} classes" if found["num_classes"] else "no head"
+    lines = [
+        ("model", f"{found['architecture']}, {head}"),
+        ("attention", _attention(**found["layers"])),
+        ("images", f"{height} × {width} px = {rows} × {columns} patches of {found['patch_size']} px"),
+        ("tokens", f"{found['tokens']}: {rows * columns} patches{prefix}"),
+        ("parameters", _parameters(**found["parameters"])),
+        ("file", f"{found['file_bytes'] / 1e6:,.1f} MB, {found['dtype']}"),
+        ("cost", _cost(found["flops"], converted=found["t5"] is not None)),
+    ]
+    if found["t5"]:
+        lines.insert(2, ("TTT layers", ", ".join(f"{shown} {found['t5'][name]}" for name, shown in SHOWN.items())))
+    if found["flops"]["equal_tokens"]:
+        lines.append(("equal cost", _equal(found)))
+    facts(lines)
+
+
+def _flops(description: dict[str, Any], config: T5Config) -> dict[str, int | None]:
+    """FLOPs of one image of the model's own size (one multiply-add counts as 2), as softmax model and with TTT layers.
+
+    `equal_tokens` is where both cost the same. Every part of either cost is a polynomial of degree 2 at most in the
+    number of patches, so three sizes tell the difference at every size exactly.
+    """
+    architecture, arguments = description["architecture"], description["model_args"] | {"dynamic_img_size": True}
+    with torch.device("meta"):
+        softmax = timm_vit.build(architecture, arguments, None)
+        try:
+            t5 = t5lib.convert(softmax, config)
+        except T5Error:  # a softmax model can be saved without being convertible
+            t5 = None
+        counts = {"softmax": _counts(softmax), "t5": t5 and _counts(t5)}
+    if t5 is None:
+        return {"softmax": counts["softmax"][0], "t5": None, "equal_tokens": None}
+    patches = [softmax.patch_embed.num_patches * factor**2 for factor in FACTORS]
+    difference = np.subtract(counts["softmax"], counts["t5"])
+    roots = np.roots(np.polyfit(patches, difference, 2))
+    crossed = [math.ceil(round(root.real, 6)) for root in roots if np.isreal(root) and root.real > 0]
+    equal = max(crossed) + softmax.num_prefix_tokens if crossed else None
+    return {"softmax": counts["softmax"][0], "t5": counts["t5"][0], "equal_tokens": equal}
+
+
+def _counts(model: torch.nn.Module) -> list[int]:
+    height, width = model.patch_embed.img_size
+    return [count_flops(model, torch.zeros(1, model.in_chans, f * height, f * width)) for f in FACTORS]
+
+
+def _attention(ttt: list[int], softmax: list[int]) -> str:
+    parts = [f"{name} in layers {ranges(layers)}" for name, layers in (("TTT", ttt), ("softmax", softmax)) if layers]
+    return f"{', '.join(parts)} ({len(ttt)} of {len(ttt) + len(softmax)} converted)"
+
+
+def _parameters(total: int, inherited: int, new: int) -> str:
+    return f"{total:,} = {inherited:,} inherited + {new:,} new ({100 * new / total:.1f}%)" if new else f"{total:,}"
+
+
+def _cost(flops: dict[str, int | None], *, converted: bool) -> str:
+    softmax, t5 = flops["softmax"], flops["t5"]
+    if t5 is None:
+        return f"{softmax / 1e9:.3g} GFLOPs an image; this model cannot be converted"
+    share = 100 * (t5 / softmax - 1)
+    difference = f"{abs(share):.0f}% {'more' if share > 0 else 'less'}"
+    if converted:
+        return f"{t5 / 1e9:.3g} GFLOPs an image, {difference} than its softmax twin ({softmax / 1e9:.3g})"
+    return f"{softmax / 1e9:.3g} GFLOPs an image; converted {t5 / 1e9:.3g} ({difference})"
+
+
+def _equal(found: dict[str, Any]) -> str:
+    tokens = found["flops"]["equal_tokens"]
+    side = round(math.sqrt(tokens - found["prefix_tokens"]) * found["patch_size"])
+    return f"{tokens:,} tokens (a square of {side} px); with more, TTT layers take fewer FLOPs than softmax"

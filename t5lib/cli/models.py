@@ -1,0 +1,126 @@
+"""From what was typed to a softmax model: everything that can be refused is refused before weights are fetched."""
+
+import difflib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+import t5lib
+from t5lib.checkpoint import read_description
+from t5lib.cli.arguments import Source
+from t5lib.cli.screen import note
+from t5lib.errors import SourceError, T5Error
+from t5lib.families import timm_vit
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called `name`; by default the GPU if there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise T5Error(f"--device {name} cannot be used ({reason}); expected cpu, cuda or cuda:1") from None
+    return device
+
+
+def outline(source: Source) -> nn.Module:
+    """The model without weights, on the meta device: quick to make, and enough to refuse what cannot be done.
+
+    Raises:
+        T5Error: unknown name (names the nearest), no pretrained weights, an image size that is no multiple of the
+            patch size, or a model that cannot be converted.
+    """
+    with torch.device("meta"):
+        if source.folder:
+            description = read_description(source.folder)
+            model = timm_vit.build(description["architecture"], description["model_args"], None)
+        else:
+            _check_name(source)
+            model = timm.create_model(source.name, pretrained=False)
+        timm_vit.check_convertible(model)
+        _check_size(source, model)
+    return model
+
+
+def load(source: Source, device: torch.device) -> nn.Module:
+    """The softmax model with its weights, in eval mode.
+
+    Raises:
+        T5Error: weights that cannot be fetched or do not fit.
+    """
+    if source.folder:
+        model = t5lib.load(source.folder)
+        if source.img_size:
+            model.set_input_size(img_size=source.img_size)
+        return model.to(device)
+    arguments: dict[str, Any] = {"img_size": source.img_size} if source.img_size else {}
+    if source.weights:
+        model = _with_weights(source, arguments)
+    else:
+        with _fetching(source):
+            model = timm.create_model(source.name, pretrained=source.pretrained, **arguments)
+    return model.to(device).eval()
+
+
+def _check_name(source: Source) -> None:
+    known = timm.list_models() + timm.list_pretrained()
+    if not timm.is_model(source.name.partition(".")[0]) or ("." in source.name and source.name not in known):
+        near = [name for name in known if source.name in name][:3] or difflib.get_close_matches(source.name, known)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
+        raise T5Error(f"timm {timm.__version__} knows no model '{source.name}', and there is no such folder; {hint}")
+    if source.pretrained and not source.weights and not timm.is_model_pretrained(source.name):
+        raise T5Error(f"timm has no pretrained weights for {source.name}; give --weights FILE, or --no-pretrained")
+
+
+def _check_size(source: Source, model: nn.Module) -> None:
+    for side, patch in zip(source.img_size or (), model.patch_embed.feat_ratio(as_scalar=False), strict=False):
+        if side % patch:
+            nearest = max(1, round(side / patch)) * patch
+            raise T5Error(f"--img-size: {side} is no multiple of the patch size {patch}; nearest is {nearest}")
+
+
+def _with_weights(source: Source, arguments: dict[str, Any]) -> nn.Module:
+    """Load a local file through timm, which knows other names of the same weights and resamples position tables."""
+    try:
+        with safe_open(source.weights, framework="pt") as file:
+            has_head = "head.weight" in file.keys()  # noqa: SIM118 (it is no dictionary)
+            classes = file.get_slice("head.weight").get_shape()[0] if has_head else 0
+        given = {"file": str(source.weights), "num_classes": classes}  # as many as the model has: loading is strict
+        return timm.create_model(
+            source.name, pretrained=True, pretrained_cfg_overlay=given, num_classes=classes, **arguments
+        )
+    except (RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise T5Error(f"{source.weights} does not fit timm's {source.name}: {reason}") from None
+
+
+@contextmanager
+def _fetching(source: Source) -> Iterator[None]:
+    if not source.pretrained:
+        yield
+        return
+    note(f"weights of {source.name}: from timm's cache or its hub (without a network this gives up in a minute)")
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it would tell of every attempt
+    try:
+        yield
+    except (OSError, HfHubHTTPError, HTTPError) as error:  # what timm's and the hub's clients raise
+        reason = str(error).strip().partition("\n")[0]
+        raise SourceError(
+            f"the weights of {source.name} could not be fetched ({reason}). Check the network and, for a gated "
+            "model, HF_TOKEN; or download model.safetensors elsewhere and pass it with --weights",
+            retryable=True,
+        ) from error
+    finally:
+        hub.setLevel(level)
