@@ -21,9 +21,8 @@ import t5lib
 from t5lib.attention import LOCALITIES, T5Config
 from t5lib.benchmark import count_flops
 from t5lib.calibration import CalibrateConfig
-from t5lib.cli import app, arguments, converting, diagnosing, images, models
-from t5lib.cli.images import CalibrationImages, ImageReader
-from t5lib.cli.screen import ranges
+from t5lib.cli import app, arguments, converting, images, models
+from t5lib.cli.images import ImageReader
 from t5lib.key_norm import KEY_NORMS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,30 +119,6 @@ class TestHelp:
         assert run("--version").stdout.strip() == f"t5 {version('t5-ttt')}"
 
 
-class TestArguments:
-    def test_layers_are_numbers_and_ranges(self):
-        assert arguments.parse_layers("0-2, 5,5") == (0, 1, 2, 5)
-        assert ranges([0, 1, 2, 5]) == "0-2, 5"
-
-    @pytest.mark.parametrize("text", ["", "a", "3-1", "1--2", "1,,2"])
-    def test_layers_that_mean_nothing_are_refused(self, text, softmax, tmp_path):
-        assert "expected such as 0-5,8" in refused("convert", softmax, tmp_path / "out", "--layers", text)
-
-    def test_size_is_height_then_width(self):
-        assert arguments.parse_size("224x320") == (224, 320)
-        assert arguments.parse_size("224") == (224, 224)
-
-    @pytest.mark.parametrize("text", ["big", "0", "224x", "-5", "224x0"])
-    def test_size_that_means_nothing_is_refused(self, text, softmax, photos):
-        assert "224x320" in refused("diagnose", softmax, "--images", photos, f"--img-size={text}")
-
-    def test_images_are_found_in_subfolders_and_spread_over_them(self, photos):
-        found = arguments.find_images(photos)
-        assert len(found) == 12
-        assert len({path.parent for path in arguments.spread(found, 2)}) == 2
-        assert arguments.spread(found, 100) == found
-
-
 class TestRefusedBeforeAnyWork:
     @pytest.fixture(autouse=True)
     def check_order(self, no_weights):
@@ -198,6 +173,8 @@ class TestRefusedBeforeAnyWork:
 
     def test_settings(self, softmax, photos, tmp_path):
         out = tmp_path / "out"
+        assert "expected such as 0-5,8" in refused("convert", softmax, out, "--layers", "all")
+        assert "224x320" in refused("convert", softmax, out, "--img-size", "big")
         assert "did you mean 'swiglu'" in refused("convert", softmax, out, "--inner", "swigul")
         assert "from 0 to 1" in refused("convert", softmax, out, "--layers", "2")
         assert "no multiple of the patch size 8; nearest is 32" in refused("convert", softmax, out, "--img-size", "30")
@@ -213,20 +190,8 @@ class TestRefusedBeforeAnyWork:
         assert "does not exist" in refused("diagnose", name, "--images", photos, "--weights", missing)
         assert "weights of its own" in refused("diagnose", softmax, "--images", photos, "--no-pretrained")
 
-    def test_images_of_other_than_three_channels(self):
-        with pytest.raises(t5lib.T5Error, match="1 channels"):
-            ImageReader(tiny_vit(in_chans=1))
-
 
 class TestWeights:
-    def test_come_from_a_file_with_its_own_number_of_classes(self, photos, tmp_path):
-        model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3)
-        save_file(model.state_dict(), tmp_path / "mine.safetensors")
-        source = arguments.Source(name="vit_tiny_patch16_224", weights=tmp_path / "mine.safetensors", img_size=(32, 32))
-        loaded = models.load(source, torch.device("cpu"))
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(loaded.state_dict()[name], tensor), name
-
     def test_that_do_not_fit_are_refused(self, photos, tmp_path):
         save_file({"blocks.0.odd": torch.zeros(3)}, tmp_path / "odd.safetensors")
         (tmp_path / "broken.safetensors").write_bytes(b"not really")
@@ -277,24 +242,6 @@ class TestDiagnose:
         (tmp_path / "good.png").unlink()
         message = words(run("diagnose", softmax, "--images", tmp_path).stderr)
         assert "no image can be read, such as" in message
-
-    def test_images_get_the_models_own_normalization(self):
-        model = timm.create_model("vit_tiny_patch16_224", img_size=32)  # augreg weights: mean and std one half
-        reader = ImageReader(model)
-        assert reader.config["mean"] == (0.5, 0.5, 0.5)
-        assert reader.config["input_size"] == (3, 32, 32)
-
-    @pytest.mark.parametrize(
-        "mean, control, pretrained, expected",
-        [
-            (0.6, 0.1, True, "'instance' (the default), which takes it out"),
-            (0.3, 0.25, True, "check that these are the weights you mean"),
-            (0.6, 0.1, False, "no diagnosis"),
-        ],
-    )
-    def test_reading_follows_from_the_numbers(self, mean, control, pretrained, expected):
-        summary = {"mean_shift_ratio": mean, "mean_shift_ratio_random_init": control}
-        assert expected in diagnosing.reading(summary, pretrained=pretrained)
 
 
 class TestConvert:
@@ -401,41 +348,6 @@ class TestCalibrate:
         assert first != converting._fingerprint(other, recipe, model)
         assert first != converting._fingerprint(request, CalibrateConfig(steps=7), model)
         assert first != converting._fingerprint(request, recipe, changed)
-
-    def test_held_out_images_are_never_fitted_on(self):
-        paths = [Path(f"{index}.png") for index in range(30)]
-        seen: list[Path] = []
-
-        def read(chosen):
-            seen.extend(chosen)
-            return torch.zeros(len(chosen), 3, 4, 4)
-
-        batches = CalibrationImages(paths, read, batch_size=8, seed=0)
-        stream = batches(0)
-        next(stream)
-        held_out = list(seen)
-        seen.clear()
-        for _ in range(4):  # one pass over the rest
-            next(stream)
-        assert sorted([*held_out, *seen]) == sorted(paths)
-        assert len(held_out) == 3
-
-    def test_batch_follows_from_seed_and_number(self):
-        paths = [Path(f"{index}.png") for index in range(30)]
-
-        def read(chosen):
-            values = torch.tensor([float(path.stem) for path in chosen])
-            return values[:, None, None, None] + torch.arange(4.0).expand(len(chosen), 3, 4, 4) / 10
-
-        def take(seed, start, count):
-            stream = CalibrationImages(paths, read, batch_size=8, seed=seed)(start)
-            return [next(stream) for _ in range(count)]
-
-        whole = take(0, 0, 7)
-        assert all(torch.equal(a, b) for a, b in zip(whole[3:], take(0, 3, 4), strict=True))
-        assert not torch.equal(whole[1], take(1, 1, 1)[0])
-        first = torch.cat([batch[:, 0, 0, 0] % 1 for batch in whole[1:]])
-        assert 0 < (first > 0.2).float().mean() < 1  # some are mirrored, some are not
 
 
 class TestInspect:
