@@ -26,17 +26,17 @@ from t5lib.cli.images import ImageReader
 from t5lib.key_norm import KEY_NORMS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FIT = ["--steps", "4", "--batch-size", "4"]
 
 
 def run(*arguments: object):
-    """stdout, stderr and output have single spaces, so that tests do not depend on where lines were broken."""
+    """The result of `t5 …`; an exception that the command does not turn into a message fails the test."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "100"})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
 
 def words(text: str) -> str:
+    """`text` with single spaces: tests do not depend on where lines were broken."""
     return " ".join(text.split())
 
 
@@ -296,7 +296,10 @@ class TestCalibrate:
 
     def test_projections_stay_when_asked(self, softmax, photos, tmp_path):
         out = tmp_path / "out"
-        assert "as they were" in run("convert", softmax, out, "--calibrate", photos, *FIT, "--lr-inherited", 0).stdout
+        assert (
+            "as they were"
+            in run("convert", softmax, out, "--calibrate", photos, "--steps", 4, "--lr-inherited", 0).stdout
+        )
         reverted = t5lib.revert(t5lib.load(out)).state_dict()
         for name, tensor in t5lib.load(softmax).state_dict().items():
             assert torch.equal(reverted[name], tensor), name
