@@ -116,7 +116,7 @@ def calibrate(
         with progress("calibrate", config.steps, state["step"]) as bar:
             while state["step"] < config.steps:
                 begun, first = time.monotonic(), state["step"]
-                pool = fit.capture(torch.cat([images_of(next(source)) for _ in range(config.pool)]))
+                pool = fit.capture(torch.cat([images_of(next(source)).to(fit.device) for _ in range(config.pool)]))
                 state["batches"] += config.pool
                 for chosen in _draws(pool[-1].shape[0], config, first):
                     loss = fit.step(tuple(part[chosen] for part in pool), state["step"])

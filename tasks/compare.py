@@ -36,8 +36,8 @@ def compare(target: str, seeds: list[int], out: Path, work: Path, changes: dict[
     runs = {seed: _one_seed(target, with_seed(settings, seed), work / f"seed-{seed}") for seed in seeds}
     result = {
         "target": target,
-        "device": describe_device(device()),
-        "torch": torch.__version__,
+        "device": next(iter(runs.values()))["device"],
+        "torch": next(iter(runs.values()))["torch"],
         "settings": settings,
         "seeds": {str(seed): run for seed, run in runs.items()},
         "summary": summarize(list(runs.values())),
@@ -107,6 +107,8 @@ def _one_seed(target: str, settings: dict[str, Any], root: Path) -> dict[str, An
         "seconds": {stage: metrics[stage]["seconds"] for stage in TIMED},
         "calibration_error": {key: value for key, value in metrics["calibrate"].items() if key.startswith("error")},
         "shift_ratio": metrics["diagnose"],
+        "device": describe_device(device()),
+        "torch": torch.__version__,
         "settings": settings,
     }
     write_json(done, result)
