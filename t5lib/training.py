@@ -3,13 +3,13 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
@@ -23,8 +23,9 @@ from t5lib.conversion import new_parameters
 from t5lib.data import AugmentConfig
 from t5lib.errors import T5Error
 from t5lib.health import explain_blow_up
+from t5lib.interrupt import deferred_interrupt
 from t5lib.progress import progress
-from t5lib.training_state import Counter, load_checkpoint, save_checkpoint
+from t5lib.training_state import Done, load_checkpoint, save_checkpoint
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -39,7 +40,7 @@ class TrainConfig:
         lr, lr_new: peak learning rates of inherited and of new parameters.
         min_lr: the cosine's end, as a part of the peak.
         warmup: part of all steps with linearly rising learning rate.
-        weight_decay: AdamW's, for matrices; vectors and biases get none.
+        weight_decay: AdamW's, for matrices; vectors, biases and what timm spares (position tables) get none.
         clip_norm: bound of the gradient's norm; null for none.
         trainable: "all", or "new" for the freeze protocol.
         distill: weight from 0 to 1 of the teacher's soft labels beside the true ones; 0 needs no teacher.
@@ -73,10 +74,17 @@ class TrainConfig:
     def __post_init__(self):
         one_of(self.trainable, ("all", "new"), "train.trainable")
         one_of(self.precision, ("fp32", "bf16"), "train.precision")
-        if min(self.epochs, self.batch_size, self.accumulate, self.checkpoint_every) <= 0:
-            raise T5Error("train: epochs, batch_size, accumulate and checkpoint_every must be positive")
-        if not 0 <= self.distill <= 1:
-            raise T5Error(f"train: distill is {self.distill}; expected a weight from 0 to 1")
+        for names, holds, expected in (
+            (("epochs", "batch_size", "accumulate", "checkpoint_every"), lambda v: v > 0, "more than 0"),
+            (("lr", "lr_new", "weight_decay", "mixup", "cutmix"), lambda v: v >= 0, "0 or more"),
+            (("min_lr", "warmup", "distill"), lambda v: 0 <= v <= 1, "a part, from 0 to 1"),
+            (("label_smoothing",), lambda v: 0 <= v < 1, "0 or more, below 1"),
+            (("ema",), lambda v: v is None or 0 < v < 1, "a decay between 0 and 1, or null"),
+            (("clip_norm",), lambda v: v is None or v > 0, "more than 0, or null for no bound"),
+        ):
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise T5Error(f"train: {name} is {getattr(self, name)}; expected {expected}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise T5Error(f"train: mixup and cutmix pair images; batch_size {self.batch_size} must be even")
 
@@ -117,47 +125,62 @@ def train(
 
     Raises:
         T5Error: nothing to train, a missing teacher, or a loss that is not finite (step, layers and advice named).
-        KeyboardInterrupt: after a checkpoint has been written.
+        KeyboardInterrupt: Ctrl-C, at the end of the step and after a checkpoint has been written.
     """
     if config.distill and teacher is None:
         raise T5Error("train: distill is set but there is no teacher; pass the softmax model as teacher=")
-    run = _Run(model, config, teacher, num_classes, steps)
-    run.restore(resume_dir)
-    source = open_batches(batches, run.done.step * config.accumulate)
-    loss = math.nan
-    with progress(f"train ({config.trainable})", steps, run.done.step) as bar:
-        try:
-            while run.done.step < steps:
+    run, loss = _Run(model, config, teacher, num_classes, steps), math.nan
+    try:
+        run.restore(resume_dir)
+        source = open_batches(batches, run.done.step * config.accumulate)
+        with progress(f"train ({config.trainable})", steps, run.done.step) as bar, deferred_interrupt() as interrupted:
+            stop = False
+            while run.done.step < steps and not stop:
                 begun = time.monotonic()
-                values = run.step([next(source) for _ in range(config.accumulate)])
-                run.done.seconds += time.monotonic() - begun
-                loss = values["loss"]
-                bar.advance(run.done.step, loss=loss)
-                if log and run.accelerator.is_main_process:
-                    log(values, run.done.step)
-                if resume_dir and run.done.step % config.checkpoint_every == 0 and run.done.step < steps:
+                taken = _take(source, config.accumulate, interrupted)
+                if taken:
+                    values = run.step(taken)
+                    run.done.seconds += time.monotonic() - begun
+                    loss = values["loss"]
+                    bar.advance(run.done.step, loss=loss)
+                    if log and run.accelerator.is_main_process:
+                        log(values, run.done.step)
+                stop = run.any_process(interrupted())
+                if resume_dir and (stop or run.done.step % config.checkpoint_every == 0):
                     run.save(resume_dir)
-        except KeyboardInterrupt:
-            if resume_dir:
-                run.save(resume_dir)
-            raise
-    run.finish()
+            if stop:
+                raise KeyboardInterrupt
+        run.take_average()
+    finally:
+        run.close()
     images = steps * config.batch_size * config.accumulate * run.accelerator.num_processes
     return TrainReport(
         steps=steps, seconds=run.done.seconds, samples_per_second=images / max(run.done.seconds, 1e-9), loss=loss
     )
 
 
+def _take(source: Iterator[Any], count: int, interrupted: Callable[[], bool]) -> list[Any] | None:
+    """Batches for one step; None once Ctrl-C, which reaches the processes of a loader too, has ended them."""
+    try:
+        return [next(source) for _ in range(count)]
+    except RuntimeError:
+        if interrupted():
+            return None
+        raise
+
+
 class _Run:
     """Model, optimizer, averaged weights and counters of one training; Accelerate places them."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, teacher: nn.Module | None, num_classes: int, steps: int):
-        AcceleratorState._reset_state()  # runs of one process may differ in precision
-        self.accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+        # Not Accelerate's mixed precision: it would leave its autocast on the model for good. `cpu`: or else several
+        # processes on a machine without accelerator would each train on their own.
+        self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
         self.config, self.total, self.plain = config, steps, model
-        set_seed(config.seed)  # Python, NumPy (mixup) and torch
+        set_seed(config.seed, device_specific=True)  # Python, NumPy (mixup) and torch
         device = self.accelerator.device
         model.to(device).train()
+        model.zero_grad(set_to_none=True)
         self.frozen = freeze(model, config.trainable)
         self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None
         optimizer = torch.optim.AdamW(_groups(model, config), fused=device.type == "cuda")
@@ -166,8 +189,7 @@ class _Run:
             self.model = torch.compile(self.model)
         self.teacher = teacher.to(device).eval() if config.distill else None
         self.mixup = _mixup(config, num_classes)
-        self.done = Counter()
-        self.accelerator.register_for_checkpointing(self.done, *([self.ema] if self.ema else []))
+        self.done = Done()
 
     def step(self, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """One optimizer step over the given forward passes; returns what is worth a curve."""
@@ -191,26 +213,37 @@ class _Run:
             self.ema.update(self.plain, step=self.done.step)
         return {"loss": value, **rates, "grad_norm": norm}
 
+    def any_process(self, holds: bool) -> bool:
+        """Whether it holds in any process: all must stop after the same step."""
+        if holds:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
+
     def restore(self, folder: Path | None) -> None:
         if folder:
-            load_checkpoint(self.accelerator, folder)
+            load_checkpoint(self.accelerator, folder, self.done, self.ema)
 
     def save(self, folder: Path) -> None:
-        save_checkpoint(self.accelerator, folder, self.done.step)
+        save_checkpoint(self.accelerator, folder, self.done, self.ema)
 
-    def finish(self) -> None:
+    def take_average(self) -> None:
         if self.ema:
             self.plain.load_state_dict(self.ema.module.state_dict())
+
+    def close(self) -> None:
         for parameter in self.frozen:
             parameter.requires_grad_(True)
         self.plain.eval()
         self.accelerator.free_memory()
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         smoothing, targets = self.config.label_smoothing, labels
         if self.mixup:
             images, targets = self.mixup(images.clone(), labels)  # it works in place
-        with self.accelerator.autocast():
+        with self.autocast():
             logits = self.model(images)
         if self.mixup:
             loss = SoftTargetCrossEntropy()(logits.float(), targets)
@@ -218,7 +251,7 @@ class _Run:
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
         if self.teacher is None:
             return loss
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.autocast():
             soft = self.teacher(images).float().softmax(-1)
         return torch.lerp(loss, F.cross_entropy(logits.float(), soft), self.config.distill)
 
@@ -258,17 +291,19 @@ def freeze(model: nn.Module, trainable: str) -> list[nn.Parameter]:
 def _groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """Parameters by (new or inherited, decayed or not): their learning rates and weight decay differ."""
     new = set(new_parameters(model))
+    spared = getattr(model, "no_weight_decay", set)()
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name in new, parameter.ndim > 1), []).append(parameter)
+            decayed = parameter.ndim > 1 and name not in spared
+            groups.setdefault((name in new, decayed), []).append(parameter)
     return [
         {
             "params": parameters,
             "peak": config.lr_new if is_new else config.lr,
-            "weight_decay": config.weight_decay if is_matrix else 0.0,
+            "weight_decay": config.weight_decay if decayed else 0.0,
         }
-        for (is_new, is_matrix), parameters in groups.items()
+        for (is_new, decayed), parameters in groups.items()
     ]
 
 

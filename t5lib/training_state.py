@@ -2,32 +2,35 @@
 
 import os
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from t5lib.files import read_json, write_json
 
 
-class Counter:
+@dataclass
+class Done:
     """How far a training is: optimizer steps done and seconds spent."""
 
-    def __init__(self) -> None:
-        self.step, self.seconds = 0, 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "seconds": self.seconds}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.seconds = state["step"], state["seconds"]
+    step: int = 0
+    seconds: float = 0.0
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+def save_checkpoint(accelerator: Accelerator, folder: Path, done: Done, ema: nn.Module | None) -> None:
     """Write `folder`/step-N; a kill at any moment leaves this one or the one before it whole."""
-    final = folder / f"step-{step:07d}"
+    final = folder / f"step-{done.step:07d}"
     temporary = folder / f".{final.name}"
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        # not registered with Accelerate, which would unpickle them when they are loaded
+        write_json(temporary / "done.json", asdict(done))
+        if ema:
+            save_model(ema, str(temporary / "ema.safetensors"))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         for old in folder.glob("step-*"):
@@ -36,10 +39,13 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> bool:
-    """Continue from the newest whole checkpoint in `folder`; false when there is none."""
+def load_checkpoint(accelerator: Accelerator, folder: Path, done: Done, ema: nn.Module | None) -> None:
+    """Continue from the newest whole checkpoint in `folder`, if there is one."""
     found = sorted(folder.glob("step-*"))
     if not found:
-        return False
+        return
     accelerator.load_state(str(found[-1]))
-    return True
+    saved = Done(**read_json(found[-1] / "done.json"))
+    done.step, done.seconds = saved.step, saved.seconds
+    if ema:
+        load_model(ema, found[-1] / "ema.safetensors")

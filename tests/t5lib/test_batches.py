@@ -23,7 +23,7 @@ def test_a_function_is_asked_for_the_batch_to_begin_with():
 
 
 def test_batches_that_end_are_refused_with_how_far_they_went():
-    with pytest.raises(T5Error, match="ended after number 7; .* without end"):
+    with pytest.raises(T5Error, match=r"ended after number 7; .* without end"):
         take(lambda start: iter([1, 2]), 5, 3)
     with pytest.raises(T5Error, match="ended after number 5"):
         take(lambda start: iter([]), 5, 1)
