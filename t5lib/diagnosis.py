@@ -81,7 +81,7 @@ def _shift_ratios(model: nn.Module, images: Tensor) -> tuple[tuple[float, ...], 
     hooks = [model.get_submodule(n).register_forward_pre_hook(record) for n in timm_vit.attention_names(model)]
     training = model.training
     try:
-        model.eval()(images.to(next(model.parameters()).device))
+        model.eval()(images.to(next(model.parameters())))  # its device and dtype
     finally:
         model.train(training)
         for hook in hooks:

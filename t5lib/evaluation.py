@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from t5lib.config import one_of
+from t5lib.errors import T5Error
+
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
@@ -42,7 +45,12 @@ def evaluate(
         reference: the name of the model that agreement is measured with.
         precision: "fp32" or "bf16" (autocast).
         on_batch: called with the images done so far.
+
+    Raises:
+        T5Error: no images, or an unknown `reference` or `precision`.
     """
+    if reference is not None:
+        one_of(reference, models, "reference")
     logits, labels = predict(models, batches, precision=precision, on_batch=on_batch)
     expected = logits[reference].argmax(-1) if reference else None
     return {name: score(values, labels, expected) for name, values in logits.items()}
@@ -57,19 +65,25 @@ def predict(
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Logits (n, classes) of every model in float32 on the CPU, and the labels (n,)."""
+    one_of(precision, ("fp32", "bf16"), "precision")
     device = next(next(iter(models.values())).parameters()).device
     logits: dict[str, list[Tensor]] = {name: [] for name in models}
     labels: list[Tensor] = []
+    modes = [model.training for model in models.values()]
     for model in models.values():
         model.eval()
     for images, batch_labels in batches:
-        labels.append(batch_labels)
+        labels.append(batch_labels.cpu())
         images = images.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             for name, model in models.items():
                 logits[name].append(model(images).float().cpu())
         if on_batch:
             on_batch(sum(map(len, labels)))
+    for model, mode in zip(models.values(), modes, strict=True):
+        model.train(mode)
+    if not labels:
+        raise T5Error("there is no batch to score the models on; pass a loader that is not used up")
     return {name: torch.cat(parts) for name, parts in logits.items()}, torch.cat(labels)
 
 
