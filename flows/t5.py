@@ -27,7 +27,7 @@ from tasks import params, tracking
 # What DVC says that a reader of the log need not know.
 DVC_NOISE = re.compile(
     r"Running stage |> python -m |(Updating|Generating) lock file|To track the changes|\tgit add "
-    r"|To enable auto staging|\tdvc config |Use `dvc push`|Data and pipelines are up to date"
+    r"|To enable auto staging|WARNING: .* is empty|\tdvc config |Use `dvc push`|Data and pipelines are up to date"
 )
 DVC_SKIPPED = re.compile(r"Stage '.*' (didn't change, skipping|is cached - skipping run)")
 HEADLINES = ("evaluate", "benchmark")  # the stages whose metrics are shown with the whole run
@@ -182,6 +182,7 @@ def main() -> None:
     except T5Error as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:
+        print("\ninterrupted; run it again to go on from here", file=sys.stderr)
         sys.exit(130)
     show(Path.cwd(), target)
 

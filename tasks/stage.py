@@ -210,7 +210,7 @@ def run_stage(
 def main(run: Callable[[Stage], dict[str, Any]]) -> None:
     """The command line of a stage module: one argument, the target. Exit status 1 on error, 130 when interrupted."""
     name = Path(run.__code__.co_filename).stem
-    parser = argparse.ArgumentParser(prog=f"python -m tasks.{name}", description=run.__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m tasks.{name}", description=run.__globals__["__doc__"])
     parser.add_argument("target", help="a section of `targets` in params.yaml")
     target = parser.parse_args().target
     for stop in (signal.SIGINT, signal.SIGTERM):  # also where a background shell made us ignore Ctrl-C

@@ -204,7 +204,7 @@ runpy.run_module("tasks.fetch", run_name="__main__", alter_sys=True)
 def test_command_line_runs_without_prefect_dvc_and_mlflow_and_ends_with_one_line(small_repo):
     out, err = python(small_repo, "-c", WITHOUT_SERVICES).communicate()
     assert (err, out.splitlines()[0]) == ("", "fetch at work")
-    assert out.splitlines()[-1].startswith("fetch done in 0 s: score 3, told 2")
+    assert out.splitlines()[-1].startswith("fetch done in 0 s: score 3")
     assert (small_repo.root / "data/out/small/fetch/result.txt").read_text() == "2"
 
 
