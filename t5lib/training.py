@@ -23,9 +23,8 @@ from t5lib.conversion import new_parameters
 from t5lib.data import AugmentConfig
 from t5lib.errors import T5Error
 from t5lib.health import explain_blow_up
-from t5lib.interrupt import deferred_interrupt
 from t5lib.progress import progress
-from t5lib.training_state import Done, load_checkpoint, save_checkpoint
+from t5lib.training_state import Done, deferred_interrupt, load_checkpoint, save_checkpoint
 
 Log = Callable[[dict[str, float], int], None]
 

@@ -1,7 +1,11 @@
-"""Checkpoints of a running training: whole or not there, the newest kept, written by Accelerate."""
+"""How a training stops and goes on: Ctrl-C between steps, and checkpoints that are whole or not there."""
 
 import os
 import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,3 +53,29 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, done: Done, ema: nn.
     done.step, done.seconds = saved.step, saved.seconds
     if ema:
         load_model(ema, found[-1] / "ema.safetensors")
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt at once.
+
+    Covers the signals that would raise KeyboardInterrupt here (SIGINT, and SIGTERM where a program wants it so); none
+    outside the main thread, which alone gets signals.
+    """
+    received: list[int] = []
+
+    def remember(number: int, frame) -> None:
+        if received:
+            signal.default_int_handler(number, frame)
+        received.append(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    candidates = (signal.SIGINT, signal.SIGTERM) if main else ()
+    covered = [number for number in candidates if signal.getsignal(number) is signal.default_int_handler]
+    for number in covered:
+        signal.signal(number, remember)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number in covered:
+            signal.signal(number, signal.default_int_handler)

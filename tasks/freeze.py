@@ -18,6 +18,10 @@ class FreezeConfig:
     floor: float
     train: TrainConfig = field(default_factory=lambda: TrainConfig(trainable="new"))
 
+    def __post_init__(self):
+        if self.train.trainable != "new":
+            raise T5Error(f"freeze: train.trainable is '{self.train.trainable}'; this protocol needs 'trainable: new'")
+
 
 SECTIONS = {"freeze": FreezeConfig, "data": DataConfig}
 

@@ -54,10 +54,11 @@ def fit_head(model: nn.Module, shards: ShardSet, data: DataConfig, l2: float) ->
     """Fit `model.head` by logistic regression on the frozen features of all training images; deterministic.
 
     Raises:
-        T5Error: the model's head is not linear.
+        T5Error: the model's head is not one linear layer.
     """
-    if not isinstance(model.head, nn.Linear):
-        raise T5Error(f"head is {type(model.head).__name__}, not a linear layer; use source.head: keep")
+    if not isinstance(model.head, nn.Linear) or hasattr(model, "head_dist"):
+        found = "a pair, one for the distillation token" if hasattr(model, "head_dist") else type(model.head).__name__
+        raise T5Error(f"the head is {found}, not one linear layer; use source.head: keep")
     features, labels = _features(model, shards, data)
     mean, std = features.mean(0), features.std(0) + 1e-6
     features = (features - mean) / std

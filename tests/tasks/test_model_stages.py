@@ -1,0 +1,240 @@
+"""From a source to its evaluation, stage by stage, on a tiny model and a handful of images."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import t5lib
+from t5lib.conversion import new_parameters
+from t5lib.errors import T5Error
+from t5lib.files import read_json, sha256, write_json
+from tasks.stage import read_history, run_stage
+
+TRAINED = {"epochs": 1.0, "batch_size": 8, "lr": 1e-4, "lr_new": 1e-3, "warmup": 0.2, "checkpoint_every": 1}
+SETTINGS = {
+    "data": {"img_size": 32, "num_classes": 3, "mean": [0.5] * 3, "std": [0.25] * 3, "eval_batch_size": 10},
+    "source": {"head": "fit"},
+    "diagnose": {"images": 8},
+    "convert": {"inner": "swiglu"},
+    "calibrate": {"steps": 40, "batch_size": 8, "warmup": 4, "pool": 2, "reuse": 2, "checkpoint_every": 8},
+    "freeze": {"floor": 1.0, "train": {**TRAINED, "trainable": "new"}},
+    "finetune": {**TRAINED, "distill": 0.5, "augment": {"hflip": 0.5}},
+}
+TRAIN, VAL = 48, 21
+TRAINING_METRICS = {"top1", "loss", "steps", "seconds", "samples_per_second"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # operations this small take longer to hand out than to do
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A folder where stages `fetch` and `shards` of target `tiny` are done."""
+    root = tmp_path_factory.mktemp("root")
+    out = root / "data/out/tiny"
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 3}
+    t5lib.save(timm.create_model("vit_tiny_patch16_224", drop_path_rate=0.2, **sizes), out / "fetch")
+    for split, count, seed in (("train", TRAIN, 0), ("val", VAL, 1)):
+        write_split(out / "shards", split, count, np.random.default_rng(seed))
+    return root
+
+
+def write_split(folder: Path, split: str, count: int, rng: np.random.Generator) -> None:
+    """Noise with one colour brighter: that is the class."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / f"{split}.tar", "w") as tar:
+        for index in range(count):
+            label = index % 3
+            pixels = rng.integers(0, 200, (32, 32, 3))
+            pixels[:, :, label] += 55
+            png = io.BytesIO()
+            Image.fromarray(pixels.astype(np.uint8)).save(png, "png")
+            for name, content in ((f"{index:04d}.cls", b"%d" % label), (f"{index:04d}.png", png.getvalue())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    shard = {"path": f"{split}.tar", "count": count, "sha256": sha256(folder / f"{split}.tar")}
+    about = {"name": split, "licence": "none", "source": "test", "classes": ["red", "green", "blue"]}
+    write_json(folder / f"{split}.json", about | {"count": count, "shards": [shard]})
+
+
+def stage(root: Path, name: str, **changes) -> dict:
+    return run_stage(name, "tiny", params=SETTINGS | changes, root=root)
+
+
+def made(root: Path, name: str) -> torch.nn.Module:
+    return t5lib.load(root / "data/out/tiny" / name)
+
+
+def changed(root: Path, name: str, since: str) -> set[str]:
+    """Names of the weights in which the models of two stages differ."""
+    old, new = made(root, since).state_dict(), made(root, name).state_dict()
+    return {key for key in new if key not in old or not torch.equal(new[key], old[key])}
+
+
+@pytest.fixture(scope="module")
+def built(root) -> dict[str, dict]:
+    """The metrics of every stage, run in order."""
+    names = ("source", "diagnose", "convert", "calibrate", "freeze", "finetune", "control", "evaluate")
+    return {name: stage(root, name) for name in names}
+
+
+def test_source_fits_the_head_alone(built, root):
+    assert set(built["source"]) == {"top1", "loss", "seconds", "steps"}
+    assert built["source"]["top1"] > 90 and built["source"]["steps"] == 0
+    assert changed(root, "source", "fetch") == {"head.weight", "head.bias"}
+
+
+def test_diagnose_writes_ratios_and_their_picture(built, root):
+    ratios = read_json(root / "data/out/tiny/diagnose/shift_ratio.json")
+    assert [len(ratios[key]) for key in ("layers", "shift_ratio", "random_init")] == [2, 2, 2]
+    assert (root / "data/out/tiny/diagnose/shift_ratio.png").read_bytes().startswith(b"\x89PNG")
+    assert built["diagnose"]["images"] == 8
+    assert 0 < built["diagnose"]["min"] <= built["diagnose"]["mean_shift_ratio"] <= built["diagnose"]["max"] < 1
+
+
+def test_convert_accounts_for_every_parameter(built, root):
+    account = read_json(root / "data/out/tiny/convert/account.json")
+    source, converted = made(root, "source"), made(root, "convert")
+    assert set(account["inherited"]) == set(source.state_dict()) and account["dropped"] == []
+    assert set(account["new"]) == set(new_parameters(converted)) == changed(root, "convert", "source")
+    counts = {key: sum(converted.state_dict()[n].numel() for n in account[key]) for key in ("inherited", "new")}
+    assert built["convert"] == counts | {"dropped": 0, "layers": 2}
+
+
+def test_calibrate_lowers_the_error_of_every_layer(built, root):
+    metrics = built["calibrate"]
+    for layer in ("", ".blocks.0.attn", ".blocks.1.attn"):
+        assert metrics[f"error_after{layer}"] < metrics[f"error_before{layer}"]
+    assert metrics["steps"] == 40 and metrics["seconds"] > 0
+    history = read_history(root / "data/out/tiny/calibrate/history.jsonl")
+    assert [point["step"] for point in history] == [10, 20, 30, 40]
+    assert all(set(point) == {"step", "loss", "lr"} for point in history)
+
+
+def test_freeze_trains_the_new_parameters_alone(built, root):
+    assert set(built["freeze"]) == TRAINING_METRICS and built["freeze"]["steps"] == TRAIN // 8
+    assert changed(root, "freeze", "calibrate") <= set(new_parameters(made(root, "calibrate")))
+    history = read_history(root / "data/out/tiny/freeze/history.jsonl")
+    assert [point["step"] for point in history] == list(range(1, 7))
+    assert all(set(point) == {"step", "loss", "lr_new", "lr_inherited", "grad_norm"} for point in history)
+
+
+def test_finetune_and_control_spend_the_same_budget_from_their_own_start(built, root):
+    assert set(built["finetune"]) == set(built["control"]) == TRAINING_METRICS
+    assert built["finetune"]["steps"] == built["control"]["steps"] == TRAIN // 8
+    assert "blocks.0.mlp.fc1.weight" in changed(root, "finetune", "calibrate")
+    assert "blocks.0.mlp.fc1.weight" in changed(root, "control", "source")
+    assert not new_parameters(made(root, "control")) and new_parameters(made(root, "finetune"))
+
+
+def test_evaluate_scores_all_models_on_all_images(built):
+    models = built["evaluate"]["models"]
+    assert list(models) == ["source", "converted", "calibrated", "frozen", "finetuned", "control"]
+    assert all(set(score) == {"top1", "loss", "agreement", "n"} for score in models.values())  # three classes: no top-5
+    assert {score["n"] for score in models.values()} == {VAL} and models["source"]["agreement"] == 100
+    for name, by in (("source", "source"), ("frozen", "freeze"), ("finetuned", "finetune"), ("control", "control")):
+        assert models[name]["top1"] == pytest.approx(built[by]["top1"]), name
+        assert models[name]["loss"] == pytest.approx(built[by]["loss"], rel=1e-4), name
+
+
+def test_nothing_is_left_in_scratch(built, root):
+    assert [path for path in (root / "data/scratch").rglob("*") if path.is_file()] == []
+
+
+def test_a_training_that_broke_goes_on_and_ends_as_if_it_had_not(built, root, monkeypatch):
+    from t5lib import training
+
+    whole, step, taken = made(root, "finetune").state_dict(), training._Run.step, []
+
+    def breaking(run, batches):
+        taken.append(run.done.step)
+        if len(taken) == 5:
+            raise OSError("node lost")
+        return step(run, batches)
+
+    monkeypatch.setattr(training._Run, "step", breaking)
+    with pytest.raises(OSError, match="node lost"):
+        stage(root, "finetune")
+    assert not (root / "data/out/tiny/finetune").exists()
+    metrics = stage(root, "finetune")
+    assert taken == [0, 1, 2, 3, 4, 4, 5]
+    again = made(root, "finetune").state_dict()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert metrics["top1"] == built["finetune"]["top1"]
+    assert [p["step"] for p in read_history(root / "data/out/tiny/finetune/history.jsonl")] == list(range(1, 7))
+
+
+def test_a_calibration_that_broke_goes_on_and_ends_as_if_it_had_not(built, root, monkeypatch):
+    from t5lib import calibration
+
+    whole, step, taken = made(root, "calibrate").state_dict(), calibration._Fit.step, []
+
+    def breaking(fit, batch, number):
+        taken.append(number)
+        if len(taken) == 22:
+            raise OSError("node lost")
+        return step(fit, batch, number)
+
+    monkeypatch.setattr(calibration._Fit, "step", breaking)
+    with pytest.raises(OSError, match="node lost"):
+        stage(root, "calibrate")
+    metrics = stage(root, "calibrate")
+    assert taken[22] == 16  # the last checkpoint: a pool gives four steps, and every second one passes a multiple of 8
+    again = made(root, "calibrate").state_dict()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert metrics["error_after"] == built["calibrate"]["error_after"]
+
+
+def test_the_gate_stops_a_model_below_the_floor_and_leaves_no_result(built, root):
+    with pytest.raises(T5Error, match=r"freeze gate: top-1 is .* below the floor of 101 %.*Calibrate longer"):
+        stage(root, "freeze", freeze={**SETTINGS["freeze"], "floor": 101})
+    assert not (root / "data/out/tiny/freeze").exists() and not (root / "data/out/tiny/freeze.json").exists()
+    stage(root, "freeze")
+
+
+def test_the_gate_stops_a_model_whose_loss_is_not_finite():
+    from tasks.freeze import check_gate
+
+    with pytest.raises(T5Error, match="the validation loss is nan"):
+        check_gate(90.0, float("nan"), 10.0)
+    check_gate(10.0, 1.0, 10.0)
+
+
+def test_the_freeze_protocol_cannot_be_loosened_by_a_forgotten_setting(root):
+    with pytest.raises(T5Error, match="this protocol needs 'trainable: new'"):
+        stage(root, "freeze", freeze={"floor": 1, "train": TRAINED})
+
+
+def test_source_keeps_the_head_it_is_told_to_keep_and_no_finetune_means_none(built, root):
+    other = root.parent / "other"
+    for name in ("fetch", "shards"):
+        (other / "data/out/tiny").mkdir(parents=True, exist_ok=True)
+        (other / "data/out/tiny" / name).symlink_to(root / "data/out/tiny" / name)
+    assert stage(other, "source", source={"head": "keep", "finetune": None})["steps"] == 0
+    assert changed(other, "source", "fetch") == set()
+    assert stage(other, "source", source={"head": "keep", "finetune": TRAINED})["steps"] == TRAIN // 8
+    assert "blocks.0.mlp.fc1.weight" in changed(other, "source", "fetch")
+
+
+def test_a_head_that_is_not_one_linear_layer_is_refused():
+    from tasks.source import fit_head
+
+    for model, found in (
+        (timm.create_model("deit_tiny_distilled_patch16_224", depth=1), "the head is a pair"),
+        (timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0), "the head is Identity"),
+    ):
+        with pytest.raises(T5Error, match=found):
+            fit_head(model, None, None, 1e-3)
