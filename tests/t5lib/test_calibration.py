@@ -1,6 +1,7 @@
 """Attention transfer: every new layer learns its softmax layer, alone, without labels, and survives an interruption."""
 
 import dataclasses
+import functools
 from itertools import count
 
 import pytest
@@ -242,6 +243,16 @@ def test_log_tells_error_and_learning_rate():
     assert sorted(told) == [10, 20, 24]
     assert all(set(values) == {"loss", "lr"} for values in told.values())
     assert told[24]["loss"] < told[10]["loss"] and 0 < told[24]["lr"] < told[10]["lr"] < QUICK.lr
+
+
+def test_compiled_fit_agrees(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    teacher = tiny_vit()
+    plain, compiled = t5lib.convert(teacher), t5lib.convert(teacher)
+    for model, compile in ((plain, False), (compiled, True)):
+        calibrated(model, teacher, steps=3, lr_inherited=1e-3, compile=compile)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_no_steps_measure_only():

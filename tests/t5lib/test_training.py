@@ -1,26 +1,19 @@
-"""One loop for all protocols: what is trained, how fast, and that a stopped run goes on as if it had never stopped."""
+"""One loop for all protocols: what is trained and how fast, and what is said when a loss is not finite."""
 
 import copy
 import dataclasses
+import functools
 import math
-import multiprocessing
-import os
-import signal
-import socket
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny import random_images, tiny_vit
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from training_job import ALL_ON, PLAIN, STEPS, batch, batches, converted, deterministic, job, part_of_two, run
+from training_job import ALL_ON, PLAIN, STEPS, batch, converted, deterministic, run, same, state
 
 import t5lib
-from t5lib import training_state
 from t5lib.attention import T5Config
 from t5lib.conversion import new_parameters
 from t5lib.errors import T5Error
@@ -29,26 +22,8 @@ from t5lib.training import TrainConfig, rate_factor
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
 def change(model: nn.Module, before: dict[str, torch.Tensor]) -> dict[str, float]:
     return {name: (tensor - before[name]).abs().max().item() for name, tensor in model.state_dict().items()}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted() -> dict[str, torch.Tensor]:
-    model = converted()
-    run(model, ALL_ON)
-    return state(model)
-
-
-# What is trained, and how fast
 
 
 def test_freeze_protocol_changes_new_parameters_alone():
@@ -224,6 +199,15 @@ def test_the_trained_model_is_a_plain_one_again(precision):
     run(model, dataclasses.replace(PLAIN, precision="bf16" if precision == "fp32" else "fp32"), steps=1)
 
 
+def test_compiled_training_agrees(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    plain, compiled = deterministic(), deterministic()
+    run(plain, dataclasses.replace(PLAIN, accumulate=2), steps=2)
+    run(compiled, dataclasses.replace(PLAIN, accumulate=2, compile=True), steps=2)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_report_counts_steps_images_and_seconds():
     report = run(converted(), ALL_ON)
     assert report.steps == STEPS and math.isfinite(report.loss)
@@ -263,9 +247,6 @@ def test_epochs_become_steps():
 def test_settings_out_of_range_are_refused_by_name(setting):
     with pytest.raises(T5Error, match=next(iter(setting))):
         TrainConfig(**setting)
-
-
-# A loss that is not finite
 
 
 def broken(fill: float, **config) -> nn.Module:
@@ -312,199 +293,3 @@ def test_nothing_is_learned_from_a_step_that_is_not_finite_and_nothing_stays_fro
         run(model, dataclasses.replace(PLAIN, trainable="new"))
     assert same(state(model), before)
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-# Stopped and run again
-
-
-@pytest.mark.parametrize("stop_at", [0, 5, 7, 15], ids=lambda n: f"batch {n}")
-def test_a_run_that_broke_and_was_run_again_ends_with_the_same_bits(stop_at, uninterrupted, tmp_path):
-    def dying(start):
-        for number, item in enumerate(batches(start), start):
-            if number == stop_at:
-                raise OSError("disk gone")
-            yield item
-
-    with pytest.raises(OSError, match="disk gone"):
-        run(converted(), ALL_ON, source=dying, resume_dir=tmp_path)
-    model, steps = converted(), []
-    run(model, ALL_ON, resume_dir=tmp_path, log=lambda _, step: steps.append(step))
-    assert steps[0] == 3 * (stop_at // 6) + 1  # from the last checkpoint; a step is two batches
-    assert same(state(model), uninterrupted)
-
-
-def test_random_numbers_drawn_between_the_runs_do_not_matter(uninterrupted, tmp_path):
-    with pytest.raises(ZeroDivisionError):
-        run(converted(), ALL_ON, resume_dir=tmp_path, log=lambda _, step: 1 / (4 - step))
-    torch.rand(17)
-    model = converted()
-    run(model, ALL_ON, resume_dir=tmp_path)
-    assert same(state(model), uninterrupted)
-
-
-@pytest.mark.parametrize("moment", ["in a step", "in a batch", "in the loader's processes", "in a checkpoint"])
-def test_ctrl_c_waits_for_the_step_writes_a_checkpoint_and_the_rest_ends_with_the_same_bits(
-    moment, uninterrupted, tmp_path, monkeypatch
-):
-    steps, pressed = [], []
-
-    def press(at: int):
-        if len(steps) == at and not pressed:
-            pressed.append(at)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def source(start):
-        for item in batches(start):
-            if moment in ("in a batch", "in the loader's processes"):
-                press(4)
-            if moment == "in the loader's processes" and pressed:
-                raise RuntimeError("DataLoader worker (pid 4711) exited unexpectedly")
-            yield item
-
-    if moment == "in a step":
-        handle = register_optimizer_step_pre_hook(lambda *_: press(4))
-    if moment == "in a checkpoint":
-        save = training_state.save_checkpoint
-        monkeypatch.setattr("t5lib.training.save_checkpoint", lambda *args: (press(3), save(*args)))
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run(converted(), ALL_ON, source=source, resume_dir=tmp_path, log=lambda _, step: steps.append(step))
-    finally:
-        if moment == "in a step":
-            handle.remove()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    stopped = 5 if moment in ("in a step", "in a batch") else 4
-    assert steps == list(range(1, stopped + 1))
-    assert [path.name for path in tmp_path.iterdir()] == [f"step-{stopped:07d}"]
-    model = converted()
-    run(model, ALL_ON, resume_dir=tmp_path, log=lambda _, step: steps.append(step))
-    assert steps == list(range(1, STEPS + 1)) and same(state(model), uninterrupted)
-
-
-def test_a_second_ctrl_c_does_not_wait():
-    def source(start):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        yield from batches(start)
-
-    logged = []
-    with pytest.raises(KeyboardInterrupt):
-        run(converted(), source=source, log=lambda *_: logged.append(1))
-    assert logged == []
-
-
-def test_ctrl_c_frees_what_was_frozen():
-    model = converted()
-    with pytest.raises(KeyboardInterrupt):
-        run(model, dataclasses.replace(PLAIN, trainable="new"), log=lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_only_whole_checkpoints_are_picked_up(uninterrupted, tmp_path, monkeypatch):
-    """A kill, or a full disk, in the midst of a checkpoint leaves the one before."""
-    from accelerate import Accelerator
-
-    whole, calls = Accelerator.save_state, []
-
-    def torn(accelerator, folder):
-        calls.append(folder)
-        whole(accelerator, folder)
-        if len(calls) == 2:
-            weights = Path(folder) / "model.safetensors"
-            weights.write_bytes(weights.read_bytes()[:1000])
-            raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Accelerator, "save_state", torn)
-        with pytest.raises(OSError, match="disk full"):
-            run(converted(), ALL_ON, resume_dir=tmp_path)
-    model, steps = converted(), []
-    run(model, ALL_ON, resume_dir=tmp_path, log=lambda _, step: steps.append(step))
-    assert steps[0] == 4 and same(state(model), uninterrupted)
-
-
-def test_a_checkpoint_is_read_without_unpickling_code(tmp_path):
-    with pytest.raises(ZeroDivisionError):
-        run(converted(), ALL_ON, resume_dir=tmp_path, log=lambda _, step: 1 / (4 - step))
-    (checkpoint,) = tmp_path.glob("step-*")
-    for path in checkpoint.iterdir():
-        assert path.suffix in (".safetensors", ".json", ".bin", ".pkl"), path
-        if path.suffix in (".bin", ".pkl"):
-            import numpy as np
-
-            with torch.serialization.safe_globals(
-                [np.dtype, np._core.multiarray._reconstruct, np.ndarray, np.dtypes.UInt32DType]
-            ):
-                torch.load(path, weights_only=True)
-    assert not list(checkpoint.glob("custom*")), "Accelerate reads its custom states with weights_only=False"
-
-
-def test_only_the_newest_checkpoint_is_kept(tmp_path):
-    run(converted(), ALL_ON, resume_dir=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-0000006"]
-
-
-# Other processes
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Starts functions of training_job in processes that have torch and timm imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["t5lib.training", "t5lib.conversion", "accelerate.checkpointing"])
-    started = []
-
-    def start(function, *arguments):
-        process = context.Process(target=function, args=arguments)
-        process.start()
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-
-
-def wait_until(holds, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
-
-
-@pytest.mark.slow
-def test_killed_and_started_again_it_ends_with_the_same_bits_as_an_uninterrupted_run(
-    processes, uninterrupted, tmp_path
-):
-    out = tmp_path / "out.safetensors"
-    for pause_at in (5, 11):  # before the first checkpoint is there; after it, in the middle of a step
-        killed = processes(job, out, tmp_path, pause_at)
-        wait_until((tmp_path / "paused").exists)
-        os.kill(killed.pid, signal.SIGKILL)
-        killed.join()
-        assert killed.exitcode == -signal.SIGKILL
-        (tmp_path / "paused").unlink()
-    assert [path.name for path in tmp_path.iterdir()] == ["step-0000003"]
-    last = processes(job, out, tmp_path)
-    last.join(60)
-    assert last.exitcode == 0
-    assert same(load_file(out), uninterrupted)
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one_with_twice_the_batch(processes, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pair = [processes(part_of_two, rank, port, tmp_path) for rank in (0, 1)]
-    for process in pair:
-        process.join(90)
-        assert process.exitcode == 0
-    one, two = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
-    assert same(one, two)
-    model = deterministic()
-    run(model, source=lambda start: (batch(start + i, size=8) for i in range(99)))
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(one[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
-    assert [(tmp_path / f"rank{rank}.logged").read_text() for rank in (0, 1)] == [str(STEPS), "0"]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000006"]

@@ -74,3 +74,11 @@ def part_of_two(rank: int, port: int, folder: Path) -> None:
 def deterministic() -> nn.Module:
     """A model without drop-out, and none of whose gradients are pure rounding noise that Adam would blow up."""
     return t5lib.convert(tiny_vit("average_pool"), T5Config(key_norm="rms"))
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
