@@ -2,8 +2,8 @@
 
     python -m tasks.compare dinov2-fashion-24k --seeds 0 1 2 --out docs/results/dinov2-fashion-24k
 
-writes OUT.json (every seed's figures, the settings, the device) and OUT.md. Every seed sets all the target's seeds:
-head, source, new weights, calibration, order of images, training. Seeds that are finished are not run again.
+writes OUT.json (every seed's figures, the settings, the device), OUT.md and OUT.png. Every seed sets all the target's
+seeds: head, source, new weights, calibration, order of images, training. Finished seeds are not run again.
 """
 
 import argparse
@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 import yaml
+from matplotlib.figure import Figure
 
+from t5lib import plots, report
 from t5lib.benchmark import describe_device
 from t5lib.errors import T5Error
 from t5lib.files import read_json, write_json, write_text
@@ -28,7 +30,7 @@ TIMED = ("source", "calibrate", "freeze", "finetune", "control")
 
 
 def compare(target: str, seeds: list[int], out: Path, work: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    """Run every seed in `work`/seed-N and write the summary of all to `out`.json and `out`.md."""
+    """Run every seed in `work`/seed-N and write the summary of all to `out`.json, .md and .png."""
     settings = resolve(Path("."), target)
     for key, value in changes.items():
         section, _, name = key.partition(".")
@@ -44,7 +46,18 @@ def compare(target: str, seeds: list[int], out: Path, work: Path, changes: dict[
     }
     write_json(out.with_suffix(".json"), result)
     write_text(out.with_suffix(".md"), table(result))
+    plots.save(picture(result["summary"]["top1"]), out.with_suffix(".png"))
     return result
+
+
+def picture(top1: dict[str, dict[str, float]]) -> Figure:
+    """Bars of mean top-1 over the seeds; the whisker is their standard deviation."""
+    looks = {model.key: model for model in report.MODELS}
+    bars = [
+        {"label": looks[name].label.lower(), "colour": looks[name].colour, "top1": s["mean"], "error": s["std"]}
+        for name, s in top1.items()
+    ]
+    return plots.quality_bars(bars)
 
 
 def with_seed(settings: Any, seed: int) -> Any:
