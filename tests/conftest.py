@@ -70,6 +70,11 @@ targets:
 INPUTS = {"fetch": [], "convert": ["fetch"], "evaluate": ["fetch", "convert"]}
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Tests that run Prefect in process come last: its threads make DataLoader workers forked later exit with 1."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is not None)
+
+
 class SmallRepo:
     """A repository with the stages fetch → convert → evaluate, and what tests do with it."""
 

@@ -108,9 +108,9 @@ def test_dvc_watches_every_setting_that_a_stage_reads(stage):
 def test_dvc_watches_the_code_that_decides_about_a_stages_result(stage):
     needed = code_of(stage)
     deps = [dep for dep in DVC_STAGES[stage]["do"]["deps"] if not dep.startswith("data/")]
-    missing = {path for path in needed if not any(covers(dep, path) for dep in deps)}
-    idle = {dep for dep in deps if not any(covers(dep, path) for path in needed)} - {"t5lib/templates"}
-    assert (missing, idle) == (set(), set()), f"dvc.yaml, {stage}: add {sorted(missing)}, drop {sorted(idle)}"
+    wrong = [f"add {path}" for path in sorted(needed) if not any(covers(dep, path) for dep in deps)]
+    wrong += [f"drop {dep}" for dep in deps if not any(covers(dep, path) for path in needed | {"t5lib/templates"})]
+    assert not wrong, f"dvc.yaml, {stage}: {', '.join(wrong)}"
 
 
 def covers(dep, path):
