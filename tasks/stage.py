@@ -181,14 +181,14 @@ class Stage:
     def fail(self, error: BaseException) -> None:
         """Leave the error where the flow finds it; partial work stays in resume_dir()."""
         shutil.rmtree(self.out, ignore_errors=True)
-        interrupted = isinstance(error, KeyboardInterrupt)
-        message = "interrupted; run it again to go on from its last checkpoint" if interrupted else str(error)
+        if isinstance(error, KeyboardInterrupt):
+            message = "interrupted; run it again to go on from its last checkpoint"
+        else:
+            message = str(error) if isinstance(error, T5Error) else f"{type(error).__name__}: {error}"
         write_json(
             self.error_file,
             {
-                "message": message
-                if isinstance(error, T5Error) or interrupted
-                else f"{type(error).__name__}: {message}",
+                "message": message,
                 "retryable": getattr(error, "retryable", False),
                 "traceback": "".join(traceback.format_exception(error)),
             },
