@@ -26,13 +26,11 @@ def say(text: str) -> None:
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> None:
-    """Names and what there is to say about them, in two columns."""
-    grid = Table.grid(padding=(0, 3))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column()
+    """Names and what there is to say about them, in two columns; never broken, so that paths can be copied."""
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        grid.add_row(name, Text(value))
-    console.print(grid)
+        console.print(Text.assemble((f"{name:<{width}}   ", "bold"), value), soft_wrap=True)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
