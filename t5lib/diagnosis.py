@@ -11,6 +11,8 @@ from t5lib.attention import project
 from t5lib.errors import T5Error
 from t5lib.families import timm_vit
 
+IMAGES_AT_ONCE = 16  # bounds the memory at high resolutions
+
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
@@ -72,18 +74,27 @@ def shift_ratio(k: Tensor) -> Tensor:
 @torch.no_grad()
 def _shift_ratios(model: nn.Module, images: Tensor) -> tuple[tuple[float, ...], ...]:
     """Keys are read as the attention sees them: after the pretrained key norm, where there is one."""
-    ratios: list[tuple[float, ...]] = []
-
-    def record(attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        keys = project(attention, inputs[0])[1]
-        ratios.append(tuple(shift_ratio(keys).tolist()))
-
-    hooks = [model.get_submodule(n).register_forward_pre_hook(record) for n in timm_vit.attention_names(model)]
+    sums: dict[str, Tensor] = {}
+    hooks = []
+    for name in timm_vit.attention_names(model):
+        sums[name] = torch.zeros(())
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(_adder(sums, name)))
     training = model.training
     try:
-        model.eval()(images.to(next(model.parameters())))  # its device and dtype
+        for part in images.split(IMAGES_AT_ONCE):
+            model.eval()(part.to(next(model.parameters())))  # its device and dtype
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return tuple(ratios)
+    return tuple(tuple((total / len(images)).tolist()) for total in sums.values())
+
+
+def _adder(sums: dict[str, Tensor], name: str):
+    """A hook that adds the shift ratios of the images it sees to sums[name], (H,)."""
+
+    def add(attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        ratios = shift_ratio(project(attention, inputs[0])[1])
+        sums[name] = sums[name].to(ratios.device) + ratios * len(inputs[0])
+
+    return add
