@@ -102,8 +102,9 @@ def test_gradients_are_clipped_and_the_norm_before_is_told(clip):
 
 
 def test_accumulated_batches_equal_one_large_batch():
-    large, accumulated = deterministic(), deterministic()
-    run(large, source=lambda start: (batch(start + i, size=8) for i in range(9)), steps=3)
+    large, accumulated, told = deterministic(), deterministic(), []
+    log = {"log": lambda values, _: told.append((values["loss"], values["grad_norm"]))}
+    run(large, source=lambda start: (batch(start + i, size=8) for i in range(9)), steps=3, **log)
 
     def halves(start):
         for number in range(start, 99):
@@ -111,7 +112,8 @@ def test_accumulated_batches_equal_one_large_batch():
             part = slice(4 * (number % 2), 4 * (number % 2) + 4)
             yield images[part], labels[part]
 
-    run(accumulated, dataclasses.replace(PLAIN, accumulate=2), source=halves, steps=3)
+    run(accumulated, dataclasses.replace(PLAIN, accumulate=2), source=halves, steps=3, **log)
+    torch.testing.assert_close(torch.tensor(told[3:]), torch.tensor(told[:3]), rtol=1e-3, atol=0)
     for name, tensor in large.state_dict().items():
         torch.testing.assert_close(accumulated.state_dict()[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
 

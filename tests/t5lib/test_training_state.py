@@ -33,6 +33,14 @@ from t5lib import training_state
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_counts():
+    """A shell that starts us in the background lets us ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted() -> dict[str, torch.Tensor]:
     model = converted()

@@ -58,7 +58,7 @@ def write_split(folder: Path, split: str, count: int, rng: np.random.Generator) 
         for index in range(count):
             label = index % 3
             pixels = rng.integers(0, 200, (32, 32, 3))
-            pixels[:, :, label] += 55
+            pixels[:, :, label] += 12
             png = io.BytesIO()
             Image.fromarray(pixels.astype(np.uint8)).save(png, "png")
             for name, content in ((f"{index:04d}.cls", b"%d" % label), (f"{index:04d}.png", png.getvalue())):
@@ -93,7 +93,7 @@ def built(root) -> dict[str, dict]:
 
 def test_source_fits_the_head_alone(built, root):
     assert set(built["source"]) == {"top1", "loss", "seconds", "steps"}
-    assert built["source"]["top1"] > 90 and built["source"]["steps"] == 0
+    assert 60 < built["source"]["top1"] < 100 and built["source"]["steps"] == 0
     assert changed(root, "source", "fetch") == {"head.weight", "head.bias"}
 
 
@@ -144,7 +144,8 @@ def test_evaluate_scores_all_models_on_all_images(built):
     models = built["evaluate"]["models"]
     assert list(models) == ["source", "converted", "calibrated", "frozen", "finetuned", "control"]
     assert all(set(score) == {"top1", "loss", "agreement", "n"} for score in models.values())  # three classes: no top-5
-    assert {score["n"] for score in models.values()} == {VAL} and models["source"]["agreement"] == 100
+    assert {score["n"] for score in models.values()} == {VAL}
+    assert models["source"]["agreement"] == 100 != models["control"]["agreement"]
     for name, by in (("source", "source"), ("frozen", "freeze"), ("finetuned", "finetune"), ("control", "control")):
         assert models[name]["top1"] == pytest.approx(built[by]["top1"]), name
         assert models[name]["loss"] == pytest.approx(built[by]["loss"], rel=1e-4), name
