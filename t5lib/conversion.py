@@ -49,7 +49,7 @@ def convert(model: nn.Module, config: T5Config | None = None, *, inplace: bool =
     before = model.state_dict()
     grid = timm_vit.make_grid(model)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # not torch.manual_seed, which seeds the GPUs too
         for name in chosen:
             model.set_submodule(name, TTTAttention(model.get_submodule(name), config, grid))
     model.t5_config = config
