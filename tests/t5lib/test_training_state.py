@@ -193,7 +193,6 @@ def wait_until(holds, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_bits_as_an_uninterrupted_run(
     processes, uninterrupted, tmp_path
 ):
@@ -212,7 +211,6 @@ def test_killed_and_started_again_it_ends_with_the_same_bits_as_an_uninterrupted
     assert same(load_file(out), uninterrupted)
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(processes, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
