@@ -10,7 +10,8 @@ from flows.process import environment, stream
 
 # Tells its own and its child's process id, then sleeps; on Ctrl-C it "saves a checkpoint", or holds out.
 FAMILY = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as stages do: a background shell made us ignore it
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 while True:
     try:
