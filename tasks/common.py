@@ -74,3 +74,14 @@ def evaluate_all(models: dict[str, nn.Module], data: DataConfig, shards: Path, r
 
 def evaluate_one(model: nn.Module, data: DataConfig, shards: Path) -> Score:
     return evaluate_all({"model": model}, data, shards)["model"]
+
+
+def outcome(report: TrainReport, score: Score) -> dict[str, float]:
+    """The metrics of a training stage."""
+    return {
+        "top1": score.top1,
+        "loss": score.loss,
+        "steps": report.steps,
+        "seconds": report.seconds,
+        "samples_per_second": report.samples_per_second,
+    }

@@ -3,7 +3,7 @@
 import t5lib
 from t5lib.data import DataConfig
 from t5lib.training import TrainConfig
-from tasks.common import device, evaluate_one, fit
+from tasks.common import device, evaluate_one, fit, outcome
 from tasks.stage import Stage, main
 
 SECTIONS = {"finetune": TrainConfig, "data": DataConfig}
@@ -23,13 +23,7 @@ def finetune(stage: Stage, start: str) -> dict:
     report = fit(stage, model, config, data, shards, teacher)
     score = evaluate_one(model, data, shards)
     t5lib.save(model, stage.out)
-    return {
-        "top1": score.top1,
-        "loss": score.loss,
-        "steps": report.steps,
-        "seconds": report.seconds,
-        "samples_per_second": report.samples_per_second,
-    }
+    return outcome(report, score)
 
 
 if __name__ == "__main__":

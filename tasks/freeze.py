@@ -7,7 +7,7 @@ import t5lib
 from t5lib.data import DataConfig
 from t5lib.errors import T5Error
 from t5lib.training import TrainConfig
-from tasks.common import device, evaluate_one, fit
+from tasks.common import device, evaluate_one, fit, outcome
 from tasks.stage import Stage, main
 
 
@@ -34,13 +34,7 @@ def run(stage: Stage) -> dict:
     score = evaluate_one(model, data, shards)
     check_gate(score.top1, score.loss, config.floor)
     t5lib.save(model, stage.out)
-    return {
-        "top1": score.top1,
-        "loss": score.loss,
-        "steps": report.steps,
-        "seconds": report.seconds,
-        "samples_per_second": report.samples_per_second,
-    }
+    return outcome(report, score)
 
 
 def check_gate(top1: float, loss: float, floor: float) -> None:
