@@ -18,7 +18,8 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from t5lib.attention import TTTAttention, TTTMixer, project
+from t5lib.layers.attention import TTTAttention, project
+from t5lib.layers.mixers import TTTMixer
 from t5lib.batches import Batches, images_of, open_batches
 from t5lib.conversion import ttt_layers
 from t5lib.errors import T5Error

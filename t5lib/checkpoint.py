@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from t5lib.attention import T5Config
+from t5lib.layers.settings import T5Config
 from t5lib.config import from_dict, to_dict
 from t5lib.errors import T5Error
 from t5lib.families import timm_vit

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from t5lib.attention import T5Config, TTTAttention
+from t5lib.layers.attention import TTTAttention
+from t5lib.layers.settings import T5Config
 from t5lib.errors import T5Error
 from t5lib.families import timm_vit
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t5lib.attention import project
+from t5lib.layers.attention import project
 from t5lib.errors import T5Error
 from t5lib.families import timm_vit
 

@@ -2,7 +2,7 @@
 
 import t5lib
 from t5lib import files
-from t5lib.attention import T5Config
+from t5lib.layers.settings import T5Config
 from tasks.stage import Stage, main
 
 SECTIONS = {"convert": T5Config}

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 import t5lib
-from t5lib.attention import T5Config
+from t5lib.layers.settings import T5Config
 from t5lib.calibration import CalibrateConfig, CalibrationReport
 from t5lib.cli import models
 from t5lib.cli.arguments import Source

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import t5lib
-from t5lib.attention import T5Config
+from t5lib.layers.settings import T5Config
 from t5lib.benchmark import count_flops, num_tokens
 from t5lib.checkpoint import read_description
 from t5lib.cli.screen import facts, notes, ranges

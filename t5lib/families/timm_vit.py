@@ -9,9 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from t5lib.attention import T5Config, TTTAttention
+from t5lib.layers.attention import TTTAttention
+from t5lib.layers.settings import T5Config
 from t5lib.errors import T5Error
-from t5lib.grid import TokenGrid
+from t5lib.layers.grid import TokenGrid
 
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what a tag of pretrained weights decides
 

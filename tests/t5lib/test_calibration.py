@@ -10,7 +10,8 @@ from tiny import KINDS, random_images, tiny_vit
 from torch import Tensor, nn
 
 import t5lib
-from t5lib.attention import T5Config, project
+from t5lib.layers.attention import project
+from t5lib.layers.settings import T5Config
 from t5lib.calibration import CalibrateConfig
 from t5lib.conversion import new_parameters
 from t5lib.errors import T5Error

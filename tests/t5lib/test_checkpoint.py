@@ -11,7 +11,7 @@ from tiny import KINDS, random_images, tiny_vit
 from torch import nn
 
 import t5lib
-from t5lib.attention import T5Config
+from t5lib.layers.settings import T5Config
 from t5lib.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")

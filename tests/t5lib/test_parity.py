@@ -8,8 +8,9 @@ import pytest
 import torch
 from timm.layers import Attention
 
-from t5lib.attention import T5Config, TTTAttention
-from t5lib.grid import TokenGrid
+from t5lib.layers.attention import TTTAttention
+from t5lib.layers.settings import T5Config
+from t5lib.layers.grid import TokenGrid
 
 FOLDER = Path(os.environ.get("T5_PARITY_DIR") or Path(__file__).parents[1] / "data" / "parity")
 CASES = sorted(FOLDER.glob("*.npz"))

@@ -13,7 +13,7 @@ from tiny import random_images, tiny_vit
 from torch import Tensor, nn
 
 import t5lib
-from t5lib.attention import T5Config
+from t5lib.layers.settings import T5Config
 from t5lib.training import TrainConfig, TrainReport, train
 
 STEPS = 8

@@ -6,10 +6,12 @@ from t5kernels import ttt
 from timm.layers import Attention, RmsNorm
 from torch import nn
 
-from t5lib.attention import T5Config, TTTAttention, TTTMixer, add_convolved, project
+from t5lib.layers.attention import TTTAttention, project
+from t5lib.layers.mixers import TTTMixer, add_convolved
+from t5lib.layers.settings import T5Config
 from t5lib.errors import T5Error
-from t5lib.grid import TokenGrid
-from t5lib.key_norm import KEY_NORMS, key_norm
+from t5lib.layers.grid import TokenGrid
+from t5lib.layers.key_norm import KEY_NORMS, key_norm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 B, H, D = 2, 3, 4

@@ -1,0 +1,66 @@
+"""The layer that takes the place of softmax attention: inherited projections around a mixer.
+
+Shapes: B images, N tokens, C channels, H heads, D head width.
+"""
+
+from torch import Tensor, nn
+
+from t5lib.errors import T5Error
+from t5lib.layers.grid import TokenGrid
+from t5lib.layers.mixers import make_mixer
+from t5lib.layers.settings import T5Config
+
+
+class TTTAttention(nn.Module):
+    """Takes over the projections of a timm `Attention` and mixes tokens with a Mixer.
+
+    Parameters keep their names (`qkv`, `q_norm`, `k_norm`, `norm`, `gate`, `proj`); all new ones are under `mixer`.
+    The modules of `attention` are shared, not copied.
+
+    Args:
+        attention: the timm.layers.Attention to replace.
+        config: of this layer.
+        grid: token layout, shared by all layers of a model.
+    """
+
+    inherited = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
+
+    def __init__(self, attention: nn.Module, config: T5Config, grid: TokenGrid):
+        super().__init__()
+        self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
+        self.grid = grid
+        for name in self.inherited:
+            setattr(self, name, getattr(attention, name, None))
+        width = self.num_heads * self.head_dim
+        if config.convolution == "cpe" and self.qkv.in_features != width:
+            raise T5Error(
+                f"locality 'cpe' convolves the layer's input, of {self.qkv.in_features} channels, but the heads hold "
+                f"{self.num_heads} x {self.head_dim}; use 'dwc_qk' for this model"
+            )
+        self.mixer = make_mixer(self.num_heads, self.head_dim, config).to(self.qkv.weight)
+        self.train(attention.training)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x: (B, N, C), prefix tokens first. Returns (B, N, C).
+
+        Raises:
+            T5Error: a mask is given (a linear layer has no map to mask), or the tokens do not fit the grid.
+        """
+        if attn_mask is not None or is_causal:
+            raise T5Error("a TTT layer sees all tokens: attn_mask and is_causal are not supported; call without them")
+        q, k, v = project(self, self.mixer.prepare(x, self.grid))
+        return self.merge(self.mixer(q, k, v, self.grid), x)
+
+    def merge(self, o: Tensor, x: Tensor) -> Tensor:
+        """Heads (B, H, N, D) to (B, N, C) through the pretrained norm, gate and output projection; x gates."""
+        o = self.norm(o.transpose(1, 2).flatten(2))
+        if self.gate is not None:
+            o = o * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(o))
+
+
+def project(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, N, C) to q, k, v, each (B, H, N, D), with the pretrained q and k norms of a timm or TTT attention."""
+    heads = (3, attention.num_heads, attention.head_dim)
+    q, k, v = attention.qkv(x).unflatten(-1, heads).permute(2, 0, 3, 1, 4).unbind(0)
+    return attention.q_norm(q), attention.k_norm(k), v
