@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from t5lib.layers.settings import T5Config
 from t5lib.config import from_dict, to_dict
 from t5lib.errors import T5Error
 from t5lib.families import timm_vit
 from t5lib.files import atomic_dir, read_json, write_json
+from t5lib.layers.settings import T5Config
 
 FORMAT = 1
 

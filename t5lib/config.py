@@ -23,6 +23,8 @@ def from_dict(cls: type[T], data: dict[str, Any] | None, where: str) -> T:
     if not isinstance(data, dict | None):
         raise T5Error(f"{where} must be a mapping of settings, got {data!r}")
     data = data or {}
+    if expand := getattr(cls, "expand", None):  # shorthands of the class, such as T5Config's presets
+        data = expand(data)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
@@ -76,6 +78,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise T5Error(f"{where}: expected {len(args)} values, got {value!r}")
         kinds = [inner] * len(value) if inner is not None else args
         return tuple(_convert(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+    if origin is dict and isinstance(value, dict):  # keys are names; YAML reads some as numbers
+        return {str(key): _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is float and type(value) is int:
         return float(value)
     expected = origin or hint

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from t5lib.layers.attention import TTTAttention
-from t5lib.layers.settings import T5Config
 from t5lib.errors import T5Error
 from t5lib.families import timm_vit
+from t5lib.layers.attention import TTTAttention
+from t5lib.layers.settings import T5Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +19,15 @@ class ConversionReport:
     Attributes:
         layers: the attentions that were replaced.
         inherited: kept unchanged; new: added by the conversion; dropped: in the softmax model only.
-        numbers: {"inherited": int, "new": int, "dropped": int}, counts of single values.
+        reset: pretrained, but started afresh because T5Config.inherit leaves them out.
+        numbers: counts of single values under these four names.
     """
 
     layers: tuple[str, ...]
     inherited: tuple[str, ...]
     new: tuple[str, ...]
     dropped: tuple[str, ...]
+    reset: tuple[str, ...]
     numbers: dict[str, int]
 
 
@@ -44,17 +46,18 @@ def convert(model: nn.Module, config: T5Config | None = None, *, inplace: bool =
     config = config or T5Config()
     timm_vit.check_convertible(model)
     names = timm_vit.attention_names(model)
-    chosen = _chosen(names, config.layers)
+    chosen = {name: own for name, own in zip(names, config.of_layers(len(names)), strict=True) if own}
     if not inplace:
         model = copy.deepcopy(model)
     before = model.state_dict()
-    grid = timm_vit.make_grid(model)
+    grid, reset = timm_vit.make_grid(model), []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # not torch.manual_seed, which seeds the GPUs too
-        for name in chosen:
-            model.set_submodule(name, TTTAttention(model.get_submodule(name), config, grid))
+        for name, own in chosen.items():
+            reset += timm_vit.reset_left_out(model, name, own.inherit)
+            model.set_submodule(name, TTTAttention(model.get_submodule(name), own, grid))
     model.t5_config = config
-    model.t5_report = _account(before, model, chosen)
+    model.t5_report = _account(before, model, list(chosen), reset)
     return model
 
 
@@ -88,29 +91,19 @@ def ttt_layers(model: nn.Module) -> dict[str, TTTAttention]:
     return {name: module for name, module in model.named_modules() if isinstance(module, TTTAttention)}
 
 
-def _chosen(names: list[str], layers: tuple[int, ...] | None) -> list[str]:
-    if layers is None:
-        return names
-    wrong = [index for index in layers if not 0 <= index < len(names)]
-    if wrong or not layers or len(set(layers)) != len(layers):
-        raise T5Error(f"layers {list(layers)}: expected different indices from 0 to {len(names) - 1}, at least one")
-    return [names[index] for index in sorted(layers)]
-
-
-def _account(before: dict[str, torch.Tensor], model: nn.Module, layers: list[str]) -> ConversionReport:
-    """Compare names and storage: a pretrained tensor must be the very same one; nothing may go unexplained."""
+def _account(
+    before: dict[str, torch.Tensor], model: nn.Module, layers: list[str], reset: list[str]
+) -> ConversionReport:
+    """Compare names and storage: an inherited tensor must be the very same one; nothing may go unexplained."""
     after = model.state_dict()
-    inherited = [n for n in after if n in before and after[n].data_ptr() == before[n].data_ptr()]
+    inherited = [n for n in after if n in before and after[n].data_ptr() == before[n].data_ptr() and n not in reset]
     new = [n for n in after if n not in before and any(n.startswith(f"{layer}.mixer.") for layer in layers)]
     dropped = [n for n in before if n not in after]
-    unexplained = sorted(set(after) - set(inherited) - set(new)) + dropped
+    unexplained = sorted(set(after) - {*inherited, *new, *reset}) + dropped
     if unexplained:  # today's layers inherit everything, so a dropped tensor is a mistake too
         raise T5Error(f"conversion lost track of {unexplained}; please report this model")
-    numbers = {
-        "inherited": sum(after[n].numel() for n in inherited),
-        "new": sum(after[n].numel() for n in new),
-        "dropped": sum(before[n].numel() for n in dropped),
-    }
+    names = {"inherited": inherited, "new": new, "dropped": dropped, "reset": reset}
+    numbers = {what: sum((after | before)[n].numel() for n in tensors) for what, tensors in names.items()}
     return ConversionReport(
-        layers=tuple(layers), inherited=tuple(inherited), new=tuple(new), dropped=tuple(dropped), numbers=numbers
+        layers=tuple(layers), **{what: tuple(tensors) for what, tensors in names.items()}, numbers=numbers
     )

@@ -15,6 +15,7 @@ def run(stage: Stage) -> dict:
     report = model.t5_report
     t5lib.save(model, stage.out)
     account = {"layers": report.layers, "inherited": report.inherited, "new": report.new, "dropped": report.dropped}
+    account["reset"] = report.reset
     files.write_json(stage.out / "account.json", account)
     stage.artifact(stage.out / "account.json")
     return report.numbers | {"layers": len(report.layers)}

@@ -116,16 +116,3 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if not match:
         raise T5Error(f"--img-size '{text}' is not understood; expected pixels: 224, or 224x320 (height x width)")
     return int(match[1]), int(match[2] or match[1])
-
-
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """Layer numbers, "0-5,8" for 0 1 2 3 4 5 8; None means all."""
-    if text is None:
-        return None
-    layers: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            raise T5Error(f"--layers '{text}' is not understood at '{part}'; expected such as 0-5,8 (counted from 0)")
-        layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return tuple(sorted(layers))

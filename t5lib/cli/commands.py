@@ -12,6 +12,7 @@ from t5lib.cli import arguments
 from t5lib.cli.arguments import Source
 from t5lib.cli.screen import error
 from t5lib.errors import T5Error
+from t5lib.layers.indices import parse_layers
 
 
 class _Group(TyperGroup):
@@ -130,8 +131,20 @@ def convert(
     weights: Weights = None,
     pretrained: Pretrained = True,
     img_size: ImgSize = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A whole layer: t5 (default), t5+, dit5, or a rival: hedgehog, lolcats, performer, lit, clear, vit3.",
+            rich_help_panel=LAYER,
+        ),
+    ] = None,
     inner: Annotated[
-        str | None, typer.Option(help="Inner model: swiglu (default) or two_layer.", rich_help_panel=LAYER)
+        str | None,
+        typer.Option(
+            help="Inner model: swiglu (default), two_layer, three_layer, one_layer_gate, linear_proj_qk or linear.",
+            rich_help_panel=LAYER,
+        ),
     ] = None,
     inner_loss: Annotated[
         str | None, typer.Option(help="Its loss: dot (default) or residual.", rich_help_panel=LAYER)
@@ -144,11 +157,26 @@ def convert(
     ] = None,
     locality: Annotated[
         str | None,
-        typer.Option(help="dwc_qk (default: 3 x 3 convolutions on queries and keys) or none.", rich_help_panel=LAYER),
+        typer.Option(
+            help="3 x 3 convolutions: dwc_qk (default, on queries and keys), dwc_v, cpe or none; with +nat3 or +nat5 "
+            "half of the output is attention over a 3 x 3 or 5 x 5 neighborhood.",
+            rich_help_panel=LAYER,
+        ),
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option(metavar="NUMBERS", help="Which attentions, such as 0-5,8 (default: all).", rich_help_panel=LAYER),
+        typer.Option(
+            metavar="WHICH",
+            help="Which attentions, such as 0-5,8 (default: all), or what each becomes: 0-5=softmax,6-11=swiglu+nat5.",
+            rich_help_panel=LAYER,
+        ),
+    ] = None,
+    inherit: Annotated[
+        str | None,
+        typer.Option(
+            help="all (default), attention (MLPs start afresh) or mlp (attention projections do).",
+            rich_help_panel=LAYER,
+        ),
     ] = None,
     calibrate: Annotated[
         Path | None,
@@ -215,7 +243,9 @@ def convert(
         inner_loss=inner_loss,
         key_norm=key_norm,
         locality=locality,
-        layers=arguments.parse_layers(layers),
+        layers=parse_layers(layers),
+        inherit=inherit,
+        preset=preset,
     )
     images = arguments.find_images(calibrate, least=2) if calibrate else []
     from t5lib.cli import converting

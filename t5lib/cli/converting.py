@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 
 import t5lib
-from t5lib.layers.settings import T5Config
 from t5lib.calibration import CalibrateConfig, CalibrationReport
 from t5lib.cli import models
 from t5lib.cli.arguments import Source
 from t5lib.cli.images import CalibrationImages, ImageReader
 from t5lib.cli.screen import console, counted, facts, note, ranges, say, table
 from t5lib.config import to_dict
+from t5lib.layers.settings import T5Config
 
 FEW_IMAGES = 500
 CHECKPOINT_EVERY = 100  # steps; on a CPU a step takes a second, and an interruption must not cost more than minutes
@@ -44,7 +44,7 @@ class Request:
 
 def run(request: Request) -> None:
     """Convert, calibrate if there are images, save, and print the account."""
-    config = T5Config(seed=request.seed, **request.t5)
+    config = T5Config(**T5Config.expand({"seed": request.seed, **request.t5}))
     recipe = CalibrateConfig(seed=request.seed, checkpoint_every=CHECKPOINT_EVERY, **request.calibrate)
     place = models.choose_device(request.device)
     t5lib.convert(models.outline(request.source), config, inplace=True)  # refuses before weights are fetched
@@ -109,13 +109,14 @@ def _advice(error: float) -> str:
 def _print_account(model: nn.Module, request: Request, *, fitted_along: bool) -> None:
     account, total = model.t5_report, len(model.blocks)
     layers = [int(name.split(".")[1]) for name in account.layers]
-    inherited, new, dropped = (account.numbers[name] for name in ("inherited", "new", "dropped"))
+    inherited, new, dropped, reset = (account.numbers[name] for name in ("inherited", "new", "dropped", "reset"))
     facts(
         [
             ("converted", f"{len(layers)} of {total} attention layers ({ranges(layers)}) of {request.source.name}"),
             ("inherited", f"{inherited:,} numbers, " + ("q, k, v fitted along" if fitted_along else "as they were")),
             ("new", f"{new:,} numbers ({100 * new / (inherited + new):.1f}%)"),
             ("dropped", f"{dropped:,} numbers"),
+            *([("started afresh", f"{reset:,} numbers (inherit {model.t5_config.inherit})")] if reset else []),
             ("saved to", str(request.out)),
             ("load it", f'import t5lib; model = t5lib.load("{request.out}")'),
             ("look at it", f"t5 inspect {request.out}"),

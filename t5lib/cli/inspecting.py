@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 import t5lib
-from t5lib.layers.settings import T5Config
 from t5lib.benchmark import count_flops, num_tokens
 from t5lib.checkpoint import read_description
 from t5lib.cli.screen import facts, notes, ranges
@@ -16,6 +15,7 @@ from t5lib.config import to_dict
 from t5lib.conversion import new_parameters, ttt_layers
 from t5lib.errors import T5Error
 from t5lib.families import timm_vit
+from t5lib.layers.settings import T5Config
 
 SHOWN = {"inner": "inner model", "inner_loss": "loss", "key_norm": "key norm", "locality": "locality"}
 FACTORS = (1, 2, 4)  # by which the image's sides are multiplied to find where both models cost the same

@@ -5,14 +5,14 @@ from typing import Any
 import timm
 import torch
 from timm.layers import Attention
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from t5lib.layers.attention import TTTAttention
-from t5lib.layers.settings import T5Config
 from t5lib.errors import T5Error
+from t5lib.layers.attention import TTTAttention
 from t5lib.layers.grid import TokenGrid
+from t5lib.layers.settings import T5Config
 
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what a tag of pretrained weights decides
 
@@ -70,6 +70,30 @@ def softmax_attention(layer: TTTAttention) -> Attention:
     for name in TTTAttention.inherited:
         setattr(attention, name, getattr(layer, name))
     return attention.train(layer.training)
+
+
+def reset_left_out(model: nn.Module, name: str, inherit: str) -> list[str]:
+    """Give timm's random initialization to what `inherit` leaves out around the attention `name`.
+
+    Fresh tensors take the place of the pretrained ones, which stay as they are for who shares them.
+
+    Args:
+        inherit: "all" resets nothing, "attention" the block's MLP, "mlp" the attention's projections.
+
+    Returns:
+        The full names of the parameters that were reset.
+    """
+    if inherit == "all":
+        return []
+    root = name if inherit == "mlp" else f"{name.rpartition('.')[0]}.mlp"
+    names = [f"{root}.{parameter}" for parameter, _ in model.get_submodule(root).named_parameters()]
+    for full, module in model.get_submodule(root).named_modules(prefix=root):
+        for parameter, value in list(module.named_parameters(recurse=False)):
+            setattr(module, parameter, nn.Parameter(torch.empty_like(value)))
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        init_weights_vit_timm(module, full)
+    return names
 
 
 def fresh_weights(model: VisionTransformer, seed: int) -> VisionTransformer:

@@ -1,7 +1,6 @@
 """What the new layers are: one T5Config for a model, its named presets, and the map from layers to what they become."""
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ from t5kernels import INNER_LOSSES, INNER_WEIGHTS
 
 from t5lib.config import one_of
 from t5lib.errors import T5Error
+from t5lib.layers.indices import parse_indices
 from t5lib.layers.key_norm import KEY_NORMS
 
 SOFTMAX = "softmax"  # in a layer map: leave this attention as it is
@@ -99,7 +99,7 @@ class T5Config:
 
     @classmethod
     def expand(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Settings as written in a file, with `preset: name` replaced by what it stands for (t5lib.config.from_dict)."""
+        """Settings as written in a file, `preset: name` replaced by what it stands for (see t5lib.config.from_dict)."""
         if "preset" not in data:
             return data
         one_of(data["preset"], PRESETS, "preset")
@@ -156,18 +156,3 @@ class T5Config:
     def window(self) -> int | None:
         """Side of the neighborhood window that is mixed in, None for none."""
         return NEIGHBORHOODS[self.locality.partition("+")[2]]
-
-
-def parse_indices(text: str) -> list[int]:
-    """Layer numbers, "0-5,8" for 0 1 2 3 4 5 8.
-
-    Raises:
-        T5Error: it is not of that form.
-    """
-    indices: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            raise T5Error(f"layers '{text}' is not understood at '{part}'; expected such as 0-5,8 (counted from 0)")
-        indices += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return indices

@@ -6,12 +6,12 @@ from t5kernels import ttt
 from timm.layers import Attention, RmsNorm
 from torch import nn
 
-from t5lib.layers.attention import TTTAttention, project
-from t5lib.layers.mixers import TTTMixer, add_convolved
-from t5lib.layers.settings import T5Config
 from t5lib.errors import T5Error
+from t5lib.layers.attention import TTTAttention, project
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.key_norm import KEY_NORMS, key_norm
+from t5lib.layers.mixers import TTTMixer, convolved
+from t5lib.layers.settings import T5Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 B, H, D = 2, 3, 4
@@ -46,7 +46,7 @@ def per_pixel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rows: i
 def test_convolution_runs_over_the_grid_and_leaves_prefix_tokens_alone(rows, columns, prefix):
     x = draw(B, H, prefix + rows * columns, D)
     conv = nn.Conv2d(C, C, 3, padding=1, groups=C).double()
-    out = add_convolved(x, conv, TokenGrid(rows, columns, prefix))
+    out = x + convolved(x, conv, TokenGrid(rows, columns, prefix))
     torch.testing.assert_close(out[:, :, :prefix], x[:, :, :prefix], rtol=0, atol=0)
     expected = per_pixel(x[:, :, prefix:], conv.weight.detach(), conv.bias.detach(), rows, columns)
     torch.testing.assert_close(out[:, :, prefix:], expected, rtol=1e-12, atol=1e-12)
@@ -63,7 +63,7 @@ def test_mixer_is_key_norm_then_locality_then_one_inner_step(locality, inner, in
     weights = [getattr(mixer, name) for name in ("w1", "w2", "w3")[: 3 if inner == "swiglu" else 2]]
     q_hat, k_hat = q, key_norm(k, "instance", 0.5)
     if locality == "dwc_qk":
-        q_hat, k_hat = add_convolved(q, mixer.q_conv, grid), add_convolved(k_hat, mixer.k_conv, grid)
+        q_hat, k_hat = q + convolved(q, mixer.q_conv, grid), k_hat + convolved(k_hat, mixer.k_conv, grid)
     expected = ttt(q_hat, k_hat, v, weights, inner=inner, loss=inner_loss, scale=D**-0.5 / 17)
     torch.testing.assert_close(mixer(q, k, v, grid), expected, rtol=1e-12, atol=1e-12)
 
