@@ -12,8 +12,14 @@ from torch.nn import functional as F
 B, H, N, D = 2, 3, 5, 4
 SCALE = D**-0.5 / N
 WRITTEN = {
-    "swiglu": lambda x, w1, w2, w3: (F.silu(x @ w1) * (x @ w2)) @ w3,
+    "one_layer_gate": lambda x, w1, w2: (x @ w1) * F.silu(x @ w2),
     "two_layer": lambda x, w1, w2: F.silu(x @ w1) @ w2,
+    "three_layer": lambda x, w1, w2, w3: F.silu(F.silu(x @ w1) @ w2) @ w3,
+    "swiglu": lambda x, w1, w2, w3: (F.silu(x @ w1) * (x @ w2)) @ w3,
+}
+LINEAR = {
+    "linear": lambda q, k: (q, k),
+    "linear_proj_qk": lambda q, k, w1, w2: (q @ w1, k @ w2),
 }
 LOSSES = {
     "dot": lambda f, v: -(f * v).sum(),
@@ -37,15 +43,34 @@ def by_autograd(q, k, v, weights, inner: str, loss: str) -> torch.Tensor:
     out = torch.empty_like(q)
     for b in range(B):
         for h in range(H):
-            own = [w[h].clone().requires_grad_() for w in weights]
-            value = SCALE * LOSSES[loss](WRITTEN[inner](k[b, h], *own), v[b, h])
-            stepped = [w - g for w, g in zip(own, torch.autograd.grad(value, own), strict=True)]
-            out[b, h] = WRITTEN[inner](q[b, h], *stepped).detach()
+            own = [w[h] for w in weights]
+            if inner in LINEAR:
+                mapped = LINEAR[inner](q[b, h], k[b, h], *own)
+                out[b, h] = normalized_linear_step(*(F.elu(x) + 1 for x in mapped), v[b, h], loss)
+            else:
+                stepped = step(lambda *w: WRITTEN[inner](k[b, h], *w), own, v[b, h], loss)  # noqa: B023
+                out[b, h] = WRITTEN[inner](q[b, h], *stepped)
     return out
 
 
+def step(model, weights, v, loss: str) -> list[torch.Tensor]:
+    """The weights after one step of `model(*weights)` towards v."""
+    weights = [w.clone().requires_grad_() for w in weights]
+    gradients = torch.autograd.grad(SCALE * LOSSES[loss](model(*weights), v), weights)
+    return [(w - g).detach() for w, g in zip(weights, gradients, strict=True)]
+
+
+def normalized_linear_step(q_features, k_features, v, loss: str) -> torch.Tensor:
+    """x W after one step from W = 0, over the same for values that are all 1."""
+    fitted, normalizer = (
+        q_features @ step(lambda w: k_features @ w, [v.new_zeros(D, D)], values, loss)[0]
+        for values in (v, torch.ones_like(v))
+    )
+    return fitted / normalizer
+
+
 def test_every_inner_model_and_loss_is_tested():
-    assert set(INNER_MODELS) == set(WRITTEN) == set(INNER_WEIGHTS)
+    assert set(INNER_MODELS) == set(WRITTEN) | set(LINEAR) == set(INNER_WEIGHTS)
     assert set(INNER_LOSSES) == set(LOSSES)
 
 

@@ -4,8 +4,22 @@ from torch import Tensor
 
 from t5kernels.ttt import reference
 
-INNER_MODELS = {"swiglu": reference.swiglu, "two_layer": reference.two_layer}
-INNER_WEIGHTS = {"swiglu": 3, "two_layer": 2}
+INNER_MODELS = {
+    "linear": reference.linear,
+    "linear_proj_qk": reference.linear_proj_qk,
+    "one_layer_gate": reference.one_layer_gate,
+    "two_layer": reference.two_layer,
+    "three_layer": reference.three_layer,
+    "swiglu": reference.swiglu,
+}
+INNER_WEIGHTS = {
+    "linear": 0,
+    "linear_proj_qk": 2,
+    "one_layer_gate": 2,
+    "two_layer": 2,
+    "three_layer": 3,
+    "swiglu": 3,
+}
 INNER_LOSSES = ("dot", "residual")
 
 
@@ -16,10 +30,10 @@ def ttt(
 
     Args:
         q, k, v: (B, H, N, D) queries, keys (already normalized) and values. q may hold another number of tokens.
-        weights: inner weights, each (H, D, D): three for "swiglu", two for "two_layer".
+        weights: inner weights, each (H, D, D), as many as INNER_WEIGHTS says.
         inner: inner model, a key of INNER_MODELS.
         loss: "dot" (minus the dot product) or "residual" (half the squared error), summed over tokens.
-        scale: inner learning rate; the method uses D**-0.5 / N.
+        scale: inner learning rate; the method uses D**-0.5 / N. The linear models normalize, so it cancels there.
 
     Returns:
         (B, H, N, D) in q's dtype.
@@ -40,4 +54,4 @@ def ttt(
     if len(weights) != INNER_WEIGHTS[inner] or any(tuple(w.shape) != expected for w in weights):
         got = [tuple(w.shape) for w in weights]
         raise ValueError(f"ttt: {inner} takes {INNER_WEIGHTS[inner]} weights of shape {expected}, got {got}")
-    return INNER_MODELS[inner](q, k, v, weights, scale, loss)
+    return INNER_MODELS[inner](q, k, v, tuple(weights), scale, loss).to(q.dtype)
