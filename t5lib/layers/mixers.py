@@ -49,7 +49,6 @@ class Mixer(nn.Module):
         Raises:
             T5Error: the tokens do not fit the grid.
         """
-        grid.check(q.shape[2])
         config, raw = self.config, (q, k, v)
         if config.rescale:
             q, k = q * self.q_scale + self.q_offset, k * self.k_scale + self.k_offset
@@ -65,7 +64,6 @@ class Mixer(nn.Module):
         """What is done to the layer's input (B, N, C) before the projections: positional encoding by convolution."""
         if self.config.convolution != "cpe":
             return x
-        grid.check(x.shape[1])
         return x + convolved(x.unsqueeze(1), self.x_conv, grid).squeeze(1)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
@@ -74,6 +72,7 @@ class Mixer(nn.Module):
 
     def _with_neighborhood(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
         """Half `o`, half neighborhood attention of the projections as they come; prefix tokens have no neighborhood."""
+        grid.check(o.shape[2])
         prefix = grid.num_prefix_tokens
         q, k, v = (t[:, :, prefix:] for t in (q, k, v))
         near = neighborhood_attention(q, k, v, rows=grid.rows, columns=grid.columns, window=self.config.window)
@@ -106,6 +105,7 @@ def make_mixer(num_heads: int, head_dim: int, config: T5Config, layers: int = 1)
 
 def convolved(x: Tensor, conv: nn.Conv2d, grid: TokenGrid) -> Tensor:
     """Depthwise convolution over the token grid, 0 at prefix tokens. x: (B, H, N, D), conv over H·D channels."""
+    grid.check(x.shape[2])
     B, H, _, D = x.shape
     patches = x[:, :, grid.num_prefix_tokens :]
     image = patches.transpose(2, 3).reshape(B, H * D, grid.rows, grid.columns)

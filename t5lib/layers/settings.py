@@ -134,8 +134,8 @@ class T5Config:
         named = [(index, own) for index in self.layers] if isinstance(self.layers, tuple) else list(self._entries())
         indices = [index for index, _ in named]
         wrong = [index for index in indices if not 0 <= index < count]
-        if wrong or len(set(indices)) != len(indices):
-            raise T5Error(f"layers {self.layers}: expected different indices from 0 to {count - 1}")
+        if wrong or not indices or len(set(indices)) != len(indices):
+            raise T5Error(f"layers {self.layers}: expected different indices from 0 to {count - 1}, at least one")
         for index, what in named:
             result[index] = what
         if not any(result):

@@ -10,11 +10,11 @@ from tiny import KINDS, random_images, tiny_vit
 from torch import Tensor, nn
 
 import t5lib
-from t5lib.layers.attention import project
-from t5lib.layers.settings import T5Config
 from t5lib.calibration import CalibrateConfig
 from t5lib.conversion import new_parameters
 from t5lib.errors import T5Error
+from t5lib.layers.attention import project
+from t5lib.layers.settings import T5Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = CalibrateConfig(steps=24, batch_size=4, warmup=2, pool=2, reuse=2, checkpoint_every=4, lr_inherited=0.0)
@@ -291,7 +291,7 @@ def test_a_wrong_teacher_is_refused(teacher, message):
 
 
 def test_a_softmax_model_has_nothing_to_calibrate():
-    with pytest.raises(T5Error, match=r"no TTT layer to calibrate; convert it first"):
+    with pytest.raises(T5Error, match=r"no new layer to calibrate; convert it first"):
         calibrated(tiny_vit(), tiny_vit())
 
 

@@ -11,8 +11,8 @@ from tiny import KINDS, random_images, tiny_vit
 from torch import nn
 
 import t5lib
-from t5lib.layers.settings import T5Config
 from t5lib.errors import T5Error
+from t5lib.layers.settings import T5Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,12 +18,12 @@ from tiny import tiny_vit
 from typer.testing import CliRunner
 
 import t5lib
-from t5lib.layers.settings import LOCALITIES, T5Config
 from t5lib.benchmark import count_flops
 from t5lib.calibration import CalibrateConfig
 from t5lib.cli import app, arguments, converting, images, models
 from t5lib.cli.images import ImageReader
 from t5lib.layers.key_norm import KEY_NORMS
+from t5lib.layers.settings import LOCALITIES, T5Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
 import t5lib
-from t5lib.layers.attention import TTTAttention
-from t5lib.layers.settings import T5Config
 from t5lib.conversion import new_parameters, ttt_layers
 from t5lib.errors import T5Error
+from t5lib.layers.attention import TTTAttention
 from t5lib.layers.grid import TokenGrid
+from t5lib.layers.settings import T5Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_kind = pytest.mark.parametrize("kind", KINDS)

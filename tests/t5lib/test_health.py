@@ -7,8 +7,8 @@ import torch
 from tiny import random_images, tiny_vit
 
 import t5lib
-from t5lib.layers.settings import T5Config
 from t5lib.health import activation_peaks, explain_blow_up
+from t5lib.layers.settings import T5Config
 from t5lib.training import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")

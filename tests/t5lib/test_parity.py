@@ -9,8 +9,8 @@ import torch
 from timm.layers import Attention
 
 from t5lib.layers.attention import TTTAttention
-from t5lib.layers.settings import T5Config
 from t5lib.layers.grid import TokenGrid
+from t5lib.layers.settings import T5Config
 
 FOLDER = Path(os.environ.get("T5_PARITY_DIR") or Path(__file__).parents[1] / "data" / "parity")
 CASES = sorted(FOLDER.glob("*.npz"))

@@ -14,9 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from training_job import ALL_ON, PLAIN, STEPS, batch, converted, deterministic, run, same, state
 
 import t5lib
-from t5lib.layers.settings import T5Config
 from t5lib.conversion import new_parameters
 from t5lib.errors import T5Error
+from t5lib.layers.settings import T5Config
 from t5lib.training import TrainConfig, rate_factor
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -143,7 +143,7 @@ def test_new_weights_start_as_the_config_says():
         ({"inner": "swigl"}, "inner 'swigl' is unknown.*did you mean 'swiglu'"),
         ({"inner_loss": "mse"}, "inner_loss 'mse' is unknown; expected one of dot, residual"),
         ({"key_norm": "instanse"}, "did you mean 'instance'"),
-        ({"locality": "dwc"}, "did you mean 'dwc_qk'"),
+        ({"locality": "dwc_kq"}, "did you mean 'dwc_qk'"),
         ({"key_norm_eps": 0.0}, "key_norm_eps is 0.0"),
         ({"init_std": 0.0}, "init_std is 0.0"),
     ],
