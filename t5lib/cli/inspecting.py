@@ -15,6 +15,7 @@ from t5lib.config import to_dict
 from t5lib.conversion import new_parameters, ttt_layers
 from t5lib.errors import T5Error
 from t5lib.families import timm_vit
+from t5lib.layers.attention import TTTAttention
 from t5lib.layers.settings import T5Config
 
 SHOWN = {"inner": "inner model", "inner_loss": "loss", "key_norm": "key norm", "locality": "locality"}
@@ -47,6 +48,7 @@ def run(folder: Path) -> dict[str, Any]:
                 "ttt": [index for index, name in enumerate(attentions) if name in converted],
                 "softmax": [index for index, name in enumerate(attentions) if name not in converted],
             },
+            "kinds": _kinds(attentions, converted),
             "parameters": {"total": total, "inherited": total - new, "new": new},
             "file_bytes": (folder / "model.safetensors").stat().st_size,
             "dtype": " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in model.parameters()})),
@@ -70,11 +72,21 @@ def show(folder: Path, found: dict[str, Any]) -> None:
         ("file", f"{found['file_bytes'] / 1e6:,.1f} MB, {found['dtype']}"),
         ("cost", _cost(found["flops"], converted=found["t5"] is not None)),
     ]
-    if found["t5"]:
-        lines.insert(2, ("TTT layers", ", ".join(f"{shown} {found['t5'][name]}" for name, shown in SHOWN.items())))
+    for kind in reversed(found["kinds"]):
+        where = f"layers {ranges(kind['layers'])}" if len(found["kinds"]) > 1 else "new layers"
+        lines.insert(2, (where, ", ".join(f"{shown} {kind[name]}" for name, shown in SHOWN.items())))
     if found["flops"]["equal_tokens"]:
         lines.append(("equal cost", _equal(found)))
     facts(lines)
+
+
+def _kinds(attentions: list[str], converted: dict[str, TTTAttention]) -> list[dict[str, Any]]:
+    """What the new layers are: one entry for all layers with the same settings."""
+    kinds: dict[T5Config, list[int]] = {}
+    for index, name in enumerate(attentions):
+        if name in converted:
+            kinds.setdefault(converted[name].mixer.config, []).append(index)
+    return [{"layers": layers, **{n: getattr(config, n) for n in SHOWN}} for config, layers in kinds.items()]
 
 
 def _flops(description: dict[str, Any], config: T5Config) -> dict[str, int | None]:

@@ -11,6 +11,7 @@ import torch
 from t5kernels import INNER_WEIGHTS, neighborhood_attention, ttt
 from torch import Tensor, nn
 
+from t5lib.errors import T5Error
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.key_norm import key_norm
 from t5lib.layers.settings import T5Config
@@ -73,6 +74,11 @@ class Mixer(nn.Module):
     def _with_neighborhood(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
         """Half `o`, half neighborhood attention of the projections as they come; prefix tokens have no neighborhood."""
         grid.check(o.shape[2])
+        if min(grid.rows, grid.columns) < self.config.window:
+            raise T5Error(
+                f"locality '{self.config.locality}' looks at {self.config.window}×{self.config.window} tokens, more "
+                f"than the grid of {grid.rows}×{grid.columns} holds; use larger images, '+nat3', or no neighborhood"
+            )
         prefix = grid.num_prefix_tokens
         q, k, v = (t[:, :, prefix:] for t in (q, k, v))
         near = neighborhood_attention(q, k, v, rows=grid.rows, columns=grid.columns, window=self.config.window)

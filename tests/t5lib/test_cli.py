@@ -14,6 +14,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
+from t5kernels import INNER_WEIGHTS
 from tiny import tiny_vit
 from typer.testing import CliRunner
 
@@ -22,8 +23,9 @@ from t5lib.benchmark import count_flops
 from t5lib.calibration import CalibrateConfig
 from t5lib.cli import app, arguments, converting, images, models
 from t5lib.cli.images import ImageReader
+from t5lib.conversion import ttt_layers
 from t5lib.layers.key_norm import KEY_NORMS
-from t5lib.layers.settings import LOCALITIES, T5Config
+from t5lib.layers.settings import CONVOLUTIONS, PRESETS, T5Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,7 +109,7 @@ class TestHelp:
         defaults = dataclasses.asdict(T5Config())
         for name in ("inner", "inner_loss", "key_norm", "locality"):
             assert re.search(rf"{defaults[name]} \(default", told), name
-        for choice in (*KEY_NORMS, *LOCALITIES, "swiglu", "two_layer", "dot", "residual"):
+        for choice in (*KEY_NORMS, *CONVOLUTIONS, "+nat3", "+nat5", *INNER_WEIGHTS, *PRESETS, "dot", "residual"):
             assert choice in told
         recipe = CalibrateConfig()
         for name in ("steps", "batch_size", "lr", "lr_inherited"):
@@ -257,10 +259,20 @@ class TestConvert:
         told = words(result.stdout)
         assert "1 of 2 attention layers (1)" in told
         for kind, number in expected.t5_report.numbers.items():
-            assert f"{kind} {number:,} numbers" in told
+            assert (f"{kind} {number:,} numbers" in told) == (kind != "reset")
         assert "as they were" in told
         assert "Not calibrated" in told
         assert f't5lib.load("{out}")' in told
+
+    def test_a_layer_map_and_a_preset_are_converted_and_told(self, softmax, tmp_path):
+        assert run("convert", softmax, tmp_path / "map", "--layers", "0=two_layer,1=lit+nat3").exit_code == 0
+        first, second = (layer.mixer.config for layer in ttt_layers(t5lib.load(tmp_path / "map")).values())
+        assert (first.inner, second.inner, second.locality) == ("two_layer", "relu_linear", "dwc_v+nat3")
+        told = words(run("inspect", tmp_path / "map").stdout)
+        assert "layers 0 inner model two_layer" in told and "layers 1 inner model relu_linear" in told
+        result = run("convert", softmax, tmp_path / "lit", "--preset", "lit", "--key-norm", "rms")
+        assert "started afresh" in words(result.stdout)
+        assert t5lib.load(tmp_path / "lit").t5_config == T5Config.preset("lit", key_norm="rms")
 
     def test_force_replaces_a_model(self, softmax, tmp_path):
         assert run("convert", softmax, tmp_path / "out").exit_code == 0
@@ -392,7 +404,7 @@ class TestInspect:
         assert "than its softmax twin" in told
         plain = words(run("inspect", softmax).stdout)
         assert "softmax in layers 0-1 (0 of 2 converted)" in plain
-        assert "TTT layers inner" not in plain
+        assert "new layers" not in plain
         assert re.search(r"GFLOPs an image; converted [\d.]+ \(\d+% (more|less)\)", plain)
 
     def test_patches_of_a_convolutional_stem_are_counted_with_its_strides(self, tmp_path):

@@ -12,6 +12,7 @@ from t5lib.cli import arguments, diagnosing, models
 from t5lib.cli.images import CalibrationImages, ImageReader
 from t5lib.cli.screen import ranges
 from t5lib.errors import T5Error
+from t5lib.layers.indices import parse_layers
 
 
 def test_images_get_the_models_own_normalization():
@@ -74,14 +75,14 @@ def test_images_are_found_in_subfolders_and_spread_over_them(tmp_path):
 
 
 def test_layers_are_numbers_and_ranges():
-    assert arguments.parse_layers("0-2, 5,5") == (0, 1, 2, 5)
+    assert parse_layers("0-2, 5,5") == (0, 1, 2, 5)
     assert ranges([0, 1, 2, 5]) == "0-2, 5"
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "1--2", "1,,2"])
 def test_layers_that_mean_nothing_are_refused(text):
     with pytest.raises(T5Error, match="expected such as 0-5,8"):
-        arguments.parse_layers(text)
+        parse_layers(text)
 
 
 def test_size_is_height_then_width():
