@@ -9,6 +9,7 @@ Shapes: B images, H heads (of all layers that the mixer stands for), N tokens, D
 
 import torch
 from t5kernels import circular_attention, linear_attention
+from t5kernels.precision import without_autocast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -88,7 +89,7 @@ class PerformerMixer(FeatureMapMixer):
 
     def _features(self, x: Tensor, shared: tuple[int, ...]) -> Tensor:
         """φ(x); `shared`: the dimensions over which one largest exponent is taken off."""
-        with torch.autocast(x.device.type, enabled=False):  # an error in an exponent is a factor: no half precision
+        with without_autocast(x.device):  # an error in an exponent is a factor: no half precision
             wide = x.to(torch.promote_types(x.dtype, torch.float32)) * self.head_dim**-0.25
             exponent = wide @ self.directions.to(wide.dtype).transpose(-2, -1)
             exponent = exponent - wide.square().sum(-1, keepdim=True) / 2

@@ -6,6 +6,8 @@ Shapes: B batch, H heads, N tokens, F features, D width of the values.
 import torch
 from torch import Tensor
 
+from t5kernels.precision import without_autocast
+
 SMALLEST_NORMALIZER = 1e-6
 
 
@@ -15,7 +17,7 @@ def linear_attention(q_features: Tensor, k_features: Tensor, v: Tensor) -> Tenso
     Autocast is left, as it would round the sums to half precision. Where no feature of a query meets one of a key
     (ReLU features can do that) the output is 0, not 0 / 0.
     """
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v.device):
         q, k, values = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q_features, k_features, v))
         numerator = q @ (k.mT @ values)
         normalizer = q @ k.sum(-2).unsqueeze(-1)
