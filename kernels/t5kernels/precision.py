@@ -6,5 +6,5 @@ import torch
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A context in which operations keep the dtypes they are given; on the meta device there is no autocast to leave."""
+    """A context in which operations keep the dtypes they are given; the meta device has no autocast to leave."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
