@@ -83,7 +83,7 @@ def benchmark(
             finite or is further than the tolerance from its own float64 output: no speed is given for wrong results.
     """
     config, device = config or BenchmarkConfig(), torch.device(device)
-    dtype = _dtype(config.dtype, device)
+    dtype = choose_dtype(config.dtype, device)
     compiled = device.type == "cuda" if config.compile is None else config.compile
     models = {"softmax": softmax, "t5": converted}
     rows = []
@@ -211,7 +211,8 @@ def describe_device(device: str | torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype called `name`; "auto" is bfloat16 on CUDA and float32 elsewhere."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return getattr(torch, name)
@@ -232,8 +233,9 @@ def _measure(
         runnable = {name: torch.compile(model, dynamic=False) for name, model in cast.items()}
     else:
         runnable = cast
-    with torch.inference_mode(), _attention_choice(device):
-        errors = {name: _check(runnable[name], models[name], images, f"{name} at {resolution} px") for name in models}
+    with torch.inference_mode(), attention_choice(device):
+        where = {name: f"{name} at {resolution} px" for name in models}
+        errors = {name: check_output(runnable[name], models[name], images, where[name]) for name in models}
         calls = {name: (lambda model=model: model(images)) for name, model in runnable.items()}
         runs = time_interleaved(calls, warmup=config.warmup, repeats=config.repeats, device=device)
         peaks = {name: _peak_mib(calls[name], cast[name], device) for name in models}
@@ -259,7 +261,7 @@ def num_tokens(model: nn.Module) -> int:
     return model.patch_embed.num_patches + model.num_prefix_tokens
 
 
-def _attention_choice(device: torch.device) -> AbstractContextManager:
+def attention_choice(device: torch.device) -> AbstractContextManager:
     """cuDNN's fused attention first on CUDA: PyTorch's own order would take the slower flash kernel on Hopper."""
     if device.type != "cuda":
         return nullcontext()
@@ -272,8 +274,12 @@ def _attention_choice(device: torch.device) -> AbstractContextManager:
     return sdpa_kernel(order, set_priority=True)
 
 
-def _check(runnable: nn.Module, model: nn.Module, images: Tensor, where: str) -> float:
-    """Relative error of `runnable` on `images` against `model` in float64, on the first few images of the batch."""
+def check_output(runnable: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, where: str) -> float:
+    """Relative error of `runnable` on `images` against `model` in float64, on the first few images of the batch.
+
+    Raises:
+        T5Error: it is above the tolerance of the images' dtype, or the output is not finite or of another shape.
+    """
     output = runnable(images)
     reference = copy.deepcopy(model).double()(images[:CHECKED_IMAGES].double())
     if output.shape[0] != images.shape[0] or output.shape[1:] != reference.shape[1:]:
