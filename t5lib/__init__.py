@@ -7,15 +7,18 @@
     t5lib.calibrate(t5, teacher=model, batches=loader)   # attention transfer, no labels needed
     t5lib.save(t5, "out"); t5 = t5lib.load("out")        # safetensors + JSON
 
-Names are imported when first used, so that `import t5lib` costs nothing.
+Names are imported when first used, so that `import t5lib` costs nothing. It makes timm know our models' names, now or
+when timm is imported (t5lib.timm_plugin): timm.create_model("t5_deit_tiny_patch16_224").
 """
 
 from importlib import import_module
 from typing import Any
 
+from t5lib import timm_plugin
+
 _HOMES = {
-    "T5Config": "attention",
-    "TTTAttention": "attention",
+    "T5Config": "layers.settings",
+    "TTTAttention": "layers.attention",
     "T5Error": "errors",
     "convert": "conversion",
     "revert": "conversion",
@@ -28,10 +31,15 @@ _HOMES = {
     "save": "checkpoint",
     "load": "checkpoint",
 }
-__all__ = sorted(_HOMES)
+_MODULES = ("official",)
+__all__ = sorted((*_HOMES, *_MODULES))
+
+timm_plugin.install()
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"t5lib.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 't5lib' has no attribute '{name}'")
     value = getattr(import_module(f"t5lib.{_HOMES[name]}"), name)

@@ -137,7 +137,7 @@ def file_of(imported):
     if top not in LAYERS:
         return None
     if module == "t5lib" and name in t5lib._HOMES:
-        rest, name = [t5lib._HOMES[name]], None
+        rest, name = t5lib._HOMES[name].split("."), None
     base = ROOT.joinpath(LAYERS[top], *rest)
     options = [base / f"{name}.py", base / f"{name}/__init__.py", base.with_suffix(".py"), base / "__init__.py"]
     return next(path for path in options if path.is_file())

@@ -125,6 +125,7 @@ def describe(model: VisionTransformer) -> tuple[str, dict[str, Any]]:
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if not architecture:
         raise T5Error(f"this {type(model).__name__} was not made by timm.create_model; make it so, then save it")
+    architecture = architecture.removeprefix("t5_").removesuffix("+")  # t5lib.timm_plugin's names: X converted
     given = getattr(model, "_model_args", {})  # what timm.create_model was told (timm 1.0.31 and later keep it)
     present = {
         "img_size": list(model.patch_embed.img_size),
