@@ -101,6 +101,21 @@ def check_output(folder: Path, *, force: bool) -> None:
     check_writable(folder)
 
 
+def check_choice(*, images: Path | None, wanted: dict[str, float], out: Path | None, fit: dict[str, int]) -> None:
+    """Raises T5Error unless the options of `t5 plan` that choose layers are images and one wanted speed, or none."""
+    if not images:
+        alone = [*wanted, *fit, *(["out"] if out else [])]
+        if alone:
+            raise T5Error(f"--{alone[0].replace('_', '-')} is for choosing layers; add --images FOLDER")
+        return
+    if len(wanted) != 1:
+        raise T5Error("--images is for choosing layers, by one of --speedup X and --budget-ms MS; give one of them")
+    if wanted.get("speedup", 2) <= 1:
+        raise T5Error(f"--speedup {wanted['speedup']:g} needs no conversion; expected more than 1, such as 1.3")
+    if wanted.get("budget_ms", 1) <= 0:
+        raise T5Error(f"--budget-ms {wanted['budget_ms']:g}: expected a positive number of milliseconds")
+
+
 def check_writable(folder: Path) -> None:
     """Raises T5Error unless `folder` exists or can be made, and files can be put there."""
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

@@ -36,7 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 
-MODEL, LAYER, CALIBRATION = "The model", "The new layers", "Calibration"
+MODEL, LAYER, CALIBRATION, CHOICE = "The model", "The new layers", "Calibration", "The choice of layers"
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -73,6 +73,7 @@ def t5(
 ) -> None:
     """Turn a pretrained softmax vision transformer into one whose attention costs linear time.
 
+    - `t5 plan MODEL --resolution 518` — what converting gains on this device, and which layers to convert
     - `t5 diagnose MODEL --images photos` — what its keys share, and what that means
     - `t5 convert MODEL out --calibrate photos` — convert, fit the new layers, save
     - `t5 inspect out` — what is in a saved folder, and what it costs to run
@@ -252,6 +253,99 @@ def convert(
 
     request = converting.Request(source=source, out=out, images=images, t5=t5, calibrate=fit, seed=seed, device=device)
     converting.run(request)
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    resolution: Annotated[int, typer.Option(metavar="PIXELS", min=1, help="Side of the images.")],
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Images a pass that is timed.")] = 1,
+    kinds: Annotated[
+        str,
+        typer.Option(metavar="KINDS", help="New layers to consider: inner models, with +nat3 or +nat5, or presets."),
+    ] = "swiglu,swiglu+nat5",
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Images to fit the new layers and to choose on; no labels.",
+            rich_help_panel=CHOICE,
+        ),
+    ] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="How many times as fast as softmax it must be.", rich_help_panel=CHOICE),
+    ] = None,
+    budget_ms: Annotated[
+        float | None,
+        typer.Option(metavar="MS", help="Or: how long a pass may take.", rich_help_panel=CHOICE),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Save the calibrated mixture there.", rich_help_panel=CHOICE),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Optimizer steps for each kind (default 5000; on a CPU a few hundred already help).",
+            rich_help_panel=CHOICE,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Images a calibration step (default 64).", rich_help_panel=CHOICE),
+    ] = None,
+    weights: Weights = None,
+    pretrained: Pretrained = True,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the new weights and the images.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model that --out holds.")] = False,
+    device: Device = None,
+) -> None:
+    """Measure this device, and say what converting would gain: by how many layers, and from which resolution on.
+
+    A few short models are timed, with softmax and with new layers; the time of every mixture follows. Without --images
+    no weights are needed. With --images and a wanted speed, every kind is calibrated on the images, the loss of each
+    layer converted alone is measured, and the mixture that loses least within the time is found.
+
+    **Examples**
+
+    - `t5 plan vit_small_patch14_dinov2.lvd142m --resolution 518 --batch 8`
+    - `t5 plan vit_small_patch14_dinov2.lvd142m --resolution 1036 --images photos --speedup 1.3 --out mixed`
+    - `t5 plan my-softmax-folder --resolution 448 --kinds swiglu,two_layer --device cuda`
+
+    **Output**
+
+    Predicted time and speed-up by layers converted, where the break-even lies, and a verdict: "No gain at this size"
+    where softmax is faster. With --images also what each layer loses, and the chosen layers as t5 convert --layers and
+    params.yaml take them.
+    """
+    source = Source(name=model, weights=weights, pretrained=pretrained)
+    fit = _given(steps=steps, batch_size=batch_size)
+    wanted = _given(speedup=speedup, budget_ms=budget_ms)
+    arguments.check_choice(images=images, wanted=wanted, out=out, fit=fit)
+    if out:
+        arguments.check_output(out, force=force)
+        if source.folder and source.folder.resolve() == out.resolve():
+            raise T5Error(f"MODEL and --out are the same folder, {out}; name another, and the softmax model stays")
+    paths = arguments.find_images(images, least=4) if images else []
+    from t5lib.cli import planning
+
+    request = planning.Request(
+        source=source,
+        resolution=resolution,
+        kinds=tuple(kind.strip() for kind in kinds.split(",")),
+        batch=batch,
+        images=paths,
+        speedup=speedup,
+        budget_ms=budget_ms,
+        calibrate=fit,
+        out=out,
+        seed=seed,
+        device=device,
+    )
+    planning.run(request)
 
 
 @app.command()
