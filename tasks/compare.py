@@ -113,7 +113,7 @@ def _one_seed(target: str, settings: dict[str, Any], root: Path) -> dict[str, An
     metrics = {}
     for stage in STAGES:
         print(f"== {root.name}: {stage}", flush=True)
-        metrics[stage] = run_stage(stage, target, params=settings, root=_workspace(root))
+        metrics[stage] = run_stage(stage, target, params=settings, root=workspace(root))
         torch.compiler.reset()  # every stage compiles new modules; without this torch soon gives up and runs eager
     result = {
         "models": metrics["evaluate"]["models"],
@@ -128,7 +128,7 @@ def _one_seed(target: str, settings: dict[str, Any], root: Path) -> dict[str, An
     return result
 
 
-def _workspace(root: Path) -> Path:
+def workspace(root: Path) -> Path:
     """A folder that looks like the repository to a stage: its own outputs, the repository's images."""
     (root / "data").mkdir(parents=True, exist_ok=True)
     for folder in Path("data").glob("fashion-mnist*"):

@@ -49,8 +49,12 @@ def resolve(root: Path | str, target: str) -> dict[str, Any]:
     Raises:
         T5Error: an unknown setting, a wrong type, or a section that no stage reads.
     """
-    settings, classes = read_target(root, target), _sections(Path(root))
-    where = f"params.yaml: targets.{target}"
+    return checked(root, read_target(root, target), f"params.yaml: targets.{target}")
+
+
+def checked(root: Path | str, settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """The sections of a target with their defaults filled in; `where` names their origin. Raises as `resolve` does."""
+    classes = _sections(Path(root))
     for section in settings:
         if section not in classes:
             raise T5Error(f"{where}.{section} is read by no stage; known sections: {', '.join(sorted(classes))}")

@@ -1,6 +1,7 @@
 """Stage `source`: the softmax classifier that is converted: the fetched model, with a head for the target's classes."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import t5lib
-from t5lib.data import DataConfig, ShardSet, eval_batches, transform
+from t5lib.data import Batch, DataConfig, ShardSet, eval_batches, transform
 from t5lib.errors import T5Error
 from t5lib.progress import progress
 from t5lib.training import TrainConfig
@@ -56,10 +57,21 @@ def fit_head(model: nn.Module, shards: ShardSet, data: DataConfig, l2: float) ->
     Raises:
         T5Error: the model's head is not one linear layer.
     """
+    _check_head(model)
+    batches = eval_batches(shards, transform(data), batch_size=data.eval_batch_size, workers=data.workers)
+    fit_head_on(model, batches, shards.count, l2)
+
+
+def _check_head(model: nn.Module) -> None:
     if not isinstance(model.head, nn.Linear) or hasattr(model, "head_dist"):
         found = "a pair, one for the distillation token" if hasattr(model, "head_dist") else type(model.head).__name__
         raise T5Error(f"the head is {found}, not one linear layer; use source.head: keep")
-    features, labels = _features(model, shards, data)
+
+
+def fit_head_on(model: nn.Module, batches: Iterable[Batch], count: int, l2: float) -> None:
+    """`fit_head` on the `count` images of `batches` (images (B, 3, H, W), labels (B,)), each once."""
+    _check_head(model)
+    features, labels = _features(model, batches, count)
     mean, std = features.mean(0), features.std(0) + 1e-6
     features = (features - mean) / std
     weight = torch.zeros_like(model.head.weight, dtype=torch.float32, requires_grad=True)
@@ -79,12 +91,11 @@ def fit_head(model: nn.Module, shards: ShardSet, data: DataConfig, l2: float) ->
 
 
 @torch.no_grad()
-def _features(model: nn.Module, shards: ShardSet, data: DataConfig) -> tuple[Tensor, Tensor]:
+def _features(model: nn.Module, batches: Iterable[Batch], count: int) -> tuple[Tensor, Tensor]:
     """What the head sees, (n, C) float32, and the labels (n,), on the model's device."""
     place = next(model.parameters()).device
     features, labels = [], []
-    batches = eval_batches(shards, transform(data), batch_size=data.eval_batch_size, workers=data.workers)
-    with progress("features", shards.count) as bar:
+    with progress("features", count) as bar:
         for images, batch_labels in batches:
             with torch.autocast(place.type, torch.bfloat16, enabled=place.type == "cuda"):
                 hidden = model.forward_head(model.forward_features(images.to(place)), pre_logits=True)

@@ -1,0 +1,102 @@
+"""Run an ablation of params.yaml: every variant converted, calibrated and trained alike, on one device.
+
+    python -m tasks.ablate run dinov2-fashion --out docs/results/ablation.json --jobs 3
+
+Run again, it makes what is missing; a variant whose settings changed is made anew.
+"""
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from t5lib.config import to_dict
+from t5lib.errors import T5Error
+from tasks import tracking
+from tasks.ablation import definition, running
+
+
+def run(arguments: argparse.Namespace) -> None:
+    plan = _plan(arguments)
+    running.run(
+        plan,
+        work=arguments.work / plan.name,
+        out=arguments.out,
+        seeds=arguments.seeds or list(plan.seeds),
+        only=arguments.only,
+        jobs=arguments.jobs,
+        until=arguments.until,
+        commit=arguments.commit or tracking.git_commit(Path(".")),
+    )
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    plan = _plan(arguments)
+    seeds = arguments.seeds or list(plan.seeds)
+    running.make_sources(plan, work=arguments.work / plan.name, seeds=seeds, jobs=arguments.jobs)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    print(json.dumps(to_dict(_plan(arguments))))
+
+
+def _plan(arguments: argparse.Namespace) -> definition.Plan:
+    return definition.resolve(Path("."), arguments.name, _changes(arguments.set))
+
+
+def _changes(items: list[str]) -> dict[str, Any]:
+    changes = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise T5Error(f"--set {item}: expected NAME=VALUE, such as finetune.epochs=0.5")
+        changes[key] = yaml.safe_load(value)
+    return changes
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tasks.ablate", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function, description: str, *, named: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__, help=description, description=description)
+        sub.set_defaults(function=function)
+        if named:
+            sub.add_argument("name", help="a section of `ablations` in params.yaml")
+            sub.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings to replace")
+        return sub
+
+    def on_device(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--work", type=Path, default=Path("data/scratch/ablation"), help="where partial work is kept")
+        sub.add_argument("--seeds", type=int, nargs="+", help="default: those of the ablation")
+        sub.add_argument("--jobs", type=int, default=1, help="processes that share the device")
+
+    sub = command(run, "run what is missing and write all results to one file")
+    on_device(sub)
+    sub.add_argument("--out", type=Path, required=True, help="the JSON file for the results; read too, if it is there")
+    sub.add_argument("--only", nargs="+", metavar="VARIANT")
+    sub.add_argument("--until", type=float, metavar="SECONDS", help="begin no variant after that many seconds")
+    sub.add_argument("--commit", help="the code's version to record where this is no git clone")
+    on_device(command(prepare, "fetch the weights, decode the images and make the sources"))
+    command(show, "check an ablation and print what it comes to, as JSON")
+    return parser
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    for stop in (signal.SIGINT, signal.SIGTERM):  # also where a background shell made us ignore Ctrl-C
+        signal.signal(stop, signal.default_int_handler)
+    try:
+        arguments.function(arguments)
+    except T5Error as error:
+        sys.exit(f"ablate: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
