@@ -1,4 +1,4 @@
-"""One training loop for every protocol: freeze (new parameters only), fine-tune and control (everything)."""
+"""One training loop for every protocol: freeze (new parameters only), adapters, fine-tune and control (everything)."""
 
 import contextlib
 import math
@@ -17,6 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from t5lib import lora
 from t5lib.batches import Batches, open_batches
 from t5lib.config import one_of
 from t5lib.conversion import new_parameters
@@ -36,16 +37,18 @@ class TrainConfig:
     Attributes:
         epochs: passes over the training images; may be a fraction.
         batch_size: images a process and forward pass; times `accumulate` and the number of processes for a step.
-        lr, lr_new: peak learning rates of inherited and of new parameters.
+        lr, lr_new: peak learning rates of inherited and of new parameters (adapters count as new).
         min_lr: the cosine's end, as a part of the peak.
         warmup: part of all steps with linearly rising learning rate.
         weight_decay: AdamW's, for matrices; vectors, biases and what timm spares (position tables) get none.
         clip_norm: bound of the gradient's norm; null for none.
-        trainable: "all", or "new" for the freeze protocol.
+        trainable: "all"; "new" for the freeze protocol; "lora" for low-rank adapters of the projections around the
+            new layers, merged at the end, everything else frozen (t5lib.lora).
+        lora_rank, lora_alpha: width of the adapters, and their factor times lora_rank.
         distill: weight from 0 to 1 of the teacher's soft labels beside the true ones; 0 needs no teacher.
         ema: decay of the averaged weights, which are then the result; null for none.
         precision: "fp32" or "bf16" (autocast).
-        compile: torch.compile the model.
+        compile: torch.compile the transformer blocks, each by itself; one compilation serves all that are alike.
         checkpoint_every: steps between checkpoints.
     """
 
@@ -64,6 +67,8 @@ class TrainConfig:
     distill: float = 0.0
     ema: float | None = None
     trainable: str = "all"
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
     precision: str = "fp32"
     compile: bool = False
     checkpoint_every: int = 100
@@ -71,10 +76,11 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self):
-        one_of(self.trainable, ("all", "new"), "train.trainable")
+        one_of(self.trainable, ("all", "new", "lora"), "train.trainable")
         one_of(self.precision, ("fp32", "bf16"), "train.precision")
         for names, holds, expected in (
             (("epochs", "batch_size", "accumulate", "checkpoint_every"), lambda v: v > 0, "more than 0"),
+            (("lora_rank", "lora_alpha"), lambda v: v > 0, "more than 0"),
             (("lr", "lr_new", "weight_decay", "mixup", "cutmix"), lambda v: v >= 0, "0 or more"),
             (("min_lr", "warmup", "distill"), lambda v: 0 <= v <= 1, "a part, from 0 to 1"),
             (("label_smoothing",), lambda v: 0 <= v < 1, "0 or more, below 1"),
@@ -176,16 +182,18 @@ class _Run:
         # processes on a machine without accelerator would each train on their own.
         self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
         self.config, self.total, self.plain = config, steps, model
-        set_seed(config.seed, device_specific=True)  # Python, NumPy (mixup) and torch
         device = self.accelerator.device
         model.to(device).train()
         model.zero_grad(set_to_none=True)
-        self.frozen = freeze(model, config.trainable)
+        set_seed(config.seed)  # adapters start alike in all processes
+        self.frozen = freeze(model, config)
+        set_seed(config.seed, device_specific=True)  # Python, NumPy (mixup) and torch
         self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None
         optimizer = torch.optim.AdamW(_groups(model, config), fused=device.type == "cuda")
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.compiled = contextlib.ExitStack()
         if config.compile:
-            self.model = torch.compile(self.model)
+            self.compiled.enter_context(compiled_blocks(model))
         self.teacher = teacher.to(device).eval() if config.distill else None
         self.mixup = _mixup(config, num_classes)
         self.done = Done()
@@ -201,9 +209,10 @@ class _Run:
                 loss = self._loss(images, labels)
                 self.accelerator.backward(loss / len(batches))
             losses.append(loss.detach())
-        value = torch.stack(losses).mean().item()
-        norm = self.accelerator.clip_grad_norm_(self.plain.parameters(), self.config.clip_norm or math.inf).item()
+        norm = self.accelerator.clip_grad_norm_(self.plain.parameters(), self.config.clip_norm or math.inf)
+        value, norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()  # the only wait for the device in a step
         if not (math.isfinite(value) and math.isfinite(norm)):
+            self.compiled.close()  # what looks for the cause hooks into every module
             raise T5Error(explain_blow_up(self.plain, images, self.config, self.done.step + 1, value, norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -214,6 +223,8 @@ class _Run:
 
     def any_process(self, holds: bool) -> bool:
         """Whether it holds in any process: all must stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return holds
         if holds:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
@@ -230,6 +241,9 @@ class _Run:
             self.plain.load_state_dict(self.ema.module.state_dict())
 
     def close(self) -> None:
+        self.compiled.close()
+        if self.config.trainable == "lora":
+            lora.merge(self.plain)
         for parameter in self.frozen:
             parameter.requires_grad_(True)
         self.plain.eval()
@@ -270,14 +284,38 @@ def rate_factor(step: int, total: int, config: TrainConfig) -> float:
     return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * through))
 
 
-def freeze(model: nn.Module, trainable: str) -> list[nn.Parameter]:
-    """Leave only what `trainable` names ("all" or "new") with a gradient; returns the parameters it froze.
+@contextlib.contextmanager
+def compiled_blocks(model: nn.Module) -> Iterator[None]:
+    """Within, each transformer block of a timm model is compiled by itself; the first of a kind compiles for all.
+
+    Blocks that differ in more than their weights (kind of attention, rate of stochastic depth) are compiled anew, so
+    the number of compilations that torch allows is raised by that of blocks. At the end the model is a plain one, and
+    what was compiled is forgotten, lest runs in one process add up to that limit.
+    """
+    limit = torch._dynamo.config.recompile_limit + len(model.blocks)
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        try:
+            for block in model.blocks:
+                block.compile(dynamic=False)
+            yield
+        finally:
+            for block in model.blocks:
+                block._compiled_call_impl = None
+            torch.compiler.reset()
+
+
+def freeze(model: nn.Module, config: TrainConfig) -> list[nn.Parameter]:
+    """Leave only what `config.trainable` names with a gradient; returns the parameters it froze.
 
     Raises:
-        T5Error: "new" on a model without converted layers.
+        T5Error: "new" or "lora" on a model without converted layers.
     """
-    if trainable == "all":
+    if config.trainable == "all":
         return []
+    if config.trainable == "lora":
+        before = [p for p in model.parameters() if p.requires_grad]
+        lora.attach(model, config.lora_rank, config.lora_alpha)
+        return before
     new = set(new_parameters(model).values())
     if not new:
         raise T5Error("the freeze protocol trains the new parameters, but this model has none; convert it first")
@@ -289,7 +327,7 @@ def freeze(model: nn.Module, trainable: str) -> list[nn.Parameter]:
 
 def _groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """Parameters by (new or inherited, decayed or not): their learning rates and weight decay differ."""
-    new = set(new_parameters(model))
+    new = set(new_parameters(model)) | {name for name, _ in model.named_parameters() if "lora_" in name}
     spared = getattr(model, "no_weight_decay", set)()
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
+import sys
 
 import pytest
 import torch
@@ -210,6 +211,77 @@ def test_compiled_training_agrees(monkeypatch):
         torch.testing.assert_close(compiled.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def compilations(monkeypatch) -> list[int]:
+    """Grows by one entry with every graph that torch.compile makes."""
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    return graphs
+
+
+@pytest.mark.parametrize(
+    ("layers", "kinds"),
+    [(None, 1), ({"0,1": "swiglu", "3": "two_layer"}, 3)],  # the third layer stays softmax
+    ids=["alike", "mixed"],
+)
+def test_one_compilation_serves_all_blocks_of_a_kind(layers, kinds, monkeypatch):
+    graphs = compilations(monkeypatch)
+    model = t5lib.convert(tiny_vit(depth=4), T5Config(layers=layers))
+    run(model, dataclasses.replace(PLAIN, compile=True, precision="bf16"), steps=2)
+    assert len(graphs) == kinds
+    assert all(block._compiled_call_impl is None for block in model.blocks)
+    assert torch.equal(copy.deepcopy(model)(random_images()), model(random_images())) and len(graphs) == kinds
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_blocks_that_all_differ_are_all_compiled_in_every_run(monkeypatch):
+    """Past torch's limit for one function the rest would quietly run uncompiled."""
+    graphs = compilations(monkeypatch)
+    for _ in range(2):
+        graphs.clear()
+        run(tiny_vit(depth=4, drop_path_rate=0.3), dataclasses.replace(PLAIN, compile=True), steps=1)
+        assert len(graphs) == 4
+    assert torch._dynamo.config.recompile_limit == 2
+
+
+def test_compiled_training_goes_on_from_a_checkpoint_with_the_same_bits(monkeypatch, tmp_path):
+    compilations(monkeypatch)
+    whole, broken_off = deterministic(), deterministic()
+    config = dataclasses.replace(PLAIN, compile=True, ema=0.9)
+    run(whole, config, steps=5)
+    with pytest.raises(ZeroDivisionError):
+        run(broken_off, config, steps=5, resume_dir=tmp_path, log=lambda _, step: 1 / (4 - step))
+    assert all(block._compiled_call_impl is None for block in broken_off.blocks)
+    resumed = deterministic()
+    run(resumed, config, steps=5, resume_dir=tmp_path)
+    assert same(state(resumed), state(whole))
+
+
+def test_a_step_reads_one_value_from_the_device(monkeypatch):
+    """Every read waits until the device has done all that it was told."""
+    reads = []
+
+    def counted(name):
+        read = getattr(torch.Tensor, name)
+
+        def call(tensor, *args):
+            if sys._getframe(1).f_globals["__name__"].startswith(("t5lib", "accelerate")):
+                reads.append(name)
+            return read(tensor, *args)
+
+        return call
+
+    for name in ("item", "tolist", "__float__", "__bool__", "__int__", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    config = dataclasses.replace(PLAIN, accumulate=2, distill=0.5, ema=0.9)
+    run(deterministic(), config, steps=3, teacher=tiny_vit(seed=5), log=lambda *_: None)
+    assert reads == ["tolist"] * 3
+
+
 def test_report_counts_steps_images_and_seconds():
     report = run(converted(), ALL_ON)
     assert report.steps == STEPS and math.isfinite(report.loss)
@@ -235,6 +307,8 @@ def test_epochs_become_steps():
         {"warmup": 500.0},
         {"weight_decay": -0.1},
         {"clip_norm": 0.0},
+        {"lora_rank": 0},
+        {"lora_alpha": 0.0},
         {"label_smoothing": 1.0},
         {"mixup": -1.0},
         {"cutmix": -1.0},
@@ -258,10 +332,12 @@ def broken(fill: float, **config) -> nn.Module:
     return model
 
 
-def test_a_loss_that_is_not_finite_names_step_layer_and_advice():
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_loss_that_is_not_finite_names_step_layer_and_advice(compiled, monkeypatch):
+    compilations(monkeypatch)
     model = broken(math.inf, key_norm="none")
     with pytest.raises(T5Error) as caught:
-        run(model, dataclasses.replace(PLAIN, precision="bf16", clip_norm=None))
+        run(model, dataclasses.replace(PLAIN, precision="bf16", clip_norm=None, compile=compiled))
     message = str(caught.value)
     assert "stopped at step 1: loss nan" in message
     assert "Not finite first in blocks.1.attn" in message

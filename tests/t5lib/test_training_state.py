@@ -211,18 +211,20 @@ def test_killed_and_started_again_it_ends_with_the_same_bits_as_an_uninterrupted
     assert same(load_file(out), uninterrupted)
 
 
-def test_two_processes_equal_one_with_twice_the_batch(processes, tmp_path):
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_two_processes_equal_one_with_twice_the_batch(trainable, processes, tmp_path):
+    config = dataclasses.replace(PLAIN, trainable=trainable, ema=0.9)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pair = [processes(part_of_two, rank, port, tmp_path) for rank in (0, 1)]
+    pair = [processes(part_of_two, rank, port, tmp_path, config) for rank in (0, 1)]
     for process in pair:
         process.join(90)
         assert process.exitcode == 0
     one, two = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
     assert same(one, two)
     model = deterministic()
-    run(model, source=lambda start: (batch(start + i, size=8) for i in range(99)))
+    run(model, config, source=lambda start: (batch(start + i, size=8) for i in range(99)))
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(one[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
     assert [(tmp_path / f"rank{rank}.logged").read_text() for rank in (0, 1)] == [str(STEPS), "0"]

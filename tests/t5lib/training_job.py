@@ -55,7 +55,7 @@ def job(out: Path, resume_dir: Path, pause_at: int | None = None) -> None:
     save_file(model.state_dict(), out)
 
 
-def part_of_two(rank: int, port: int, folder: Path) -> None:
+def part_of_two(rank: int, port: int, folder: Path, config: TrainConfig) -> None:
     """Train on one half of every batch of eight, together with another process, as under torchrun."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -66,7 +66,8 @@ def part_of_two(rank: int, port: int, folder: Path) -> None:
         for number in count(start):
             yield tuple(part[rank * 4 : rank * 4 + 4] for part in batch(number, size=8))
 
-    run(model, source=halves, resume_dir=folder / "checkpoints", log=lambda values, _: losses.append(values["loss"]))
+    log = {"log": lambda values, _: losses.append(values["loss"])}
+    run(model, config, source=halves, resume_dir=folder / "checkpoints", **log)
     save_file(model.state_dict(), folder / f"rank{rank}.safetensors")
     (folder / f"rank{rank}.logged").write_text(str(len(losses)))
 
