@@ -1,10 +1,11 @@
-"""Checkpoints in the naming of the method's released code, as models of ours, and back.
+"""Checkpoints in the naming of the method's released code, as models of ours; a ViT's also back.
 
 Released (ViT "T5")                          ours                               i: layer, H heads of width D
 blocks.i.attn.{w1,w2,w3}        (1, H, D, D)  blocks.i.attn.mixer.{w1,w2,w3}     (H, D, D)
 blocks.i.attn.{q,k}_conv2d.*                  blocks.i.attn.mixer.{q,k}_conv.*
 everything else                               the same name: timm's VisionTransformer
 
+t5lib/families/dit.py has the names of the DiT ("DiT5").
 Source: the code released with "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772).
 """
 
@@ -13,6 +14,7 @@ import logging
 import math
 import pickle
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +46,19 @@ def load(
     config: T5Config | None = None,
     img_size: tuple[int, int] | None = None,
 ) -> nn.Module:
-    """The model in a released checkpoint, in eval mode and the checkpoint's precision; `t5lib.save` can save it.
+    """The model in a released checkpoint, in eval mode and the checkpoint's precision.
 
-    The architecture is told by names and shapes. The model carries `t5_config`, `t5_report`, and `t5_source`, which
-    says what was loaded: the file, and which of its weights.
+    A ViT comes as a converted timm VisionTransformer, which `t5lib.save` can save; a DiT5 as diffusers'
+    DiTTransformer2DModel with our layers (t5lib/families/dit.py). Names and shapes tell the architecture. The model
+    carries `t5_config`, and `t5_source`, which says what was loaded: the file, and which of its weights.
 
     Args:
         path: a .safetensors file, or one of torch.save, which is opened without running any code in it.
         which: "ema" or "model", for a file that holds both; None takes the moving average where there is one.
         config: of the new layers, for what weights cannot tell: "+nat5", "three_layer" in place of "swiglu", the
-            residual loss. By default what the paper trains: dot loss, instance key norm, and of the inner model and
-            the locality those that have these weights.
-        img_size: (height, width) in pixels, needed only when they differ.
+            residual loss. By default the paper's layers for a ViT, preset "dit5" for a DiT, in either case with the
+            inner model and the convolutions that have these weights.
+        img_size: (height, width) in pixels of a ViT, needed only when they differ.
 
     Raises:
         T5Error: not such a file; weights that are missing, unknown or of another shape (named).
@@ -63,7 +66,25 @@ def load(
     weights, entry = read(path, which)
     source = f"{entry} of {path}" if entry else str(path)
     if "x_embedder.proj.weight" in weights:
-        raise T5Error(f"{source} is a DiT5; such checkpoints are recognized but not supported yet, only the ViT's are")
+        model = _load_dit(weights, config, source)
+    else:
+        model = _load_vit(weights, config, source, img_size)
+    model.t5_source = source
+    logger.info("loaded %s: %s with %s", source, type(model).__name__, model.t5_config)
+    return model.eval()
+
+
+def _load_dit(weights: dict[str, Tensor], config: T5Config | None, source: str) -> nn.Module:
+    if not find_spec("diffusers"):
+        raise T5Error(f"{source} is a DiT5, which comes in as a model of diffusers; install that package")
+    from t5lib.families import dit
+
+    return dit.from_released(weights, config, source)
+
+
+def _load_vit(
+    weights: dict[str, Tensor], config: T5Config | None, source: str, img_size: tuple[int, int] | None
+) -> nn.Module:
     arguments = describe(weights, source, img_size)
     config = config or infer_config(weights, arguments["depth"], source)
     with torch.device("meta"):
@@ -71,10 +92,7 @@ def load(
     weights = to_ours(weights)
     check_fit(weights, model.state_dict(), source)
     model.load_state_dict(weights, assign=True)
-    model.requires_grad_(True)  # tensors of a file do not ask for gradients
-    model.t5_source = source
-    logger.info("loaded %s: %s with %s", source, type(model).__name__, config)
-    return model.eval()
+    return model
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -83,6 +101,8 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         T5Error: it holds new weights that the released code has no name for (named).
     """
+    if not isinstance(model, timm_vit.VisionTransformer):
+        raise T5Error(f"{type(model).__name__} is not a timm VisionTransformer; only its weights can be named back")
     released, unknown = {}, []
     for name, value in model.state_dict().items():
         before, mixer, new = name.partition(".attn.mixer.")

@@ -64,6 +64,66 @@ def vit(state: dict[str, Tensor], images: Tensor, **attention_options) -> Tensor
     return linear(state, "head", layer_norm(state, "norm", x)[:, 0])
 
 
+def dit_state(
+    *, width=24, depth=2, heads=3, patch=2, side=6, channels=4, classes=5, rescale=True, seed=0
+) -> dict[str, Tensor]:
+    """Random float64 weights of a small released DiT5 that predicts noise and variance."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, std: float = 0.3) -> Tensor:
+        return std * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    shapes = {
+        "x_embedder.proj": (width, channels, patch, patch),
+        "t_embedder.mlp.0": (width, 256),
+        "t_embedder.mlp.2": (width, width),
+        "final_layer.linear": (2 * channels * patch**2, width),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
+    }
+    state = {"pos_embed": draw(1, side**2, width), "y_embedder.embedding_table.weight": draw(classes + 1, width)}
+    for i in range(depth):
+        block = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "adaLN_modulation.1": (6 * width, width)}
+        block |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+        block |= {"attn.q_conv2d": (width, 1, 3, 3), "attn.k_conv2d": (width, 1, 3, 3)}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+        for name in ("w1", "w2"):
+            state[f"blocks.{i}.attn.{name}"] = draw(1, heads, width // heads, width // heads)
+        for name in ("q_scale", "q_offset", "k_scale", "k_offset") if rescale else ():
+            state[f"blocks.{i}.attn.{name}"] = draw(1, heads, 1, width // heads) + name.endswith("scale")
+    for name, shape in shapes.items():
+        state[f"{name}.weight"], state[f"{name}.bias"] = draw(*shape), draw(shape[0])
+    return state
+
+
+def dit(state: dict[str, Tensor], latents: Tensor, steps: Tensor, labels: Tensor, *, window: int | None = 5) -> Tensor:
+    """Output (B, 2 · channels, height, width) of the released DiT5. latents: (B, channels, height, width)."""
+    patch = state["x_embedder.proj.weight"].shape[-1]
+    x = F.conv2d(latents, state["x_embedder.proj.weight"], state["x_embedder.proj.bias"], stride=patch)
+    grid = tuple(x.shape[-2:])
+    x = x.flatten(2).transpose(1, 2) + state["pos_embed"]
+    frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
+    angles = steps[:, None].float() * frequencies
+    waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(x)
+    condition = linear(state, "t_embedder.mlp.2", F.silu(linear(state, "t_embedder.mlp.0", waves)))
+    condition = F.silu(condition + state["y_embedder.embedding_table.weight"][labels])
+    block = 0
+    while f"blocks.{block}.attn.w1" in state:
+        here = {name[len(f"blocks.{block}.") :]: v for name, v in state.items() if name.startswith(f"blocks.{block}.")}
+        attn = {name[len("attn.") :]: value for name, value in here.items() if name.startswith("attn.")}
+        shift, scale, gate, *rest = linear(here, "adaLN_modulation.1", condition)[:, None].chunk(6, dim=-1)
+        x = x + gate * attention(attn, modulated(x, shift, scale), grid=grid, prefix=0, residual=True, window=window)
+        x = x + rest[2] * mlp(here, modulated(x, rest[0], rest[1]), approximate="tanh")
+        block += 1
+    shift, scale = linear(state, "final_layer.adaLN_modulation.1", condition)[:, None].chunk(2, dim=-1)
+    x = linear(state, "final_layer.linear", modulated(x, shift, scale))
+    x = x.reshape(len(x), *grid, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(len(x), -1, grid[0] * patch, grid[1] * patch)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS) * (1 + scale) + shift
+
+
 def attention(
     state: dict[str, Tensor], x: Tensor, *, grid: tuple[int, int], prefix: int, residual=False, window=None, eps=1.0
 ) -> Tensor:
@@ -72,6 +132,9 @@ def attention(
     heads, width = state["w1"].shape[1:3]
     q, k, v = linear(state, "qkv", x).reshape(B, N, 3, heads, width).permute(2, 0, 3, 1, 4)
     raw = q, k, v
+    if "q_scale" in state:
+        scale, offset = ([state[f"{t}_{n}"].reshape(heads, 1, width) for t in "qk"] for n in ("scale", "offset"))
+        q, k = q * scale[0] + offset[0], k * scale[1] + offset[1]
     k = (k - k.mean(2, keepdim=True)) / (k.var(2, keepdim=True, unbiased=False) + eps).sqrt()
     if "q_conv2d.weight" in state:
         q, k = convolve(state, "q_conv2d", q, grid, prefix), convolve(state, "k_conv2d", k, grid, prefix)
@@ -130,5 +193,5 @@ def layer_norm(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], LAYER_NORM_EPS)
 
 
-def mlp(state: dict[str, Tensor], x: Tensor) -> Tensor:
-    return linear(state, "mlp.fc2", F.gelu(linear(state, "mlp.fc1", x)))
+def mlp(state: dict[str, Tensor], x: Tensor, approximate: str = "none") -> Tensor:
+    return linear(state, "mlp.fc2", F.gelu(linear(state, "mlp.fc1", x), approximate=approximate))

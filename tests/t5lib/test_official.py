@@ -191,12 +191,18 @@ def test_a_configuration_that_has_other_weights_is_refused(checkpoint):
         official.load(checkpoint(released.vit_state()), config=T5Config(inner="two_layer"))
 
 
+def test_a_dit_without_diffusers_says_what_to_install(checkpoint, monkeypatch):
+    monkeypatch.setattr(official, "find_spec", lambda name: None)
+    with pytest.raises(T5Error, match="is a DiT5, which comes in as a model of diffusers; install"):
+        official.load(checkpoint({"x_embedder.proj.weight": torch.ones(4, 4, 2, 2)}))
+
+
 def test_files_that_cannot_be_opened(tmp_path):
     class Trap:
         def __reduce__(self):
             return (open, (str(tmp_path / "trapped"), "w"))
 
-    (tmp_path / "trap.pth").write_bytes(pickle.dumps({"model": Trap()}))
+    (tmp_path / "trap.pth").write_bytes(pickle.dumps({"model": Trap()}, protocol=2))
     torch.save({"model": Trap()}, tmp_path / "trap2.pth")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0")
     torch.save([1, 2], tmp_path / "list.pt")
