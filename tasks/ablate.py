@@ -40,6 +40,13 @@ def prepare(arguments: argparse.Namespace) -> None:
     running.make_sources(plan, work=arguments.work / plan.name, seeds=seeds, jobs=arguments.jobs)
 
 
+def tables(arguments: argparse.Namespace) -> None:
+    from tasks.ablation.tables import write
+
+    for file in write(running.load(arguments.file), arguments.out):
+        print(file)
+
+
 def show(arguments: argparse.Namespace) -> None:
     print(json.dumps(to_dict(_plan(arguments))))
 
@@ -62,12 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tasks.ablate", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(function, description: str, *, named: bool = True) -> argparse.ArgumentParser:
+    def command(function, description: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(function.__name__, help=description, description=description)
         sub.set_defaults(function=function)
-        if named:
-            sub.add_argument("name", help="a section of `ablations` in params.yaml")
-            sub.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings to replace")
+        return sub
+
+    def named(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub.add_argument("name", help="a section of `ablations` in params.yaml")
+        sub.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings to replace")
         return sub
 
     def on_device(sub: argparse.ArgumentParser) -> None:
@@ -75,14 +84,17 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--seeds", type=int, nargs="+", help="default: those of the ablation")
         sub.add_argument("--jobs", type=int, default=1, help="processes that share the device")
 
-    sub = command(run, "run what is missing and write all results to one file")
+    sub = named(command(run, "run what is missing and write all results to one file"))
     on_device(sub)
     sub.add_argument("--out", type=Path, required=True, help="the JSON file for the results; read too, if it is there")
     sub.add_argument("--only", nargs="+", metavar="VARIANT")
     sub.add_argument("--until", type=float, metavar="SECONDS", help="begin no variant after that many seconds")
     sub.add_argument("--commit", help="the code's version to record where this is no git clone")
-    on_device(command(prepare, "fetch the weights, decode the images and make the sources"))
-    command(show, "check an ablation and print what it comes to, as JSON")
+    on_device(named(command(prepare, "fetch the weights, decode the images and make the sources")))
+    named(command(show, "check an ablation and print what it comes to, as JSON"))
+    sub = command(tables, "write OUT.md and a picture OUT-TABLE.png for every table, from a result file alone")
+    sub.add_argument("file", type=Path, help="what `run` wrote")
+    sub.add_argument("--out", type=Path, required=True, help="where they go, without ending")
     return parser
 
 

@@ -71,11 +71,11 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over seeds of top-1 and agreement, and of the two gaps that matter, in points."""
     top1 = {name: [run["models"][name]["top1"] for run in runs] for name in MODELS}
     return {
-        "top1": {name: _spread(values) for name, values in top1.items()},
-        "agreement": {name: _spread([run["models"][name]["agreement"] for run in runs]) for name in MODELS},
-        "finetuned_minus_control": _spread([a - b for a, b in zip(top1["finetuned"], top1["control"], strict=True)]),
-        "calibrated_minus_source": _spread([a - b for a, b in zip(top1["calibrated"], top1["source"], strict=True)]),
-        "seconds": {stage: _spread([run["seconds"][stage] for run in runs]) for stage in TIMED},
+        "top1": {name: spread(values) for name, values in top1.items()},
+        "agreement": {name: spread([run["models"][name]["agreement"] for run in runs]) for name in MODELS},
+        "finetuned_minus_control": spread([a - b for a, b in zip(top1["finetuned"], top1["control"], strict=True)]),
+        "calibrated_minus_source": spread([a - b for a, b in zip(top1["calibrated"], top1["source"], strict=True)]),
+        "seconds": {stage: spread([run["seconds"][stage] for run in runs]) for stage in TIMED},
     }
 
 
@@ -94,13 +94,13 @@ def table(result: dict[str, Any]) -> str:
     ]
     for name in MODELS:
         values = [f"{run['models'][name]['top1']:.2f}" for run in result["seeds"].values()]
-        means = [_text(summary[key][name]) for key in ("top1", "agreement")]
+        means = [plus_minus(summary[key][name]) for key in ("top1", "agreement")]
         lines.append(f"| {name} | " + " | ".join(values + means) + " |")
     lines += [
         "",
-        f"Fine-tuned T5 minus control: {_text(summary['finetuned_minus_control'])} points.",
-        f"Calibrated (no labels, no fine-tune) minus source: {_text(summary['calibrated_minus_source'])} points.",
-        "Seconds: " + ", ".join(f"{stage} {_text(summary['seconds'][stage], 0)}" for stage in TIMED) + ".",
+        f"Fine-tuned T5 minus control: {plus_minus(summary['finetuned_minus_control'])} points.",
+        f"Calibrated (no labels, no fine-tune) minus source: {plus_minus(summary['calibrated_minus_source'])} points.",
+        "Seconds: " + ", ".join(f"{stage} {plus_minus(summary['seconds'][stage], 0)}" for stage in TIMED) + ".",
         "",
     ]
     return "\n".join(lines)
@@ -138,11 +138,11 @@ def workspace(root: Path) -> Path:
     return root
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
     return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
-def _text(spread: dict[str, float], digits: int = 2) -> str:
+def plus_minus(spread: dict[str, float], digits: int = 2) -> str:
     return f"{spread['mean']:.{digits}f} ± {spread['std']:.{digits}f}"
 
 

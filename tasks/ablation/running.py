@@ -1,5 +1,6 @@
 """An ablation from its definition to one JSON file with every variant and seed that is done."""
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,12 @@ def load(file: Path) -> Result:
     if not isinstance(result, dict) or result.get("format") != FORMAT or "records" not in result:
         raise T5Error(f"{file} is no result of `python -m tasks.ablate run` (format {FORMAT}); pass one")
     return result
+
+
+def told(stopped: str) -> str:
+    """What a table says of a training's error: at which step it diverged, or that it could not be."""
+    step = re.search(r"\bstep (\d+)", stopped)
+    return f"diverged at step {step[1]}" if step else "not possible"
 
 
 def _line(result: Result, variant: str, seeds: list[int], problem: str | None, seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,12 +150,6 @@ class _Run:
             self.stopped[name] = str(error)
         finally:
             self.seconds[name] = time.monotonic() - begun
-
-
-def told(stopped: str) -> str:
-    """What a table says of an error: at which step it diverged, or that it could not be."""
-    step = re.search(r"\bstep (\d+)", stopped)
-    return f"diverged at step {step[1]}" if step else "not possible"
 
 
 def _mean(errors: dict[str, float]) -> float | None:

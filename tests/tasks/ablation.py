@@ -89,3 +89,56 @@ def write_images(root: Path) -> None:
         shard = {"path": f"{split}.tar", "count": count, "sha256": sha256(folder / f"{split}.tar")}
         about = {"name": split, "licence": "none", "source": "test", "classes": ["red", "green", "blue"]}
         write_json(folder / f"{split}.json", about | {"count": count, "shards": [shard]})
+
+
+def record(variant: str, seed: int, *, stopped: dict[str, str] | None = None, **top1: float) -> dict:
+    """What a run of a variant leaves behind, with these scores."""
+    scores = {name: {"top1": value, "loss": 0.5, "agreement": 90.0, "n": 1000} for name, value in top1.items()}
+    own = {"steps": 600, "batch_size": 64}
+    trained = {"epochs": 1.0, "batch_size": 128, "seed": seed}
+    convert = {"inner": variant, "key_norm": "instance", "locality": "none", "seed": seed}
+    return {
+        "variant": variant,
+        "seed": seed,
+        "key": "k",
+        "settings": {"data": {"img_size": 32}, "convert": convert, "calibrate": own, "finetune": trained},
+        "models": {"source": {"top1": 92.0 + seed, "loss": 0.2, "n": 1000}} | scores,
+        "calibration": {"error_after": 0.05 + 0.01 * seed, "chosen": {"lr": 0.01}, "pilot": []},
+        "new_parameters": 530_000,
+        "stopped": stopped or {},
+        "seconds": {"calibrate": 5.0, "finetune": 20.0},
+        "device": "a card",
+        "torch": "2.11",
+        "git_commit": "abc",
+        "shared_card": True,
+        "started": 1_700_000_000.0,
+        "ended": 1_700_000_060.0,
+    }
+
+
+def result() -> dict:
+    """A result file of two seeds in which something diverged and something was not run."""
+    diverged = {"finetune": "training stopped at step 31: loss nan"}
+    records = {
+        "softmax": [record("softmax", seed, control=93.0 + seed) for seed in (0, 1)],
+        "linear": [
+            record("linear", 0, calibrated=80.0, finetuned=90.0),
+            record("linear", 1, calibrated=82.0, finetuned=92.0),
+        ],
+        "swiglu": [
+            record("swiglu", 0, calibrated=88.0, finetuned=91.0),
+            record("swiglu", 1, calibrated=88.5, stopped=diverged),
+        ],
+        "wide": [record("wide", seed, stopped={"convert": "window 5 exceeds the grid"}) for seed in (0, 1)],
+    }
+    tables = ABLATION["tables"] | {"start": {"title": "Start", "rows": {"not": "plain"}}}
+    return {
+        "format": 1,
+        "ablation": "small",
+        "target": "tiny",
+        "note": "All alike.",
+        "control": "softmax",
+        "images": {"train": None, "val": None},
+        "tables": {name: {"protocols": ["finetune"]} | table for name, table in tables.items()},
+        "records": {variant: {str(r["seed"]): r for r in runs} for variant, runs in records.items()},
+    }

@@ -11,7 +11,7 @@ import torch
 from t5lib.errors import T5Error
 from t5lib.files import read_json, write_json
 from tasks.ablation import definition, running, unit
-from tasks.ablation.unit import told
+from tasks.ablation.running import told
 
 
 @pytest.fixture(scope="module", autouse=True)

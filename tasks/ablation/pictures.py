@@ -1,0 +1,80 @@
+"""One figure a table: every row's models as dots on a line, softmax as reference."""
+
+from typing import TYPE_CHECKING
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from t5lib import plots
+from tasks.ablation.definition import Table
+
+if TYPE_CHECKING:
+    from tasks.ablation.tables import Row
+
+# Model: marker, fill, edge, label. Shape and fill tell them apart as well as colour does.
+LOOKS = {
+    "calibrated": ("o", "white", plots.MUTED, "no training"),
+    "frozen": ("s", plots.T5_LIGHT, plots.T5_LIGHT, "freeze protocol"),
+    "finetuned": ("D", plots.T5, plots.T5, "fine-tuned"),
+}
+REFERENCES = {"control": ("-", "softmax trained alike"), "source": (":", "softmax source")}
+CHANCE_OUT_OF_SIGHT = 60.0  # below this the axis reaches to 0
+
+
+def dots(table: Table, rows: "list[Row]", softmax: dict[str, dict[str, float]]) -> Figure:
+    """Mean top-1 of every row; the whisker is the standard deviation over seeds."""
+    shown = [model for model in LOOKS if model == "calibrated" or _protocol(model) in table.protocols]
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(plots.WIDTH, 1.3 + 0.3 * len(rows)), layout="constrained")
+        axes = figure.add_subplot(title=table.title, xlabel="top-1 accuracy (%)")
+        for name, (line, label) in REFERENCES.items():
+            if name in softmax:
+                axes.axvline(softmax[name]["mean"], color=plots.SOFTMAX, linestyle=line, linewidth=1.3, label=label)
+        for model in shown:
+            _draw(axes, rows, model)
+        _limits(axes, rows, shown, softmax)
+        for number, row in enumerate(rows):
+            if all(row.top1(model) is None for model in shown):
+                axes.text(0.02, number, _why(row, shown), transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+        axes.set_yticks(range(len(rows)), [row.label for row in rows], color=plots.INK)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.spines["left"].set_visible(False)
+        figure.legend(loc="outside lower center", ncols=3, handletextpad=0.3, columnspacing=1.2, fontsize=8)
+    return figure
+
+
+def _draw(axes: Axes, rows: "list[Row]", model: str) -> None:
+    marker, fill, edge, label = LOOKS[model]
+    found = [(number, values) for number, row in enumerate(rows) if (values := row.top1(model))]
+    if found:
+        axes.errorbar(
+            [values["mean"] for _, values in found],
+            [number for number, _ in found],
+            xerr=[values["std"] for _, values in found],
+            fmt=marker,
+            color=fill,
+            markeredgecolor=edge,
+            ecolor=edge,
+            elinewidth=1.2,
+            label=label,
+        )
+
+
+def _limits(axes: Axes, rows: "list[Row]", shown: list[str], softmax: dict[str, dict[str, float]]) -> None:
+    """As near as the values are, with room for the whiskers; from 0 where some are far below."""
+    values = [values for row in rows for model in shown if (values := row.top1(model))] + list(softmax.values())
+    if not values:
+        return
+    low = min(value["mean"] - value["std"] for value in values)
+    high = max(value["mean"] + value["std"] for value in values)
+    room = max(0.06 * (high - low), 0.2)
+    axes.set_xlim(0 if low < CHANCE_OUT_OF_SIGHT else low - room, min(high + room, 100.5))
+
+
+def _why(row: "Row", shown: list[str]) -> str:
+    return next((text for model in shown if (text := row.cell(model)) != "–"), "–")
+
+
+def _protocol(model: str) -> str:
+    return {"frozen": "freeze", "finetuned": "finetune"}.get(model, "")
