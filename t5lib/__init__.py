@@ -23,6 +23,8 @@ _HOMES = {
     "convert": "conversion",
     "revert": "conversion",
     "diagnose": "diagnosis",
+    "explain": "explanation",
+    "implicit_attention": "implicit",
     "calibrate": "calibration",
     "CalibrateConfig": "calibration",
     "train": "training",

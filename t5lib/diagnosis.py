@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t5lib.layers.attention import project
 from t5lib.errors import T5Error
 from t5lib.families import timm_vit
+from t5lib.layers.attention import project
 
 IMAGES_AT_ONCE = 16  # bounds the memory at high resolutions
 
