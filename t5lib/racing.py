@@ -9,6 +9,7 @@ launch them: without it the time of a model would not be the sum of its parts' t
 import copy
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -88,10 +89,7 @@ def race(models: dict[str, nn.Module], side: int, config: RaceConfig, rules: Rul
     shape = (config.batch, next(iter(models.values())).patch_embed.proj.in_channels, side, side)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(rules.device, rules.dtype)
     clock = {"warmup": config.warmup, "repeats": config.repeats, "device": rules.device}
-    torch._dynamo.reset()
-    # all models are one class to the compiler: beyond its limit it would run the next ones uncompiled, without an error
-    limit = {"recompile_limit": 256, "fail_on_recompile_limit_hit": rules.compiled}
-    with torch.inference_mode(), attention_choice(rules.device), torch._dynamo.config.patch(limit):
+    with torch.inference_mode(), attention_choice(rules.device), _every_model_compiled(rules):
         launched = {name: _compiled(model, rules) for name, model in models.items()}
         for call in launched.values():
             call(images)  # compiles
@@ -102,6 +100,14 @@ def race(models: dict[str, nn.Module], side: int, config: RaceConfig, rules: Rul
         if rules.graphs:
             plain = time_interleaved({name: _bound(call, images) for name, call in launched.items()}, **clock)
     return {name: Race(runs[name], statistics.median(plain[name]) if plain else None, errors[name]) for name in models}
+
+
+def _every_model_compiled(rules: Rules) -> AbstractContextManager:
+    """All models are one class to the compiler: beyond its limit it would run the next ones as they are."""
+    if not rules.compiled:
+        return nullcontext()
+    torch._dynamo.reset()
+    return torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
 
 
 def _compiled(model: nn.Module, rules: Rules) -> Callable[[Tensor], Tensor]:

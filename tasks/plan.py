@@ -1,0 +1,301 @@
+"""Plan and layer choice put to the test on one model: predicted against measured time, the solver against fixed rules.
+
+    python -m tasks.plan data/out/dinov2-fashion/source --train data/fashion-mnist/train.json \\
+        --test data/fashion-mnist/val.json --resolution 518 --seeds 0 1 --out docs/results/plan-dinov2-s
+
+writes OUT.json, OUT.md and OUT.png. The time is measured once. For every seed all kinds are calibrated, each layer is
+scanned and the maps are chosen on images held out of the training images; the test images are for the last comparison
+only. What was finished is kept in --work and not done again. Needs neither Prefect, DVC nor MLflow.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+import t5lib
+from t5lib import plots
+from t5lib.benchmark import at_resolution, describe_device
+from t5lib.calibration import CalibrateConfig
+from t5lib.config import from_dict, to_dict
+from t5lib.conversion import convert
+from t5lib.errors import T5Error
+from t5lib.files import read_json, write_json, write_text
+from t5lib.layers.settings import SOFTMAX, T5Config
+from t5lib.planning import KINDS, Plan, PlanConfig, plan, verify
+from t5lib.progress import progress
+from t5lib.selection import choose, compare_rules, fixed_rules, scan, select, total
+from tasks import plan_report
+from tasks.plan_report import BY_SUM, SOLVER
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is planned and how; every value decides about the result, apart from `seeds`.
+
+    Attributes:
+        model: folder of a saved softmax model.
+        train, test: manifests of shards, or files of t5lib.resident.decode at this resolution.
+        train_images, test_images: at most so many are used.
+        scan_images: of the training images, kept from calibration and used to choose.
+        resolution: side in pixels.
+        kinds: new layers considered.
+        budgets: how many wanted times, spread between softmax and the fastest map.
+        verify: at most so many whole models are measured.
+        shortlist: the solver's best maps that are measured as whole models before one is chosen.
+        eval_batch_size: images a step of scan and comparison.
+    """
+
+    model: str
+    train: str
+    test: str
+    resolution: int
+    train_images: int = 4000
+    test_images: int = 5000
+    scan_images: int = 1000
+    kinds: tuple[str, ...] = KINDS
+    budgets: int = 4
+    verify: int = 6
+    shortlist: int = 8
+    eval_batch_size: int = 64
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    timing: PlanConfig = field(default_factory=PlanConfig)
+
+    def __post_init__(self):
+        for name in ("budgets", "shortlist", "scan_images", "eval_batch_size", "test_images"):
+            if getattr(self, name) < 1:
+                raise T5Error(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if self.scan_images >= self.train_images:
+            raise T5Error(
+                f"scan_images is {self.scan_images} of {self.train_images} training images; none would be left to "
+                "calibrate on"
+            )
+
+
+@dataclass(frozen=True)
+class Images:
+    """Batches (images (B, 3, H, W), labels (B,)).
+
+    Attributes:
+        calibrate: from a seed to a function from a batch number to endless batches (t5lib.batches).
+        scan, test: each image once, read anew at every call.
+    """
+
+    calibrate: Callable[[int], Callable[[int], Iterator[tuple[Tensor, Tensor]]]]
+    scan: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    test: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+
+
+def open_images(settings: Settings, model: nn.Module, device: torch.device, work: Path) -> Images:
+    """The images as `model` wants them. All access to data is here.
+
+    Raises:
+        T5Error: too few images.
+    """
+    from t5lib.data import DataConfig
+    from t5lib.resident import ResidentImages, decode
+    from t5lib.shards import ShardSet
+
+    found = resolve_model_data_config(model)
+    shared = {name: found[name] for name in ("mean", "std", "interpolation", "crop_pct")}
+    data = DataConfig(img_size=settings.resolution, num_classes=model.num_classes, **shared)
+
+    def read(where: str, limit: int) -> ResidentImages:
+        file = Path(where)
+        if file.suffix != ".safetensors":
+            file = decode(ShardSet.read(file), data, work, limit=limit)
+        whole = ResidentImages.load(file, data, device)
+        return ResidentImages(whole.images[:limit], whole.labels[:limit], data)
+
+    train, test = read(settings.train, settings.train_images), read(settings.test, settings.test_images)
+    kept = len(train) - settings.scan_images
+    if kept < settings.calibrate.batch_size:
+        raise T5Error(
+            f"{settings.train} gives {len(train)} images, {settings.scan_images} of them for the scan; the rest does "
+            f"not make a calibration batch of {settings.calibrate.batch_size}"
+        )
+    fitted = ResidentImages(train.images[:kept], train.labels[:kept], data)
+    held_out = ResidentImages(train.images[kept:], train.labels[kept:], data)
+    return Images(
+        calibrate=lambda seed: fitted.batches(settings.calibrate.batch_size, seed=seed, hflip=0.5),
+        scan=lambda: held_out.eval_batches(settings.eval_batch_size),
+        test=lambda: test.eval_batches(settings.eval_batch_size),
+    )
+
+
+def run(settings: Settings, seeds: list[int], out: Path, work: Path, device: torch.device) -> dict[str, Any]:
+    """Measure, calibrate, scan, choose and compare, and write `out`.json, .md and .png."""
+    work = work / _fingerprint(settings, device)
+    softmax = at_resolution(t5lib.load(settings.model), settings.resolution).to(device)
+    kept = _kept(work / "plan.json", lambda: to_dict(_measured(softmax, settings, device)))
+    planned = from_dict(Plan, kept, str(work / "plan.json"))
+    print(planned.verdict(), flush=True)
+    budgets = wanted_budgets(planned, settings.budgets)
+    images = open_images(settings, softmax, device, work.parent)
+    runs = {}
+    for seed in seeds:
+        folder = work / f"seed-{seed}"
+        job = _Seed(settings, planned, softmax, images, seed, folder)
+        runs[str(seed)] = _kept(folder / "result.json", lambda job=job: job.run(budgets))
+    checked = to_verify(planned, next(iter(runs.values())), settings.verify)
+    result = {
+        "model": settings.model,
+        "device": describe_device(device),
+        "torch": torch.__version__,
+        "settings": to_dict(settings),
+        "plan": planned.as_dict(),
+        "budgets": [
+            {"blocks_ms": ms, "ms": ms + planned.timing.rest_ms, "speedup": _speedup(planned, ms)} for ms in budgets
+        ],
+        "verified": _kept(work / "verified.json", lambda: verify(planned, softmax, checked, device)),
+        "seeds": runs,
+    }
+    result["summary"] = plan_report.summarize(result)
+    write_json(out.with_suffix(".json"), result)
+    write_text(out.with_suffix(".md"), plan_report.table(result))
+    plots.save(plan_report.picture(result), out.with_suffix(".png"))
+    return result
+
+
+def wanted_budgets(planned: Plan, count: int) -> list[float]:
+    """Milliseconds for the blocks: each what some number of the fastest kind's layers brings, so that a fixed rule can
+    use all of it. None where no kind is faster than softmax."""
+    depth, kind, costs = planned.depth, planned.best_kind, planned.block_costs()
+    if planned.timing.block_ms[kind] >= planned.timing.block_ms[SOFTMAX]:
+        return []
+    converted = sorted({max(1, round(depth * (index + 1) / (count + 1))) for index in range(count)})
+    return [total(costs, fixed_rules(depth, number, kind)["first"]) for number in converted]
+
+
+def to_verify(planned: Plan, first: dict[str, Any], limit: int) -> list[list[str]]:
+    """Assignments to measure: softmax and each kind in all layers, and what the solver chose; no two of like parts."""
+    every = [planned.uniform(kind) for kind in (SOFTMAX, *planned.kinds)] + first["chosen"]
+    different = {tuple(sorted(assignment)): assignment for assignment in reversed(every)}
+    return [assignment for assignment in every if assignment in different.values()][:limit]
+
+
+@dataclass(frozen=True)
+class _Seed:
+    """One seed's calibrated models, scan and choices."""
+
+    settings: Settings
+    planned: Plan
+    softmax: nn.Module
+    images: Images
+    seed: int
+    folder: Path
+
+    def run(self, budgets: list[float]) -> dict[str, Any]:
+        costs, calibrated, errors = self.planned.block_costs(), {}, {}
+        for kind in self.planned.kinds:
+            calibrated[kind], errors[kind] = self._calibrated(kind)
+        how = {"precision": "bf16" if next(self.softmax.parameters()).is_cuda else "fp32"}
+        with progress(f"seed {self.seed}: scan", self.settings.scan_images) as bar:
+            table = scan(self.softmax, calibrated, self.images.scan(), on_batch=bar.advance, **how)
+        chosen, rows = [], []
+        if budgets:
+            models, increase = (self.softmax, calibrated), table["increase"]
+            count = self.settings.shortlist
+            with progress(f"seed {self.seed}: choose", self.settings.scan_images) as bar:
+                batches = self.images.scan()
+                chosen = select(*models, increase, costs, budgets, batches, count=count, on_batch=bar.advance, **how)
+            named = [
+                {SOLVER: own, BY_SUM: choose(increase, costs, budget), SOFTMAX: self.planned.uniform(SOFTMAX)}
+                for own, budget in zip(chosen, budgets, strict=True)
+            ]
+            with progress(f"seed {self.seed}: compare", self.settings.test_images) as bar:
+                batches = self.images.test()
+                rows = compare_rules(*models, costs, budgets, named, batches, on_batch=bar.advance, **how)
+        return {"calibration_error": errors, "scan": table, "chosen": chosen, "compared": rows}
+
+    def _calibrated(self, kind: str) -> tuple[nn.Module, dict[str, float]]:
+        """The calibrated model, and the mean error of its layers before and after."""
+        folder, device = self.folder / kind, next(self.softmax.parameters()).device
+        if (folder / "calibration.json").is_file():
+            return t5lib.load(folder, device), read_json(folder / "calibration.json")
+        model = convert(self.softmax, dataclasses.replace(T5Config().named(kind), seed=self.seed))
+        recipe = dataclasses.replace(self.settings.calibrate, seed=self.seed)
+        print(f"seed {self.seed}: calibrating {kind}", flush=True)
+        batches, partial = self.images.calibrate(self.seed), self.folder / f"{kind}.partial"
+        report = t5lib.calibrate(model, teacher=self.softmax, batches=batches, config=recipe, resume_dir=partial)
+        if recipe.compile:
+            torch.compiler.reset()  # the next kind compiles anew; without this torch soon gives up and runs eager
+        errors = {"before": report.error_before, "after": report.error_after}
+        found = {moment: statistics.mean(values.values()) for moment, values in errors.items()}
+        t5lib.save(model, folder)
+        write_json(folder / "calibration.json", found)
+        return model.eval(), found
+
+
+def _measured(softmax: nn.Module, settings: Settings, device: torch.device) -> Plan:
+    def tell(timing) -> None:
+        blocks = ", ".join(f"{kind} {ms:.4g}" for kind, ms in timing.block_ms.items())
+        print(f"{timing.resolution} px: ms a block: {blocks}; all else {timing.rest_ms:.4g}", flush=True)
+
+    return plan(softmax, settings.resolution, device, settings.kinds, settings.timing, on_timing=tell)
+
+
+def _kept(file: Path, make: Callable[[], Any]) -> Any:
+    """What `file` holds, made and written first if there is none."""
+    if not file.is_file():
+        write_json(file, make())
+    return read_json(file)
+
+
+def _speedup(planned: Plan, blocks_ms: float) -> float:
+    return planned.milliseconds(planned.uniform(SOFTMAX)) / (blocks_ms + planned.timing.rest_ms)
+
+
+def _fingerprint(settings: Settings, device: torch.device) -> str:
+    description = read_json(Path(settings.model) / "t5.json")
+    about = [to_dict(settings), description, describe_device(device), torch.__version__]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tasks.plan", description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder of a saved softmax model")
+    for name, text in (("train", "to calibrate and choose on"), ("test", "for the last comparison")):
+        parser.add_argument(f"--{name}", required=True, help=f"manifest of shards, or decoded images, {text}")
+        parser.add_argument(f"--{name}-images", type=int, default=getattr(Settings, f"{name}_images"))
+    parser.add_argument("--resolution", type=int, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    for name in ("scan-images", "budgets", "verify", "shortlist", "eval-batch-size"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name.replace("-", "_")))
+    parser.add_argument("--batch", type=int, default=8, help="images a timed pass")
+    parser.add_argument("--repeats", type=int, default=30, help="timed passes")
+    parser.add_argument("--no-graphs", action="store_true", help="time without CUDA graphs")
+    parser.add_argument("--steps", type=int, default=CalibrateConfig.steps, help="of calibration, for each kind")
+    parser.add_argument("--batch-size", type=int, default=CalibrateConfig.batch_size, help="images a calibration step")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the calibration step")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, required=True, help="where the .json, .md and .png go, without ending")
+    parser.add_argument("--work", type=Path, default=Path("data/scratch/plan"))
+    given = parser.parse_args()
+    plain = ("model", "train", "test", "resolution", "train_images", "test_images", "scan_images", "budgets", "verify")
+    try:
+        settings = Settings(
+            **{name: getattr(given, name) for name in (*plain, "shortlist", "eval_batch_size")},
+            kinds=tuple(given.kinds),
+            calibrate=CalibrateConfig(steps=given.steps, batch_size=given.batch_size, compile=given.compile),
+            timing=PlanConfig(batch=given.batch, repeats=given.repeats, graphs=False if given.no_graphs else None),
+        )
+        result = run(settings, given.seeds, given.out, given.work, torch.device(given.device))
+    except T5Error as error:
+        sys.exit(f"plan: {error}")
+    print(plan_report.table(result))
+
+
+if __name__ == "__main__":
+    main()

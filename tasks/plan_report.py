@@ -1,0 +1,175 @@
+"""What tasks.plan found, as summary, Markdown table and picture."""
+
+import re
+import statistics
+from collections import defaultdict
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from t5lib import plots
+
+MARKERS = {"first": "v", "last": "^", "evenly spaced": "s", "all": "D"}
+COLOURS = (plots.MUTED, plots.T5_LIGHT, plots.T5_PALE)  # of the rules, by kind
+SOLVER, BY_SUM, SOFTMAX = "solver", "solver, by the sum alone", "softmax"
+NO_RULES = (SOLVER, BY_SUM, SOFTMAX)
+
+
+def summarize(result: dict[str, Any]) -> dict[str, Any]:
+    """Over seeds, for each budget: mean and spread of every map by name, and the solver beside the best fixed rule."""
+    runs = [run["compared"] for run in result["seeds"].values()]
+    budgets = []
+    for index, budget in enumerate(result["budgets"]):
+        named: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for run in runs:
+            for row in run[index]:
+                named[row["name"]].append(row)
+        rows = {name: _over_seeds(found) for name, found in named.items()}
+        rules = {name: row for name, row in rows.items() if name not in NO_RULES}
+        best = min(rules, key=lambda name: rules[name]["loss"]["mean"])
+        budgets.append({**budget, "rows": rows, "best_rule": best, "best_rule_behind": rules[best]["behind"]})
+    deviations = [abs(row["deviation"]) for row in result["verified"]]
+    return {
+        "budgets": budgets,
+        "largest_deviation": max(deviations, default=None),
+        "solver_no_worse": all(budget["best_rule_behind"]["mean"] >= 0 for budget in budgets) if budgets else None,
+    }
+
+
+def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    spread = {key: _spread([row[key] for row in rows]) for key in ("loss", "top1", "cost", "behind") if key in rows[0]}
+    spread["behind"]["image_error"] = statistics.mean(row["behind_error"] for row in rows)
+    return spread | {"layers": [row["layers"] for row in rows], "seeds": len(rows)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    plan, summary, settings = result["plan"], result["summary"], result["settings"]
+    seeds = ", ".join(result["seeds"])
+    lines = [
+        f"# Plan and layer choice, {plan['resolution']} px",
+        "",
+        f"Device: {result['device']}, torch {result['torch']}, {plan['dtype']}"
+        f"{', torch.compile' if plan['compiled'] else ''}{', CUDA graphs' if plan['graphs'] else ''}; "
+        f"{plan['config']['batch']} images a pass.",
+        f"Calibration: {settings['calibrate']['steps']} steps a kind, no labels; no fine-tune. Seeds {seeds}.",
+        "",
+        plan["verdict"],
+        "",
+        *_times(result),
+        "",
+        *_scan(result),
+    ]
+    for budget in summary["budgets"]:
+        lines += ["", *_budget(budget, plan)]
+    if summary["budgets"]:
+        ending = "at every budget" if summary["solver_no_worse"] else "not at every budget"
+        lines += ["", f"The solver's loss is no higher than any fixed rule's: {ending} (mean over seeds).", ""]
+    else:
+        lines += ["", "No kind is faster than softmax here, so there is no budget to choose layers for.", ""]
+    return "\n".join(lines)
+
+
+def _times(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "| layers | predicted ms | measured ms | deviation | measured without CUDA graph | error against float64 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["verified"]:
+        launched = f"{row['launched_ms']:.3f}" if row["launched_ms"] else "–"
+        lines.append(
+            f"| {_layers(row['layers'])} | {row['predicted_ms']:.3f} | {row['measured_ms']:.3f} | "
+            f"{100 * row['deviation']:+.1f}% | {launched} | {row['relative_error']:.1e} |"
+        )
+    return lines
+
+
+def _scan(result: dict[str, Any]) -> list[str]:
+    """The increase of the loss by layer and kind, mean over seeds."""
+    scans, kinds = [run["scan"] for run in result["seeds"].values()], result["plan"]["kinds"]
+    lines = [
+        f"Increase of the loss ({scans[0]['loss']}, {scans[0]['images']} images held out of the training images) when "
+        "one layer alone is converted, mean over seeds; in brackets its standard error over the images:",
+        "",
+        "| layer | " + " | ".join(kinds) + " |",
+        "|---" * (len(kinds) + 1) + "|",
+    ]
+    for layer in range(result["plan"]["depth"]):
+        cells = [
+            f"{statistics.mean(scan['increase'][layer][kind] for scan in scans):+.4f} "
+            f"({statistics.mean(scan['standard_error'][layer][kind] for scan in scans):.4f})"
+            for kind in kinds
+        ]
+        lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _budget(budget: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+    first = next(iter(budget["rows"].values()))
+    scored = "top1" in first
+    lines = [
+        f"Within {budget['ms']:.3f} ms a pass ({budget['speedup']:.2f} times as fast as softmax), test images:",
+        "",
+        f"| map | predicted ms |{' top-1 |' if scored else ''} loss | loss behind the solver | layers (by seed) |",
+        "|---" * (6 if scored else 5) + "|",
+    ]
+    for name, row in sorted(budget["rows"].items(), key=lambda item: item[1]["loss"]["mean"]):
+        behind, rest = row["behind"], plan["timings"]
+        rest = next(t["rest_ms"] for t in rest if t["resolution"] == plan["resolution"])
+        cells = [name, f"{row['cost']['mean'] + rest:.3f}"]
+        cells += [_text(row["top1"], 2)] if scored else []
+        cells += [_text(row["loss"], 4), f"{behind['mean']:+.4f} ± {behind['image_error']:.4f}"]
+        maps = dict.fromkeys(_layers(layers) for layers in row["layers"])
+        lines.append("| " + " | ".join([*cells, "; ".join(maps)]) + " |")
+    return lines
+
+
+def picture(result: dict[str, Any]) -> Figure:
+    """Quality on the test images against predicted speed-up: the solver's maps and every fixed rule's."""
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(plots.WIDTH, 4.2), layout="constrained")
+        axes = figure.add_subplot(title="Which layers to convert", xlabel="predicted speed-up")
+        budgets, kinds = result["summary"]["budgets"], result["plan"]["kinds"]
+        key = "top1" if budgets and "top1" in budgets[0]["rows"][SOLVER] else "loss"
+        axes.set_ylabel("top-1 accuracy (%)" if key == "top1" else "loss")
+        softmax_ms = result["plan"]["all_layers"]["softmax"]["ms"]
+        for label, points in _lines(result, key).items():
+            x, y = zip(*sorted((softmax_ms / ms, value) for ms, value in points), strict=True)
+            if label == SOLVER:
+                axes.plot(x, y, "o-", color=plots.T5, label=label, zorder=3)
+                continue
+            rule, kind = label.rsplit(" ", 1)
+            colour = COLOURS[kinds.index(kind) % len(COLOURS)]
+            axes.plot(x, y, MARKERS[rule] + "--", color=colour, label=label, ms=4, linewidth=1)
+        if budgets:
+            level = budgets[0]["rows"][SOFTMAX][key]["mean"]
+            axes.axhline(level, color=plots.SOFTMAX, linewidth=1.2, label="softmax in every layer (1×)")
+            figure.legend(loc="outside lower center", ncols=2, handlelength=1.6)
+        else:
+            axes.text(0.5, 0.5, "no kind is faster than softmax here", ha="center", transform=axes.transAxes)
+    return figure
+
+
+def _lines(result: dict[str, Any], key: str) -> dict[str, list[tuple[float, float]]]:
+    """(predicted ms, value) of every map, by rule and kind."""
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for budget in result["summary"]["budgets"]:
+        rest = budget["ms"] - budget["blocks_ms"]
+        for name, row in budget["rows"].items():
+            if name == SOLVER or name not in NO_RULES:
+                label = re.sub(r" \d+ ", " ", name)
+                lines[label].append((row["cost"]["mean"] + rest, row[key]["mean"]))
+    return lines
+
+
+def _layers(layers: dict[str, str]) -> str:
+    return ", ".join(f"{numbers}: {kind}" for numbers, kind in layers.items())
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def _text(spread: dict[str, float], digits: int) -> str:
+    return f"{spread['mean']:.{digits}f} ± {spread['std']:.{digits}f}"
