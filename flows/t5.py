@@ -80,7 +80,9 @@ def _build(root: Path, target: str) -> dict[str, Any]:
     if params.enable(root, target):
         log.warning("params.yaml: added '%s' to `enabled`; plain `dvc repro` builds it from now on", target)
     names = graph.stages(root, target)
-    run = tracking.start_run(root, target, target, settings, {"stage": "flow", "protocol": _protocol(settings, names)})
+    run = tracking.start_run(
+        root, target, target, settings, {"stage": "flow", "protocol": tracking.protocol(settings, names)}
+    )
     run.log_params(settings)
     try:
         for name in names:
@@ -144,17 +146,6 @@ def _checked_settings(root: Path, target: str) -> dict[str, Any]:
     if run.returncode:
         raise T5Error(run.stderr.strip())
     return json.loads(run.stdout)
-
-
-def _protocol(settings: dict[str, Any], names: list[str]) -> str:
-    """How long each training stage trains, such as "calibrate 300 steps, freeze 0.5 epochs, finetune 2.0 epochs"."""
-    lengths = {
-        name: f"{value} {key.rpartition('.')[2]}"
-        for name in names
-        for key, value in tracking.flatten(settings.get(name, {})).items()
-        if key.rpartition(".")[2] in ("steps", "epochs")
-    }
-    return ", ".join(f"{name} {length}" for name, length in lengths.items())
 
 
 def show(root: Path, target: str) -> None:

@@ -21,6 +21,8 @@ from tasks.ablation import definition, running
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from tasks.ablation.recording import Recorder
+
     plan = _plan(arguments)
     running.run(
         plan,
@@ -31,7 +33,15 @@ def run(arguments: argparse.Namespace) -> None:
         jobs=arguments.jobs,
         until=arguments.until,
         commit=arguments.commit or tracking.git_commit(Path(".")),
+        on_result=Recorder(Path(".")),
     )
+
+
+def record(arguments: argparse.Namespace) -> None:
+    from tasks.ablation.recording import import_result
+
+    new, known = import_result(Path("."), running.load(arguments.file))
+    print(f"MLflow: {new} runs recorded, {known} were there already")
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -69,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tasks.ablate", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(function, description: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(function.__name__, help=description, description=description)
+    def command(function, description: str, name: str | None = None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name or function.__name__, help=description, description=description)
         sub.set_defaults(function=function)
         return sub
 
@@ -95,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(tables, "write OUT.md and a picture OUT-TABLE.png for every table, from a result file alone")
     sub.add_argument("file", type=Path, help="what `run` wrote")
     sub.add_argument("--out", type=Path, required=True, help="where they go, without ending")
+    sub = command(record, "record a result file in MLflow; what is recorded already is not doubled", name="import")
+    sub.add_argument("file", type=Path, help="what `run` wrote, here or on another machine")
     return parser
 
 

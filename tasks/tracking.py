@@ -14,6 +14,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from t5lib.errors import T5Error
 from t5lib.files import sha256
 
 # Not MLFLOW_RUN_ID: with that one set a stage would write into its parent's run instead of making its own.
@@ -130,6 +131,64 @@ def start_run(root: Path, target: str, name: str, settings: dict[str, Any], tags
     return Run(client, run.info.run_id)
 
 
+def record_past_run(
+    root: Path,
+    *,
+    name: str,
+    target: str,
+    settings: dict[str, Any],
+    metrics: dict[str, Any],
+    tags: dict[str, str],
+    started: float,
+    ended: float,
+    status: str = "FINISHED",
+) -> tuple[str, bool]:
+    """Write down a run that happened before, perhaps on another machine, as it would stand had it been recorded then.
+
+    Args:
+        tags: with "git_commit", "device", and "record": a run with the same `record` is not made again, only metrics
+            that changed are added to it.
+        started, ended: seconds since 1970.
+
+    Returns:
+        The run's id, and whether it is new.
+
+    Raises:
+        T5Error: MLflow is not installed.
+    """
+    client = _client(root)
+    if client is None:
+        raise T5Error("MLflow is not installed here, so there is nothing to record in; pip install 't5-ttt[pipeline]'")
+    found = client.search_runs([_experiment(client, root)], f"tags.record = '{tags['record']}'", max_results=1)
+    if found:
+        known, run = found[0].data.metrics, Run(client, found[0].info.run_id)
+        run.log_metrics({key: value for key, value in flatten(metrics).items() if known.get(key) != value})
+        return run.id, False
+    source = {"mlflow.source.git.commit": tags["git_commit"], "mlflow.user": _user()}
+    made = client.create_run(
+        _experiment(client, root),
+        run_name=name,
+        tags={"target": target, **_telling(settings), **source, **tags},
+        start_time=int(started * 1000),
+    )
+    run = Run(client, made.info.run_id)
+    run.log_params(settings)
+    run.log_metrics(metrics)
+    client.set_terminated(run.id, status, int(ended * 1000))
+    return run.id, True
+
+
+def protocol(settings: dict[str, Any], names: list[str]) -> str:
+    """How long each training stage trains, such as "calibrate 300 steps, freeze 0.5 epochs, finetune 2.0 epochs"."""
+    lengths = {
+        name: f"{value} {key.rpartition('.')[2]}"
+        for name in names
+        for key, value in flatten(settings.get(name) or {}).items()
+        if key.rpartition(".")[2] in ("steps", "epochs")
+    }
+    return ", ".join(f"{name} {length}" for name, length in lengths.items())
+
+
 def finished_stage(root: Path, target: str, stage: str) -> Any | None:
     """The MLflow run that made the stage's present metrics file, or None.
 
@@ -160,8 +219,12 @@ def device() -> str:
     return f"cpu {platform.machine()}, {os.cpu_count()} cores"
 
 
+def installed() -> bool:
+    return importlib.util.find_spec("mlflow") is not None
+
+
 def _client(root: Path) -> Any | None:
-    if importlib.util.find_spec("mlflow") is None:
+    if not installed():
         return None
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")

@@ -21,6 +21,7 @@ A variant adds its own settings to the shared ones. It is run once, with every p
 import difflib
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,9 @@ def resolve(root: Path, name: str, changes: dict[str, Any] | None = None) -> Pla
     ablation = from_dict(Ablation, raw, where)
     written = _target_written(root, ablation)
     settings = _target_settings(root, ablation, written)
+    odd = [variant for variant in ablation.variants if not re.fullmatch(r"[\w-]+", variant)]
+    if odd:
+        raise T5Error(f"{where}.variants: {', '.join(map(repr, odd))}: expected letters, digits, _ and - in a name")
     variants = {key: from_dict(Variant, own, f"{where}.variants.{key}") for key, own in ablation.variants.items()}
     tables = {key: _table(own, variants, f"{where}.tables.{key}") for key, own in ablation.tables.items()}
     if ablation.control is not None:

@@ -35,8 +35,7 @@ def dots(table: Table, rows: "list[Row]", softmax: dict[str, dict[str, float]]) 
             _draw(axes, rows, model)
         _limits(axes, rows, shown, softmax)
         for number, row in enumerate(rows):
-            if all(row.top1(model) is None for model in shown):
-                axes.text(0.02, number, _why(row, shown), transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+            axes.text(0.02, number, _missing(row, shown), transform=axes.get_yaxis_transform(), va="center", fontsize=8)
         axes.set_yticks(range(len(rows)), [row.label for row in rows], color=plots.INK)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.spines["left"].set_visible(False)
@@ -72,8 +71,12 @@ def _limits(axes: Axes, rows: "list[Row]", shown: list[str], softmax: dict[str, 
     axes.set_xlim(0 if low < CHANCE_OUT_OF_SIGHT else low - room, min(high + room, 100.5))
 
 
-def _why(row: "Row", shown: list[str]) -> str:
-    return next((text for model in shown if (text := row.cell(model)) != "–"), "–")
+def _missing(row: "Row", shown: list[str]) -> str:
+    """Why dots are missing, told once where it is the same for all."""
+    reasons = {LOOKS[model][3]: row.cell(model) for model in shown if row.top1(model) is None}
+    if len(reasons) == len(shown) and len(set(reasons.values())) == 1:
+        return next(iter(reasons.values()))
+    return ", ".join(f"{label}: {reason}" for label, reason in reasons.items() if reason != "–")
 
 
 def _protocol(model: str) -> str:
