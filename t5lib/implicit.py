@@ -123,7 +123,7 @@ def _pulled_back(attention: TTTAttention, qkv: tuple[Tensor, ...], queries: Tens
     Every pair has a copy of the images to itself: one ordinary backward pass serves all pairs, whatever ops the mixer
     is made of (many of them cannot be mapped over by torch.func).
     """
-    pairs, (B, H, N, D) = len(queries), qkv[0].shape
+    pairs, (B, H, N, _) = len(queries), qkv[0].shape
     q, k, v = (t.detach().expand(pairs, -1, -1, -1, -1).flatten(0, 1) for t in qkv)
     with torch.enable_grad():
         v.requires_grad_()

@@ -8,10 +8,11 @@ import jinja2
 import yaml
 from matplotlib.figure import Figure
 
-from t5lib import plots
+from t5lib import explanation_plots, plots
 from t5lib.benchmark import break_even_sentence, cost_ratios
 from t5lib.data import DataConfig
 from t5lib.errors import T5Error
+from t5lib.reading import explanation_reading
 
 THIN, MINUS = "\u202f", "\u2212"
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -59,6 +60,8 @@ class ReportData:
         description: t5.json of the fine-tuned model.
         data: how its images are prepared.
         shift: layers, shift_ratio and random_init of `diagnose`, if it ran.
+        explanation: what `explain` found (t5lib.explanation, as dictionary), if it ran.
+        maps: its attention maps, PNG files' content.
         benchmark: the result of t5lib.benchmark.benchmark, if it ran.
         parameters: resolved settings by section.
         provenance: what else identifies the run, by label: versions, device, commit, date.
@@ -71,6 +74,8 @@ class ReportData:
     description: dict[str, Any]
     data: DataConfig
     shift: dict[str, Any] | None = None
+    explanation: dict[str, Any] | None = None
+    maps: tuple[bytes, ...] = ()
     benchmark: dict[str, Any] | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
@@ -110,6 +115,8 @@ def html(data: ReportData) -> str:
         headline=headline(data),
         tiles=_tiles(data),
         figures={name: plots.data_uri(figure) for name, figure in _figures(data).items()},
+        maps=[plots.png_uri(content) for content in data.maps],
+        explained=explanation_reading(data.explanation) if data.explanation else [],
         shift_reading=_shift_reading(data),
         calibration_reading=_calibration_reading(data),
         speed=_speed_rows(data),
@@ -237,6 +244,8 @@ def _figures(data: ReportData) -> dict[str, Figure]:
         figures["shift"] = plots.shift_ratio_map(**{k: data.shift[k] for k in ("layers", "shift_ratio", "random_init")})
     if errors := _layer_errors(data):
         figures["layers"] = plots.layer_errors(*errors)
+    if data.explanation:
+        figures |= {f"explain-{name}": figure for name, figure in explanation_plots.curves(data.explanation).items()}
     if data.histories.get("calibrate"):
         figures["calibration"] = plots.calibration_curve(data.histories["calibrate"])
     runs = {label: (data.histories[run], colour) for run, (label, colour) in RUNS.items() if data.histories.get(run)}

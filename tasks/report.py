@@ -16,7 +16,7 @@ from tasks.tracking import git_commit
 
 SECTIONS = {"data": DataConfig}
 REQUIRED = ("convert", "calibrate", "finetune", "evaluate")
-OPTIONAL = ("source", "diagnose", "freeze", "control", "benchmark")
+OPTIONAL = ("source", "diagnose", "freeze", "control", "explain", "benchmark")
 CURVES = ("calibrate", "freeze", "finetune", "control")
 
 
@@ -36,6 +36,7 @@ def gather(stage: Stage) -> report.ReportData:
     metrics |= {name: found for name in OPTIONAL if (found := _if_made(stage.metrics, name)) is not None}
     curves = {name: stage.input(name) / "history.jsonl" for name in CURVES if name in metrics}
     benchmark = read_json(stage.input("benchmark") / "benchmark.json") if "benchmark" in metrics else None
+    explained = stage.input("explain") if "explain" in metrics else None
     return report.ReportData(
         target=stage.target,
         metrics=metrics,
@@ -44,6 +45,8 @@ def gather(stage: Stage) -> report.ReportData:
         description=read_json(stage.input("finetune") / "t5.json"),
         data=stage.params(DataConfig, "data"),
         shift=read_json(stage.input("diagnose") / "shift_ratio.json") if "diagnose" in metrics else None,
+        explanation=read_json(explained / "explanation.json") if explained else None,
+        maps=tuple(path.read_bytes() for path in sorted(explained.glob("maps-*.png"))) if explained else (),
         benchmark=benchmark,
         parameters=resolve(stage.root, stage.target) if (stage.root / "params.yaml").is_file() else {},
         provenance=_provenance(stage, benchmark),

@@ -32,6 +32,7 @@ PLUMBING = {
 NOT_FOLLOWED = {
     "fetch": "t5lib/checkpoint.py",  # saves a softmax model
     "diagnose": "tasks/common.py",  # device()
+    "explain": "tasks/common.py",  # device()
     "calibrate": "tasks/common.py",  # device(), stream()
 }
 
