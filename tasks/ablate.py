@@ -6,7 +6,9 @@ Run again, it makes what is missing; a variant whose settings changed is made an
 """
 
 import argparse
+import inspect
 import json
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -42,6 +44,27 @@ def record(arguments: argparse.Namespace) -> None:
 
     new, known = import_result(Path("."), running.load(arguments.file))
     print(f"MLflow: {new} runs recorded, {known} were there already")
+
+
+def queue(arguments: argparse.Namespace) -> None:
+    """Put the variants into DVC's queue of experiments, one for every variant and seed.
+
+    Each experiment is the whole pipeline of the ablation's target, with the variant's settings, in a checkout of its
+    own; `dvc queue start --jobs N` works through the queue, `dvc exp show` compares what is done. That is slower than
+    `run`, which shares sources and images, but every stage is cached, and any experiment can be taken over with
+    `dvc exp apply`. It starts from what is committed: commit first.
+    """
+    from tasks.ablation import queue as dvc
+
+    plan = _plan(arguments)
+    experiments = dvc.experiments(plan, Path("."), arguments.seeds or list(plan.seeds), arguments.only)
+    if arguments.dry_run:
+        print("\n".join(shlex.join(experiment.command) for experiment in experiments))
+        return
+    for sentence in dvc.unsaid(plan):
+        print(sentence, file=sys.stderr)
+    dvc.put(experiments, Path("."))
+    print(f"queued {len(experiments)} experiments; `dvc queue start` runs them, `dvc exp show` compares them")
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -102,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--commit", help="the code's version to record where this is no git clone")
     on_device(named(command(prepare, "fetch the weights, decode the images and make the sources")))
     named(command(show, "check an ablation and print what it comes to, as JSON"))
+    sub = named(command(queue, "put the variants into DVC's queue, as experiments of the whole pipeline"))
+    sub.description = inspect.getdoc(queue)
+    sub.add_argument("--seeds", type=int, nargs="+", help="default: those of the ablation")
+    sub.add_argument("--only", nargs="+", metavar="VARIANT")
+    sub.add_argument("--dry-run", action="store_true", help="print the commands and do nothing")
     sub = command(tables, "write OUT.md and a picture OUT-TABLE.png for every table, from a result file alone")
     sub.add_argument("file", type=Path, help="what `run` wrote")
     sub.add_argument("--out", type=Path, required=True, help="where they go, without ending")
