@@ -162,6 +162,12 @@ class Plan:
         """The side in pixels of a square image with so many tokens."""
         return round(self.patch * math.sqrt(max(tokens - self.prefix, 1)))
 
+    @property
+    def unrest(self) -> float:
+        """How much longer than its fastest a typical pass took, as a share; the worst of all short models."""
+        every = [runs for timing in self.timings for runs in timing.ms_runs.values()]
+        return max(statistics.median(runs) / min(runs) for runs in every) - 1
+
     def verdict(self) -> str:
         """Whether converting pays here, in plain words."""
         kind, tokens = self.best_kind, self.timing.tokens
@@ -195,7 +201,7 @@ class Plan:
             }
             for kind in (SOFTMAX, *self.kinds)
         }
-        return asdict(self) | {"all_layers": whole, "verdict": self.verdict()}
+        return asdict(self) | {"all_layers": whole, "unrest": self.unrest, "verdict": self.verdict()}
 
 
 def plan(

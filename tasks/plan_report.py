@@ -56,7 +56,8 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"Device: {result['device']}, torch {result['torch']}, {plan['dtype']}"
         f"{', torch.compile' if plan['compiled'] else ''}{', CUDA graphs' if plan['graphs'] else ''}; "
-        f"{plan['config']['batch']} images a pass.",
+        f"{plan['config']['batch']} images a pass, median of {plan['config']['repeats']} (at most "
+        f"{100 * plan['unrest']:.0f}% above the fastest).",
         f"Calibration: {settings['calibrate']['steps']} steps a kind, no labels; no fine-tune. Seeds {seeds}.",
         "",
         plan["verdict"],

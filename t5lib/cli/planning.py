@@ -31,6 +31,7 @@ from t5lib.progress import progress
 from t5lib.selection import Outcome, hybrid, layer_text, measure, scan, select
 
 MOST_SCANNED = 256
+BUSY = 0.15  # typical passes that take so much longer than the fastest ones: something else is at work
 READ_AT_ONCE = 16
 LOSSES = {
     "kl": "Kullback-Leibler divergence from the softmax model's predictions",
@@ -75,6 +76,8 @@ def run(request: Request) -> None:
     note("timing; compiling on a GPU takes minutes" if place.type == "cuda" else "timing; leave the machine idle")
     found = plan(softmax, request.resolution, place, request.kinds, PlanConfig(batch=request.batch), on_timing=_tell)
     _print_plan(request.source.name, found)
+    if found.unrest > BUSY:
+        note(f"the machine is busy: a typical pass took up to {100 * found.unrest:.0f}% longer than the fastest")
     if request.images:
         _choose(request, found, softmax, recipe)
 

@@ -141,6 +141,20 @@ def test_noise_that_swallows_a_block_is_an_error(model, clock):
         plan(model, 32, kinds=KINDS)
 
 
+def test_a_busy_machine_is_told_by_how_far_typical_passes_are_from_the_fastest(model, clock, monkeypatch):
+    clock(softmax=3.0, swiglu=1.0, two_layer=2.0)
+    steady = planning.race
+
+    def restless(models, *others):
+        found = steady(models, *others)
+        fastest = found["softmax"].ms_runs[0]
+        return found | {"softmax": racing.Race([fastest, 1.5 * fastest, 1.5 * fastest], None, 0.0)}
+
+    assert plan(model, 32, kinds=KINDS).unrest == 0
+    monkeypatch.setattr(planning, "race", restless)
+    assert plan(model, 32, kinds=KINDS).unrest == pytest.approx(0.5)
+
+
 def test_wrong_results_give_no_speed(model):
     class Drifting(nn.Module):
         """Right in float64 only."""
