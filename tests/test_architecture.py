@@ -14,6 +14,7 @@ import yaml
 
 import t5lib
 from tasks import params
+from tasks.ablation import definition
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"flows": "flows", "tasks": "tasks", "t5lib": "t5lib", "t5kernels": "kernels/t5kernels"}
@@ -177,9 +178,24 @@ def test_enabled_targets_exist_and_adding_one_changes_one_line():
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda deployment: deployment["name"])
-def test_every_deployment_builds_a_target_that_exists_with_the_one_flow(deployment):
-    assert deployment["parameters"]["target"] in PARAMS["targets"]
-    assert deployment["entrypoint"] == "flows/t5.py:t5"
+def test_every_deployment_builds_a_target_or_an_ablation_that_exists(deployment):
+    (parameter,) = deployment["parameters"].items()
+    known = {"target": PARAMS["targets"], "name": PARAMS["ablations"]}
+    assert parameter[1] in known[parameter[0]]
+    assert deployment["entrypoint"] == {"target": "flows/t5.py:t5", "name": "flows/ablate.py:ablate"}[parameter[0]]
+
+
+@pytest.mark.parametrize("name", PARAMS["ablations"])
+def test_every_ablation_has_valid_settings_and_shows_every_variant(name):
+    plan = definition.resolve(ROOT, name)
+    assert {unit.variant for unit in plan.units} == set(PARAMS["ablations"][name]["variants"])
+    assert plan.unit(plan.control).settings["convert"] is None
+
+
+def test_no_section_is_another_ones_by_alias():
+    """`dvc exp run -S` edits params.yaml as a tree; where two sections are one object, one undoes the other."""
+    sections = [section for target in PARAMS["targets"].values() for section in target.values()]
+    assert len({id(section) for section in sections}) == len(sections), "write {<<: *name} in place of *name"
 
 
 def test_a_run_dirties_nothing_that_git_tracks():

@@ -1,0 +1,106 @@
+"""The flow `ablate`: an ablation of params.yaml, from the weights to the tables, a Prefect task for every variant.
+
+`python -m flows.ablate smoke`, or in Python `from flows.ablate import ablate; ablate("smoke")`, or a deployment
+(prefect.yaml). Run again, it makes what is missing. A variant that breaks leaves the others their turn.
+"""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect import Task, flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, Failed, State
+
+from flows.process import environment, stream
+from t5lib.errors import T5Error
+
+TASK = [sys.executable, "-m", "tasks.ablate"]
+SAID_AT_MOST = 15  # lines of a broken command that its error shows
+
+
+@flow(name="ablate", flow_run_name="{name}", persist_result=False)
+def ablate(name: str = "dinov2-fashion", seeds: list[int] | None = None, out: str | None = None) -> list[str]:
+    """Run the ablation `name` and write its tables; returns the files that hold them.
+
+    Args:
+        seeds: default: those of the ablation.
+        out: where the results go, without ending; default: docs/results/ablation-NAME.
+
+    Raises:
+        T5Error: a slip in the settings, before any work; or what broke, after all else is done.
+    """
+    # A returned state, not an exception, so that Prefect shows the message alone.
+    try:
+        return _run(Path.cwd(), name, seeds, out or f"docs/results/ablation-{name}")
+    except T5Error as error:
+        return Failed(message=str(error), data=error)
+
+
+def _run(root: Path, name: str, seeds: list[int] | None, out: str) -> list[str]:
+    plan = _plan(root, name)
+    seeds = seeds or plan["seeds"]
+    chosen = ["--seeds", *map(str, seeds)]
+    _task("prepare")(str(root), ["prepare", name, *chosen], return_state=True).result()
+    broken = []
+    for unit in plan["units"]:
+        command = ["run", name, *chosen, "--out", f"{out}.json", "--only", unit["variant"]]
+        state = _task(unit["variant"])(str(root), command, return_state=True)
+        if state.is_failed():
+            broken.append(f"{unit['variant']}: {state.message}")
+    files = _task("tables")(str(root), ["tables", f"{out}.json", "--out", out], return_state=True).result()
+    if broken:
+        raise T5Error("\n".join(broken))
+    return files
+
+
+def _task(name: str) -> Task:
+    return task(run_command, name=name, task_run_name=name, cache_policy=NO_CACHE)
+
+
+def run_command(root: str, arguments: list[str]) -> State:
+    """Run `python -m tasks.ablate ARGUMENTS` in `root`; the state carries its last lines."""
+    log, said = get_run_logger(), []
+
+    def on_line(line: str) -> None:
+        said.append(line)
+        log.info(line)
+
+    code = stream([*TASK, *arguments], on_line, cwd=Path(root), env=environment({}))
+    if code:
+        told = [line for line in said if line.startswith("ablate: ")] or said[-SAID_AT_MOST:]
+        error = T5Error("\n".join(told).removeprefix("ablate: ") or f"ended with status {code}")
+        return Failed(message=str(error), data=error)
+    return Completed(message=said[-1] if said else "nothing to do", data=said)
+
+
+def _plan(root: Path, name: str) -> dict[str, Any]:
+    """The ablation, checked and resolved, in a process of its own, which loads torch."""
+    run = subprocess.run([*TASK, "show", name], cwd=root, env=environment({}), capture_output=True, text=True)
+    if run.returncode:
+        raise T5Error(run.stderr.strip().removeprefix("ablate: "))
+    return json.loads(run.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flows.ablate", description="Run an ablation, to its tables.")
+    parser.add_argument("name", nargs="?", default="dinov2-fashion", help="a section of `ablations` in params.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--out", help="where the results go, without ending")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell made us ignore Ctrl-C
+    try:
+        print(*ablate(arguments.name, arguments.seeds, arguments.out), sep="\n")
+    except T5Error as error:
+        sys.exit(f"\n{error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted; run it again to go on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
