@@ -1,15 +1,134 @@
-"""Local softmax attention on a grid of tokens."""
+"""Softmax attention over a window on a grid of tokens: arguments are checked, then an implementation is chosen.
 
+"reference" runs anywhere, "flex" (FlexAttention) is fast on CUDA, "natten" is the NATTEN package where it is installed.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
+from t5kernels.neighborhood import natten, reference
 
-def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, *, rows: int, columns: int, window: int) -> Tensor:
-    """Not written yet."""
-    raise NotImplementedError
+IMPLS = ("reference", "flex", "natten")
+NATTEN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def neighborhood_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, rows: int, columns: int, window: int, impl: str | None = None
+) -> Tensor:
+    """Every token attends to exactly window x window tokens around it; at a border the window is shifted inward.
+
+    Args:
+        q, k, v: (B, H, rows·columns, D), tokens of the grid only, row by row. k and v are taken in q's dtype.
+        rows, columns: of the grid.
+        window: side of the window, odd, at most the smaller side of the grid.
+        impl: one of IMPLS; None takes NATTEN on CUDA where it is installed, else FlexAttention on CUDA, else reference.
+
+    Returns:
+        (B, H, rows·columns, D) in q's dtype.
+
+    Raises:
+        ValueError: shapes that disagree, a window that is even or exceeds the grid, an `impl` that cannot be used.
+
+    Source: "Neighborhood Attention Transformer" (arXiv 2204.07143), section 3.1.
+    """
+    _check_tokens("neighborhood_attention", q, k, v, rows, columns, 0)
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"neighborhood_attention: window is {window}; expected an odd number such as 3 or 5")
+    if window > min(rows, columns):
+        raise ValueError(
+            f"neighborhood_attention: window {window} exceeds the grid of {rows}×{columns} tokens; "
+            f"expected at most {min(rows, columns)}: take a smaller window or larger images"
+        )
+    choice = _choose(impl, q, natten.is_installed())
+    return _call(_module(choice).neighborhood_attention, q, k, v, rows=rows, columns=columns, window=window)
 
 
 def circular_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, rows: int, columns: int, num_prefix_tokens: int, radius: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rows: int,
+    columns: int,
+    num_prefix_tokens: int,
+    radius: float,
+    impl: str | None = None,
 ) -> Tensor:
-    """Not written yet."""
-    raise NotImplementedError
+    """Tokens of the grid attend to prefix tokens and to the grid within a circle; prefix tokens attend to everything.
+
+    Args:
+        q, k, v: (B, H, num_prefix_tokens + rows·columns, D), prefix first, then the grid row by row. k and v are taken
+            in q's dtype.
+        rows, columns: of the grid.
+        num_prefix_tokens: class, register or text tokens.
+        radius: largest Euclidean distance of a token that is seen, in patches.
+        impl: "reference" (its mask is quadratic in the tokens), "flex", or None for flex on CUDA, else reference.
+
+    Returns:
+        As q.
+
+    Raises:
+        ValueError: shapes that disagree, a negative radius, an `impl` that cannot be used.
+
+    Source: "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up" (arXiv 2412.16112), section 3.
+    """
+    _check_tokens("circular_attention", q, k, v, rows, columns, num_prefix_tokens)
+    if not radius >= 0:
+        raise ValueError(f"circular_attention: radius is {radius}; expected 0 or more patches, as in CLEAR: 8")
+    if impl == "natten":
+        raise ValueError("circular_attention: NATTEN has square windows only; expected impl 'flex' or 'reference'")
+    attention = _module(_choose(impl, q, False)).circular_attention
+    # Squared distances are whole numbers; the square of, say, the square root of 13 may fall just below its own.
+    squared_radius = math.floor(radius**2 * (1 + 1e-12))
+    sizes = {"rows": rows, "columns": columns, "num_prefix_tokens": num_prefix_tokens}
+    return _call(attention, q, k, v, **sizes, squared_radius=squared_radius)
+
+
+def _check_tokens(op: str, q: Tensor, k: Tensor, v: Tensor, rows: int, columns: int, num_prefix_tokens: int) -> None:
+    expected = num_prefix_tokens + rows * columns
+    if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape or q.shape[2] != expected:
+        raise ValueError(
+            f"{op}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected three of the same shape "
+            f"(B, H, {expected}, D) for {num_prefix_tokens} prefix tokens and a grid of {rows}×{columns}; "
+            "reshape them, or correct rows, columns or the number of prefix tokens"
+        )
+
+
+def _choose(impl: str | None, q: Tensor, natten_is_installed: bool) -> str:
+    """The implementation to use. Raises ValueError when the one that is asked for cannot be used."""
+    natten_fits = natten_is_installed and q.is_cuda and q.dtype in NATTEN_DTYPES and q.shape[3] % 8 == 0
+    flex_fits = q.is_cuda and q.dtype != torch.float64
+    if impl is None:
+        return "natten" if natten_fits else "flex" if flex_fits else "reference"
+    if impl not in IMPLS:
+        raise ValueError(f"impl is {impl!r}; expected one of {IMPLS} or None to choose by device")
+    what = f"impl {impl!r} cannot be used with {q.dtype} on {q.device}, head width {q.shape[3]}"
+    if impl == "natten" and not natten_fits:
+        installed = "installed" if natten_is_installed else "not installed here with its CUDA kernels"
+        raise ValueError(
+            f"{what}; NATTEN is {installed}; expected CUDA, {NATTEN_DTYPES} and a width that is a multiple of 8; "
+            "install natten for this torch and CUDA, or use 'flex' or 'reference'"
+        )
+    # FlexAttention on a CPU is for tests of the mask: it has no backward there.
+    if impl == "flex" and not flex_fits and (q.is_cuda or torch.is_grad_enabled() and q.requires_grad):
+        raise ValueError(f"{what}; expected CUDA in float32 or half precision (elsewhere no gradient); use 'reference'")
+    return impl
+
+
+def _module(impl: str):
+    if impl == "flex":
+        # Imported where it is used: it takes long, and most processes never need it.
+        from t5kernels.neighborhood import flex
+
+        return flex
+    return {"reference": reference, "natten": natten}[impl]
+
+
+def _call(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **sizes: int) -> Tensor:
+    """Runs it in the dtype that scaled_dot_product_attention would use: that of autocast, or q's."""
+    device = q.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
+    return attention(q.to(dtype), k.to(dtype), v.to(dtype), **sizes).to(q.dtype)

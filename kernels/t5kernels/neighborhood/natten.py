@@ -1,0 +1,25 @@
+"""Neighborhood attention by the NATTEN package (arXiv 2204.07143), where it is installed with its CUDA kernels."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def is_installed() -> bool:
+    """Whether natten can be imported and was built with its CUDA kernels."""
+    try:
+        import natten
+    except ImportError:
+        return False
+    return bool(getattr(natten, "HAS_LIBNATTEN", False))
+
+
+def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, *, rows: int, columns: int, window: int) -> Tensor:
+    """q, k, v: (B, H, R·C, D). NATTEN takes (B, R, C, H, D)."""
+    from natten import na2d
+
+    q, k, v = (t.transpose(1, 2).unflatten(1, (rows, columns)).contiguous() for t in (q, k, v))
+    return na2d(q, k, v, kernel_size=window).flatten(1, 2).transpose(1, 2)
