@@ -5,6 +5,7 @@ A task is ("source", seed) or ("unit", (variant, seeds)). Everything a task make
 
 import contextlib
 import multiprocessing
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -28,7 +29,7 @@ class Crew:
     """
 
     def __init__(self, plan: Plan, work: Path, jobs: int, commit: str):
-        self.arguments, self.jobs = (plan, work, commit, jobs > 1), jobs
+        self.arguments, self.jobs = (plan, work, commit, jobs), jobs
         self.workers: dict[Connection, _Member] = {}
         self._here: Hand | None = None
 
@@ -111,8 +112,8 @@ class _Member:
 class Hand:
     """Does tasks in the process it lives in. The lab is set up with the first one."""
 
-    def __init__(self, plan: Plan, work: Path, commit: str, shared_card: bool):
-        self.plan, self.work, self.commit, self.shared_card = plan, work, commit, shared_card
+    def __init__(self, plan: Plan, work: Path, commit: str, jobs: int):
+        self.plan, self.work, self.commit, self.shared_card = plan, work, commit, jobs > 1
         self._lab: Any = None
 
     def attempt(self, task: Task) -> str | None:
@@ -153,6 +154,9 @@ def result_file(work: Path, variant: str, seed: int) -> Path:
 
 def _serve(connection: Connection, arguments: tuple, name: str) -> None:
     """What a process of the crew does: tasks, until its owner is gone. Its output goes to a log of its own."""
+    threads = max(1, (os.cpu_count() or 1) // arguments[-1])  # or all would start as many as there are cores
+    for variable in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        os.environ.setdefault(variable, str(threads))  # torch is not loaded yet
     log = arguments[1] / f"logs/{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
