@@ -230,7 +230,7 @@ def _measure(
     cast = {name: copy.deepcopy(model).to(dtype) for name, model in models.items()}
     if compiled:
         torch._dynamo.reset()  # else the copies of earlier resolutions use up the recompile limit: silently eager
-        runnable = {name: torch.compile(model, dynamic=False) for name, model in cast.items()}
+        runnable = {name: compile_model(model, images) for name, model in cast.items()}
     else:
         runnable = cast
     with torch.inference_mode(), attention_choice(device):
@@ -254,6 +254,14 @@ def _measure(
         }
         for name, model in models.items()
     ]
+
+
+def compile_model(model: nn.Module, images: Tensor) -> nn.Module:
+    """torch.compile `model` for this size, after one pass as it is: the masks that neighborhood attention keeps from its
+    first pass would otherwise be made anew in every compiled one."""
+    with torch.inference_mode(False), torch.no_grad():  # kept tensors may be used in training later
+        model(images)
+    return torch.compile(model, dynamic=False)
 
 
 def num_tokens(model: nn.Module) -> int:

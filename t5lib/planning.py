@@ -297,6 +297,11 @@ def _sides(model: nn.Module, resolution: int, kinds: dict[str, T5Config], config
         nearest = max(1, round(resolution / patch)) * patch
         raise T5Error(f"resolution {resolution} is no multiple of the patch size {patch}; nearest is {nearest}")
     least = max([1, *(kind.window for kind in kinds.values() if kind.window)])
+    if resolution // patch < least:
+        raise T5Error(
+            f"resolution {resolution} makes a grid of {resolution // patch} patches a side, and a neighborhood window "
+            f"is {least}: plan for {least * patch} px or more, or for kinds without it"
+        )
     grids = {round(resolution * factor / patch) for factor in config.factors if factor != 1}
     return sorted({resolution, *(patch * grid for grid in grids if grid >= least)})
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from t5lib.benchmark import attention_choice, check_output, choose_dtype, time_interleaved
+from t5lib.benchmark import attention_choice, check_output, choose_dtype, compile_model, time_interleaved
 from t5lib.config import one_of
 from t5lib.errors import T5Error
 
@@ -90,7 +90,7 @@ def race(models: dict[str, nn.Module], side: int, config: RaceConfig, rules: Rul
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(rules.device, rules.dtype)
     clock = {"warmup": config.warmup, "repeats": config.repeats, "device": rules.device}
     with torch.inference_mode(), attention_choice(rules.device), _every_model_compiled(rules):
-        launched = {name: _compiled(model, rules) for name, model in models.items()}
+        launched = {name: _compiled(model, images, rules) for name, model in models.items()}
         for call in launched.values():
             call(images)  # compiles
         passes = {name: _replayed(call, images, name) for name, call in launched.items()} if rules.graphs else launched
@@ -110,9 +110,9 @@ def _every_model_compiled(rules: Rules) -> AbstractContextManager:
     return torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
 
 
-def _compiled(model: nn.Module, rules: Rules) -> Callable[[Tensor], Tensor]:
+def _compiled(model: nn.Module, images: Tensor, rules: Rules) -> Callable[[Tensor], Tensor]:
     cast = copy.deepcopy(model).to(rules.dtype)
-    return torch.compile(cast, dynamic=False) if rules.compiled else cast
+    return compile_model(cast, images) if rules.compiled else cast
 
 
 def _bound(call: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:

@@ -111,6 +111,8 @@ def test_sizes_too_small_for_a_neighborhood_are_left_out(model):
     settings = {"swiglu+nat3": planning.T5Config().named("swiglu+nat3")}
     assert planning._sides(model, 32, settings, PlanConfig()) == [32, 64]
     assert planning._sides(model, 32, {}, PlanConfig()) == [16, 32, 64]
+    with pytest.raises(T5Error, match="grid of 2 patches a side, and a neighborhood window is 3: plan for 24 px"):
+        planning._sides(model, 16, settings, PlanConfig())
 
 
 @pytest.mark.parametrize(
