@@ -257,8 +257,10 @@ def _measure(
 
 
 def compile_model(model: nn.Module, images: Tensor) -> nn.Module:
-    """torch.compile `model` for this size, after one pass as it is: the masks that neighborhood attention keeps from its
-    first pass would otherwise be made anew in every compiled one."""
+    """torch.compile `model` for images of this size, after one pass as it is.
+
+    The masks that neighborhood attention keeps from its first pass would otherwise be made anew in every compiled one.
+    """
     with torch.inference_mode(False), torch.no_grad():  # kept tensors may be used in training later
         model(images)
     return torch.compile(model, dynamic=False)
