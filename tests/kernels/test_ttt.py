@@ -120,6 +120,18 @@ def test_half_precision_stays_in_its_dtype_and_near_the_exact_result(inner, loss
     assert (half.double() - exact).norm() / exact.norm() < 8 * torch.finfo(dtype).eps
 
 
+@all_kinds
+def test_autocast_leaves_the_output_in_the_type_of_the_queries_and_near_the_exact_result(inner, loss):
+    q, k, v, weights = inputs(inner)
+    small = [w * D**-0.5 for w in weights]
+    exact = ttt(q, k, v, small, inner=inner, loss=loss, scale=SCALE)
+    single, small = [t.float() for t in (q, k, v)], [w.float() for w in small]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = ttt(*single, small, inner=inner, loss=loss, scale=SCALE)
+    assert mixed.dtype == torch.float32
+    assert (mixed.double() - exact).norm() / exact.norm() < 8 * torch.finfo(torch.bfloat16).eps
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -12,7 +12,6 @@ from torch import Tensor
 from t5kernels.neighborhood import natten, reference
 
 IMPLS = ("reference", "flex", "natten")
-NATTEN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def neighborhood_attention(
@@ -42,8 +41,8 @@ def neighborhood_attention(
             f"neighborhood_attention: window {window} exceeds the grid of {rows}×{columns} tokens; "
             f"expected at most {min(rows, columns)}: take a smaller window or larger images"
         )
-    choice = _choose(impl, q, natten.is_installed())
-    return _call(_module(choice).neighborhood_attention, q, k, v, rows=rows, columns=columns, window=window)
+    attention = _module(_choose(impl, IMPLS, q, k, v)).neighborhood_attention
+    return _call(attention, q, k, v, rows=rows, columns=columns, window=window)
 
 
 def circular_attention(
@@ -78,11 +77,9 @@ def circular_attention(
     _check_tokens("circular_attention", q, k, v, rows, columns, num_prefix_tokens)
     if not radius >= 0:
         raise ValueError(f"circular_attention: radius is {radius}; expected 0 or more patches, as in CLEAR: 8")
-    if impl == "natten":
-        raise ValueError("circular_attention: NATTEN has square windows only; expected impl 'flex' or 'reference'")
-    attention = _module(_choose(impl, q, False)).circular_attention
+    attention = _module(_choose(impl, ("reference", "flex"), q, k, v)).circular_attention
     # Squared distances are whole numbers; the square of, say, the square root of 13 may fall just below its own.
-    squared_radius = math.floor(radius**2 * (1 + 1e-12))
+    squared_radius = math.floor(min(radius, rows + columns) ** 2 * (1 + 1e-12))
     sizes = {"rows": rows, "columns": columns, "num_prefix_tokens": num_prefix_tokens}
     return _call(attention, q, k, v, **sizes, squared_radius=squared_radius)
 
@@ -97,24 +94,24 @@ def _check_tokens(op: str, q: Tensor, k: Tensor, v: Tensor, rows: int, columns: 
         )
 
 
-def _choose(impl: str | None, q: Tensor, natten_is_installed: bool) -> str:
-    """The implementation to use. Raises ValueError when the one that is asked for cannot be used."""
-    natten_fits = natten_is_installed and q.is_cuda and q.dtype in NATTEN_DTYPES and q.shape[3] % 8 == 0
+def _choose(impl: str | None, impls: tuple[str, ...], q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The implementation to use, one of `impls`. Raises ValueError when the one that is asked for cannot be used."""
+    if impl is not None and impl not in impls:
+        raise ValueError(f"impl is {impl!r}; expected one of {impls} for this op, or None to choose by device")
     flex_fits = q.is_cuda and q.dtype != torch.float64
+    natten_fits = "natten" in impls and flex_fits and q.shape[3] % 8 == 0 and natten.is_installed()
     if impl is None:
         return "natten" if natten_fits else "flex" if flex_fits else "reference"
-    if impl not in IMPLS:
-        raise ValueError(f"impl is {impl!r}; expected one of {IMPLS} or None to choose by device")
-    what = f"impl {impl!r} cannot be used with {q.dtype} on {q.device}, head width {q.shape[3]}"
+    came = f"impl {impl!r} cannot be used with {q.dtype}, head width {q.shape[3]}, on {q.device}"
     if impl == "natten" and not natten_fits:
-        installed = "installed" if natten_is_installed else "not installed here with its CUDA kernels"
         raise ValueError(
-            f"{what}; NATTEN is {installed}; expected CUDA, {NATTEN_DTYPES} and a width that is a multiple of 8; "
-            "install natten for this torch and CUDA, or use 'flex' or 'reference'"
+            f"{came}; expected natten installed with its CUDA kernels, CUDA tensors in float32 or half precision and a "
+            "width that is a multiple of 8; install natten for this torch and CUDA, or use 'flex' or 'reference'"
         )
-    # FlexAttention on a CPU is for tests of the mask: it has no backward there.
-    if impl == "flex" and not flex_fits and (q.is_cuda or torch.is_grad_enabled() and q.requires_grad):
-        raise ValueError(f"{what}; expected CUDA in float32 or half precision (elsewhere no gradient); use 'reference'")
+    # On a CPU, FlexAttention holds all pairs of tokens and has no gradient: good for looking at its masks.
+    fitted = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if impl == "flex" and not flex_fits and (q.is_cuda or fitted):
+        raise ValueError(f"{came}; expected CUDA tensors in float32 or half precision; use 'reference'")
     return impl
 
 
@@ -129,6 +126,7 @@ def _module(impl: str):
 
 def _call(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **sizes: int) -> Tensor:
     """Runs it in the dtype that scaled_dot_product_attention would use: that of autocast, or q's."""
-    device = q.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
+    device, dtype = q.device.type, q.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
     return attention(q.to(dtype), k.to(dtype), v.to(dtype), **sizes).to(q.dtype)

@@ -7,9 +7,13 @@ from torch import Tensor
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def is_installed() -> bool:
     """Whether natten can be imported and was built with its CUDA kernels."""
+    return _has_kernels()
+
+
+@functools.cache
+def _has_kernels() -> bool:
     try:
         import natten
     except ImportError:
