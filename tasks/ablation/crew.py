@@ -26,10 +26,11 @@ class Crew:
 
     Args:
         commit: what is recorded as the code's version.
+        hand: what does the tasks in each process.
     """
 
-    def __init__(self, plan: Plan, work: Path, jobs: int, commit: str):
-        self.arguments, self.jobs = (plan, work, commit, jobs), jobs
+    def __init__(self, plan: Plan, work: Path, jobs: int, commit: str, hand: "type[Hand] | None" = None):
+        self.arguments, self.jobs, self.hand = (plan, work, commit, jobs), jobs, hand or Hand
         self.workers: dict[Connection, _Member] = {}
         self._here: Hand | None = None
 
@@ -47,7 +48,7 @@ class Crew:
 
     def _alone(self, todo: list[Task], report: Report, go_on: Callable[[], bool]) -> list[Task]:
         while todo and go_on():
-            self._here = self._here or Hand(*self.arguments)
+            self._here = self._here or self.hand(*self.arguments)
             task = todo.pop(0)
             report(task, self._here.attempt(task))
         return todo
@@ -73,7 +74,7 @@ class Crew:
         for member in self.workers.values():
             if member.task is None:
                 return member
-        member = _Member(self.arguments, f"worker-{len(self.workers)}")
+        member = _Member(self.hand, self.arguments, f"worker-{len(self.workers)}")
         self.workers[member.connection] = member
         return member
 
@@ -81,10 +82,10 @@ class Crew:
 class _Member:
     """One process of a crew, as its owner sees it."""
 
-    def __init__(self, arguments: tuple, name: str):
+    def __init__(self, hand: "type[Hand]", arguments: tuple, name: str):
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, arguments, name), name=name, daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, hand, arguments, name), name=name, daemon=True)
         self.process.start()
         theirs.close()
         self.task: Task | None = None
@@ -152,7 +153,7 @@ def result_file(work: Path, variant: str, seed: int) -> Path:
     return work / f"results/{variant}--seed-{seed}.json"
 
 
-def _serve(connection: Connection, arguments: tuple, name: str) -> None:
+def _serve(connection: Connection, kind: type[Hand], arguments: tuple, name: str) -> None:
     """What a process of the crew does: tasks, until its owner is gone. Its output goes to a log of its own."""
     threads = max(1, (os.cpu_count() or 1) // arguments[-1])  # or all would start as many as there are cores
     for variable in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
@@ -160,7 +161,7 @@ def _serve(connection: Connection, arguments: tuple, name: str) -> None:
     log = arguments[1] / f"logs/{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
-    hand = Hand(*arguments)
+    hand = kind(*arguments)
     try:
         while True:
             connection.send(hand.attempt(connection.recv()))

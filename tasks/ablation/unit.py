@@ -52,6 +52,8 @@ class _Run:
         for protocol in self.unit.protocols if model is not None else ():
             with self._part(protocol):
                 self._train(copy.deepcopy(model), protocol)
+        if "pilot" in self.seconds:
+            self.seconds["calibrate"] -= self.seconds["pilot"]  # it is a part of that part
         return {
             "variant": self.unit.variant,
             "seed": self.seed,
