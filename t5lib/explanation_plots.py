@@ -47,6 +47,12 @@ def curves(found: dict[str, Any]) -> dict[str, Figure]:
     }
 
 
+def as_pictures(images: Any, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """A model's input (B, 3, H, W), normalized with mean and std, as pictures (B, H, W, 3), 0 to 1."""
+    mean, std = (np.asarray(values)[:, None, None] for values in (mean, std))
+    return np.moveaxis(np.clip(np.asarray(images) * std + mean, 0, 1), 1, -1)
+
+
 @styled
 def attention_maps(picture: Sequence[Any], layers: Sequence[str], maps: Sequence[dict[str, Any]]) -> Figure:
     """Where a few queries of one image look in a few layers, softmax above converted, over the image itself.
@@ -115,10 +121,13 @@ def layer_similarity(
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     rows = range(len(layers))
+    layer_error, block_error = ([value or math.nan for value in errors] for errors in (layer_error, block_error))
     above.plot(rows, layer_error, "o-", ms=4, color=T5_LIGHT, label="layer alone, on softmax's inputs")
     above.plot(rows, block_error, "o-", ms=4, color=T5, label="output of its block, as the models run")
-    above.set(title="How far the layers are off", ylabel="error (share of variance)", yscale="log")
-    plain_log_ticks(above.yaxis)
+    above.set(title="How far the layers are off", ylabel="error (share of variance)")
+    if not all(map(math.isnan, layer_error + block_error)):  # a logarithmic axis has no place for 0
+        above.set_yscale("log")
+        plain_log_ticks(above.yaxis)
     below.plot(rows, cka, "o-", ms=4, color=T5)
     below.set(ylabel="CKA (1: alike)", ylim=(min(0.9, *cka) - 0.04, 1.02), xlabel="layer")
     below.set_xticks(rows, [layer_label(name) for name in layers])

@@ -38,7 +38,7 @@ def _error(found: dict[str, Any], new: list[int]) -> str:
     return (
         f"On the softmax model's own inputs the converted layers miss {_share(_mean(errors, new))} of the variance, "
         f"{found['layers'][worst]} most ({_share(errors[worst])}). As the models run, the output of the last block "
-        f"is {_share(found['block_error'][-1])} off, all blocks' errors included."
+        f"is off by {_share(found['block_error'][-1])} of its variance, earlier errors and training included."
     )
 
 

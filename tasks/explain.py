@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 import t5lib
 from t5lib import explanation_plots, files, plots
@@ -49,18 +48,13 @@ def run(stage: Stage) -> dict[str, float]:
     found = t5lib.explain(softmax, converted, images, **limits)
     files.write_json(stage.out / "explanation.json", found.as_dict())
     stage.artifact(stage.out / "explanation.json")
-    for name, figure in explanation_plots.all_pictures(found.as_dict(), pictures(images, data)).items():
+    pictures = explanation_plots.as_pictures(images[: config.map_images], data.mean, data.std)
+    for name, figure in explanation_plots.all_pictures(found.as_dict(), pictures).items():
         plots.save(figure, stage.out / f"{name}.png")
         stage.artifact(stage.out / f"{name}.png")
     for number, values in enumerate(found.by_layer()):
         stage.log(values, step=number)
     return found.summary() | {"images": len(images)}
-
-
-def pictures(images: Tensor, data: DataConfig) -> Tensor:
-    """The model's input (B, 3, H, W) as pictures again, (B, H, W, 3), 0 to 1."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
-    return (images * std + mean).clamp(0, 1).movedim(1, -1)
 
 
 if __name__ == "__main__":

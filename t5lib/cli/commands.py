@@ -91,8 +91,12 @@ def diagnose(
     limit: Annotated[
         int, typer.Option(metavar="N", min=1, help="How many images to use, spread over the folder.")
     ] = 64,
+    converted: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="What t5 convert made of MODEL: compare the two, layer by layer."),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write shift_ratio.json and shift_ratio.png there.")
+        Path | None, typer.Option(metavar="FOLDER", help="Write the numbers as JSON, and pictures, there.")
     ] = None,
     weights: Weights = None,
     pretrained: Pretrained = True,
@@ -110,11 +114,14 @@ def diagnose(
     - `t5 diagnose vit_small_patch14_dinov2.lvd142m --images photos`
     - `t5 diagnose deit_tiny_patch16_224 --images photos --limit 16 --out diagnosis`
     - `t5 diagnose vit_base_patch16_224 --weights mine.safetensors --images photos --img-size 384`
+    - `t5 diagnose deit_tiny_patch16_224 --images photos --converted deit-t5 --out diagnosis`
 
     **Output**
 
     One line a layer: mean, smallest and largest head, and the mean with random weights.
     Means of 0.5 and more are usual. Then keep the default key norm, 'instance', when converting.
+    With --converted also how far each layer looks, how far it is from the softmax layer that it replaced, and its keys'
+    shift before and after the key norm.
     """
     source = Source(name=model, weights=weights, pretrained=pretrained, img_size=arguments.parse_size(img_size))
     paths = arguments.spread(arguments.find_images(images), limit)
@@ -122,7 +129,7 @@ def diagnose(
         arguments.check_writable(out)
     from t5lib.cli import diagnosing
 
-    diagnosing.run(source, paths, out, device)
+    diagnosing.run(source, paths, out, device, converted)
 
 
 @app.command()

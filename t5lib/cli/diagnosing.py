@@ -5,7 +5,7 @@ from pathlib import Path
 
 import t5lib
 from t5lib import files, plots
-from t5lib.cli import models
+from t5lib.cli import explaining, models
 from t5lib.cli.arguments import Source
 from t5lib.cli.images import ImageReader
 from t5lib.cli.screen import console, counted, note, notes, say, table
@@ -15,10 +15,15 @@ BAR = 20  # characters for a shift ratio of 1
 MARKED = 0.1  # a mean so far above that of random weights is a shift that training put there
 
 
-def run(source: Source, images: Sequence[Path], out: Path | None, device: str | None) -> None:
-    """Measure, print and, given `out`, write shift_ratio.json and shift_ratio.png."""
+def run(
+    source: Source, images: Sequence[Path], out: Path | None, device: str | None, converted: Path | None = None
+) -> None:
+    """Measure, print and, given `out`, write shift_ratio.json and shift_ratio.png; with `converted`, the folder of what
+    was made of the model, compare the two as well."""
     place = models.choose_device(device)
-    models.outline(source)
+    outline = models.outline(source)
+    if converted:
+        source = explaining.matching(source, outline, converted)
     model = models.load(source, place)
     reader = ImageReader(model)
     with notes.status(f"measuring {counted(len(images), 'image')}, and the same with random weights"):
@@ -32,6 +37,8 @@ def run(source: Source, images: Sequence[Path], out: Path | None, device: str | 
         files.write_json(out / "shift_ratio.json", found.as_dict())
         plots.save(plots.shift_ratio_map(**found.as_dict()), out / "shift_ratio.png")
         note(f"written: {out / 'shift_ratio.json'}, {out / 'shift_ratio.png'}")
+    if converted:
+        explaining.run(source, model, converted, pixels, reader, out)
 
 
 def reading(summary: dict[str, float], *, pretrained: bool) -> str:

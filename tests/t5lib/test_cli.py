@@ -233,6 +233,38 @@ class TestDiagnose:
             mean = sum(heads) / len(heads)
             assert f"{layer} {mean:.2f} {min(heads):.2f} {max(heads):.2f}" in words(result.stdout)
 
+    def test_converted_model_is_compared_with_what_it_came_from(self, softmax, converted, photos, tmp_path):
+        command = ("diagnose", softmax, "--images", photos, "--limit", 5, "--converted", converted)
+        result = run(*command, "--out", tmp_path)
+        assert result.exit_code == 0, result.output
+        models = [t5lib.load(folder) for folder in (softmax, converted)]
+        pixels = ImageReader(models[0]).read(arguments.spread(arguments.find_images(photos), 5))
+        expected = t5lib.explain(*models, pixels)
+        assert json.loads((tmp_path / "explanation.json").read_text()) == json.loads(json.dumps(expected.as_dict()))
+        pictures = {"shift_ratio", "maps-0", "maps-1", "distance", "similarity", "shift"}
+        assert {path.stem for path in tmp_path.glob("*.png")} == pictures
+        told = words(result.stdout)
+        _, ttt = expected.by_layer()
+        assert f"blocks.1.attn {ttt['distance_softmax']:.1f} {ttt['distance_converted']:.1f} " in told
+        assert f" {ttt['cka']:.3f} {ttt['shift_before']:.2f} 0.00 {ttt['shift_fitted']:.2f}" in told
+        assert "blocks.0.attn (softmax) " in told and "1.000" in told
+        assert "Converted layers look" in told
+        assert "too few for CKA" not in words(result.stderr)
+        few = run(*command, "--limit", 1)
+        assert "1 image of this size are too few for CKA" in words(few.stderr)
+
+    def test_converted_model_of_another_size_or_kind(self, softmax, converted, photos, tmp_path):
+        bigger = t5lib.convert(tiny_vit(img_size=64))
+        t5lib.save(bigger, tmp_path / "bigger")
+        command = ["diagnose", softmax, "--images", photos, "--limit", 2, "--converted"]
+        result = run(*command, tmp_path / "bigger")
+        assert "64 × 64 px" in result.stdout and "8 × 8 patches" in result.stdout, result.output
+        assert "5 × 5 patches" in run(*command, tmp_path / "bigger", "--img-size", 40).stdout
+        assert "holds a softmax model; expected what t5 convert made of" in refused(*command, softmax)
+        assert "is not a saved model" in refused(*command, photos)
+        t5lib.save(t5lib.convert(tiny_vit("deit")), tmp_path / "deit")
+        assert "was made from deit_tiny_patch16_224, not from vit_tiny" in refused(*command, tmp_path / "deit")
+
     def test_damaged_image_is_left_out_and_named(self, softmax, photos, tmp_path):
         good = arguments.find_images(photos)[0]
         (tmp_path / "cut.png").write_bytes(good.read_bytes()[:200])

@@ -24,6 +24,24 @@ PARAMS = {
     "benchmark": {"resolutions": [28, 56], "repeats": 1},
 }
 
+EXPLANATION = {
+    "layers": LAYERS,
+    "kinds": ["softmax", "swiglu, dwc_qk"],
+    "images": 64,
+    "map_images": 4,
+    "distance_softmax": [2.0, 3.0],
+    "distance_converted": [2.0, 3.1],
+    "distance_uniform": 3.6,
+    "layer_error": [0.0, 0.11],
+    "block_error": [0.0, 0.2],
+    "cka": [1.0, 0.9],
+    "shift_softmax": [0.7, 0.8],
+    "shift_before": [0.7, 0.75],
+    "shift_after": [None, 0.0],
+    "shift_fitted": [None, 0.3],
+    "maps": [{"image": 0, "layer": 0, "query": "centre"}],
+}
+
 
 def evaluated(top1: float, agreement: float) -> dict:
     return {"top1": top1, "top5": 99.5, "agreement": agreement, "loss": 0.5, "n": 1000}
@@ -89,6 +107,10 @@ def root(tmp_path) -> Path:
         write_history(out / name / "history.jsonl", 1.0)
     config = {"inner": "swiglu", "key_norm": "instance", "locality": "dwc_qk"}
     write(out / "finetune/t5.json", {"format": 1, "architecture": "vit_small_patch14_dinov2", "t5": config})
+    write(out / "explain.json", {"cka": 0.95})
+    write(out / "explain/explanation.json", EXPLANATION)
+    for number in (0, 1):
+        Image.new("RGB", (4, 4), (200, 90, 8)).save(out / f"explain/maps-{number}.png")
     write(out / "benchmark.json", {"speedup_at_largest": 0.8})
     bench = {
         "device": "Test CPU, 2 threads",
@@ -169,7 +191,20 @@ def test_page_says_plainly_when_softmax_is_faster(root):
     for text in (text_of(page), summary):
         assert "No gain up to 257 tokens on this device: there the converted model takes 1.25 times as long" in text
     assert "slower than softmax at this size" in page
-    assert page.count("<img") == 7, "every picture"
+    assert page.count("<img") == 12, "every picture"
+
+
+def test_page_tells_what_the_new_layers_do_with_maps_over_images(root):
+    page = build(root)[0]
+    text = text_of(page)
+    assert "Converted layers look about as far as the softmax layers: 3.1 patches on average, softmax 3.0" in text
+    assert "miss 11 % of the variance, blocks.1.attn most" in text
+    assert "from 0.75 to 0.00; in the keys that the layers are fitted on it is 0.30" in text
+    assert page.count("data:image/png;base64,") == 2
+    for path in (root / "data/out" / TARGET / "explain").glob("*.png"):
+        path.unlink()
+    page = build(root)[0]
+    assert "What the new layers do" in page and "A TTT layer has no attention map" not in page
 
 
 def test_summary_is_a_table_of_equal_rows_and_a_few_lines(root):
@@ -188,14 +223,14 @@ def test_missing_stage_is_named_with_its_remedy(root, stage):
 
 
 def test_page_without_the_optional_stages_leaves_their_parts_out(root):
-    remove(root, "benchmark", "diagnose", "control", "freeze")
+    remove(root, "benchmark", "diagnose", "control", "freeze", "explain")
     path = root / "data/out" / TARGET / "evaluate.json"
     models = json.loads(path.read_text())["models"]
     kept = {name: {"top1": models[name]["top1"], "n": 1000} for name in ("source", "finetuned")}
     write(path, {"models": kept})
     page, summary = build(root)
     assert "gets 85.8 % of 1,000 test images right; the softmax source 84.5 %" in text_of(page)
-    for part in ("Speed and cost", "The shift in the keys", "Top-5", "Agrees with"):
+    for part in ("Speed and cost", "The shift in the keys", "What the new layers do", "Top-5", "Agrees with"):
         assert part not in page
     assert "top-5" not in summary and "tokens" not in summary
 
