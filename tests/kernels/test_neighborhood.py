@@ -197,6 +197,13 @@ def test_the_output_has_the_type_of_the_queries_under_autocast_too():
     assert 1e-4 * exact.norm() < (cast - exact).norm() < 0.02 * exact.norm()
 
 
+def test_shapes_are_found_on_the_meta_device():
+    q, k, v = tokens(12, device="meta")
+    assert neighborhood_attention(q, k, v, rows=3, columns=4, window=3).shape == q.shape
+    sizes = {"rows": 2, "columns": 5, "num_prefix_tokens": 2}
+    assert circular_attention(q, k, v, **sizes, radius=2).shape == q.shape
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from t5kernels.neighborhood import natten, reference
+from t5kernels.precision import autocast_dtype
 
 IMPLS = ("reference", "flex", "natten")
 
@@ -126,7 +127,5 @@ def _module(impl: str):
 
 def _call(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **sizes: int) -> Tensor:
     """Runs it in the dtype that scaled_dot_product_attention would use: that of autocast, or q's."""
-    device, dtype = q.device.type, q.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(q)
     return attention(q.to(dtype), k.to(dtype), v.to(dtype), **sizes).to(q.dtype)
