@@ -289,8 +289,8 @@ def compiled_blocks(model: nn.Module) -> Iterator[None]:
     """Within, each transformer block of a timm model is compiled by itself; the first of a kind compiles for all.
 
     Blocks that differ in more than their weights (kind of attention, rate of stochastic depth) are compiled anew, so
-    the number of compilations that torch allows is raised by that of blocks. At the end the model is a plain one, and
-    what was compiled is forgotten, lest runs in one process add up to that limit.
+    the number of compilations that torch allows is raised by that of blocks. At the end the model is a plain one. What
+    was compiled serves the next model of the same kind in this process.
     """
     limit = torch._dynamo.config.recompile_limit + len(model.blocks)
     with torch._dynamo.config.patch(recompile_limit=limit):
@@ -301,7 +301,6 @@ def compiled_blocks(model: nn.Module) -> Iterator[None]:
         finally:
             for block in model.blocks:
                 block._compiled_call_impl = None
-            torch.compiler.reset()
 
 
 def freeze(model: nn.Module, config: TrainConfig) -> list[nn.Parameter]:

@@ -17,7 +17,7 @@ VARIANTS = (
     | {f"residual-{inner}": T5Config(inner=inner, inner_loss="residual") for inner in ("swiglu", "three_layer")}
     | {f"{base}+nat3": T5Config(locality=f"{base}+nat3") for base in CONVOLUTIONS}
     | {base: T5Config(locality=base) for base in CONVOLUTIONS}
-    | {f"preset-{name}": T5Config.preset(name) for name in PRESETS}
+    | {f"preset-{name}": T5Config.preset(name, radius=2.0) for name in PRESETS}
     | {"map": T5Config(layers={"0": "two_layer+nat3", "1": "hedgehog"}), "rescale": T5Config(rescale=True)}
 )
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
