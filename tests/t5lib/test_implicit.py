@@ -20,6 +20,8 @@ CONFIGS = {
     "dwc_v": T5Config(inner="one_layer_gate", locality="dwc_v"),
     "hedgehog": T5Config.preset("hedgehog"),
     "vit3": T5Config.preset("vit3"),
+    "neighborhood": T5Config.preset("t5", locality="dwc_qk+nat3"),
+    "clear": T5Config.preset("clear", radius=2),
 }
 
 
@@ -61,6 +63,18 @@ def test_of_softmax_it_is_the_attention_map(kind):
 def test_linear_attentions_map_needs_one_probe():
     attention, x = layer_of(CONFIGS["hedgehog"])
     torch.testing.assert_close(*(t5lib.implicit_attention(attention, x, probes=p) for p in (1, WIDTH)))
+
+
+def test_circular_windows_are_seen_as_such():
+    """Nothing beyond the radius, rows that sum to 1 as in softmax, and a shorter distance."""
+    attention, x = layer_of(CONFIGS["clear"])
+    found = t5lib.implicit_attention(attention, x)
+    torch.testing.assert_close(found.sum(-1), torch.ones(2, 2, 17))
+    assert found[:, :, 1, 16].max() == 0 < found[:, :, 1, 2].min()
+    softmax = t5lib.implicit_attention(tiny_vit().blocks[1].attn, x)
+    wide = attention_distance(softmax[:, :, 1:], list(range(1, 17)), attention.grid)
+    near = attention_distance(found[:, :, 1:], list(range(1, 17)), attention.grid)
+    assert near.mean() < 0.8 * wide.mean()
 
 
 def test_few_probes_estimate_the_map_and_the_squares_without_bias():
