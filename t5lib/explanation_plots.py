@@ -68,7 +68,7 @@ def attention_maps(picture: Sequence[Any], layers: Sequence[str], maps: Sequence
     queries = list(dict.fromkeys(found["query"] for found in maps))
     shown = sorted({found["layer"] for found in maps})
     grey = np.asarray(picture).mean(-1)
-    tall = min(2.0, max(0.6, grey.shape[0] / grey.shape[1]))  # an image's height for its width; the labels need some
+    tall = min(2.0, max(0.8, grey.shape[0] / grey.shape[1]))  # an image's height for its width; the labels need some
     figure = Figure(figsize=(WIDTH, 0.45 + 1.02 * tall * 2 * len(queries)), layout="constrained")
     panels = figure.subplots(2 * len(queries), len(shown), squeeze=False)
     places = {(found["query"], found["layer"]): found for found in maps}
