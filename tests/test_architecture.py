@@ -6,13 +6,11 @@ flows → tasks → t5lib → t5kernels; what a stage reads is what DVC watches;
 import ast
 import functools
 import importlib
-import io
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
-from ruamel.yaml import YAML
 
 import t5lib
 from tasks import params
@@ -192,13 +190,6 @@ def test_every_ablation_has_valid_settings_and_shows_every_variant(name):
     plan = definition.resolve(ROOT, name)
     assert {unit.variant for unit in plan.units} == set(PARAMS["ablations"][name]["variants"])
     assert plan.unit(plan.control).settings["convert"] is None
-
-
-def test_dvc_can_rewrite_params_yaml():
-    """`dvc exp run -S` does, by ruamel.yaml at its usual width: a key with a space that it folds is no key any more."""
-    out = io.StringIO()
-    YAML().dump(YAML().load((ROOT / "params.yaml").read_text()), out)
-    assert yaml.safe_load(out.getvalue()) == PARAMS
 
 
 def test_no_section_is_another_ones_by_alias():

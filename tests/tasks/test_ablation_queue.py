@@ -1,6 +1,6 @@
 """The queue of DVC experiments: each holds its variant's settings, and none is lost in silence."""
 
-import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -36,9 +36,18 @@ def root(tmp_path) -> Path:
 
 def in_(root, *command):
     me = {f"GIT_{who}_{what}": "t5@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    run = subprocess.run(command, cwd=root, env=queue.environment() | me, capture_output=True, text=True)
+    env = queue.environment() | me | {"DVC_NO_ANALYTICS": "1"}
+    run = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout
+
+
+def start_dvc(root):
+    if not (root / ".git").exists():
+        in_(root, "git", "init", "-q")
+    in_(root, "dvc", "init", "-q")
+    in_(root, "git", "add", "-A")
+    in_(root, "git", "commit", "-qm", "start")
 
 
 def experiments(root, **options):
@@ -68,11 +77,21 @@ def test_values_are_spelled_as_hydra_reads_them():
 
 
 @pytest.mark.pipeline
+@pytest.mark.parametrize("name", ["dinov2-fashion-518", "smoke"])
+def test_the_repositorys_own_params_survive_dvc(tmp_path, name):
+    """DVC writes params.yaml anew, and folds lines in ways that not all YAML survives."""
+    repository = Path(definition.__file__).parents[2]
+    for file in ("params.yaml", "dvc.yaml"):
+        shutil.copy(repository / file, tmp_path)
+    (tmp_path / "tasks").symlink_to(repository / "tasks")
+    start_dvc(tmp_path)
+    plan = definition.resolve(tmp_path, name)
+    queue.put(queue.experiments(plan, tmp_path, seeds=[1], only=["swiglu"]), tmp_path)
+
+
+@pytest.mark.pipeline
 def test_dvc_queues_them_with_every_setting_and_a_lost_one_is_told(root):
-    os.environ["DVC_NO_ANALYTICS"] = "1"
-    in_(root, "dvc", "init", "-q")
-    in_(root, "git", "add", "-A")
-    in_(root, "git", "commit", "-qm", "start")
+    start_dvc(root)
     before = (root / "params.yaml").read_text()
     (linear,) = experiments(root, only=["linear"], seeds=[1])
     queue.put([linear], root)
