@@ -259,6 +259,11 @@ class _Kind:
                 f"calibrate: objective 'attention' needs a mixer with an attention map, and inner '{settings.inner}' "
                 "has none; use objective 'output'"
             )
+        if config.objective == "attention" and (settings.key_norm, settings.locality) != ("none", "none"):
+            raise T5Error(
+                f"calibrate: objective 'attention' compares maps of the projections as they are, but key_norm is "
+                f"'{settings.key_norm}' and locality '{settings.locality}'; set both to 'none', or use 'output'"
+            )
         self.projected = not config.lr_inherited and settings.convolution != "cpe"
         self.copy(to_layers=False)
         self.loss = self._attention_loss if config.objective == "attention" else self.error

@@ -28,6 +28,7 @@ from t5lib.progress import progress
 from t5lib.training_state import Done, deferred_interrupt, load_checkpoint, save_checkpoint
 
 Log = Callable[[dict[str, float], int], None]
+KINDS_OF_BLOCKS = 256  # that one process may compile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,12 +289,11 @@ def rate_factor(step: int, total: int, config: TrainConfig) -> float:
 def compiled_blocks(model: nn.Module) -> Iterator[None]:
     """Within, each transformer block of a timm model is compiled by itself; the first of a kind compiles for all.
 
-    Blocks that differ in more than their weights (kind of attention, rate of stochastic depth) are compiled anew, so
-    the number of compilations that torch allows is raised by that of blocks. At the end the model is a plain one. What
-    was compiled serves the next model of the same kind in this process.
+    Blocks that differ in more than their weights (kind of attention, rate of stochastic depth) are compiled anew, more
+    often than torch allows by default, past which it would quietly run the rest uncompiled. At the end the model is a
+    plain one. What was compiled serves the next model of the same kind in this process.
     """
-    limit = torch._dynamo.config.recompile_limit + len(model.blocks)
-    with torch._dynamo.config.patch(recompile_limit=limit):
+    with torch._dynamo.config.patch(recompile_limit=KINDS_OF_BLOCKS):
         try:
             for block in model.blocks:
                 block.compile(dynamic=False)

@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "performer": {"inner": "performer", "key_norm": "none", "locality": "none"},
     "lit": {"inner": "relu_linear", "key_norm": "none", "locality": "dwc_v", "inherit": "mlp"},
     "clear": {"inner": "clear", "key_norm": "none", "locality": "none"},
-    "vit3": {"inner": "vit3", "key_norm": "none", "locality": "none"},
+    "vit3": {"inner": "vit3", "key_norm": "none", "locality": "cpe"},
 }
 
 

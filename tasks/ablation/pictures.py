@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 # Model: marker, fill, edge, label. Shape and fill tell them apart as well as colour does.
 LOOKS = {
-    "calibrated": ("o", "white", plots.MUTED, "no training"),
+    "calibrated": ("o", "white", plots.MUTED, "before training"),
     "frozen": ("s", plots.T5_LIGHT, plots.T5_LIGHT, "freeze protocol"),
     "finetuned": ("D", plots.T5, plots.T5, "fine-tuned"),
 }
 REFERENCES = {"control": ("-", "softmax trained alike"), "source": (":", "softmax source")}
-CHANCE_OUT_OF_SIGHT = 60.0  # below this the axis reaches to 0
+SPAN = 15.0  # points that the axis shows at most: what differs by one must be seen; values further down are written out
 
 
 def dots(table: Table, rows: "list[Row]", softmax: dict[str, dict[str, float]]) -> Figure:
@@ -33,9 +33,10 @@ def dots(table: Table, rows: "list[Row]", softmax: dict[str, dict[str, float]]) 
                 axes.axvline(softmax[name]["mean"], color=plots.SOFTMAX, linestyle=line, linewidth=1.3, label=label)
         for model in shown:
             _draw(axes, rows, model)
-        _limits(axes, rows, shown, softmax)
+        floor = _limits(axes, rows, shown, softmax)
         for number, row in enumerate(rows):
-            axes.text(0.02, number, _missing(row, shown), transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+            told = " ".join(text for text in (_far_below(row, shown, floor), _missing(row, shown)) if text)
+            axes.text(0.01, number - 0.3, told, transform=axes.get_yaxis_transform(), va="center", fontsize=7)
         axes.set_yticks(range(len(rows)), [row.label for row in rows], color=plots.INK)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.spines["left"].set_visible(False)
@@ -60,15 +61,23 @@ def _draw(axes: Axes, rows: "list[Row]", model: str) -> None:
         )
 
 
-def _limits(axes: Axes, rows: "list[Row]", shown: list[str], softmax: dict[str, dict[str, float]]) -> None:
-    """As near as the values are, with room for the whiskers; from 0 where some are far below."""
+def _limits(axes: Axes, rows: "list[Row]", shown: list[str], softmax: dict[str, dict[str, float]]) -> float:
+    """As near as the values are, with room for the whiskers; returns the lowest value that is shown."""
     values = [values for row in rows for model in shown if (values := row.top1(model))] + list(softmax.values())
     if not values:
-        return
-    low = min(value["mean"] - value["std"] for value in values)
+        return 0.0
     high = max(value["mean"] + value["std"] for value in values)
-    room = max(0.06 * (high - low), 0.2)
-    axes.set_xlim(0 if low < CHANCE_OUT_OF_SIGHT else low - room, min(high + room, 100.5))
+    near = [value["mean"] - value["std"] for value in values if value["mean"] - value["std"] > high - SPAN]
+    room = max(0.06 * (high - min(near)), 0.2)
+    floor = min(near) - room
+    axes.set_xlim(floor, min(high + room, 100.5))
+    return floor
+
+
+def _far_below(row: "Row", shown: list[str], floor: float) -> str:
+    """Values left of the axis, in words."""
+    below = {LOOKS[model][3]: values["mean"] for model in shown if (values := row.top1(model))}
+    return ", ".join(f"◀ {label} {mean:.1f}" for label, mean in below.items() if mean < floor)
 
 
 def _missing(row: "Row", shown: list[str]) -> str:

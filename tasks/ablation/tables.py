@@ -17,7 +17,7 @@ from tasks.compare import plus_minus, spread
 BEFORE = {"calibrated": ("convert", "calibrate"), "frozen": ("convert", "calibrate", "freeze")}
 BEFORE |= {"converted": ("convert",), "finetuned": ("convert", "calibrate", "finetune")}
 MODEL_OF = {"freeze": "frozen", "finetune": "finetuned"}
-TITLES = {"calibrated": "no training", "frozen": "freeze", "finetuned": "fine-tuned"}
+TITLES = {"calibrated": "before training", "frozen": "freeze", "finetuned": "fine-tuned"}
 PAPER_TITLES = {"freeze": "paper: freeze", "finetune": "paper: fine-tuned"}
 
 

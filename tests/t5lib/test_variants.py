@@ -72,9 +72,8 @@ def test_calibration_brings_every_layer_nearer_to_softmax(variant):
     teacher, config = tiny_vit(**WIDE), VARIANTS[variant]
     model = t5lib.convert(teacher, config)
     recipe = CalibrateConfig(steps=40, batch_size=8, warmup=2, pool=1, reuse=4, lr=3e-3)
-    report = t5lib.calibrate(
-        model, teacher=teacher, batches=[random_images(8, seed=s) for s in range(8)], config=recipe
-    )
+    batches = [random_images(8, 48, 40, seed=s) for s in range(8)]
+    report = t5lib.calibrate(model, teacher=teacher, batches=batches, config=recipe)
     worse = {n: (b, report.error_after[n]) for n, b in report.error_before.items() if report.error_after[n] >= b}
     assert worse == {}
 
@@ -82,8 +81,8 @@ def test_calibration_brings_every_layer_nearer_to_softmax(variant):
 @pytest.mark.parametrize("objective", ["output", "attention"])
 def test_layers_of_several_kinds_are_each_fitted_as_if_alone(objective):
     """The stacked mixers of a map give each layer just what a model with that one layer converted gives it."""
-    kinds = {"output": ("swiglu", "cpe"), "attention": ("hedgehog", "performer")}[objective]
-    maps = {"0": kinds[0], "1": kinds[1]} if objective == "attention" else {"0": "two_layer", "1": "swiglu"}
+    kinds = {"output": ("two_layer", "swiglu"), "attention": ("hedgehog", "performer")}[objective]
+    maps = dict(zip("01", kinds, strict=True))
     teacher = tiny_vit(**WIDE)
     recipe = CalibrateConfig(steps=6, batch_size=8, warmup=2, pool=1, reuse=2, objective=objective)
     batches = [random_images(8, seed=s) for s in range(4)]
@@ -103,6 +102,14 @@ def test_the_attention_objective_needs_a_map():
     recipe = CalibrateConfig(steps=1, batch_size=2, objective="attention")
     with pytest.raises(T5Error, match="inner 'swiglu' has none"):
         t5lib.calibrate(t5lib.convert(teacher), teacher=teacher, batches=[random_images(2)] * 2, config=recipe)
+
+
+def test_the_attention_objective_refuses_what_its_maps_leave_out():
+    teacher = tiny_vit()
+    model = t5lib.convert(teacher, T5Config(inner="hedgehog"))
+    recipe = CalibrateConfig(steps=1, batch_size=2, objective="attention")
+    with pytest.raises(T5Error, match="key_norm is 'instance' and locality 'dwc_qk'"):
+        t5lib.calibrate(model, teacher=teacher, batches=[random_images(2)] * 2, config=recipe)
 
 
 def test_layers_without_new_weights_need_their_projections_fitted():

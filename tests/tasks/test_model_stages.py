@@ -111,7 +111,7 @@ def test_convert_accounts_for_every_parameter(built, root):
     assert set(account["inherited"]) == set(source.state_dict()) and account["dropped"] == []
     assert set(account["new"]) == set(new_parameters(converted)) == changed(root, "convert", "source")
     counts = {key: sum(converted.state_dict()[n].numel() for n in account[key]) for key in ("inherited", "new")}
-    assert built["convert"] == counts | {"dropped": 0, "layers": 2}
+    assert built["convert"] == counts | {"dropped": 0, "reset": 0, "layers": 2}
 
 
 def test_calibrate_lowers_the_error_of_every_layer(built, root):
