@@ -42,5 +42,5 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing into .venv"
 	@$(PYTHON) -m venv .venv
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	@.venv/bin/uv pip install --quiet --python $(RUN) -c constraints.txt -e '.[pipeline,dev]'
+	@.venv/bin/uv pip install --quiet --python $(RUN) -c constraints.txt -e '.[diffusion,pipeline,dev]'
 	@touch $@
