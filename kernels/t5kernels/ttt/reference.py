@@ -2,7 +2,8 @@
 
 Shapes: B batch, H heads, N tokens, D head width. q, k, v: (B, H, N, D); inner weights: (H, D, D); row vectors, x @ W.
 The gradient is written out (paper section 3, "Linearizing Vision Transformer with Test-Time Training"), so autograd
-differentiates through it once and the outer gradient is exact, second order included.
+differentiates through it once and the outer gradient is exact, second order included. It is a sum over tokens: an inner
+model that takes a step is a function that gives the gradients of some tokens, and one that applies weights to others.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from torch.nn import functional as F
 
 from t5kernels.linear_attention.reference import linear_attention
 
+Weights = tuple[Tensor, ...]
 
-def linear(q: Tensor, k: Tensor, v: Tensor, weights: tuple[Tensor, ...], scale: float, loss: str) -> Tensor:
+
+def linear(q: Tensor, k: Tensor, v: Tensor, weights: Weights, scale: float, loss: str) -> Tensor:
     """f(x) = phi(x) W, phi = elu + 1, fitted from W = 0 and normalized: linear attention.
 
     At W = 0 the output is 0, so both losses have the gradient -s phi(k)^T v; s cancels in the normalized output.
@@ -22,58 +25,84 @@ def linear(q: Tensor, k: Tensor, v: Tensor, weights: tuple[Tensor, ...], scale: 
     return linear_attention(_elu_features(q), _elu_features(k), v)
 
 
-def linear_proj_qk(q: Tensor, k: Tensor, v: Tensor, weights: tuple[Tensor, ...], scale: float, loss: str) -> Tensor:
+def linear_proj_qk(q: Tensor, k: Tensor, v: Tensor, weights: Weights, scale: float, loss: str) -> Tensor:
     """`linear` on q W1 and k W2."""
     w1, w2 = weights
     return linear(q @ w1, k @ w2, v, (), scale, loss)
 
 
-def one_layer_gate(q: Tensor, k: Tensor, v: Tensor, weights: tuple[Tensor, ...], scale: float, loss: str) -> Tensor:
-    """f(x) = (x W1) * silu(x W2)."""
+def one_layer_gate_gradients(k: Tensor, v: Tensor, weights: Weights, scale: float, loss: str) -> Weights:
     w1, w2 = weights
     z1 = k @ w1
     gate, gate_slope = _silu_with_slope(k @ w2)
     error = _error(lambda: z1 * gate, v, scale, loss)
-    grad2 = k.mT @ (error * z1 * gate_slope)
-    grad1 = k.mT @ (error * gate)
-    return (q @ (w1 - grad1)) * F.silu(q @ (w2 - grad2))
+    return k.mT @ (error * gate), k.mT @ (error * z1 * gate_slope)
 
 
-def two_layer(q: Tensor, k: Tensor, v: Tensor, weights: tuple[Tensor, ...], scale: float, loss: str) -> Tensor:
-    """f(x) = silu(x W1) W2."""
+def one_layer_gate(x: Tensor, weights: Weights) -> Tensor:
+    """f(x) = (x W1) * silu(x W2)."""
+    w1, w2 = weights
+    return (x @ w1) * F.silu(x @ w2)
+
+
+def two_layer_gradients(k: Tensor, v: Tensor, weights: Weights, scale: float, loss: str) -> Weights:
     w1, w2 = weights
     hidden, slope = _silu_with_slope(k @ w1)
     error = _error(lambda: hidden @ w2, v, scale, loss)
-    grad2 = hidden.mT @ error
-    grad1 = k.mT @ ((error @ w2.mT) * slope)
-    return F.silu(q @ (w1 - grad1)) @ (w2 - grad2)
+    return k.mT @ ((error @ w2.mT) * slope), hidden.mT @ error
 
 
-def three_layer(q: Tensor, k: Tensor, v: Tensor, weights: tuple[Tensor, ...], scale: float, loss: str) -> Tensor:
-    """f(x) = silu(silu(x W1) W2) W3."""
+def two_layer(x: Tensor, weights: Weights) -> Tensor:
+    """f(x) = silu(x W1) W2."""
+    w1, w2 = weights
+    return F.silu(x @ w1) @ w2
+
+
+def three_layer_gradients(k: Tensor, v: Tensor, weights: Weights, scale: float, loss: str) -> Weights:
     w1, w2, w3 = weights
     hidden1, slope1 = _silu_with_slope(k @ w1)
     hidden2, slope2 = _silu_with_slope(hidden1 @ w2)
     error = _error(lambda: hidden2 @ w3, v, scale, loss)
-    grad3 = hidden2.mT @ error
     grad_z2 = (error @ w3.mT) * slope2
-    grad2 = hidden1.mT @ grad_z2
-    grad1 = k.mT @ ((grad_z2 @ w2.mT) * slope1)
-    return F.silu(F.silu(q @ (w1 - grad1)) @ (w2 - grad2)) @ (w3 - grad3)
+    return k.mT @ ((grad_z2 @ w2.mT) * slope1), hidden1.mT @ grad_z2, hidden2.mT @ error
 
 
-def swiglu(q: Tensor, k: Tensor, v: Tensor, weights: tuple[Tensor, ...], scale: float, loss: str) -> Tensor:
-    """f(x) = (silu(x W1) * (x W2)) W3."""
+def three_layer(x: Tensor, weights: Weights) -> Tensor:
+    """f(x) = silu(silu(x W1) W2) W3."""
+    w1, w2, w3 = weights
+    return F.silu(F.silu(x @ w1) @ w2) @ w3
+
+
+def swiglu_gradients(k: Tensor, v: Tensor, weights: Weights, scale: float, loss: str) -> Weights:
     w1, w2, w3 = weights
     z1, z2 = k @ w1, k @ w2
     gate, gate_slope = _silu_with_slope(z1)
     hidden = gate * z2
     error = _error(lambda: hidden @ w3, v, scale, loss)
-    grad3 = hidden.mT @ error
     grad_hidden = error @ w3.mT
-    grad2 = k.mT @ (grad_hidden * gate)
-    grad1 = k.mT @ (grad_hidden * z2 * gate_slope)
-    return (F.silu(q @ (w1 - grad1)) * (q @ (w2 - grad2))) @ (w3 - grad3)
+    return k.mT @ (grad_hidden * z2 * gate_slope), k.mT @ (grad_hidden * gate), hidden.mT @ error
+
+
+def swiglu(x: Tensor, weights: Weights) -> Tensor:
+    """f(x) = (silu(x W1) * (x W2)) W3."""
+    w1, w2, w3 = weights
+    return (F.silu(x @ w1) * (x @ w2)) @ w3
+
+
+# Inner models that take a gradient step: (gradients by every weight, summed over the tokens; f itself).
+STEPPED: dict[str, tuple[Callable[..., Weights], Callable[[Tensor, Weights], Tensor]]] = {
+    "one_layer_gate": (one_layer_gate_gradients, one_layer_gate),
+    "two_layer": (two_layer_gradients, two_layer),
+    "three_layer": (three_layer_gradients, three_layer),
+    "swiglu": (swiglu_gradients, swiglu),
+}
+
+
+def stepped(q: Tensor, k: Tensor, v: Tensor, weights: Weights, inner: str, scale: float, loss: str) -> Tensor:
+    """f(q) after one gradient step on (k, v), for an inner model of STEPPED."""
+    gradients, model = STEPPED[inner]
+    step = gradients(k, v, weights, scale, loss)
+    return model(q, tuple(w - g for w, g in zip(weights, step, strict=True)))
 
 
 def _silu_with_slope(z: Tensor) -> tuple[Tensor, Tensor]:

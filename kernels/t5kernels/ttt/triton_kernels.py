@@ -1,0 +1,264 @@
+"""The Triton kernels of swiglu with the dot loss, one program for some tokens of one head. triton.py launches them.
+
+Notation, for one image and head, row vectors: W1 W2 W3 the inner weights, s the inner learning rate, G the step,
+U = W - G. g = silu(z1), g' and g'' its derivatives by z1; * is elementwise; sums run over tokens.
+
+Forward, keys and values (`accumulate_kernel`). z1 = k W1, z2 = k W2, r = v W3^T, and the step is
+    G1 = -s sum k^T (r * z2 * g'),   G2 = -s sum k^T (r * g),   G3 = -s sum (g * z2)^T v.
+Forward, queries (`apply_kernel`). y1 = q U1, y2 = q U2, o = (silu(y1) * y2) U3.
+
+Backward, queries (`apply_backward_kernel`). With p = silu(y1), h = p * y2 and do given: dh = do U3^T, dy2 = dh * p,
+dy1 = dh * y2 * p', so
+    dq = dy1 U1^T + dy2 U2^T,   dU1 = sum q^T dy1,   dU2 = sum q^T dy2,   dU3 = sum h^T do.
+U = W - G: dU is a part of dW (summed over images), and dG = -dU. This is the only thing that the second pass needs of
+the first, and the sum over all queries must be complete before it starts.
+
+Backward, keys and values (`accumulate_backward_kernel`). With E = -s dG, the three sums of the forward are bilinear in
+per-token quantities: m1 = r * z2 * g', m2 = r * g, a = g * z2 have the gradients dm1 = k E1, dm2 = k E2, da = v E3^T, and
+    dr  = dm2 * g + dm1 * z2 * g'
+    dz1 = (dm2 * r + da * z2) * g' + dm1 * r * z2 * g''        (the second order of the inner model)
+    dz2 = da * g + dm1 * r * g'
+    dk  = m1 E1^T + m2 E2^T + dz1 W1^T + dz2 W2^T
+    dv  = a E3 + dr W3
+    dW1 += sum k^T dz1,   dW2 += sum k^T dz2,   dW3 += sum dr^T v    (summed over images).
+
+Everything above splits over the hidden width (columns of W1 and W2, rows of W3): the sums over tokens of a slice need
+that slice only, and dq, dk, dv are sums over slices. A program holds one slice of HIDDEN columns, so that its three
+float32 sums of WIDTH x HIDDEN stay in registers. Matrix products take the dtype of the tokens and add in float32.
+Partial sums and partial dq, dk, dv are written side by side and added by the caller in a fixed order: no atomics.
+
+WIDTH is D padded to a power of two; what lies outside D or N is read as 0, which adds nothing to any sum above.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _dot(a, b):
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _sigmoid(z):
+    # Written out, as tl.full is instead of tl.zeros: Triton's own are compiled or interpreted as Triton was imported.
+    return 1 / (1 + tl.exp(-z))
+
+
+@triton.jit
+def _silu(z):
+    """silu(z), its first and its second derivative."""
+    sigmoid = _sigmoid(z)
+    value = z * sigmoid
+    rest = 1 - sigmoid
+    return value, sigmoid + value * rest, sigmoid * rest * (2 + z * (1 - 2 * sigmoid))
+
+
+@triton.jit
+def _token_pointers(x, b, h, first, stride_b, stride_h, stride_n, stride_d, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers to a block of tokens from `first` on, (BLOCK, WIDTH)."""
+    x += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + first.to(tl.int64) * stride_n
+    return x + tl.arange(0, BLOCK)[:, None] * stride_n + tl.arange(0, WIDTH)[None, :] * stride_d
+
+
+@triton.jit
+def _weight_offsets(tile, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+    """Offsets and masks of a slice of a contiguous D x D matrix: its columns (WIDTH, HIDDEN), its rows (HIDDEN, WIDTH)."""
+    wide, hidden = tl.arange(0, WIDTH), tile * HIDDEN + tl.arange(0, HIDDEN)
+    columns = wide[:, None] * D + hidden[None, :]
+    rows = hidden[:, None] * D + wide[None, :]
+    return columns, (wide[:, None] < D) & (hidden[None, :] < D), rows, (hidden[:, None] < D) & (wide[None, :] < D)
+
+
+@triton.jit
+def _load_weights(w1, w2, w3, h, tile, dtype, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+    columns, in_columns, rows, in_rows = _weight_offsets(tile, D, WIDTH, HIDDEN)
+    h *= D * D
+    return (
+        tl.load(w1 + h + columns, in_columns, other=0.0).to(dtype),
+        tl.load(w2 + h + columns, in_columns, other=0.0).to(dtype),
+        tl.load(w3 + h + rows, in_rows, other=0.0).to(dtype),
+    )
+
+
+@triton.jit
+def _load_triple(x, index, tile, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+    """A slice of the matrices 3 index, 3 index + 1, 3 index + 2 of x, a contiguous stack of D x D."""
+    columns, in_columns, rows, in_rows = _weight_offsets(tile, D, WIDTH, HIDDEN)
+    x += index.to(tl.int64) * (3 * D * D)
+    return (
+        tl.load(x + columns, in_columns, other=0.0),
+        tl.load(x + D * D + columns, in_columns, other=0.0),
+        tl.load(x + 2 * D * D + rows, in_rows, other=0.0),
+    )
+
+
+@triton.jit
+def _store_triple(x, index, tile, x1, x2, x3, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+    columns, in_columns, rows, in_rows = _weight_offsets(tile, D, WIDTH, HIDDEN)
+    x += index.to(tl.int64) * (3 * D * D)
+    tl.store(x + columns, x1, in_columns)
+    tl.store(x + D * D + columns, x2, in_columns)
+    tl.store(x + 2 * D * D + rows, x3, in_rows)
+
+
+@triton.jit
+def _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+    """A slice of U = W - G, subtracted in float32."""
+    w1, w2, w3 = _load_weights(w1, w2, w3, h, tile, tl.float32, D, WIDTH, HIDDEN)
+    g1, g2, g3 = _load_triple(step, index, tile, D, WIDTH, HIDDEN)
+    return (w1 - g1).to(dtype), (w2 - g2).to(dtype), (w3 - g3).to(dtype)
+
+
+@triton.jit
+def accumulate_kernel(
+    k, v, w1, w2, w3, sums,
+    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    H, N, chunk, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (B·H, chunks of `chunk` tokens, slices). sums: (B·H, chunks, 3, D, D) float32."""
+    index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h, first = index // H, index % H, part * chunk
+    dtype = k.dtype.element_ty
+    w1, w2, w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, HIDDEN)
+    k_block = _token_pointers(k, b, h, first, k_b, k_h, k_n, k_d, BLOCK, WIDTH)
+    v_block = _token_pointers(v, b, h, first, v_b, v_h, v_n, v_d, BLOCK, WIDTH)
+    token, in_width = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :] < D
+    s1 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
+    s2 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
+    s3 = tl.full((HIDDEN, WIDTH), 0.0, tl.float32)
+    for start in range(0, chunk, BLOCK):
+        inside = (first + start + token < N) & in_width
+        keys = tl.load(k_block + start * k_n, inside, other=0.0)
+        values = tl.load(v_block + start * v_n, inside, other=0.0)
+        z1, z2 = _dot(keys, w1), _dot(keys, w2)
+        r = _dot(values, tl.trans(w3))
+        gate, slope, _ = _silu(z1)
+        keys = tl.trans(keys)
+        s1 += _dot(keys, (r * z2 * slope).to(dtype))
+        s2 += _dot(keys, (r * gate).to(dtype))
+        s3 += _dot(tl.trans((gate * z2).to(dtype)), values)
+    parts = tl.num_programs(1)
+    _store_triple(sums, index * parts + part, tile, -scale * s1, -scale * s2, -scale * s3, D, WIDTH, HIDDEN)
+
+
+@triton.jit
+def apply_kernel(
+    q, w1, w2, w3, step, out,
+    q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d,
+    H, N, chunk,
+    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """Grid (B·H, chunks of `chunk` tokens). step: (B·H, 3, D, D) float32. A program goes through all SLICES itself."""
+    index, part = tl.program_id(0), tl.program_id(1)
+    b, h, first = index // H, index % H, part * chunk
+    dtype = q.dtype.element_ty
+    q_block = _token_pointers(q, b, h, first, q_b, q_h, q_n, q_d, BLOCK, WIDTH)
+    o_block = _token_pointers(out, b, h, first, o_b, o_h, o_n, o_d, BLOCK, WIDTH)
+    token, in_width = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :] < D
+    if SLICES == 1:
+        u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, 0, dtype, D, WIDTH, HIDDEN)
+    for start in range(0, chunk, BLOCK):
+        inside = (first + start + token < N) & in_width
+        queries = tl.load(q_block + start * q_n, inside, other=0.0)
+        o = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
+        for tile in tl.static_range(SLICES):
+            if SLICES > 1:
+                u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, HIDDEN)
+            y1 = _dot(queries, u1)
+            hidden = y1 * _sigmoid(y1) * _dot(queries, u2)
+            o += _dot(hidden.to(dtype), u3)
+        tl.store(o_block + start * o_n, o.to(dtype), inside)
+
+
+@triton.jit
+def apply_backward_kernel(
+    do, q, w1, w2, w3, step, dq, sums,
+    do_b, do_h, do_n, do_d, q_b, q_h, q_n, q_d, dq_b, dq_h, dq_n, dq_d, dq_slice,
+    H, N, chunk,
+    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (B·H, chunks, slices). dq: one (B, H, N, D) a slice; sums: (B·H, chunks, 3, D, D) of -dU = dG, float32."""
+    index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h, first = index // H, index % H, part * chunk
+    dtype = q.dtype.element_ty
+    u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, HIDDEN)
+    do_block = _token_pointers(do, b, h, first, do_b, do_h, do_n, do_d, BLOCK, WIDTH)
+    q_block = _token_pointers(q, b, h, first, q_b, q_h, q_n, q_d, BLOCK, WIDTH)
+    dq += tile.to(tl.int64) * dq_slice
+    dq_block = _token_pointers(dq, b, h, first, dq_b, dq_h, dq_n, dq_d, BLOCK, WIDTH)
+    token, in_width = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :] < D
+    s1 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
+    s2 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
+    s3 = tl.full((HIDDEN, WIDTH), 0.0, tl.float32)
+    for start in range(0, chunk, BLOCK):
+        inside = (first + start + token < N) & in_width
+        queries = tl.load(q_block + start * q_n, inside, other=0.0)
+        grads = tl.load(do_block + start * do_n, inside, other=0.0)
+        y1, y2 = _dot(queries, u1), _dot(queries, u2)
+        dh = _dot(grads, tl.trans(u3))
+        gate, slope, _ = _silu(y1)
+        dy1, dy2 = (dh * y2 * slope).to(dtype), (dh * gate).to(dtype)
+        s3 += _dot(tl.trans((gate * y2).to(dtype)), grads)
+        dq_tile = _dot(dy1, tl.trans(u1)) + _dot(dy2, tl.trans(u2))
+        tl.store(dq_block + start * dq_n, dq_tile.to(dq.dtype.element_ty), inside)
+        queries = tl.trans(queries)
+        s1 += _dot(queries, dy1)
+        s2 += _dot(queries, dy2)
+    _store_triple(sums, index * tl.num_programs(1) + part, tile, -s1, -s2, -s3, D, WIDTH, HIDDEN)
+
+
+@triton.jit
+def accumulate_backward_kernel(
+    d_step, k, v, w1, w2, w3, dk, dv, sums,
+    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, dk_b, dk_h, dk_n, dk_d, dk_slice, dv_b, dv_h, dv_n, dv_d, dv_slice,
+    B, H, N, images, chunk, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (H · groups of `images` images, chunks, slices): dW is summed over a group of images before it is written.
+
+    d_step: (B·H, 3, D, D) float32; dk, dv: one (B, H, N, D) a slice; sums: (groups·H, chunks, 3, D, D) of dW, float32.
+    """
+    index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    group, h, first = index // H, index % H, part * chunk
+    dtype = k.dtype.element_ty
+    w1, w2, w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, HIDDEN)
+    dk += tile.to(tl.int64) * dk_slice
+    dv += tile.to(tl.int64) * dv_slice
+    token, in_width = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :] < D
+    s1 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
+    s2 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
+    s3 = tl.full((HIDDEN, WIDTH), 0.0, tl.float32)
+    for image in range(0, tl.minimum(images, B - group * images)):
+        b = group * images + image
+        e1, e2, e3 = _load_triple(d_step, b * H + h, tile, D, WIDTH, HIDDEN)
+        e1, e2, e3 = (-scale * e1).to(dtype), (-scale * e2).to(dtype), (-scale * e3).to(dtype)
+        k_block = _token_pointers(k, b, h, first, k_b, k_h, k_n, k_d, BLOCK, WIDTH)
+        v_block = _token_pointers(v, b, h, first, v_b, v_h, v_n, v_d, BLOCK, WIDTH)
+        dk_block = _token_pointers(dk, b, h, first, dk_b, dk_h, dk_n, dk_d, BLOCK, WIDTH)
+        dv_block = _token_pointers(dv, b, h, first, dv_b, dv_h, dv_n, dv_d, BLOCK, WIDTH)
+        for start in range(0, chunk, BLOCK):
+            inside = (first + start + token < N) & in_width
+            keys = tl.load(k_block + start * k_n, inside, other=0.0)
+            values = tl.load(v_block + start * v_n, inside, other=0.0)
+            z1, z2 = _dot(keys, w1), _dot(keys, w2)
+            r = _dot(values, tl.trans(w3))
+            dm1, dm2 = _dot(keys, e1), _dot(keys, e2)
+            da = _dot(values, tl.trans(e3))
+            gate, slope, bend = _silu(z1)
+
+            dr = (dm2 * gate + dm1 * z2 * slope).to(dtype)
+            dv_tile = _dot((gate * z2).to(dtype), e3) + _dot(dr, w3)
+            tl.store(dv_block + start * dv_n, dv_tile.to(dv.dtype.element_ty), inside)
+            s3 += _dot(tl.trans(dr), values)
+
+            dz1 = ((dm2 * r + da * z2) * slope + dm1 * r * z2 * bend).to(dtype)
+            dz2 = (da * gate + dm1 * r * slope).to(dtype)
+            dk_tile = _dot((r * z2 * slope).to(dtype), tl.trans(e1)) + _dot((r * gate).to(dtype), tl.trans(e2))
+            dk_tile += _dot(dz1, tl.trans(w1)) + _dot(dz2, tl.trans(w2))
+            tl.store(dk_block + start * dk_n, dk_tile.to(dk.dtype.element_ty), inside)
+            keys = tl.trans(keys)
+            s1 += _dot(keys, dz1)
+            s2 += _dot(keys, dz2)
+    _store_triple(sums, index * tl.num_programs(1) + part, tile, s1, s2, s3, D, WIDTH, HIDDEN)
