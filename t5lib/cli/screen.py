@@ -9,6 +9,7 @@ from rich.text import Text
 
 console = Console(highlight=False)
 notes = Console(stderr=True, highlight=False)
+WIDE = 200
 
 
 def note(text: str) -> None:
@@ -40,7 +41,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         drawn.add_column(name, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         drawn.add_row(*row)
-    console.print(drawn)
+    wide_enough = console if console.is_terminal else Console(file=console.file, width=WIDE)  # a file has room for all
+    wide_enough.print(drawn)
 
 
 def counted(number: int, thing: str) -> str:
