@@ -9,6 +9,7 @@ only. What was finished is kept in --work and not done again. Needs neither Pref
 """
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import json
@@ -25,9 +26,9 @@ from torch import Tensor, nn
 
 import t5lib
 from t5lib import plots
-from t5lib.benchmark import at_resolution, describe_device
+from t5lib.benchmark import at_resolution, count_flops, describe_device
 from t5lib.calibration import CalibrateConfig
-from t5lib.config import from_dict, to_dict
+from t5lib.config import from_dict, one_of, to_dict
 from t5lib.conversion import convert
 from t5lib.errors import T5Error
 from t5lib.files import read_json, write_json, write_text
@@ -50,7 +51,9 @@ class Settings:
         scan_images: of the training images, kept from calibration and used to choose.
         resolution: side in pixels.
         kinds: new layers considered.
-        budgets: how many wanted times, spread between softmax and the fastest map.
+        cost: what a budget is of: "time" as measured here, or "flops", the same on every device, for a size at which no
+            kind is faster yet.
+        budgets: how many wanted costs, spread between softmax and the cheapest map.
         verify: at most so many whole models are measured.
         shortlist: the solver's best maps that are measured as whole models before one is chosen.
         eval_batch_size: images a step of scan and comparison.
@@ -64,6 +67,7 @@ class Settings:
     test_images: int = 5000
     scan_images: int = 1000
     kinds: tuple[str, ...] = KINDS
+    cost: str = "time"
     budgets: int = 4
     verify: int = 6
     shortlist: int = 8
@@ -72,6 +76,7 @@ class Settings:
     timing: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self):
+        one_of(self.cost, ("time", "flops"), "cost")
         for name in ("budgets", "shortlist", "scan_images", "eval_batch_size", "test_images"):
             if getattr(self, name) < 1:
                 raise T5Error(f"{name} is {getattr(self, name)}; expected 1 or more")
@@ -140,12 +145,13 @@ def run(settings: Settings, seeds: list[int], out: Path, work: Path, device: tor
     kept = _kept(work / "plan.json", lambda: to_dict(_measured(softmax, settings, device)))
     planned = from_dict(Plan, kept, str(work / "plan.json"))
     print(planned.verdict(), flush=True)
-    budgets = wanted_budgets(planned, settings.budgets)
+    prices = Prices.of(settings.cost, planned, softmax)
+    budgets = wanted_budgets(prices.layers, settings.budgets)
     images = open_images(settings, softmax, device, work.parent)
     runs = {}
     for seed in seeds:
         folder = work / f"seed-{seed}"
-        job = _Seed(settings, planned, softmax, images, seed, folder)
+        job = _Seed(settings, planned, prices.layers, softmax, images, seed, folder)
         runs[str(seed)] = _kept(folder / "result.json", lambda job=job: job.run(budgets))
     checked = to_verify(planned, next(iter(runs.values())), settings.verify)
     result = {
@@ -154,9 +160,10 @@ def run(settings: Settings, seeds: list[int], out: Path, work: Path, device: tor
         "torch": torch.__version__,
         "settings": to_dict(settings),
         "plan": planned.as_dict(),
-        "budgets": [
-            {"blocks_ms": ms, "ms": ms + planned.timing.rest_ms, "speedup": _speedup(planned, ms)} for ms in budgets
-        ],
+        "unit": prices.unit,
+        "rest": prices.rest,
+        "softmax_cost": prices.whole(total(prices.layers, planned.uniform(SOFTMAX))),
+        "budgets": [{"blocks": blocks, "cost": prices.whole(blocks)} for blocks in budgets],
         "verified": _kept(work / "verified.json", lambda: verify(planned, softmax, checked, device)),
         "seeds": runs,
     }
@@ -167,11 +174,44 @@ def run(settings: Settings, seeds: list[int], out: Path, work: Path, device: tor
     return result
 
 
-def wanted_budgets(planned: Plan, count: int) -> list[float]:
-    """Milliseconds for the blocks: each what some number of the fastest kind's layers brings, so that a fixed rule can
-    use all of it. None where no kind is faster than softmax."""
-    depth, kind, costs = planned.depth, planned.best_kind, planned.block_costs()
-    if planned.timing.block_ms[kind] >= planned.timing.block_ms[SOFTMAX]:
+@dataclass(frozen=True)
+class Prices:
+    """What layer maps cost: `layers`, of each layer's block by kind, and `rest`, of all else, in `unit`."""
+
+    unit: str
+    layers: list[dict[str, float]]
+    rest: float
+
+    @classmethod
+    def of(cls, cost: str, planned: Plan, softmax: nn.Module) -> "Prices":
+        """Milliseconds a pass as `planned`, or GFLOPs an image, counted (a multiply-add is 2)."""
+        if cost == "time":
+            return cls("ms", planned.block_costs(), planned.timing.rest_ms)
+        bare = copy.deepcopy(softmax)
+        bare.blocks = nn.Sequential()
+        rest = _gflops(bare)
+        block = {SOFTMAX: (_gflops(softmax) - rest) / planned.depth}
+        for kind in planned.kinds:
+            settings = T5Config().named(kind)
+            near = 4 * softmax.patch_embed.num_patches * softmax.embed_dim * (settings.window or 0) ** 2 / 1e9
+            alone = convert(softmax, dataclasses.replace(settings, locality=settings.convolution))
+            block[kind] = (_gflops(alone) - rest) / planned.depth + near  # what runs on the meta device masks more
+        return cls("GFLOPs", [block] * planned.depth, rest)
+
+    def whole(self, blocks: float) -> float:
+        """The cost of a model whose blocks cost `blocks` together."""
+        return blocks + self.rest
+
+
+def _gflops(model: nn.Module) -> float:
+    return count_flops(model, torch.zeros(1, model.in_chans, *model.patch_embed.img_size)) / 1e9
+
+
+def wanted_budgets(costs: list[dict[str, float]], count: int) -> list[float]:
+    """Costs of all blocks: each what some number of the cheapest kind's layers brings, so that a fixed rule can use all
+    of it. None where no kind is cheaper than softmax."""
+    depth, kind = len(costs), min((kind for kind in costs[0] if kind != SOFTMAX), key=costs[0].__getitem__)
+    if costs[0][kind] >= costs[0][SOFTMAX]:
         return []
     converted = sorted({max(1, round(depth * (index + 1) / (count + 1))) for index in range(count)})
     return [total(costs, fixed_rules(depth, number, kind)["first"]) for number in converted]
@@ -190,13 +230,14 @@ class _Seed:
 
     settings: Settings
     planned: Plan
+    costs: list[dict[str, float]]
     softmax: nn.Module
     images: Images
     seed: int
     folder: Path
 
     def run(self, budgets: list[float]) -> dict[str, Any]:
-        costs, calibrated, errors = self.planned.block_costs(), {}, {}
+        costs, calibrated, errors = self.costs, {}, {}
         for kind in self.planned.kinds:
             calibrated[kind], errors[kind] = self._calibrated(kind)
         how = {"precision": "bf16" if next(self.softmax.parameters()).is_cuda else "fp32"}
@@ -252,10 +293,6 @@ def _kept(file: Path, make: Callable[[], Any]) -> Any:
     return read_json(file)
 
 
-def _speedup(planned: Plan, blocks_ms: float) -> float:
-    return planned.milliseconds(planned.uniform(SOFTMAX)) / (blocks_ms + planned.timing.rest_ms)
-
-
 def _fingerprint(settings: Settings, device: torch.device) -> str:
     description = read_json(Path(settings.model) / "t5.json")
     about = [to_dict(settings), description, describe_device(device), torch.__version__]
@@ -271,6 +308,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--cost", choices=["time", "flops"], default=Settings.cost, help="what the budgets are of")
     for name in ("scan-images", "budgets", "verify", "shortlist", "eval-batch-size"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name.replace("-", "_")))
     parser.add_argument("--batch", type=int, default=8, help="images a timed pass")
@@ -286,7 +324,7 @@ def main() -> None:
     plain = ("model", "train", "test", "resolution", "train_images", "test_images", "scan_images", "budgets", "verify")
     try:
         settings = Settings(
-            **{name: getattr(given, name) for name in (*plain, "shortlist", "eval_batch_size")},
+            **{name: getattr(given, name) for name in (*plain, "cost", "shortlist", "eval_batch_size")},
             kinds=tuple(given.kinds),
             calibrate=CalibrateConfig(steps=given.steps, batch_size=given.batch_size, compile=given.compile),
             timing=PlanConfig(batch=given.batch, repeats=given.repeats, graphs=False if given.no_graphs else None),

@@ -67,13 +67,13 @@ def table(result: dict[str, Any]) -> str:
         *_scan(result),
     ]
     for budget in summary["budgets"]:
-        lines += ["", *_budget(budget, plan)]
+        lines += ["", *_budget(budget, result)]
     return "\n".join([*lines, "", *_conclusion(summary), ""])
 
 
 def _conclusion(summary: dict[str, Any]) -> list[str]:
     if not summary["budgets"]:
-        return ["No kind is faster than softmax here, so there is no budget to choose layers for."]
+        return ["No kind costs less than softmax here, so there is no budget to choose layers for."]
     ending = "at every budget" if summary["solver_no_worse"] else "not at every budget"
     lines = [f"The solver's loss is no higher than any fixed rule's: {ending} (mean over seeds)."]
     ahead = [budget["top1_ahead"] for budget in summary["budgets"] if "top1_ahead" in budget]
@@ -126,19 +126,19 @@ def _scan(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _budget(budget: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+def _budget(budget: dict[str, Any], result: dict[str, Any]) -> list[str]:
     first = next(iter(budget["rows"].values()))
     scored = "top1" in first
     lines = [
-        f"Within {budget['ms']:.3f} ms a pass ({budget['speedup']:.2f} times as fast as softmax), test images:",
+        f"Within {budget['cost']:.3f} {result['unit']} (softmax in every layer: {result['softmax_cost']:.3f}), "
+        "test images:",
         "",
-        f"| map | predicted ms |{' top-1 |' if scored else ''} loss | loss behind the solver | layers (by seed) |",
+        f"| map | {result['unit']} |{' top-1 |' if scored else ''} loss | loss behind the solver | layers (by seed) |",
         "|---" * (6 if scored else 5) + "|",
     ]
     for name, row in sorted(budget["rows"].items(), key=lambda item: item[1]["loss"]["mean"]):
-        behind, rest = row["behind"], plan["timings"]
-        rest = next(t["rest_ms"] for t in rest if t["resolution"] == plan["resolution"])
-        cells = [name, f"{row['cost']['mean'] + rest:.3f}"]
+        behind = row["behind"]
+        cells = [name, f"{row['cost']['mean'] + result['rest']:.3f}"]
         cells += [_text(row, "top1", 2)] if scored else []
         cells += [_text(row, "loss", 4), f"{behind['mean']:+.4f} ± {behind['image_error']:.4f}"]
         maps = dict.fromkeys(_layers(layers) for layers in row["layers"])
@@ -150,13 +150,13 @@ def picture(result: dict[str, Any]) -> Figure:
     """Quality on the test images against predicted speed-up: the solver's maps and every fixed rule's."""
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 4.2), layout="constrained")
-        axes = figure.add_subplot(title="Which layers to convert", xlabel="predicted speed-up")
+        gain = "predicted speed-up" if result["unit"] == "ms" else f"{result['unit']} of softmax over those of the map"
+        axes = figure.add_subplot(title="Which layers to convert", xlabel=gain)
         budgets, kinds = result["summary"]["budgets"], result["plan"]["kinds"]
         key = "top1" if budgets and "top1" in budgets[0]["rows"][SOLVER] else "loss"
         axes.set_ylabel("top-1 accuracy (%)" if key == "top1" else "loss")
-        softmax_ms = result["plan"]["all_layers"]["softmax"]["ms"]
         for label, points in _lines(result, key).items():
-            x, y = zip(*sorted((softmax_ms / ms, value) for ms, value in points), strict=True)
+            x, y = zip(*sorted((result["softmax_cost"] / cost, value) for cost, value in points), strict=True)
             if label == SOLVER:
                 axes.plot(x, y, "o-", color=plots.T5, label=label, zorder=3)
                 continue
@@ -168,19 +168,18 @@ def picture(result: dict[str, Any]) -> Figure:
             axes.axhline(level, color=plots.SOFTMAX, linewidth=1.2, label="softmax in every layer (1×)")
             figure.legend(loc="outside lower center", ncols=2, handlelength=1.6)
         else:
-            axes.text(0.5, 0.5, "no kind is faster than softmax here", ha="center", transform=axes.transAxes)
+            axes.text(0.5, 0.5, "no kind costs less than softmax here", ha="center", transform=axes.transAxes)
     return figure
 
 
 def _lines(result: dict[str, Any], key: str) -> dict[str, list[tuple[float, float]]]:
-    """(predicted ms, value) of every map, by rule and kind."""
+    """(cost, value) of every map, by rule and kind."""
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for budget in result["summary"]["budgets"]:
-        rest = budget["ms"] - budget["blocks_ms"]
         for name, row in budget["rows"].items():
             if name == SOLVER or name not in NO_RULES:
                 label = re.sub(r" \d+ ", " ", name)
-                lines[label].append((row["cost"]["mean"] + rest, row[key]["mean"]))
+                lines[label].append((row["cost"]["mean"] + result["rest"], row[key]["mean"]))
     return lines
 
 

@@ -13,6 +13,7 @@ from t5lib import planning, racing
 from t5lib.calibration import CalibrateConfig
 from t5lib.conversion import ttt_layers
 from t5lib.errors import T5Error
+from t5lib.layers.settings import T5Config
 from t5lib.planning import PlanConfig
 from tasks import plan as task
 
@@ -80,14 +81,14 @@ def finished(settings, clock, tmp_path_factory) -> tuple[dict, Path]:
 
 def test_the_solver_meets_every_budget_and_stands_beside_rules_at_equal_cost(finished):
     result, folder = finished
-    assert [budget["blocks_ms"] for budget in result["budgets"]] == [10.0, 6.0]  # 1 and 3 of 4 layers at 1 ms
+    assert [budget["blocks"] for budget in result["budgets"]] == [10.0, 6.0]  # 1 and 3 of 4 layers at 1 ms
     for seed in result["seeds"].values():
         assert seed["scan"]["images"] == 8 and seed["scan"]["loss"] == "cross-entropy"
         for budget, rows in zip(result["budgets"], seed["compared"], strict=True):
             names = [row["name"] for row in rows]
             assert names[:3] == ["solver", "solver, by the sum alone", "softmax"]
             assert {"first", "last", "evenly"} <= {name.split()[0] for name in names}
-            assert all(row["cost"] <= budget["blocks_ms"] for row in rows if row["name"] != "softmax")
+            assert all(row["cost"] <= budget["blocks"] for row in rows if row["name"] != "softmax")
             assert all(row["images"] == 10 for row in rows)
     assert result["summary"]["largest_deviation"] == pytest.approx(0)
     assert len(result["verified"]) >= 3
@@ -141,3 +142,19 @@ def test_too_few_images_are_refused(settings, tmp_path):
     with pytest.raises(T5Error, match="does not make a calibration batch of 4"):
         scarce = dataclasses.replace(settings, scan_images=22)
         task.open_images(scarce, t5lib.load(settings.model), torch.device("cpu"), tmp_path)
+
+
+def test_prices_in_flops_are_those_of_whole_models_and_the_same_on_every_clock(settings, clock):
+    clock(softmax=0.1)  # softmax is fastest by time; counted, a linear layer is cheaper from some size on
+    softmax = t5lib.load(settings.model)
+    planned = planning.plan(softmax, 32, "cpu", ("linear", "two_layer+nat3"), PlanConfig(factors=(1.0,)))
+    prices = task.Prices.of("flops", planned, softmax)
+    image = torch.zeros(1, 3, 32, 32)
+    whole = task.count_flops(softmax, image) / 1e9
+    assert prices.whole(4 * prices.layers[0]["softmax"]) == pytest.approx(whole)
+    alone = t5lib.convert(softmax, T5Config(inner="two_layer"))
+    near = 4 * (4 * 16 * 9 * 32) / 1e9  # layers × (scores and values, multiply and add: 4 × tokens × window × width)
+    assert prices.whole(4 * prices.layers[0]["two_layer+nat3"]) == pytest.approx(
+        task.count_flops(alone, image) / 1e9 + near
+    )
+    assert prices.unit == "GFLOPs" and not task.wanted_budgets(planned.block_costs(), 2)
