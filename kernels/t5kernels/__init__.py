@@ -3,6 +3,15 @@
 
 from t5kernels.linear_attention.api import linear_attention
 from t5kernels.neighborhood.api import circular_attention, neighborhood_attention
-from t5kernels.ttt.api import INNER_LOSSES, INNER_WEIGHTS, ttt
+from t5kernels.ttt.api import INNER_LOSSES, INNER_WEIGHTS, ttt, ttt_accumulate, ttt_apply
 
-__all__ = ["INNER_LOSSES", "INNER_WEIGHTS", "circular_attention", "linear_attention", "neighborhood_attention", "ttt"]
+__all__ = [
+    "INNER_LOSSES",
+    "INNER_WEIGHTS",
+    "circular_attention",
+    "linear_attention",
+    "neighborhood_attention",
+    "ttt",
+    "ttt_accumulate",
+    "ttt_apply",
+]

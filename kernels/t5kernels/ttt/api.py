@@ -159,14 +159,17 @@ def _choose(op: str, impl: str | None) -> str:
 def _kernels(
     op: str, inner: str, loss: str, *tokens: Tensor, weights: tuple[Tensor, ...]
 ) -> tuple[ModuleType, list[Tensor]]:
-    """The Triton module, and the tokens in the dtype that autocast wants. Raises ValueError when they cannot be used."""
+    """The Triton module, and the tokens in the dtype that autocast wants. Raises ValueError when it cannot be used."""
     if (inner, loss) != ("swiglu", "dot"):
         raise ValueError(
             f"{op}: impl='triton' with inner={inner!r}, loss={loss!r}; expected 'swiglu' and 'dot'; use 'reference'"
         )
     # Imported where it is used: Triton takes a while, and exists on Linux only.
-    from t5kernels.ttt import triton
+    try:
+        from t5kernels.ttt import triton
+    except ImportError as error:
+        raise ValueError(f"{op}: impl='triton' without Triton ({error}); install it, or use 'reference'") from error
 
-    tokens = [t.to(autocast_dtype(tokens[0])) for t in tokens]
+    tokens = [t.to(autocast_dtype(t)) for t in tokens]
     triton.check(op, tokens, weights)
     return triton, tokens

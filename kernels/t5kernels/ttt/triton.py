@@ -239,7 +239,7 @@ def _programs(x: Tensor) -> int:
 
 
 def _chunks(x: Tensor, tile: Tile, programs: int) -> tuple[int, int]:
-    """Tokens a chunk, a multiple of the tile's block, and how many chunks: as many as fill the device `programs` wide."""
+    """Tokens a chunk, a multiple of the tile's block, and chunks: so many that `programs` times as many fill it."""
     blocks = -(-x.shape[2] // tile.block)
     blocks_a_chunk = -(-blocks // max(1, min(blocks, _programs(x) // programs)))
     return blocks_a_chunk * tile.block, -(-blocks // blocks_a_chunk)

@@ -13,8 +13,8 @@ dy1 = dh * y2 * p', so
 U = W - G: dU is a part of dW (summed over images), and dG = -dU. This is the only thing that the second pass needs of
 the first, and the sum over all queries must be complete before it starts.
 
-Backward, keys and values (`accumulate_backward_kernel`). With E = -s dG, the three sums of the forward are bilinear in
-per-token quantities: m1 = r * z2 * g', m2 = r * g, a = g * z2 have the gradients dm1 = k E1, dm2 = k E2, da = v E3^T, and
+Backward, keys and values (`accumulate_backward_kernel`). With E = -s dG, the factors of the three sums of the forward,
+m1 = r * z2 * g', m2 = r * g and a = g * z2, have the gradients dm1 = k E1, dm2 = k E2 and da = v E3^T, and
     dr  = dm2 * g + dm1 * z2 * g'
     dz1 = (dm2 * r + da * z2) * g' + dm1 * r * z2 * g''        (the second order of the inner model)
     dz2 = da * g + dm1 * r * g'
@@ -63,7 +63,7 @@ def _token_pointers(x, b, h, first, stride_b, stride_h, stride_n, stride_d, BLOC
 
 @triton.jit
 def _weight_offsets(tile, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
-    """Offsets and masks of a slice of a contiguous D x D matrix: its columns (WIDTH, HIDDEN), its rows (HIDDEN, WIDTH)."""
+    """Offsets and masks of a slice of a contiguous D x D matrix: columns (WIDTH, HIDDEN), rows (HIDDEN, WIDTH)."""
     wide, hidden = tl.arange(0, WIDTH), tile * HIDDEN + tl.arange(0, HIDDEN)
     columns = wide[:, None] * D + hidden[None, :]
     rows = hidden[:, None] * D + wide[None, :]
@@ -230,7 +230,7 @@ def accumulate_backward_kernel(
     s1 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
     s2 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
     s3 = tl.full((HIDDEN, WIDTH), 0.0, tl.float32)
-    for image in range(0, tl.minimum(images, B - group * images)):
+    for image in range(tl.minimum(images, B - group * images)):
         b = group * images + image
         e1, e2, e3 = _load_triple(d_step, b * H + h, tile, D, WIDTH, HIDDEN)
         e1, e2, e3 = (-scale * e1).to(dtype), (-scale * e2).to(dtype), (-scale * e3).to(dtype)
