@@ -17,47 +17,49 @@ LARGEST_HEAD = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Decided when the kernels were defined: by TRITON_INTERPRET, and then good for CPU tensors.
 INTERPRETED = not isinstance(kernels.accumulate_kernel, triton_package.runtime.JITFunction)
-# Programs of a kernel that sums over tokens which a multiprocessor holds at once. More would mean more partial sums.
-RESIDENT = 2
 # The interpreter's machine: small, so that tests split their tokens.
 INTERPRETED_PROGRAMS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """How a kernel is cut: `hidden` columns of the inner model a program, `block` tokens at a time."""
+    """How a kernel is cut: `hidden` columns of the inner model a program, `block` tokens at a time.
+
+    `resident` programs are held by a multiprocessor at once; more would only mean more partial sums.
+    """
 
     hidden: int
     block: int
     warps: int
     stages: int = 2
+    resident: int = 2
 
 
 # By kernel, then by the head width padded to a power of two; 16-bit tokens.
 TILES = {
     "accumulate": {
-        32: Tile(hidden=32, block=64, warps=4),
+        32: Tile(hidden=32, block=64, warps=4, resident=3),
         64: Tile(hidden=64, block=64, warps=4),
-        128: Tile(hidden=64, block=64, warps=8),
+        128: Tile(hidden=64, block=64, warps=8, resident=1),
     },
     "apply": {
-        32: Tile(hidden=32, block=64, warps=4),
-        64: Tile(hidden=64, block=64, warps=4),
-        128: Tile(hidden=128, block=64, warps=8),
+        32: Tile(hidden=32, block=64, warps=4, resident=8),
+        64: Tile(hidden=64, block=64, warps=4, resident=4),
+        128: Tile(hidden=128, block=64, warps=8, resident=1),
     },
     "apply_backward": {
         32: Tile(hidden=32, block=64, warps=4),
-        64: Tile(hidden=64, block=64, warps=8),
-        128: Tile(hidden=64, block=64, warps=8),
+        64: Tile(hidden=64, block=64, warps=4),
+        128: Tile(hidden=64, block=64, warps=8, resident=1),
     },
     "accumulate_backward": {
         32: Tile(hidden=32, block=64, warps=4),
-        64: Tile(hidden=64, block=64, warps=8),
-        128: Tile(hidden=64, block=64, warps=8),
+        64: Tile(hidden=64, block=128, warps=8, resident=1),
+        128: Tile(hidden=64, block=64, warps=8, resident=1),
     },
 }
 # float32 has no tensor cores without losing digits: it is here to be right.
-SINGLE_TILE = Tile(hidden=32, block=32, warps=8, stages=1)
+SINGLE_TILE = Tile(hidden=32, block=32, warps=8, stages=1, resident=1)
 
 
 def check(op: str, tokens: list[Tensor], weights: tuple[Tensor, ...]) -> None:
@@ -118,7 +120,7 @@ def _accumulate_backward(
     """dk, dv, and (3, H, D, D) gradients of the weights in float32."""
     B, H, N, D = k.shape
     width, tile, slices = _cut("accumulate_backward", k)
-    images = max(1, B * H * slices // _programs(k))
+    images = max(1, B * H * slices // _programs(k, tile))
     groups = -(-B // images)
     chunk, chunks = _chunks(k, tile, groups * H * slices)
     dk, dv = _slices_of_tokens(k, slices), _slices_of_tokens(v, slices)
@@ -231,17 +233,17 @@ def _cut(kernel: str, x: Tensor) -> tuple[int, Tile, int]:
     return width, tile, -(-D // tile.hidden)
 
 
-def _programs(x: Tensor) -> int:
+def _programs(x: Tensor, tile: Tile) -> int:
     """How many programs keep the device busy."""
     if not x.is_cuda:
         return INTERPRETED_PROGRAMS
-    return RESIDENT * torch.cuda.get_device_properties(x.device).multi_processor_count
+    return tile.resident * torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
 def _chunks(x: Tensor, tile: Tile, programs: int) -> tuple[int, int]:
     """Tokens a chunk, a multiple of the tile's block, and chunks: so many that `programs` times as many fill it."""
     blocks = -(-x.shape[2] // tile.block)
-    blocks_a_chunk = -(-blocks // max(1, min(blocks, _programs(x) // programs)))
+    blocks_a_chunk = -(-blocks // max(1, min(blocks, _programs(x, tile) // programs)))
     return blocks_a_chunk * tile.block, -(-blocks // blocks_a_chunk)
 
 

@@ -40,6 +40,12 @@ def _dot(a, b):
 
 
 @triton.jit
+def _add_dot(total, a, b):
+    """total + a b, in one instruction where a tile is large enough."""
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
 def _sigmoid(z):
     # Written out, as tl.full is instead of tl.zeros: Triton's own are compiled or interpreted as Triton was imported.
     return 1 / (1 + tl.exp(-z))
@@ -127,7 +133,7 @@ def accumulate_kernel(
     token, in_width = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :] < D
     s1 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
     s2 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
-    s3 = tl.full((HIDDEN, WIDTH), 0.0, tl.float32)
+    s3 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
     for start in range(0, chunk, BLOCK):
         inside = (first + start + token < N) & in_width
         keys = tl.load(k_block + start * k_n, inside, other=0.0)
@@ -135,12 +141,15 @@ def accumulate_kernel(
         z1, z2 = _dot(keys, w1), _dot(keys, w2)
         r = _dot(values, tl.trans(w3))
         gate, slope, _ = _silu(z1)
+        m1, m2 = (r * z2 * slope).to(dtype), (r * gate).to(dtype)
+        a = (gate * z2).to(dtype)
         keys = tl.trans(keys)
-        s1 += _dot(keys, (r * z2 * slope).to(dtype))
-        s2 += _dot(keys, (r * gate).to(dtype))
-        s3 += _dot(tl.trans((gate * z2).to(dtype)), values)
-    parts = tl.num_programs(1)
-    _store_triple(sums, index * parts + part, tile, -scale * s1, -scale * s2, -scale * s3, D, WIDTH, HIDDEN)
+        s1 = _add_dot(s1, keys, m1)
+        s2 = _add_dot(s2, keys, m2)
+        s3 = _add_dot(s3, tl.trans(values), a)
+    # The third sum is held transposed: that keeps the tensor cores' instructions in flight (ptxas: C7515).
+    g1, g2, g3 = -scale * s1, -scale * s2, -scale * tl.trans(s3)
+    _store_triple(sums, index * tl.num_programs(1) + part, tile, g1, g2, g3, D, WIDTH, HIDDEN)
 
 
 @triton.jit
@@ -200,12 +209,12 @@ def apply_backward_kernel(
         dh = _dot(grads, tl.trans(u3))
         gate, slope, _ = _silu(y1)
         dy1, dy2 = (dh * y2 * slope).to(dtype), (dh * gate).to(dtype)
-        s3 += _dot(tl.trans((gate * y2).to(dtype)), grads)
-        dq_tile = _dot(dy1, tl.trans(u1)) + _dot(dy2, tl.trans(u2))
+        s3 = _add_dot(s3, tl.trans((gate * y2).to(dtype)), grads)
+        dq_tile = _add_dot(_dot(dy1, tl.trans(u1)), dy2, tl.trans(u2))
         tl.store(dq_block + start * dq_n, dq_tile.to(dq.dtype.element_ty), inside)
         queries = tl.trans(queries)
-        s1 += _dot(queries, dy1)
-        s2 += _dot(queries, dy2)
+        s1 = _add_dot(s1, queries, dy1)
+        s2 = _add_dot(s2, queries, dy2)
     _store_triple(sums, index * tl.num_programs(1) + part, tile, -s1, -s2, -s3, D, WIDTH, HIDDEN)
 
 
@@ -244,21 +253,26 @@ def accumulate_backward_kernel(
             values = tl.load(v_block + start * v_n, inside, other=0.0)
             z1, z2 = _dot(keys, w1), _dot(keys, w2)
             r = _dot(values, tl.trans(w3))
-            dm1, dm2 = _dot(keys, e1), _dot(keys, e2)
-            da = _dot(values, tl.trans(e3))
             gate, slope, bend = _silu(z1)
+            # What comes next is in the order that keeps the fewest values in registers.
+            dk_tile = _dot((r * gate).to(dtype), tl.trans(e2))
+            dk_tile = _add_dot(dk_tile, (r * z2 * slope).to(dtype), tl.trans(e1))
+            dm2 = _dot(keys, e2)
+            d_gate, dr = dm2 * r, dm2 * gate
+            dm1 = _dot(keys, e1)
+            dr = (dr + dm1 * z2 * slope).to(dtype)
+            dm1 *= r
+            dz1, dz2 = dm1 * z2 * bend, dm1 * slope
+            da = _dot(values, tl.trans(e3))
+            dz1 = (dz1 + (d_gate + da * z2) * slope).to(dtype)
+            dz2 = (dz2 + da * gate).to(dtype)
 
-            dr = (dm2 * gate + dm1 * z2 * slope).to(dtype)
-            dv_tile = _dot((gate * z2).to(dtype), e3) + _dot(dr, w3)
+            dv_tile = _add_dot(_dot((gate * z2).to(dtype), e3), dr, w3)
             tl.store(dv_block + start * dv_n, dv_tile.to(dv.dtype.element_ty), inside)
-            s3 += _dot(tl.trans(dr), values)
-
-            dz1 = ((dm2 * r + da * z2) * slope + dm1 * r * z2 * bend).to(dtype)
-            dz2 = (da * gate + dm1 * r * slope).to(dtype)
-            dk_tile = _dot((r * z2 * slope).to(dtype), tl.trans(e1)) + _dot((r * gate).to(dtype), tl.trans(e2))
-            dk_tile += _dot(dz1, tl.trans(w1)) + _dot(dz2, tl.trans(w2))
+            dk_tile = _add_dot(_add_dot(dk_tile, dz1, tl.trans(w1)), dz2, tl.trans(w2))
             tl.store(dk_block + start * dk_n, dk_tile.to(dk.dtype.element_ty), inside)
+            s3 = _add_dot(s3, tl.trans(dr), values)
             keys = tl.trans(keys)
-            s1 += _dot(keys, dz1)
-            s2 += _dot(keys, dz2)
+            s1 = _add_dot(s1, keys, dz1)
+            s2 = _add_dot(s2, keys, dz2)
     _store_triple(sums, index * tl.num_programs(1) + part, tile, s1, s2, s3, D, WIDTH, HIDDEN)
