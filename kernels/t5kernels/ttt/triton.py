@@ -225,10 +225,15 @@ def _in_dtypes(gradients: Tensor, weights: list[Tensor]) -> list[Tensor]:
     return [g.to(w.dtype) for g, w in zip(gradients.unbind(0), weights, strict=True)]
 
 
+def padded_width(head_dim: int) -> int:
+    """Head width as the kernels see it, a key of each of TILES."""
+    return max(32, triton_package.next_power_of_2(head_dim))
+
+
 def _cut(kernel: str, x: Tensor) -> tuple[int, Tile, int]:
     """Padded head width, tile and number of slices of the hidden width."""
     D = x.shape[3]
-    width = max(32, triton_package.next_power_of_2(D))
+    width = padded_width(D)
     tile = SINGLE_TILE if x.dtype == torch.float32 else TILES[kernel][width]
     return width, tile, -(-D // tile.hidden)
 
