@@ -259,10 +259,13 @@ class _Kind:
                 f"calibrate: objective 'attention' needs a mixer with an attention map, and inner '{settings.inner}' "
                 "has none; use objective 'output'"
             )
-        if config.objective == "attention" and (settings.key_norm, settings.locality) != ("none", "none"):
+        if config.objective == "attention" and (
+            settings.rescale or (settings.key_norm, settings.locality) != ("none", "none")
+        ):
             raise T5Error(
                 f"calibrate: objective 'attention' compares maps of the projections as they are, but key_norm is "
-                f"'{settings.key_norm}' and locality '{settings.locality}'; set both to 'none', or use 'output'"
+                f"'{settings.key_norm}', locality '{settings.locality}' and rescale {settings.rescale}; set them to "
+                "'none', 'none' and false, or use objective 'output'"
             )
         self.projected = not config.lr_inherited and settings.convolution != "cpe"
         self.copy(to_layers=False)

@@ -82,8 +82,10 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters conversion added, by name (all others are inherited)."""
-    return {name: parameter for name, parameter in model.named_parameters() if ".mixer." in f".{name}"}
+    """The parameters that conversion added or started afresh, by name (all others are inherited)."""
+    report = getattr(model, "t5_report", None)
+    reset = set(report.reset) if report else set()
+    return {n: parameter for n, parameter in model.named_parameters() if ".mixer." in f".{n}" or n in reset}
 
 
 def ttt_layers(model: nn.Module) -> dict[str, TTTAttention]:

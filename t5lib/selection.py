@@ -53,10 +53,9 @@ def hybrid(softmax: nn.Module, calibrated: Mapping[str, nn.Module], assignment: 
     names = _check(softmax, calibrated, assignment)
     if set(assignment) == {SOFTMAX}:
         return copy.deepcopy(softmax).eval()
-    used = next(kind for kind in assignment if kind != SOFTMAX)
-    first = calibrated[used].get_submodule(names[list(assignment).index(used)]).mixer.config
-    config = dataclasses.replace(first, locality=first.convolution, layers=format_layers(list(assignment)))
-    model = convert(softmax, config)
+    places = {kind: name for name, kind in zip(names, assignment, strict=True) if kind != SOFTMAX}
+    used = {kind: calibrated[kind].get_submodule(name).mixer.config for kind, name in places.items()}
+    model = convert(softmax, dataclasses.replace(_base(used), layers=format_layers(list(assignment))))
     for name, kind in zip(names, assignment, strict=True):
         if kind != SOFTMAX:
             layer, source = model.get_submodule(name), calibrated[kind].get_submodule(name)
@@ -380,15 +379,26 @@ def _check_layer(kind: str, name: str, model: nn.Module) -> None:
         raise T5Error(f"'{kind}' starts its MLPs afresh (inherit: attention), so no layer of it is any good alone")
 
 
+def _base(used: Mapping[str, T5Config]) -> T5Config:
+    """The config of which the kinds of a map are variants: the default, or the first layer's that fits all."""
+    own = [dataclasses.replace(config, locality=config.convolution) for config in used.values()]
+    fits = (b for b in (T5Config(), *own) if not any(_differing(b.named(kind), c) for kind, c in used.items()))
+    return next(fits, own[0])
+
+
 def _check_settings(kind: str, ours: T5Config, theirs: T5Config) -> None:
     """The layer map says only the kind's name: all else must be the same in every calibrated model."""
-    for field in dataclasses.fields(T5Config):
-        own, other = getattr(ours, field.name), getattr(theirs, field.name)
-        if field.name not in ("layers", "seed", "init_std") and own != other:
-            raise T5Error(
-                f"the model calibrated as '{kind}' has {field.name} {other!r}, but in a layer map '{kind}' stands for "
-                f"{own!r}; convert it with T5Config().named('{kind}')"
-            )
+    for name in _differing(ours, theirs)[:1]:
+        raise T5Error(
+            f"the model calibrated as '{kind}' has {name} {getattr(theirs, name)!r}, but in a layer map '{kind}' "
+            f"stands for {getattr(ours, name)!r}; convert it with T5Config().named('{kind}')"
+        )
+
+
+def _differing(ours: T5Config, theirs: T5Config) -> list[str]:
+    """Settings of a layer that are not the same; what only its first weights came from does not count."""
+    names = [field.name for field in dataclasses.fields(T5Config) if field.name not in ("layers", "seed", "init_std")]
+    return [name for name in names if getattr(ours, name) != getattr(theirs, name)]
 
 
 def _check_budget(cost: Costs, budget: float) -> None:

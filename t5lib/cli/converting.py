@@ -116,7 +116,7 @@ def _print_account(model: nn.Module, request: Request, *, fitted_along: bool) ->
             ("inherited", f"{inherited:,} numbers, " + ("q, k, v fitted along" if fitted_along else "as they were")),
             ("new", f"{new:,} numbers ({100 * new / (inherited + new):.1f}%)"),
             ("dropped", f"{dropped:,} numbers"),
-            *([("started afresh", f"{reset:,} numbers (inherit {model.t5_config.inherit})")] if reset else []),
+            *([("started afresh", f"{reset:,} numbers, at random")] if reset else []),
             ("saved to", str(request.out)),
             ("load it", f'import t5lib; model = t5lib.load("{request.out}")'),
             ("look at it", f"t5 inspect {request.out}"),

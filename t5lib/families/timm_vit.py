@@ -86,13 +86,18 @@ def reset_left_out(model: nn.Module, name: str, inherit: str) -> list[str]:
     if inherit == "all":
         return []
     root = name if inherit == "mlp" else f"{name.rpartition('.')[0]}.mlp"
-    names = [f"{root}.{parameter}" for parameter, _ in model.get_submodule(root).named_parameters()]
-    for full, module in model.get_submodule(root).named_modules(prefix=root):
+    part = model.get_submodule(root)
+    names = [f"{root}.{parameter}" for parameter, _ in part.named_parameters()]
+    place = next(part.parameters()).device
+    start = place if place.type == "meta" else torch.device("cpu")  # drawn there, a conversion is repeatable anywhere
+    for module in part.modules():
         for parameter, value in list(module.named_parameters(recurse=False)):
-            setattr(module, parameter, nn.Parameter(torch.empty_like(value)))
+            setattr(module, parameter, nn.Parameter(torch.empty_like(value, device=start)))
+    for full, module in part.named_modules(prefix=root):
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
         init_weights_vit_timm(module, full)
+    part.to(place)
     return names
 
 

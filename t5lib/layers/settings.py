@@ -20,9 +20,10 @@ LOCALITIES = tuple(f"{base}+{nat}" if nat else base for base in CONVOLUTIONS for
 INHERITANCE = ("all", "attention", "mlp")
 
 # Whole layers under one name: T5Config.preset(name), `preset:` in params.yaml, or a value of a layer map.
-PRESETS: dict[str, dict[str, Any]] = {
-    "t5": {"inner": "swiglu", "inner_loss": "dot", "key_norm": "instance", "locality": "dwc_qk"},
-    "t5+": {"inner": "swiglu", "inner_loss": "dot", "key_norm": "instance", "locality": "dwc_qk+nat5"},
+_OTHERWISE = {"inner_loss": "dot", "rescale": False, "inherit": "all"}
+_OWN: dict[str, dict[str, Any]] = {
+    "t5": {"inner": "swiglu", "key_norm": "instance", "locality": "dwc_qk"},
+    "t5+": {"inner": "swiglu", "key_norm": "instance", "locality": "dwc_qk+nat5"},
     "dit5": {
         "inner": "two_layer",
         "inner_loss": "residual",
@@ -37,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "clear": {"inner": "clear", "key_norm": "none", "locality": "none"},
     "vit3": {"inner": "vit3", "key_norm": "none", "locality": "cpe"},
 }
+PRESETS = {name: _OTHERWISE | own for name, own in _OWN.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,10 @@ class T5Config:
             raise T5Error(f"radius is {self.radius}; expected 1 or more patches, as in CLEAR: 8")
         if self.init_std is not None and self.init_std <= 0:
             raise T5Error(f"init_std is {self.init_std}; expected a positive number, or null for head_dim**-0.5")
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.layers, dict):
+            object.__setattr__(self, "layers", {str(key): what for key, what in self.layers.items()})
             for what in self.layers.values():
                 self.named(what)
 

@@ -179,7 +179,7 @@ def resolve(root: Path, name: str, changes: dict[str, Any] | None = None) -> Pla
         seeds=ablation.seeds,
         images=ablation.images,
         settings=settings,
-        source_key=_checksum(resolver.source_written),
+        source_key=checksum(resolver.source_written),
         units=units,
         tables=tables,
         control=ablation.control,
@@ -191,7 +191,7 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     """`base` with the values of `change`, sections within sections too."""
     result = dict(base)
     for key, value in change.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        both = key != "layers" and isinstance(value, dict) and isinstance(base.get(key), dict)  # a map is one value
         result[key] = merged(base[key], value) if both else value
     return result
 
@@ -217,7 +217,7 @@ class _Resolver:
         runnable = tuple(protocol for protocol in PROTOCOLS if protocol in written)
         for protocol in runnable:
             _refuse_augmentation(settings[protocol], f"{self.where}, variant {name}, {protocol}")
-        key = _checksum(self.source_written | written)
+        key = checksum(self.source_written | written)
         return Unit(variant=name, settings=self.of_source | settings, key=key, protocols=runnable)
 
     def _written(self, variant: Variant, protocols: tuple[str, ...]) -> dict[str, Any]:
@@ -319,5 +319,5 @@ def _set(section: dict[str, Any], path: list[str], value: Any, where: str) -> No
     section[path[-1]] = value
 
 
-def _checksum(value: Any) -> str:
+def checksum(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

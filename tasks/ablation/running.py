@@ -10,7 +10,7 @@ from t5lib.config import one_of, to_dict
 from t5lib.errors import T5Error
 from t5lib.files import read_json, write_json
 from tasks.ablation.crew import Crew, Task, result_file
-from tasks.ablation.definition import Plan, Unit
+from tasks.ablation.definition import Plan, Unit, checksum
 
 FORMAT = 1
 Result = dict[str, Any]
@@ -93,7 +93,7 @@ def _sources(crew: Crew, seeds: list[int]) -> None:
 
 
 def _collected(plan: Plan, work: Path, out: Path) -> Result:
-    """What is done already, from `out` and from `work`; results of other settings are left out, and said to be."""
+    """What is done already, from `out` and from `work`; results of other settings are moved to a file beside it."""
     known = load(out) if out.is_file() else {"ablation": plan.name, "records": {}}
     if known["ablation"] != plan.name:
         raise T5Error(f"{out} holds the ablation '{known['ablation']}', not '{plan.name}'; pass another --out")
@@ -107,18 +107,21 @@ def _collected(plan: Plan, work: Path, out: Path) -> Result:
         "tables": {name: to_dict(table) for name, table in plan.tables.items()},
         "records": {},
     }
-    other = []
+    other: dict[str, dict[str, Any]] = {}
     keys = {unit.variant: unit.key for unit in plan.units}
     for variant, records in known["records"].items():
         same = {seed: record for seed, record in records.items() if record["key"] == keys.get(variant)}
-        other += [f"{variant} (seed {seed})" for seed in records if seed not in same]
         if same:
             result["records"][variant] = same
+        if len(same) < len(records):
+            other[variant] = {seed: record for seed, record in records.items() if seed not in same}
     for unit in plan.units:
         for file in sorted((work / "results").glob(f"{unit.variant}--seed-*.json")):
             _take_in(result, unit, int(file.stem.rpartition("-")[2]), work)
     if other:
-        print(f"{out}: left out, made with other settings: {', '.join(other)}", flush=True)
+        kept = out.with_name(f"{out.stem}.{checksum(other)}.json")
+        write_json(kept, known | {"records": other})
+        print(f"{out}: made with other settings, and moved to {kept}: {', '.join(other)}", flush=True)
     return result
 
 

@@ -55,7 +55,8 @@ class Row:
         """Calibration error: mean over layers and seeds, as a share of the variance."""
         errors = [record["calibration"].get("error_after") for record in self.records.values()]
         known = [error for error in errors if error is not None]
-        return f"{sum(known) / len(known):.3f}" if known else "–"
+        mean = sum(known) / len(known) if known else 0.0
+        return (f"{mean:.1e}" if mean > 1000 else f"{mean:.3f}") if known else "–"
 
     def new(self) -> str:
         counts = {record["new_parameters"] for record in self.records.values()}

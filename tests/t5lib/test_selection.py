@@ -226,3 +226,13 @@ def test_the_text_of_a_map_is_what_convert_takes():
     text = selection.layer_text(["softmax", "softmax", "swiglu+nat5"])
     assert text == "0-1=softmax,2=swiglu+nat5"
     assert parse_layers(text) == {"0-1": "softmax", "2": "swiglu+nat5"}
+
+
+def test_a_mixture_can_be_told_whichever_kind_comes_first():
+    kinds = ("hedgehog", "swiglu", "dit5")
+    softmax = tiny_vit("augreg", depth=DEPTH, img_size=48)  # dit5 looks at 5 x 5 patches
+    models = {kind: convert(softmax, T5Config().named(kind)) for kind in kinds}
+    for assignment in (kinds, kinds[::-1]):
+        mixed = selection.hybrid(softmax, models, list(assignment))
+        inners = [layer.mixer.config.inner for layer in ttt_layers(mixed).values()]
+        assert inners == [T5Config().named(kind).inner for kind in assignment]

@@ -108,7 +108,7 @@ def test_the_attention_objective_refuses_what_its_maps_leave_out():
     teacher = tiny_vit()
     model = t5lib.convert(teacher, T5Config(inner="hedgehog"))
     recipe = CalibrateConfig(steps=1, batch_size=2, objective="attention")
-    with pytest.raises(T5Error, match="key_norm is 'instance' and locality 'dwc_qk'"):
+    with pytest.raises(T5Error, match="key_norm is 'instance', locality 'dwc_qk'"):
         t5lib.calibrate(model, teacher=teacher, batches=[random_images(2)] * 2, config=recipe)
 
 
@@ -137,3 +137,17 @@ def test_a_window_larger_than_the_grid_is_refused_with_both_sizes():
     converted = t5lib.convert(tiny_vit(**WIDE), T5Config(locality="none+nat5"))
     with pytest.raises(T5Error, match="5×5 tokens, more than the grid of 4×4"):
         converted(random_images(2, 32, 32))
+
+
+@pytest.mark.parametrize(("inherit", "fresh"), [("mlp", "attn.qkv"), ("attention", "mlp.fc1")])
+def test_what_starts_afresh_is_trained_as_new(inherit, fresh):
+    converted = t5lib.convert(tiny_vit(), T5Config(inherit=inherit))
+    assert {f"blocks.0.{fresh}.weight", "blocks.0.attn.mixer.w1"} <= set(new_parameters(converted))
+    assert "blocks.0.norm1.weight" not in new_parameters(converted)
+
+
+def test_a_conversion_that_starts_parts_afresh_is_repeatable_and_leaves_the_random_state_alone():
+    before = torch.random.get_rng_state()
+    one, two = (t5lib.convert(tiny_vit(), T5Config.preset("lit", seed=3)).state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -1,5 +1,7 @@
 """Presets, layer maps and localities: what a setting stands for, and what is refused with which remedy."""
 
+import dataclasses
+
 import pytest
 
 from t5lib.config import from_dict, to_dict
@@ -62,6 +64,17 @@ def test_a_map_takes_other_settings_from_the_config_and_those_of_a_preset_from_t
 def test_a_map_that_cannot_be_meant_is_refused(layers, message):
     with pytest.raises(T5Error, match=message):
         T5Config(layers=layers).of_layers(6)
+
+
+def test_a_preset_in_a_map_is_whole_whatever_the_config_is():
+    """A map of rivals must not make its neighbours throw weights away."""
+    for base in (T5Config.preset("lit"), T5Config.preset("dit5")):
+        assert base.named("t5") == dataclasses.replace(T5Config.preset("t5"), layers=None)
+
+
+def test_lists_and_numbers_do_as_well():
+    assert T5Config(layers=[0, 2]) == T5Config(layers=(0, 2))
+    assert T5Config(layers={0: "swiglu"}) == T5Config(layers={"0": "swiglu"})
 
 
 def test_yaml_keys_may_be_numbers():
