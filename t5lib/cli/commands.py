@@ -56,6 +56,18 @@ ImgSize = Annotated[
         metavar="PIXELS", help="224, or 224x320 (height x width), in place of the model's own.", rich_help_panel=MODEL
     ),
 ]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Optimizer steps for each kind of layer (default 5000; on a CPU a few hundred already help).",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Images a step (default 64).", rich_help_panel=CALIBRATION)
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; unless given, the GPU if there is one.")]
 
 
@@ -190,19 +202,8 @@ def convert(
         Path | None,
         typer.Option(metavar="FOLDER", help="Images to fit the new layers on; no labels.", rich_help_panel=CALIBRATION),
     ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Optimizer steps (default 5000; on a CPU a few hundred already help).",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Images a step (default 64).", rich_help_panel=CALIBRATION),
-    ] = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -223,7 +224,8 @@ def convert(
 ) -> None:
     """Replace softmax attention by TTT layers, whose cost grows with the number of tokens, not with its square.
 
-    Every pretrained weight is inherited; what is new are small inner weights and convolutions. They start at random,
+    Every pretrained weight is inherited, unless --inherit or a preset says less; new are small inner weights and
+    convolutions. They start at random,
     so without calibration a classifier answers at chance level. --calibrate fits every new layer to the output of the
     softmax layer it replaces, on unlabelled images; after that the model is near the original, before any fine-tune.
     Interrupted, the same command goes on from where it was, about 100 steps back at most.
@@ -233,6 +235,7 @@ def convert(
     - `t5 convert vit_small_patch14_dinov2.lvd142m dino-t5 --calibrate photos --img-size 224`
     - `t5 convert deit_tiny_patch16_224 deit-t5 --calibrate photos --steps 300 --batch-size 32`
     - `t5 convert my-softmax-folder half --layers 0-5 --inner two_layer`
+    - `t5 convert my-softmax-folder mixed --layers 0-5=softmax,6-11=swiglu+nat5 --calibrate photos`
 
     **Output**
 
@@ -291,19 +294,8 @@ def plan(
         Path | None,
         typer.Option(metavar="FOLDER", help="Save the calibrated mixture there.", rich_help_panel=CHOICE),
     ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Optimizer steps for each kind (default 5000; on a CPU a few hundred already help).",
-            rich_help_panel=CHOICE,
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Images a calibration step (default 64).", rich_help_panel=CHOICE),
-    ] = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
     weights: Weights = None,
     pretrained: Pretrained = True,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the new weights and the images.")] = 0,
