@@ -6,11 +6,12 @@
 The counts matter: a tar that was cut between two of its members reads as a shorter tar, without any error.
 """
 
+import glob
 import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,9 @@ from t5lib.progress import progress
 
 T = TypeVar("T")
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+TAR_NAMES = ("*.tar", "*.tar.gz", "*.tgz")
 Sample = dict[str, Any]  # webdataset's form: "__key__", "__url__", and one entry of bytes for each file of that key
+Check = Callable[[Sample], object]  # raises T5Error that names the sample when something is missing in it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +90,10 @@ class ShardSet:
                 shard["path"] = Path(os.path.relpath(shard["path"], folder)).as_posix()
         write_json(manifest, data)
 
-    def verify(self) -> None:
-        """Check every shard against the manifest, reading all of it: sha256, count, an image and a known class
-        in each sample. Raises T5Error that names the shard, and the sample where it is one."""
+    def verify(self, check: Check | None = None) -> None:
+        """Check every shard against the manifest, reading all of it: sha256, count, and each sample by `check`
+        (default: an image and a known class). Raises T5Error that names the shard, and the sample where it is one."""
+        check = check or _labelled(len(self.classes))
         for shard in _shown(self.shards, f"verify {self.name}"):
             digest = sha256(shard.path)
             if digest != shard.sha256:
@@ -98,25 +102,43 @@ class ShardSet:
                     "the file was damaged or replaced: fetch or make it again"
                 )
             for sample in shard.samples():
-                check(sample, len(self.classes))
+                check(sample)
 
 
-def scan(name: str, paths: Sequence[Path], classes: Sequence[str], source: str, notes: Path) -> ShardSet:
+def tar_files(place: Path, source: str) -> list[Path]:
+    """The tar files in a folder and below, or those that a pattern matches. Raises T5Error when there are none."""
+    if place.is_dir():
+        found = [path for pattern in TAR_NAMES for path in place.rglob(pattern)]
+    else:
+        found = [Path(path) for path in glob.glob(str(place))]
+    if not found:
+        raise T5Error(f"{source} gives no shards: looked for {' '.join(TAR_NAMES)} in {place.absolute()}")
+    return sorted(found)
+
+
+def scan(
+    name: str, paths: Sequence[Path], classes: Sequence[str], source: str, notes: Path, check: Check | None = None
+) -> ShardSet:
     """List tar files that came without a manifest: read all of them, count and check the samples, hash.
 
     Each finished shard is noted in the file `notes` (one JSON line) with its size and time, so that a scan that was
     stopped goes on, and files that did not change are never read twice.
 
+    Args:
+        classes: their names; none for samples that have no class, which then need a `check` of their own.
+        check: what every sample must satisfy; default: an image and a known class.
+
     Raises:
-        T5Error: a damaged tar, or a sample without image or known class.
+        T5Error: a damaged or empty tar, or a sample that does not satisfy `check`.
     """
+    check = check or _labelled(len(classes))
     noted = _read_notes(notes)
     shards = []
     for path in _shown(paths, f"count {name}"):
         status = path.stat()
         state = os.path.abspath(path), status.st_size, status.st_mtime_ns, len(classes)
         if state not in noted:
-            noted[state] = _count(path, len(classes)), sha256(path)
+            noted[state] = _count(path, check), sha256(path)
             notes.parent.mkdir(parents=True, exist_ok=True)
             with notes.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([*state, *noted[state]]) + "\n")
@@ -164,13 +186,17 @@ def _read_tar(path: str) -> Iterator[Sample]:
         raise T5Error(f"{path} cannot be read as a tar file ({reason}); fetch or make it again") from error
 
 
-def _count(path: Path, classes: int) -> int:
+def _labelled(classes: int) -> Check:
+    return lambda sample: check(sample, classes)
+
+
+def _count(path: Path, check: Check) -> int:
     count = 0
     for sample in _read_tar(os.path.abspath(path)):
-        check(sample, classes)
+        check(sample)
         count += 1
     if not count:
-        raise T5Error(f"{path} holds no samples; expected pairs such as 0001.jpg and 0001.cls")
+        raise T5Error(f"{path} holds no samples; expected files such as 0001.jpg and 0001.cls (or 0001.txt)")
     return count
 
 

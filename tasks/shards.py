@@ -1,6 +1,5 @@
 """Stage `shards`: opens and checks the training and validation images, and writes their manifests for later stages."""
 
-import glob
 import os
 import re
 from dataclasses import dataclass
@@ -8,11 +7,9 @@ from pathlib import Path
 
 from t5lib.data import DataConfig
 from t5lib.errors import T5Error
-from t5lib.shards import ShardSet, scan
+from t5lib.shards import ShardSet, scan, tar_files
 from t5lib.sources import fetch, resolve
 from tasks.stage import Stage, main
-
-TAR_NAMES = ("*.tar", "*.tar.gz", "*.tgz")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +62,7 @@ def _open(source: str, split: str, num_classes: int, stage: Stage) -> ShardSet:
         )
     classes = [str(index) for index in range(num_classes)]
     notes = stage.root / "data/scratch/counted-shards.jsonl"
-    return scan(f"{stage.target} {split}", _tar_files(place, source), classes, source, notes)
-
-
-def _tar_files(place: Path, source: str) -> list[Path]:
-    """The tar files in a folder and below, or those that a pattern matches."""
-    if place.is_dir():
-        found = [path for pattern in TAR_NAMES for path in place.rglob(pattern)]
-    else:
-        found = [Path(path) for path in glob.glob(str(place))]
-    if not found:
-        raise T5Error(f"{source} gives no shards: looked for {' '.join(TAR_NAMES)} in {place.absolute()}")
-    return sorted(found)
+    return scan(f"{stage.target} {split}", tar_files(place, source), classes, source, notes)
 
 
 def _downloaded(source: str, root: Path) -> Path:
