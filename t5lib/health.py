@@ -7,30 +7,37 @@ LARGE = 1e4
 
 
 @torch.no_grad()
-def activation_peaks(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Largest absolute output of every leaf and attention module on `images`, in order of execution."""
+def activation_peaks(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> dict[str, float]:
+    """Largest absolute output of every leaf and attention module, in order of execution.
+
+    Args:
+        inputs: what `model` is called with; a dictionary holds keyword arguments.
+    """
     peaks: dict[str, float] = {}
     hooks = []
     for name, module in model.named_modules():
-        if not list(module.children()) or name.endswith("attn"):
+        if not list(module.children()) or name.rpartition(".")[2].startswith("attn"):
             hooks.append(module.register_forward_hook(_recorder(peaks, name)))
     try:
-        model(images)
+        model(**inputs) if isinstance(inputs, dict) else model(inputs)
     finally:
         for hook in hooks:
             hook.remove()
     return peaks
 
 
-def explain_blow_up(model: nn.Module, images: Tensor, config, step: int, loss: float, grad_norm: float) -> str:
+def explain_blow_up(
+    model: nn.Module, inputs: Tensor | dict[str, Tensor], config, step: int, loss: float, grad_norm: float
+) -> str:
     """The message for a loss or gradient that is not finite at `step`.
 
     Args:
-        config: the TrainConfig in use; the advice names its values.
+        inputs: see activation_peaks.
+        config: the LoopConfig in use; the advice names its values.
     """
-    precision = torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    with precision:
-        peaks = activation_peaks(model, images)
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        peaks = activation_peaks(model, inputs)
     broken = [name for name, peak in peaks.items() if peak != peak or peak == float("inf")]
     large = sorted((n for n, peak in peaks.items() if LARGE < peak < float("inf")), key=lambda n: -peaks[n])
     lines = [f"training stopped at step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}."]
@@ -59,7 +66,8 @@ def _advice(model: nn.Module, config) -> list[str]:
 
 def _recorder(peaks: dict[str, float], name: str):
     def record(_module: nn.Module, _inputs, output) -> None:
-        if isinstance(output, Tensor):
-            peaks[name] = output.detach().float().abs().amax().item()
+        tensors = [part for part in (output if isinstance(output, tuple) else (output,)) if isinstance(part, Tensor)]
+        if tensors:  # torch's amax, unlike Python's max, keeps NaN
+            peaks[name] = torch.stack([part.detach().float().abs().amax() for part in tensors]).amax().item()
 
     return record

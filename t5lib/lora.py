@@ -2,15 +2,13 @@
 
 Source: "LoLCATs: On Low-Rank Linearizing of Large Language Models" (arXiv 2410.10254): after attention transfer all
 weights are frozen, the feature maps too, and adapters of the query, key, value and output projections make up for what
-the transfer left. Here queries, keys and values are one projection, so they share an adapter's input side.
+the transfer left. In a timm model queries, keys and values are one projection, so they share an adapter's input side.
 """
 
 from torch import nn
 
 from t5lib.conversion import ttt_layers
 from t5lib.errors import T5Error
-
-PROJECTIONS = ("qkv", "proj")
 
 
 def attach(model: nn.Module, rank: int, alpha: float) -> None:
@@ -22,7 +20,12 @@ def attach(model: nn.Module, rank: int, alpha: float) -> None:
     Raises:
         T5Error: no attention of `model` is converted.
     """
-    targets = [f"{layer}.{part}" for layer in ttt_layers(model) for part in PROJECTIONS]
+    targets = [
+        f"{name}.{part}"
+        for name, layer in ttt_layers(model).items()
+        for part, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and not part.startswith("mixer.")
+    ]
     if not targets:
         raise T5Error(
             "adapters go on the projections of converted attentions, but this model has none; convert it first"

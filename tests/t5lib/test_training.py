@@ -18,7 +18,8 @@ import t5lib
 from t5lib.conversion import new_parameters
 from t5lib.errors import T5Error
 from t5lib.layers.settings import T5Config
-from t5lib.training import TrainConfig, rate_factor
+from t5lib.training import TrainConfig
+from t5lib.training_loop import rate_factor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

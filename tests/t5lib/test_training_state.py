@@ -96,7 +96,7 @@ def test_ctrl_c_waits_for_the_step_writes_a_checkpoint_and_the_rest_ends_with_th
         handle = register_optimizer_step_pre_hook(lambda *_: press(4))
     if moment == "in a checkpoint":
         save = training_state.save_checkpoint
-        monkeypatch.setattr("t5lib.training.save_checkpoint", lambda *args: (press(3), save(*args)))
+        monkeypatch.setattr("t5lib.training_loop.save_checkpoint", lambda *args: (press(3), save(*args)))
     try:
         with pytest.raises(KeyboardInterrupt):
             run(converted(), ALL_ON, source=source, resume_dir=tmp_path, log=lambda _, step: steps.append(step))
