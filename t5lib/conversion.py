@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from t5lib.errors import T5Error
-from t5lib.families import timm_vit
-from t5lib.layers.attention import TTTAttention
+from t5lib.families import family_of
+from t5lib.layers.attention import TTTLayer
 from t5lib.layers.settings import T5Config
 
 
@@ -34,30 +34,34 @@ class ConversionReport:
 def convert(model: nn.Module, config: T5Config | None = None, *, inplace: bool = False) -> nn.Module:
     """Return `model` with linear-cost attention and all its pretrained weights.
 
-    The result keeps timm's interface. It carries `t5_config` and `t5_report`, a ConversionReport.
+    The result keeps the interface of its kind, timm's or diffusers' (where its class becomes a subclass of ours). It
+    carries `t5_config` and `t5_report`, a ConversionReport.
 
     Args:
-        model: a timm VisionTransformer whose attention is timm's Attention; not changed unless `inplace`.
+        model: a timm VisionTransformer whose attention is timm's Attention, or diffusers' SD3Transformer2DModel or
+            DiTTransformer2DModel; not changed unless `inplace`, which makes no second copy of the weights.
         config: what the new layers are; the default is the method's (swiglu, instance key norm, dwc_qk, all layers).
 
     Raises:
         T5Error: a part of the model cannot be converted (named), or a layer index does not exist.
     """
     config = config or T5Config()
-    timm_vit.check_convertible(model)
-    names = timm_vit.attention_names(model)
-    chosen = {name: own for name, own in zip(names, config.of_layers(len(names)), strict=True) if own}
+    family = family_of(model)
+    family.check_convertible(model)
+    names = family.attention_names(model)
+    kinds = config.of_layers(len(names), family.layer_sets(model))
+    chosen = {name: own for name, own in zip(names, kinds, strict=True) if own}
     if not inplace:
         model = copy.deepcopy(model)
     before = model.state_dict()
-    grid, reset = timm_vit.make_grid(model), []
+    grid, reset = family.make_grid(model), []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # not torch.manual_seed, which seeds the GPUs too
         for name, own in chosen.items():
-            reset += timm_vit.reset_left_out(model, name, own.inherit)
-            model.set_submodule(name, TTTAttention(model.get_submodule(name), own, grid))
-    model.t5_config = config
-    model.t5_report = _account(before, model, list(chosen), reset)
+            reset += family.reset_left_out(model, name, own.inherit)
+            model.set_submodule(name, family.new_layer(model.get_submodule(name), own, grid))
+    family.mark(model, config)
+    model.t5_report = _account(before, model, list(chosen), list(dict.fromkeys(reset)))
     return model
 
 
@@ -69,15 +73,16 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         T5Error: `model` is not converted.
     """
-    layers = [name for name, module in model.named_modules() if isinstance(module, TTTAttention)]
+    layers = ttt_layers(model)
     if not layers:
         raise T5Error(f"this {type(model).__name__} holds no TTT layer; nothing to revert")
+    family = family_of(model)
     if not inplace:
         model = copy.deepcopy(model)
     for name in layers:
-        model.set_submodule(name, timm_vit.softmax_attention(model.get_submodule(name)))
-    timm_vit.remove_grid(model)
-    del model.t5_config, model.t5_report
+        model.set_submodule(name, family.softmax_attention(model.get_submodule(name)))
+    family.remove_grid(model)
+    family.unmark(model)
     return model
 
 
@@ -88,9 +93,9 @@ def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: parameter for n, parameter in model.named_parameters() if ".mixer." in f".{n}" or n in reset}
 
 
-def ttt_layers(model: nn.Module) -> dict[str, TTTAttention]:
-    """The TTT layers of `model`, by name, in order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, TTTAttention)}
+def ttt_layers(model: nn.Module) -> dict[str, TTTLayer]:
+    """The TTT layers of `model`, by name, in the order of its modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TTTLayer)}
 
 
 def _account(

@@ -5,7 +5,7 @@ blocks.i.attn.{w1,w2,w3}        (1, H, D, D)  blocks.i.attn.mixer.{w1,w2,w3}    
 blocks.i.attn.{q,k}_conv2d.*                  blocks.i.attn.mixer.{q,k}_conv.*
 everything else                               the same name: timm's VisionTransformer
 
-t5lib/families/dit.py has the names of the DiT ("DiT5").
+t5lib/families/dit_weights.py has the names of the DiT ("DiT5").
 Source: the code released with "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772).
 """
 
@@ -49,7 +49,7 @@ def load(
     """The model in a released checkpoint, in eval mode and the checkpoint's precision.
 
     A ViT comes as a converted timm VisionTransformer, which `t5lib.save` can save; a DiT5 as diffusers'
-    DiTTransformer2DModel with our layers (t5lib/families/dit.py). Names and shapes tell the architecture. The model
+    DiTTransformer2DModel with our layers (t5lib/families/dit_weights.py). Names and shapes tell which. The model
     carries `t5_config`, and `t5_source`, which says what was loaded: the file, and which of its weights.
 
     Args:
@@ -77,9 +77,9 @@ def load(
 def _load_dit(weights: dict[str, Tensor], config: T5Config | None, source: str) -> nn.Module:
     if not find_spec("diffusers"):
         raise T5Error(f"{source} is a DiT5, which comes in as a model of diffusers; install that package")
-    from t5lib.families import dit
+    from t5lib.families import dit_weights
 
-    return dit.from_released(weights, config, source)
+    return dit_weights.from_released(weights, config, source)
 
 
 def _load_vit(

@@ -1,206 +1,183 @@
-"""DiT in diffusers: a TTT layer in the place of its attention, and the released DiT5 checkpoints.
+"""DiT in diffusers: DiTTransformer2DModel with TTT layers, still an ordinary diffusers model.
 
-Released ("DiT5")                          diffusers' DiTTransformer2DModel                            i: block
-x_embedder.proj.*                          pos_embed.proj.*
-pos_embed                                  the buffer pos_embed.pos_embed
-t_embedder.mlp.{0,2}.*                     transformer_blocks.i.norm1.emb.timestep_embedder.linear_{1,2}.*, every i
-y_embedder.embedding_table.weight          transformer_blocks.i.norm1.emb.class_embedder.embedding_table.weight, every i
-blocks.i.adaLN_modulation.1.*              transformer_blocks.i.norm1.linear.*
-blocks.i.attn.qkv.*                        transformer_blocks.i.attn1.{to_q,to_k,to_v}.*
-blocks.i.attn.proj.*                       transformer_blocks.i.attn1.to_out.0.*
-blocks.i.attn.{w1,w2,…}                    transformer_blocks.i.attn1.mixer.{w1,w2,…}, as for the ViT (t5lib.official)
-blocks.i.attn.{q,k}_{scale,rescale,gamma}  transformer_blocks.i.attn1.mixer.{q,k}_scale
-blocks.i.attn.{q,k}_{offset,shift,beta}    transformer_blocks.i.attn1.mixer.{q,k}_offset
-blocks.i.mlp.{fc1,fc2}.*                   transformer_blocks.i.ff.net.{0.proj,2}.*
-final_layer.{adaLN_modulation.1,linear}.*  {proj_out_1,proj_out_2}.*
-
-How the released code spells the learned rescale is not known to us; the names above are accepted. diffusers spaces
-the frequencies of its timestep embedding otherwise than DiT's own code; a model made here has DiT's own.
-Source: the code released with "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772); "Scalable
-Diffusion Models with Transformers" (arXiv 2212.09748).
+Source: "Scalable Diffusion Models with Transformers" (arXiv 2212.09748).
 """
 
-import dataclasses
-import math
-import re
+from typing import Any
 
-import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, ModelMixin  # ModelMixin: from_pretrained of a pipeline looks for it here
+from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
+from t5lib.config import from_dict, to_dict
 from t5lib.errors import T5Error
-from t5lib.layers.grid import TokenGrid
-from t5lib.layers.mixers import make_mixer
+from t5lib.families.diffusers_attention import (
+    DiffusersTTTAttention,
+    LatentGrid,
+    check_attention,
+    follow_inputs,
+    project,
+    projections,
+    remove_grid,
+    reset_left_out,
+    softmax_attention,
+    watch,
+)
 from t5lib.layers.settings import T5Config
-from t5lib.official import INNER, RELEASED, check_fit
 
-NORM_EPS = 1e-6  # of DiT's own code; diffusers' default is 1e-5
-
-SCALES = {f"{t}_{name}": f"{t}_scale" for t in "qk" for name in ("scale", "rescale", "gamma")}
-OFFSETS = {f"{t}_{name}": f"{t}_offset" for t in "qk" for name in ("offset", "shift", "beta")}
-RESCALE = SCALES | OFFSETS
-
-_NAMES = {
-    "x_embedder.proj": "pos_embed.proj",
-    "final_layer.adaLN_modulation.1": "proj_out_1",
-    "final_layer.linear": "proj_out_2",
-}
-_EVERY_BLOCK = {
-    "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
-    "y_embedder.embedding_table": "norm1.emb.class_embedder.embedding_table",
-}
-_BLOCK = {
-    "adaLN_modulation.1": "norm1.linear",
-    "attn.proj": "attn1.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-}
+__all__ = [
+    "ModelMixin",
+    "T5DiTTransformer2DModel",
+    "attention_names",
+    "build",
+    "check_convertible",
+    "describe",
+    "follow_inputs",
+    "layer_sets",
+    "make_grid",
+    "mark",
+    "new_layer",
+    "project",
+    "projections",
+    "remove_grid",
+    "reset_left_out",
+    "softmax_attention",
+    "unmark",
+    "watch",
+]
 
 
-class LatentGrid(TokenGrid):
-    """A TokenGrid that reads the grid off every latent image, as a pre-hook of diffusers' PatchEmbed."""
+class T5DiTTransformer2DModel(DiTTransformer2DModel):
+    """A DiTTransformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them.
 
-    def __call__(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.rows, self.columns = (side // patch_embed.patch_size for side in inputs[0].shape[-2:])
-
-
-class DiTAttention(nn.Module):
-    """A TTT layer around the projections of a diffusers `Attention` (self-attention, no norms of its own).
-
-    Parameters keep their names (`to_q`, `to_k`, `to_v`, `to_out`); all new ones are under `mixer`. The modules of
-    `attention` are shared, not copied.
+    Args:
+        t5_config: of the new layers, as plain values (t5lib.config.to_dict); None for softmax attention.
+        downscale_freq_shift: how the frequencies of the timestep embedding are spaced, 10000^(-i / (half - shift)):
+            1 as in diffusers, 0 as in DiT's own code. The others are those of diffusers' class.
     """
 
-    inherited = ("to_q", "to_k", "to_v", "to_out")
+    t5_config: T5Config | None = None
 
-    def __init__(self, attention: nn.Module, config: T5Config, grid: TokenGrid):
-        super().__init__()
-        self.num_heads, self.head_dim = attention.heads, attention.to_q.out_features // attention.heads
-        self.grid = grid
-        for name in self.inherited:
-            setattr(self, name, getattr(attention, name))
-        self.mixer = make_mixer(self.num_heads, self.head_dim, config).to(self.to_q.weight)
-        self.train(attention.training)
-
-    def forward(
+    @register_to_config
+    def __init__(
         self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """hidden_states: (B, N, C). Returns (B, N, C).
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        attention_bias: bool = True,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        activation_fn: str = "gelu-approximate",
+        num_embeds_ada_norm: int | None = 1000,
+        upcast_attention: bool = False,
+        norm_type: str = "ada_norm_zero",
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-5,
+        downscale_freq_shift: int = 1,
+        t5_config: dict[str, Any] | None = None,
+    ):
+        super().__init__(
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=num_layers,
+            dropout=dropout,
+            norm_num_groups=norm_num_groups,
+            attention_bias=attention_bias,
+            sample_size=sample_size,
+            patch_size=patch_size,
+            activation_fn=activation_fn,
+            num_embeds_ada_norm=num_embeds_ada_norm,
+            upcast_attention=upcast_attention,
+            norm_type=norm_type,
+            norm_elementwise_affine=norm_elementwise_affine,
+            norm_eps=norm_eps,
+        )
+        for block in self.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = downscale_freq_shift
+        if t5_config:
+            from t5lib.conversion import convert
 
-        Raises:
-            T5Error: other tokens to attend to, or a mask, are given; or the tokens do not fit the grid.
-        """
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise T5Error("a TTT layer sees its own tokens, all of them: neither other tokens nor a mask are supported")
-        x = self.mixer.prepare(hidden_states, self.grid)
-        heads = (self.num_heads, self.head_dim)
-        q, k, v = (to(x).unflatten(-1, heads).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
-        o = self.mixer(q, k, v, self.grid).transpose(1, 2).flatten(2)
-        for module in self.to_out:  # projection, dropout
-            o = module(o)
-        return o
+            convert(self, from_dict(T5Config, dict(t5_config), "config.json: t5_config"), inplace=True)
 
 
-def convert_layers(model: DiTTransformer2DModel, config: T5Config) -> None:
-    """Put TTT layers in the place of the attentions of `model`, as `config.layers` says."""
-    grid = LatentGrid(model.pos_embed.height, model.pos_embed.width)
-    model.pos_embed.register_forward_pre_hook(grid)
-    for block, own in zip(model.transformer_blocks, config.of_layers(len(model.transformer_blocks)), strict=True):
-        if own:
-            block.attn1 = DiTAttention(block.attn1, own, grid)
+class SquareLatentGrid(LatentGrid):
+    """A LatentGrid that refuses what diffusers' DiT cannot put together again."""
+
+    def __call__(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        super().__call__(patch_embed, inputs)
+        if self.rows != self.columns:
+            height, width = inputs[0].shape[-2:]
+            raise T5Error(f"a DiT takes square latents only, got {height}×{width}; crop or resize the images")
+
+
+def check_convertible(model: nn.Module) -> None:
+    """Raises T5Error naming what in `model` cannot be converted, and why."""
+    if type(model) not in (DiTTransformer2DModel, T5DiTTransformer2DModel):
+        raise T5Error(
+            f"{type(model).__name__} is not diffusers' DiTTransformer2DModel but made of it; pass that itself"
+        )
+    for name in attention_names(model):
+        check_attention(model.get_submodule(name), name, (AttnProcessor2_0,))
+
+
+def attention_names(model: nn.Module) -> list[str]:
+    """Names of all self-attentions, in order; position i is layer i of T5Config.layers."""
+    return [f"transformer_blocks.{index}.attn1" for index in range(len(model.transformer_blocks))]
+
+
+def layer_sets(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What T5Config.layers may name: the paper converts all."""
+    everything = tuple(range(len(model.transformer_blocks)))
+    return {"all": everything, "paper": everything}
+
+
+def make_grid(model: nn.Module) -> SquareLatentGrid:
+    """A grid that follows the size of every latent `model` sees."""
+    grid = SquareLatentGrid(model.pos_embed.height, model.pos_embed.width)
+    follow_inputs(model, grid)
+    return grid
+
+
+def new_layer(attention: nn.Module, config: T5Config, grid: LatentGrid) -> DiffusersTTTAttention:
+    """The TTT layer that takes the place of `attention`."""
+    return DiffusersTTTAttention(attention, config, grid)
+
+
+def mark(model: DiTTransformer2DModel, config: T5Config) -> None:
+    """Make `model` a T5DiTTransformer2DModel, in place, whose config.json will tell its layers."""
+    model.__class__ = T5DiTTransformer2DModel
+    model.register_to_config(t5_config=to_dict(config))
     model.t5_config = config
 
 
-def from_released(weights: dict[str, Tensor], config: T5Config | None, source: str) -> DiTTransformer2DModel:
-    """The model whose weights these are, in the released naming; in their precision.
-
-    Args:
-        config: of the layers; None for the preset "dit5" with the inner model, convolutions and rescale that the
-            weights are of.
-        source: what errors call the weights.
-
-    Raises:
-        T5Error: weights that are missing, unknown or of another shape (named).
-    """
-    arguments = _describe(weights, source)
-    config = config or _infer_config(weights)
-    with torch.random.fork_rng(devices=[]):
-        model = DiTTransformer2DModel(**arguments).type(weights["x_embedder.proj.weight"].dtype)
-        convert_layers(model, config)
-    for block in model.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = 0
-    ours = to_ours(weights, arguments["num_layers"], arguments["num_attention_heads"])
-    positions = ours.pop("pos_embed")
-    check_fit(ours, model.state_dict(), source)
-    model.load_state_dict(ours)
-    model.pos_embed.pos_embed = positions.to(model.pos_embed.pos_embed)
-    return model
+def unmark(model: T5DiTTransformer2DModel) -> None:
+    """Back to diffusers' class, unless that cannot hold the spacing of the model's timestep embedding."""
+    left = {name: value for name, value in model.config.items() if name != "t5_config"}
+    if left.get("downscale_freq_shift", 1) == 1:
+        left.pop("downscale_freq_shift", None)
+        model.__class__ = DiTTransformer2DModel
+    model._internal_dict = FrozenDict(left)
+    del model.t5_config, model.t5_report
 
 
-def to_ours(weights: dict[str, Tensor], depth: int, heads: int) -> dict[str, Tensor]:
-    """Released names to diffusers' and ours, as told above; "pos_embed" and unknown names stay."""
-    ours = {}
-    for name, value in weights.items():
-        module, _, kind = name.rpartition(".")
-        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-        if module in _EVERY_BLOCK:
-            ours |= {f"transformer_blocks.{i}.{_EVERY_BLOCK[module]}.{kind}": value for i in range(depth)}
-        elif block:
-            renamed = _in_block(block[2], value, heads)
-            ours |= {f"transformer_blocks.{block[1]}.{inside}": part for inside, part in renamed.items()}
-        else:
-            ours[f"{_NAMES[module]}.{kind}" if module in _NAMES else name] = value
-    return ours
+def describe(model: DiTTransformer2DModel) -> tuple[str, dict[str, Any]]:
+    """The name of diffusers' class and the arguments that rebuild `model` (weights aside)."""
+    arguments = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    arguments.pop("t5_config", None)
+    return "DiTTransformer2DModel", arguments
 
 
-def _in_block(name: str, value: Tensor, heads: int) -> dict[str, Tensor]:
-    module, _, kind = name.rpartition(".")
-    if module in _BLOCK:
-        return {f"{_BLOCK[module]}.{kind}": value}
-    if module == "attn.qkv":
-        return {f"attn1.to_{t}.{kind}": part for t, part in zip("qkv", value.chunk(3), strict=True)}
-    new, dot, rest = name.removeprefix("attn.").partition(".")
-    if name == f"attn.{new}" and new in RESCALE:
-        return {f"attn1.mixer.{RESCALE[new]}": value.reshape(heads, 1, -1)}
-    if name.startswith("attn.") and new in RELEASED:
-        return {f"attn1.mixer.{RELEASED[new]}{dot}{rest}": value if dot else value.squeeze(0)}
-    return {name: value}
-
-
-def _infer_config(weights: dict[str, Tensor]) -> T5Config:
-    names = {name.split(".")[3] for name in weights if re.match(r"blocks\.\d+\.attn\.", name)}
-    config = T5Config.preset("dit5", rescale=bool(names & RESCALE.keys()))
-    inner = INNER.get(tuple(sorted(names & {"w1", "w2", "w3"})), config.inner)
-    locality = config.locality if "q_conv2d" in names else config.locality.replace("dwc_qk", "none")
-    return dataclasses.replace(config, inner=inner, locality=locality)
-
-
-def _describe(weights: dict[str, Tensor], source: str) -> dict[str, int | float]:
-    """The arguments of DiTTransformer2DModel."""
-    needed = ("pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "blocks.0.attn.w1")
-    missing = [name for name in needed if name not in weights]
-    if missing:
-        raise T5Error(f"{source} is not a released DiT5: it has no {missing}; a DiT with softmax is not read here")
-    width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
-    inner, tokens = weights["blocks.0.attn.w1"], weights["pos_embed"].shape[1]
-    side = math.isqrt(tokens)
-    if inner.ndim != 4 or inner.shape[1] * inner.shape[2] != width or side * side != tokens:
-        raise T5Error(
-            f"{source}: attn.w1 is {tuple(inner.shape)} and pos_embed has {tokens} positions; expected (1, H, D, D) "
-            f"with H·D = {width}, and a square number of positions"
-        )
-    return {
-        "num_attention_heads": inner.shape[1],
-        "attention_head_dim": inner.shape[2],
-        "in_channels": channels,
-        "out_channels": weights["final_layer.linear.weight"].shape[0] // patch**2,
-        "num_layers": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
-        "sample_size": side * patch,
-        "patch_size": patch,
-        "num_embeds_ada_norm": weights["y_embedder.embedding_table.weight"].shape[0] - 1,  # the last row: no class
-        "norm_eps": NORM_EPS,
-    }
+def build(architecture: str, arguments: dict[str, Any], config: T5Config | None) -> DiTTransformer2DModel:
+    """The model of `describe`, with fresh weights and, given `config`, converted."""
+    if architecture != "DiTTransformer2DModel":
+        raise T5Error(f"expected a DiTTransformer2DModel, got '{architecture}'")
+    if config is None and "downscale_freq_shift" not in arguments:
+        return DiTTransformer2DModel(**arguments)
+    return T5DiTTransformer2DModel(**arguments, t5_config=to_dict(config) if config else None)

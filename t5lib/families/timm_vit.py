@@ -6,11 +6,12 @@ import timm
 import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from t5lib.errors import T5Error
 from t5lib.layers.attention import TTTAttention
+from t5lib.layers.attention import project as project_qkv
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.settings import T5Config
 
@@ -45,22 +46,36 @@ def attention_names(model: nn.Module) -> list[str]:
     return [f"blocks.{index}.attn" for index in range(len(model.blocks))]
 
 
+def layer_sets(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What T5Config.layers may name: the paper converts all."""
+    everything = tuple(range(len(model.blocks)))
+    return {"all": everything, "paper": everything}
+
+
 def make_grid(model: nn.Module) -> TokenGrid:
     """A TokenGrid that follows the size of every image `model` sees."""
     grid = TokenGrid(*model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens)
-    follow_images(model, grid)
+    follow_inputs(model, grid)
     return grid
 
 
-def follow_images(model: nn.Module, grid: TokenGrid) -> RemovableHandle:
+def follow_inputs(model: nn.Module, grid: TokenGrid) -> RemovableHandle:
     """Let `grid` be that of every image `model` sees."""
     return model.patch_embed.register_forward_pre_hook(grid)
+
+
+follow_images = follow_inputs  # the name from before there were models of other inputs
 
 
 def remove_grid(model: nn.Module) -> None:
     hooks = model.patch_embed._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, TokenGrid)]:
         del hooks[key]
+
+
+def new_layer(attention: Attention, config: T5Config, grid: TokenGrid) -> TTTAttention:
+    """The TTT layer that takes the place of `attention`."""
+    return TTTAttention(attention, config, grid)
 
 
 def softmax_attention(layer: TTTAttention) -> Attention:
@@ -99,6 +114,49 @@ def reset_left_out(model: nn.Module, name: str, inherit: str) -> list[str]:
         init_weights_vit_timm(module, full)
     part.to(place)
     return names
+
+
+def mark(model: nn.Module, config: T5Config) -> None:
+    model.t5_config = config
+
+
+def unmark(model: nn.Module) -> None:
+    del model.t5_config, model.t5_report
+
+
+def watch(
+    attention: Attention, inputs: dict[str, tuple[Tensor, ...]], outputs: dict[str, Tensor], name: str
+) -> list[RemovableHandle]:
+    """While the model runs, keep what `attention` gets and gives, under `name`.
+
+    Args:
+        inputs: gets (x,), the tokens (B, N, C).
+        outputs: gets the merged heads (B, N, H·D) before norm, gate and output projection.
+
+    Returns:
+        Handles whose `remove` ends it.
+    """
+
+    def keep_input(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs[name] = arguments[:1]
+
+    def keep_output(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        outputs[name] = arguments[0]
+
+    return [
+        attention.register_forward_pre_hook(keep_input),
+        attention.norm.register_forward_pre_hook(keep_output),
+    ]
+
+
+def project(attention: nn.Module, tokens: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v, each (B, H, N, D), of a timm or TTT attention for tokens (x,), x (B, N, C)."""
+    return project_qkv(attention, *tokens)
+
+
+def projections(layer: nn.Module) -> list[nn.Module]:
+    """The modules that make q, k and v of `layer`'s input."""
+    return [layer.qkv, layer.q_norm, layer.k_norm]
 
 
 def fresh_weights(model: VisionTransformer, seed: int) -> VisionTransformer:

@@ -11,7 +11,42 @@ from t5lib.layers.mixers import make_mixer
 from t5lib.layers.settings import T5Config
 
 
-class TTTAttention(nn.Module):
+class TTTLayer(nn.Module):
+    """What the converted layers of all families have in common: inherited parts around a mixer, and a token grid.
+
+    Attributes:
+        inherited: names of the parts taken over from the softmax attention (None where it has none).
+        num_heads, head_dim: of the layer.
+        mixer: holds every new parameter.
+        grid: token layout, shared by all layers of a model.
+    """
+
+    inherited: tuple[str, ...]
+    num_heads: int
+    head_dim: int
+    mixer: nn.Module
+    grid: TokenGrid
+
+    def grid_of(self, tokens: tuple[Tensor, ...]) -> TokenGrid:
+        """The layout of q, k and v made of `tokens`: image tokens (B, N, C), and text tokens (B, T, C) if any."""
+        return self.grid.with_suffix(tokens[1].shape[1]) if len(tokens) > 1 else self.grid
+
+    def add_mixer(self, config: T5Config, like: nn.Linear) -> None:
+        """Make the mixer, in the precision and the place of `like`, the projection of queries.
+
+        Raises:
+            T5Error: locality "cpe" convolves the layer's input as if it were heads, and their widths differ.
+        """
+        width = self.num_heads * self.head_dim
+        if config.convolution == "cpe" and like.in_features != width:
+            raise T5Error(
+                f"locality 'cpe' convolves the layer's input, of {like.in_features} channels, but the heads hold "
+                f"{self.num_heads} x {self.head_dim}; use 'dwc_qk' for this model"
+            )
+        self.mixer = make_mixer(self.num_heads, self.head_dim, config).to(like.weight)
+
+
+class TTTAttention(TTTLayer):
     """Takes over the projections of a timm `Attention` and mixes tokens with a Mixer.
 
     Parameters keep their names (`qkv`, `q_norm`, `k_norm`, `norm`, `gate`, `proj`); all new ones are under `mixer`.
@@ -31,13 +66,7 @@ class TTTAttention(nn.Module):
         self.grid = grid
         for name in self.inherited:
             setattr(self, name, getattr(attention, name, None))
-        width = self.num_heads * self.head_dim
-        if config.convolution == "cpe" and self.qkv.in_features != width:
-            raise T5Error(
-                f"locality 'cpe' convolves the layer's input, of {self.qkv.in_features} channels, but the heads hold "
-                f"{self.num_heads} x {self.head_dim}; use 'dwc_qk' for this model"
-            )
-        self.mixer = make_mixer(self.num_heads, self.head_dim, config).to(self.qkv.weight)
+        self.add_mixer(config, self.qkv)
         self.train(attention.training)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

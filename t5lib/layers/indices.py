@@ -4,6 +4,8 @@ import re
 
 from t5lib.errors import T5Error
 
+LAYER_SETS = ("all", "paper")  # which attentions each means, a model's family tells
+
 
 def parse_indices(text: str) -> list[int]:
     """Layer numbers, "0-5,8" for 0 1 2 3 4 5 8.
@@ -23,10 +25,10 @@ def parse_indices(text: str) -> list[int]:
     return indices
 
 
-def parse_layers(text: str | None) -> tuple[int, ...] | dict[str, str] | None:
-    """What T5Config.layers takes: numbers "0-5,8", or a map "0-5=softmax,6-11=swiglu+nat5"; None means all."""
-    if text is None:
-        return None
+def parse_layers(text: str | None) -> tuple[int, ...] | dict[str, str] | str | None:
+    """What T5Config.layers takes: "0-5,8", a map "0-5=softmax,6-11=swiglu+nat5", "all" or "paper"; None means all."""
+    if text is None or text in LAYER_SETS:
+        return text
     if "=" not in text:
         return tuple(sorted(set(parse_indices(text))))
     layers: dict[str, str] = {}

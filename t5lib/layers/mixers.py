@@ -42,10 +42,11 @@ class Mixer(nn.Module):
         """A new D×D weight a head, (H, D, D)."""
         std = self.config.init_std or self.head_dim**-0.5
         weight = torch.empty(self.num_heads, self.head_dim, self.head_dim)
-        return nn.Parameter(nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std))
+        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)  # returns nothing while diffusers loads weights
+        return nn.Parameter(weight)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
-        """q, k, v: (B, H, N, D), prefix tokens first. Returns (B, H, N, D).
+        """q, k, v: (B, H, N, D), prefix tokens, then the grid's, then suffix tokens. Returns (B, H, N, D).
 
         Raises:
             T5Error: the tokens do not fit the grid.
@@ -53,7 +54,7 @@ class Mixer(nn.Module):
         config, raw = self.config, (q, k, v)
         if config.rescale:
             q, k = q * self.q_scale + self.q_offset, k * self.k_scale + self.k_offset
-        k = key_norm(k, config.key_norm, config.key_norm_eps)
+        k = self._normalized(k, grid)
         if config.convolution == "dwc_qk":
             q, k = q + convolved(q, self.q_conv, grid), k + convolved(k, self.k_conv, grid)
         o = self.mix(q, k, v, grid)
@@ -67,22 +68,31 @@ class Mixer(nn.Module):
             return x
         return x + convolved(x.unsqueeze(1), self.x_conv, grid).squeeze(1)
 
+    def _normalized(self, k: Tensor, grid: TokenGrid) -> Tensor:
+        """Key norm over all tokens, or over the image's and the text's (suffix) apart (config.key_norm_scope)."""
+        kind, eps = self.config.key_norm, self.config.key_norm_eps
+        if self.config.key_norm_scope == "joint" or not grid.num_suffix_tokens:
+            return key_norm(k, kind, eps)
+        text = k.shape[2] - grid.num_suffix_tokens
+        return torch.cat([key_norm(k[:, :, :text], kind, eps), key_norm(k[:, :, text:], kind, eps)], dim=2)
+
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
         """The mixing itself. q, k, v: (B, H, N, D), normalized and convolved. Returns (B, H, N, D)."""
         raise NotImplementedError
 
     def _with_neighborhood(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
-        """Half `o`, half neighborhood attention of the projections as they come; prefix tokens have no neighborhood."""
+        """Half `o`, half neighborhood attention of the projections as they come; only the grid has neighborhoods."""
         grid.check(o.shape[2])
         if min(grid.rows, grid.columns) < self.config.window:
             raise T5Error(
                 f"locality '{self.config.locality}' looks at {self.config.window}×{self.config.window} tokens, more "
                 f"than the grid of {grid.rows}×{grid.columns} holds; use larger images, '+nat3', or no neighborhood"
             )
-        prefix = grid.num_prefix_tokens
-        q, k, v = (t[:, :, prefix:] for t in (q, k, v))
+        own = grid.patches
+        q, k, v = (t[:, :, own] for t in (q, k, v))
         near = neighborhood_attention(q, k, v, rows=grid.rows, columns=grid.columns, window=self.config.window)
-        return torch.cat([o[:, :, :prefix], 0.5 * o[:, :, prefix:] + 0.5 * near.to(o.dtype)], dim=2)
+        mixed = 0.5 * o[:, :, own] + 0.5 * near.to(o.dtype)
+        return torch.cat([o[:, :, : own.start], mixed, o[:, :, own.stop :]], dim=2)
 
 
 class TTTMixer(Mixer):
@@ -110,10 +120,9 @@ def make_mixer(num_heads: int, head_dim: int, config: T5Config, layers: int = 1)
 
 
 def convolved(x: Tensor, conv: nn.Conv2d, grid: TokenGrid) -> Tensor:
-    """Depthwise convolution over the token grid, 0 at prefix tokens. x: (B, H, N, D), conv over H·D channels."""
+    """Depthwise convolution over the token grid, 0 elsewhere. x: (B, H, N, D), conv over H·D channels."""
     grid.check(x.shape[2])
     B, H, _, D = x.shape
-    patches = x[:, :, grid.num_prefix_tokens :]
-    image = patches.transpose(2, 3).reshape(B, H * D, grid.rows, grid.columns)
+    image = x[:, :, grid.patches].transpose(2, 3).reshape(B, H * D, grid.rows, grid.columns)
     mixed = conv(image).reshape(B, H, D, -1).transpose(2, 3)
-    return nn.functional.pad(mixed, (0, 0, grid.num_prefix_tokens, 0))
+    return nn.functional.pad(mixed, (0, 0, grid.num_prefix_tokens, grid.num_suffix_tokens))

@@ -115,12 +115,16 @@ class ClearMixer(Mixer):
     """Softmax attention in circular windows of `config.radius` patches, without new weights.
 
     Source: "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up" (arXiv 2412.16112). Departure:
-    class and register tokens take the part of its text tokens: they see every token, and every token sees them.
+    class and register tokens are as its text tokens: they see every token, and every token sees them.
     """
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
-        layout = {"rows": grid.rows, "columns": grid.columns, "num_prefix_tokens": grid.num_prefix_tokens}
-        return circular_attention(q, k, v, **layout, radius=self.config.radius).to(q.dtype)
+        suffix = grid.num_suffix_tokens  # the op has such tokens in front
+        everywhere = grid.num_prefix_tokens + suffix
+        q, k, v = (t.roll(suffix, dims=2) if suffix else t for t in (q, k, v))
+        layout = {"rows": grid.rows, "columns": grid.columns, "num_prefix_tokens": everywhere}
+        o = circular_attention(q, k, v, **layout, radius=self.config.radius).to(q.dtype)
+        return o.roll(-suffix, dims=2) if suffix else o
 
 
 class ViT3Mixer(Mixer):
@@ -132,10 +136,10 @@ class ViT3Mixer(Mixer):
 
     Source: "ViT^3: Unlocking Test-Time Training in Vision" (arXiv 2512.01643); factor and bound as in its released
     code. Departures: there the convolution has projections of its own beside the H heads. Here q, k, v are inherited,
-    so the last head of each layer has the convolution for its inner model. Prefix tokens have no place in the grid (the
-    source has none): the convolution is not fitted on them, and they get the gated model in that head too. Weights
-    start with config.init_std, or wide enough to keep the scale (there 0.02). Its positional encoding is locality
-    "cpe".
+    so the last head of each layer has the convolution for its inner model. Prefix and suffix tokens have no place in
+    the grid (the source has none): the convolution is not fitted on them, and they get the gated model there too.
+    Weights start with config.init_std, or wide enough to keep the scale (there 0.02). Its positional encoding is
+    locality "cpe".
     """
 
     def __init__(self, num_heads: int, head_dim: int, config: T5Config, layers: int = 1):
@@ -145,11 +149,11 @@ class ViT3Mixer(Mixer):
         nn.init.trunc_normal_(self.taps, std=config.init_std or 1 / 3)  # nine taps: 9**-0.5
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
-        prefix = grid.num_prefix_tokens
+        own = grid.patches
         gated = self._gated(q, k, v).unflatten(1, (self.layers, -1))
-        own = (t.unflatten(1, (self.layers, -1))[:, :, -1, prefix:] for t in (q, k, v))
-        patches = self._convolution(*own, grid)
-        last = torch.cat([gated[:, :, -1, :prefix], patches.to(gated.dtype)], dim=2)
+        on_grid = (t.unflatten(1, (self.layers, -1))[:, :, -1, own] for t in (q, k, v))
+        patches = self._convolution(*on_grid, grid).to(gated.dtype)
+        last = torch.cat([gated[:, :, -1, : own.start], patches, gated[:, :, -1, own.stop :]], dim=2)
         return torch.cat([gated[:, :, :-1], last.unsqueeze(2)], dim=2).flatten(1, 2).to(q.dtype)
 
     def _gated(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

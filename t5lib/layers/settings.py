@@ -8,7 +8,7 @@ from t5kernels import INNER_LOSSES, INNER_WEIGHTS
 
 from t5lib.config import one_of
 from t5lib.errors import T5Error
-from t5lib.layers.indices import parse_indices
+from t5lib.layers.indices import LAYER_SETS, parse_indices
 from t5lib.layers.key_norm import KEY_NORMS
 
 SOFTMAX = "softmax"  # in a layer map: leave this attention as it is
@@ -18,6 +18,7 @@ CONVOLUTIONS = ("none", "cpe", "dwc_v", "dwc_qk")
 NEIGHBORHOODS = {"": None, "nat3": 3, "nat5": 5}
 LOCALITIES = tuple(f"{base}+{nat}" if nat else base for base in CONVOLUTIONS for nat in NEIGHBORHOODS)
 INHERITANCE = ("all", "attention", "mlp")
+SCOPES = ("joint", "modality")
 
 # Whole layers under one name: T5Config.preset(name), `preset:` in params.yaml, or a value of a layer map.
 _OTHERWISE = {"inner_loss": "dot", "rescale": False, "inherit": "all"}
@@ -51,15 +52,17 @@ class T5Config:
         inner_loss: of a TTT inner model, "dot" (paper's text) or "residual" (released DiT variant).
         key_norm: one of KEY_NORMS; "instance" removes the key shift.
         key_norm_eps: added to the variance.
+        key_norm_scope: where text and image form one sequence, "joint" takes statistics over all tokens, "modality"
+            over the image's and the text's apart. Elsewhere both are the same.
         locality: a depthwise 3×3 convolution over the grid, x + conv(x): "dwc_qk" on q and the normalized k, "cpe" on
             the layer's input, "dwc_v" of v, added to the output; or "none". With "+nat3" or "+nat5" half of the output
             is softmax attention over a 3×3 or 5×5 neighborhood.
         rescale: learned scale and offset a channel on q and k before the key norm (released DiT variant).
         radius: of the circular windows of inner "clear", in patches.
         inherit: "all" pretrained weights; "attention" (MLPs start afresh) or "mlp" (attention projections do).
-        layers: which attentions to convert: None for all, indices, or a map such as {"0-5": "softmax",
-            "6-11": "swiglu+nat5"}, whose values are "softmax", an inner model or a preset. What is not named stays
-            softmax.
+        layers: which attentions to convert: None for all, indices, a map such as {"0-5": "softmax",
+            "6-11": "swiglu+nat5"}, whose values are "softmax", an inner model or a preset, or one of LAYER_SETS:
+            "all", or "paper" for those that the paper converts in this kind of model. What is not named stays softmax.
         init_std: standard deviation of new inner weights; None means head_dim**-0.5, the best start for
             calibration (docs/results); the paper trains from 0.02.
         seed: of the new weights; a conversion is repeatable and leaves the global random state alone.
@@ -69,11 +72,12 @@ class T5Config:
     inner_loss: str = "dot"
     key_norm: str = "instance"
     key_norm_eps: float = 1.0
+    key_norm_scope: str = "joint"
     locality: str = "dwc_qk"
     rescale: bool = False
     radius: float = 8.0
     inherit: str = "all"
-    layers: tuple[int, ...] | dict[str, str] | None = None
+    layers: tuple[int, ...] | dict[str, str] | str | None = None
     init_std: float | None = None
     seed: int = 0
 
@@ -81,6 +85,7 @@ class T5Config:
         one_of(self.inner, INNERS, "inner")
         one_of(self.inner_loss, INNER_LOSSES, "inner_loss")
         one_of(self.key_norm, KEY_NORMS, "key_norm")
+        one_of(self.key_norm_scope, SCOPES, "key_norm_scope")
         one_of(self.locality, LOCALITIES, "locality")
         one_of(self.inherit, INHERITANCE, "inherit")
         if self.key_norm_eps <= 0:
@@ -89,6 +94,8 @@ class T5Config:
             raise T5Error(f"radius is {self.radius}; expected 1 or more patches, as in CLEAR: 8")
         if self.init_std is not None and self.init_std <= 0:
             raise T5Error(f"init_std is {self.init_std}; expected a positive number, or null for head_dim**-0.5")
+        if isinstance(self.layers, str):
+            one_of(self.layers, LAYER_SETS, "layers")
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.layers, dict):
@@ -126,17 +133,24 @@ class T5Config:
             return changed
         return dataclasses.replace(changed, locality=f"{changed.locality.partition('+')[0]}+{nat}")
 
-    def of_layers(self, count: int) -> list["T5Config | None"]:
+    def of_layers(self, count: int, sets: dict[str, tuple[int, ...]] | None = None) -> list["T5Config | None"]:
         """For each of `count` attentions what it becomes: a T5Config without layers, or None: it stays softmax.
+
+        Args:
+            count: of the attentions of a model.
+            sets: which of them each of LAYER_SETS means; without it only "all" is known.
 
         Raises:
             T5Error: an index that does not exist, is named twice, or nothing to convert.
         """
         own = dataclasses.replace(self, layers=None)
-        if self.layers is None:
+        layers = self.layers
+        if isinstance(layers, str):
+            layers = ({"all": tuple(range(count))} | (sets or {}))[layers]
+        if layers is None:
             return [own] * count
         result: list[T5Config | None] = [None] * count
-        named = [(index, own) for index in self.layers] if isinstance(self.layers, tuple) else list(self._entries())
+        named = list(self._entries()) if isinstance(layers, dict) else [(index, own) for index in layers]
         indices = [index for index, _ in named]
         wrong = [index for index in indices if not 0 <= index < count]
         if wrong or not indices or len(set(indices)) != len(indices):

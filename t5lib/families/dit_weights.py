@@ -1,0 +1,146 @@
+"""Released DiT5 checkpoints as diffusers models.
+
+Released ("DiT5")                          diffusers' DiTTransformer2DModel                            i: block
+x_embedder.proj.*                          pos_embed.proj.*
+pos_embed                                  the buffer pos_embed.pos_embed
+t_embedder.mlp.{0,2}.*                     transformer_blocks.i.norm1.emb.timestep_embedder.linear_{1,2}.*, every i
+y_embedder.embedding_table.weight          transformer_blocks.i.norm1.emb.class_embedder.embedding_table.weight, every i
+blocks.i.adaLN_modulation.1.*              transformer_blocks.i.norm1.linear.*
+blocks.i.attn.qkv.*                        transformer_blocks.i.attn1.{to_q,to_k,to_v}.*
+blocks.i.attn.proj.*                       transformer_blocks.i.attn1.to_out.0.*
+blocks.i.attn.{w1,w2,…}                    transformer_blocks.i.attn1.mixer.{w1,w2,…}, as for the ViT (t5lib.official)
+blocks.i.attn.{q,k}_{scale,rescale,gamma}  transformer_blocks.i.attn1.mixer.{q,k}_scale
+blocks.i.attn.{q,k}_{offset,shift,beta}    transformer_blocks.i.attn1.mixer.{q,k}_offset
+blocks.i.mlp.{fc1,fc2}.*                   transformer_blocks.i.ff.net.{0.proj,2}.*
+final_layer.{adaLN_modulation.1,linear}.*  {proj_out_1,proj_out_2}.*
+
+How the released code spells the learned rescale is not known to us; the names above are accepted. diffusers spaces
+the frequencies of its timestep embedding otherwise than DiT's own code; a model made here has DiT's own.
+Source: the code released with "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772); "Scalable
+Diffusion Models with Transformers" (arXiv 2212.09748).
+"""
+
+import dataclasses
+import math
+import re
+
+import torch
+from torch import Tensor
+
+from t5lib.config import to_dict
+from t5lib.errors import T5Error
+from t5lib.families.dit import T5DiTTransformer2DModel
+from t5lib.layers.settings import T5Config
+from t5lib.official import INNER, RELEASED, check_fit
+
+NORM_EPS = 1e-6  # of DiT's own code; diffusers' default is 1e-5
+
+SCALES = {f"{t}_{name}": f"{t}_scale" for t in "qk" for name in ("scale", "rescale", "gamma")}
+OFFSETS = {f"{t}_{name}": f"{t}_offset" for t in "qk" for name in ("offset", "shift", "beta")}
+RESCALE = SCALES | OFFSETS
+
+_NAMES = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+_EVERY_BLOCK = {
+    "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
+    "y_embedder.embedding_table": "norm1.emb.class_embedder.embedding_table",
+}
+_BLOCK = {
+    "adaLN_modulation.1": "norm1.linear",
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+
+
+def from_released(weights: dict[str, Tensor], config: T5Config | None, source: str) -> T5DiTTransformer2DModel:
+    """The model whose weights these are, in the released naming; in their precision.
+
+    Args:
+        config: of the layers; None for the preset "dit5" with the inner model, convolutions and rescale that the
+            weights are of.
+        source: what errors call the weights.
+
+    Raises:
+        T5Error: weights that are missing, unknown or of another shape (named).
+    """
+    arguments = _describe(weights, source)
+    config = config or _infer_config(weights)
+    with torch.random.fork_rng(devices=[]):
+        model = T5DiTTransformer2DModel(**arguments, t5_config=to_dict(config), downscale_freq_shift=0)
+    model = model.type(weights["x_embedder.proj.weight"].dtype)
+    ours = to_ours(weights, arguments["num_layers"], arguments["num_attention_heads"])
+    positions = ours.pop("pos_embed")
+    check_fit(ours, model.state_dict(), source)
+    model.load_state_dict(ours)
+    model.pos_embed.pos_embed = positions.to(model.pos_embed.pos_embed)
+    return model
+
+
+def to_ours(weights: dict[str, Tensor], depth: int, heads: int) -> dict[str, Tensor]:
+    """Released names to diffusers' and ours, as told above; "pos_embed" and unknown names stay."""
+    ours = {}
+    for name, value in weights.items():
+        module, _, kind = name.rpartition(".")
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        if module in _EVERY_BLOCK:
+            ours |= {f"transformer_blocks.{i}.{_EVERY_BLOCK[module]}.{kind}": value for i in range(depth)}
+        elif block:
+            renamed = _in_block(block[2], value, heads)
+            ours |= {f"transformer_blocks.{block[1]}.{inside}": part for inside, part in renamed.items()}
+        else:
+            ours[f"{_NAMES[module]}.{kind}" if module in _NAMES else name] = value
+    return ours
+
+
+def _in_block(name: str, value: Tensor, heads: int) -> dict[str, Tensor]:
+    module, _, kind = name.rpartition(".")
+    if module in _BLOCK:
+        return {f"{_BLOCK[module]}.{kind}": value}
+    if module == "attn.qkv":
+        return {f"attn1.to_{t}.{kind}": part for t, part in zip("qkv", value.chunk(3), strict=True)}
+    new, dot, rest = name.removeprefix("attn.").partition(".")
+    if name == f"attn.{new}" and new in RESCALE:
+        return {f"attn1.mixer.{RESCALE[new]}": value.reshape(heads, 1, -1)}
+    if name.startswith("attn.") and new in RELEASED:
+        return {f"attn1.mixer.{RELEASED[new]}{dot}{rest}": value if dot else value.squeeze(0)}
+    return {name: value}
+
+
+def _infer_config(weights: dict[str, Tensor]) -> T5Config:
+    names = {name.split(".")[3] for name in weights if re.match(r"blocks\.\d+\.attn\.", name)}
+    config = T5Config.preset("dit5", rescale=bool(names & RESCALE.keys()))
+    inner = INNER.get(tuple(sorted(names & {"w1", "w2", "w3"})), config.inner)
+    locality = config.locality if "q_conv2d" in names else config.locality.replace("dwc_qk", "none")
+    return dataclasses.replace(config, inner=inner, locality=locality)
+
+
+def _describe(weights: dict[str, Tensor], source: str) -> dict[str, int | float]:
+    """The arguments of DiTTransformer2DModel."""
+    needed = ("pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "blocks.0.attn.w1")
+    missing = [name for name in needed if name not in weights]
+    if missing:
+        raise T5Error(f"{source} is not a released DiT5: it has no {missing}; a DiT with softmax is not read here")
+    width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+    inner, tokens = weights["blocks.0.attn.w1"], weights["pos_embed"].shape[1]
+    side = math.isqrt(tokens)
+    if inner.ndim != 4 or inner.shape[1] * inner.shape[2] != width or side * side != tokens:
+        raise T5Error(
+            f"{source}: attn.w1 is {tuple(inner.shape)} and pos_embed has {tokens} positions; expected (1, H, D, D) "
+            f"with H·D = {width}, and a square number of positions"
+        )
+    return {
+        "num_attention_heads": inner.shape[1],
+        "attention_head_dim": inner.shape[2],
+        "in_channels": channels,
+        "out_channels": weights["final_layer.linear.weight"].shape[0] // patch**2,
+        "num_layers": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        "sample_size": side * patch,
+        "patch_size": patch,
+        "num_embeds_ada_norm": weights["y_embedder.embedding_table.weight"].shape[0] - 1,  # the last row: no class
+        "norm_eps": NORM_EPS,
+    }
