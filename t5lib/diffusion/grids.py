@@ -1,0 +1,42 @@
+"""Samples of several models side by side, as one picture."""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from t5lib.plots import MUTED, SOFTMAX, T5, WIDTH, styled
+
+LETTERS = 16  # of a prompt that fit in a line beside a row of pictures
+
+
+@styled
+def sample_grid(models: dict[str, Tensor], prompts: Sequence[str]) -> Figure:
+    """A column a model, a row a prompt; the same seed in a row.
+
+    Args:
+        models: label to images (n, C, H, W) uint8; the first is the softmax source, in blue.
+        prompts: n texts or class names, written beside the rows.
+    """
+    first = next(iter(models.values()))
+    tall = first.shape[-2] / first.shape[-1]
+    side = (WIDTH - 1.1) / len(models)
+    figure = Figure(figsize=(WIDTH, 0.35 + side * tall * len(prompts)), layout="constrained")
+    panels = figure.subplots(len(prompts), len(models), squeeze=False)
+    for column, (label, images) in enumerate(models.items()):
+        panels[0][column].set_title(label, loc="center", pad=5, fontsize=9, color=T5 if column else SOFTMAX)
+        for axes, image in zip(panels[:, column], images, strict=True):
+            pixels = image.movedim(0, -1).numpy()
+            axes.imshow(pixels.squeeze(-1) if image.shape[0] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
+            axes.set(xticks=[], yticks=[])
+            axes.grid(False)
+            axes.spines[:].set_visible(False)
+    for axes, prompt in zip(panels[:, 0], prompts, strict=True):
+        axes.set_ylabel(_wrapped(prompt), rotation=0, ha="right", va="center", fontsize=8, color=MUTED)
+    return figure
+
+
+def _wrapped(prompt: str) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(prompt, LETTERS, max_lines=4, placeholder=" …"))

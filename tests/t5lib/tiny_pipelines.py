@@ -1,0 +1,84 @@
+"""Whole diffusers pipelines with random weights, built offline in a moment; an image takes some milliseconds a step."""
+
+import string
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+)
+from tiny_denoisers import CHANNELS, tiny_dit, tiny_sd3
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
+from transformers import T5TokenizerFast as T5Tokenizer
+
+SIDE = 16  # pixels of an image: the latents' 8 times the VAE's 2
+WIDTH = 16  # of the text
+
+
+def tiny_sd3_pipeline(seed: int = 0, t5: bool = True) -> StableDiffusion3Pipeline:
+    """All parts of SD3.5's pipeline; images of 16 × 16 pixels by default. `t5=False`: without the third encoder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return StableDiffusion3Pipeline(
+            transformer=tiny_sd3(seed=seed, joint_attention_dim=2 * WIDTH, pooled_projection_dim=2 * WIDTH),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(),
+            text_encoder=_clip(),
+            tokenizer=_clip_tokenizer(),
+            text_encoder_2=_clip(),
+            tokenizer_2=_clip_tokenizer(),
+            text_encoder_3=_t5() if t5 else None,
+            tokenizer_3=_t5_tokenizer() if t5 else None,
+        )
+
+
+def tiny_dit_pipeline(seed: int = 0, vae: bool = False, learned_variance: bool = True) -> DiTPipeline:
+    """Without a VAE the latents are pixels, here 8 × 8 of one channel."""
+    channels = {} if vae else {"in_channels": 1, "out_channels": 2 if learned_variance else 1}
+    transformer = tiny_dit(seed=seed, learned_variance=learned_variance, **channels)
+    scheduler = DDPMScheduler(variance_type="learned_range") if learned_variance else DDIMScheduler()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DiTPipeline(transformer=transformer, vae=tiny_vae() if vae else None, scheduler=scheduler)
+
+
+def tiny_vae() -> AutoencoderKL:
+    """Two pixels a latent; layers small enough to be quick."""
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 2, "layers_per_block": 1}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(latent_channels=CHANNELS, sample_size=SIDE, shift_factor=0.06, **sizes, **blocks).eval()
+
+
+def _clip() -> nn.Module:
+    config = CLIPTextConfig(
+        hidden_size=WIDTH,
+        projection_dim=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=_clip_tokenizer().vocab_size,
+        bos_token_id=None,
+        eos_token_id=_clip_tokenizer().eos_token_id,
+    )
+    return CLIPTextModelWithProjection(config).eval()
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    letters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77)
+
+
+def _t5() -> nn.Module:
+    sizes = {"d_model": 2 * WIDTH, "d_ff": WIDTH, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=40, **sizes)).eval()
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    return T5Tokenizer(vocab=[*special, *((letter, -3.0) for letter in string.ascii_lowercase)], extra_ids=0)
