@@ -19,6 +19,7 @@ LOOKS = {
     "finetuned": ("D", plots.T5, plots.T5, "fine-tuned"),
 }
 REFERENCES = {"control": ("-", "softmax trained alike"), "source": (":", "softmax source")}
+BESIDE_A_ROW = {"va": "center", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.3}}  # no grid through it
 SPAN = 15.0  # points that the axis shows at most: what differs by one must be seen; values further down are written out
 
 
@@ -36,11 +37,12 @@ def dots(table: Table, rows: "list[Row]", softmax: dict[str, dict[str, float]]) 
         floor = _limits(axes, rows, shown, softmax)
         for number, row in enumerate(rows):
             told = " ".join(text for text in (_far_below(row, shown, floor), _missing(row, shown)) if text)
-            axes.text(0.01, number - 0.3, told, transform=axes.get_yaxis_transform(), va="center", fontsize=7)
+            axes.text(0.01, number - 0.36, told, transform=axes.get_yaxis_transform(), fontsize=7, **BESIDE_A_ROW)
         axes.set_yticks(range(len(rows)), [row.label for row in rows], color=plots.INK)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.spines["left"].set_visible(False)
-        figure.legend(loc="outside lower center", ncols=3, handletextpad=0.3, columnspacing=1.2, fontsize=8)
+        columns = (len(axes.get_legend_handles_labels()[0]) + 1) // 2  # two lines of entries
+        figure.legend(loc="outside lower center", ncols=columns, handletextpad=0.3, columnspacing=1.2, fontsize=8)
     return figure
 
 
