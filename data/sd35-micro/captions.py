@@ -29,7 +29,12 @@ PHRASINGS = (
     "a picture of {things} on {colour}",
 )
 IRREGULAR = {
-    **{"leaf": "leaves", "knife": "knives", "mouse": "mice", "wolf": "wolves", "ox": "oxen", "die": "dice"},
+    "leaf": "leaves",
+    "knife": "knives",
+    "mouse": "mice",
+    "wolf": "wolves",
+    "ox": "oxen",
+    "die": "dice",
     **{word: f"{word}es" for word in ("tomato", "potato", "mosquito", "mango")},
     **{word: word for word in ("deer", "bison", "shrimp", "squid", "rhinoceros", "arts")},
 }

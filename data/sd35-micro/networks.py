@@ -1,7 +1,7 @@
 """The parts of the pipeline, in the shape of Stable Diffusion 3.5 and a thousandth of its size.
 
-    vae             AutoencoderKL: pixels to latents of half the side and 4 channels. So 128 px are 64 x 64 latents and, in
-                    patches of 2, 1,024 tokens; 64 px are 256 tokens. Three numbers of pixels for one of latents.
+    vae             AutoencoderKL: pixels to latents of half the side and 4 channels, a third of the numbers. 128 px
+                    are 64 x 64 latents and, in patches of 2, 1,024 tokens; 64 px are 256 tokens.
     text encoders   two CLIPTextModelWithProjection, one T5EncoderModel, for captions of vocabulary.LENGTH tokens
     transformer     SD3Transformer2DModel: dual attention in the first half, q/k RMS norms, last block without text
     scheduler       FlowMatchEulerDiscreteScheduler

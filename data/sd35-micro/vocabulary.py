@@ -7,6 +7,7 @@ model whose pieces are the captions' words; single characters stand for words it
 import math
 import string
 from collections import Counter
+from itertools import pairwise
 
 CLIP_VOCABULARY = 1280
 LENGTH = 16  # tokens of a caption, for all three; the longest caption takes 13
@@ -55,7 +56,7 @@ def _byte_pairs(captions: list[str]) -> tuple[dict[str, int], list[tuple[str, st
     while len(vocabulary) < CLIP_VOCABULARY:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, number in words.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in pairwise(word):
                 pairs[pair] += number
         if not pairs:
             break
