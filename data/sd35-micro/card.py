@@ -15,6 +15,8 @@ from scenes import Scenes, compose, to_bytes
 from torch import Tensor
 from vocabulary import LENGTH
 
+from t5lib.diffusion.generation import GenerateConfig, sample
+
 GUIDANCE = 4.0
 STEPS = 28
 BORDER = 3  # pixels at 64 px
@@ -33,17 +35,14 @@ SHOWN = (
 def load(folder: Path, device: torch.device):
     from diffusers import StableDiffusion3Pipeline
 
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return StableDiffusion3Pipeline.from_pretrained(folder).to(device)
 
 
 def generate(pipeline, prompts: list[str], size: int, seed: int) -> Tensor:
     """(B, 3, size, size) in [-1, 1]."""
-    options = {"height": size, "width": size, "guidance_scale": GUIDANCE, "num_inference_steps": STEPS}
-    chance = torch.Generator("cpu").manual_seed(seed)
-    made = pipeline(prompts, generator=chance, max_sequence_length=LENGTH, output_type="pt", **options).images
-    return made.float() * 2 - 1
+    options = {"guidance": GUIDANCE, "steps": STEPS, "size": (size, size), "max_sequence_length": LENGTH}
+    made = sample(pipeline, prompts, [seed + index for index in range(len(prompts))], GenerateConfig(batch_size=64, **options))
+    return made / 127.5 - 1
 
 
 def single_scenes(emoji: Tensor, colour: Tensor) -> Scenes:

@@ -248,6 +248,7 @@ def psnr(world: World, vae, settings: Settings) -> dict[str, float]:
     return found
 
 
+@torch.compiler.set_stance("force_eager")  # compiling for a few batches costs more than it gains
 @torch.no_grad()
 def held_out_loss(world: World, model: Captioned, vae, config: MicroConfig, settings: Settings) -> dict[str, float]:
     """The flow loss of the averaged weights on scenes that no step drew, by size."""

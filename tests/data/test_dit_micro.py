@@ -1,0 +1,72 @@
+"""The pretraining of dit-micro."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from t5lib.diffusion.generation import GenerateConfig, sample
+
+DATA = Path(__file__).parents[2] / "data"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("pretrain_dit_micro", DATA / "dit-micro/pretrain.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def pretrained(script, tmp_path_factory):
+    """Two steps of a tiny model, stopped once before the end."""
+    out, scratch = (tmp_path_factory.mktemp("micro") / name for name in ("model", "scratch"))
+    settings = script.Settings(steps=2, batch=4, layers=1, heads=1, threads=1, scored=10)
+    images = DATA / "fashion-mnist/train.json"
+    with pytest.raises(SystemExit, match="3"):
+        script.run(settings, images, out, scratch, stop=0.0)
+    assert not out.exists()
+    script.run(settings, images, out, scratch)
+    return out
+
+
+def test_the_real_model_fits(script):
+    with torch.device("meta"):
+        model = script.build(script.Settings())
+    assert 2 * sum(value.numel() for value in model.state_dict().values()) + 2e5 < 5e6
+    assert model.config.out_channels == 2 * model.config.in_channels, "it learns the variance"
+
+
+def test_images_are_padded_evenly(script):
+    images, labels = script.read_images(DATA / "fashion-mnist/val.json")
+    assert images.shape == (1000, 1, 32, 32) and labels.bincount().tolist() == [100] * 10
+    assert images.min() == -1 and images.max() == 1
+    assert (images[:, :, :2] == -1).all() and (images[..., -2:] == -1).all()
+
+
+def test_labels_are_dropped_in_batches_and_nowhere_else(script):
+    settings = script.Settings(batch=2000)
+    data = torch.zeros(10, 1, 4, 4), torch.arange(10)
+    objective = script.objective_of(script.scheduler())
+    labels = script.noised(data, settings, objective, torch.device("cpu"), 0).inputs["class_labels"]
+    assert 0.07 < (labels == 10).float().mean() < 0.13
+    model = script.build(script.Settings(layers=1, heads=1)).train()
+    embedding = model.transformer_blocks[0].norm1.emb.class_embedder
+    torch.testing.assert_close(embedding(labels), embedding.embedding_table(labels), rtol=0, atol=0)
+
+
+def test_pretraining_writes_a_pipeline_that_loads_and_samples(pretrained):
+    from diffusers import DiTPipeline
+
+    pipeline = DiTPipeline.from_pretrained(pretrained, vae=None)
+    images = sample(pipeline, [3, 7], [0, 1], GenerateConfig(steps=2, guidance=2.0))
+    assert images.shape == (2, 1, 32, 32)
+    facts = json.loads((pretrained / "pretraining.json").read_text())
+    assert facts["dit"]["steps"] == 2 and 0 <= facts["scores"]["class"] <= 1
+    card = (pretrained / "README.md").read_text()
+    assert "2 steps" in card and "{{" not in card
