@@ -6,6 +6,8 @@
     t5 = t5lib.convert(model)                            # every pretrained weight inherited
     t5lib.calibrate(t5, teacher=model, batches=loader)   # attention transfer, no labels needed
     t5lib.save(t5, "out"); t5 = t5lib.load("out")        # safetensors + JSON
+    pipe = t5lib.convert_pipeline(pipe)                  # Stable Diffusion 3 or DiT in diffusers; pipe.save_pretrained
+    pipe = t5lib.load_pipeline("sd35-t5")
 
 Names are imported when first used, so that `import t5lib` costs nothing. It makes timm know our models' names, now or
 when timm is imported (t5lib.timm_plugin): timm.create_model("t5_deit_tiny_patch16_224").
@@ -32,6 +34,8 @@ _HOMES = {
     "evaluate": "evaluation",
     "save": "checkpoint",
     "load": "checkpoint",
+    "load_pipeline": "pipelines",
+    "convert_pipeline": "pipelines",
 }
 _MODULES = ("official",)
 __all__ = sorted((*_HOMES, *_MODULES))

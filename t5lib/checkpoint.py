@@ -12,27 +12,30 @@ from torch import nn
 
 from t5lib.config import from_dict, to_dict
 from t5lib.errors import T5Error
-from t5lib.families import timm_vit
+from t5lib.families import adapter, family_of
 from t5lib.files import atomic_dir, read_json, write_json
 from t5lib.layers.settings import T5Config
 
 FORMAT = 1
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what a tag of timm's weights decides
 
 
 def save(model: nn.Module, folder: Path | str) -> None:
     """Write `model`, converted or softmax, to `folder`, replacing the model saved there only once all is written.
 
+    Any model that t5lib.convert takes or gives can be saved; of a pipeline that is its transformer alone.
+
     Raises:
-        T5Error: timm's arguments cannot be told from the model, so that it could not be loaded again; or `folder` holds
+        T5Error: its arguments cannot be told from the model, so that it could not be loaded again; or `folder` holds
             something else than a saved model.
     """
     folder = Path(folder).absolute()
     _check_replaceable(folder)
-    architecture, arguments = timm_vit.describe(model)
+    family = family_of(model)
+    architecture, arguments = family.describe(model)
     _check_plain(architecture, arguments)
     config = getattr(model, "t5_config", None)
-    with torch.device("meta"):
-        twin = timm_vit.build(architecture, arguments, config)
+    twin = family.skeleton(architecture, arguments, config)
     _compare(model.state_dict(), twin.state_dict(), "the model as rebuilt from its description")
     with atomic_dir(folder) as temporary:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -41,11 +44,12 @@ def save(model: nn.Module, folder: Path | str) -> None:
             temporary / "t5.json",
             {
                 "format": FORMAT,
+                "family": family.__name__.rpartition(".")[2],
                 "architecture": architecture,
                 "model_args": arguments,
                 "t5": to_dict(config) if config else None,
-                "preprocessing": {n: v for n, v in model.pretrained_cfg.items() if n in timm_vit.PREPROCESSING},
-                "versions": {name: version(name) for name in ("torch", "timm")},
+                "preprocessing": {n: v for n, v in _pretrained(model).items() if n in PREPROCESSING},
+                "versions": {name: version(name) for name in ("torch", family.PACKAGE)},
             },
         )
 
@@ -63,13 +67,18 @@ def load(folder: Path | str, device: str | torch.device = "cpu") -> nn.Module:
         weights = load_file(folder / "model.safetensors", device=str(device))
     except (FileNotFoundError, SafetensorError) as error:
         raise T5Error(f"{folder}/model.safetensors cannot be read ({error}); save or copy the folder again") from None
-    with torch.device("meta"):
-        model = timm_vit.build(description["architecture"], description["model_args"], config)
+    family = adapter(description.get("family", "timm_vit"))  # folders of the first versions do not name it
+    model = family.skeleton(description["architecture"], description["model_args"], config)
     _compare(weights, model.state_dict(), f"{folder}/t5.json")
     model.load_state_dict(weights, assign=True)
     preprocessing = description.get("preprocessing", {})
-    model.pretrained_cfg.update({n: tuple(v) if isinstance(v, list) else v for n, v in preprocessing.items()})
-    return model.eval()
+    _pretrained(model).update({n: tuple(v) if isinstance(v, list) else v for n, v in preprocessing.items()})
+    return model.to(device).eval()
+
+
+def _pretrained(model: nn.Module) -> dict[str, Any]:
+    """What timm tells about weights and their images; nothing for models of other kinds."""
+    return vars(model).get("pretrained_cfg", {})
 
 
 def read_description(folder: Path | str) -> dict[str, Any]:

@@ -12,7 +12,10 @@ What an adapter offers (timm_vit, sd3, dit):
     softmax_attention(layer)             the attention that a TTTLayer stands for, with its present parts
     reset_left_out(model, name, inherit) fresh weights where T5Config.inherit leaves out the pretrained; their names
     mark(model, config), unmark(model)   make `model` known as converted, and no longer
-    describe(model), build(architecture, arguments, config)   for checkpoints
+    describe(model)                      a name and arguments that tell a model, weights aside, for checkpoints
+    build(name, arguments, config)       such a model with fresh weights and, given `config`, converted
+    skeleton(name, arguments, config)    the same without weights, to load some into
+    PACKAGE                              the library whose version matters
     watch(attention, inputs, outputs, name)   see what an attention of a running softmax model gets and gives
     project(attention, tokens)           q, k and v of an attention or a TTTLayer
     projections(layer)                   the modules that make them

@@ -5,6 +5,7 @@ Source: "Scalable Diffusion Models with Transformers" (arXiv 2212.09748).
 
 from typing import Any
 
+from accelerate import init_empty_weights
 from diffusers import DiTTransformer2DModel, ModelMixin  # ModelMixin: from_pretrained of a pipeline looks for it here
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -27,6 +28,7 @@ from t5lib.families.diffusers_attention import (
 from t5lib.layers.settings import T5Config
 
 __all__ = [
+    "PACKAGE",
     "ModelMixin",
     "T5DiTTransformer2DModel",
     "attention_names",
@@ -42,10 +44,13 @@ __all__ = [
     "projections",
     "remove_grid",
     "reset_left_out",
+    "skeleton",
     "softmax_attention",
     "unmark",
     "watch",
 ]
+
+PACKAGE = "diffusers"
 
 
 class T5DiTTransformer2DModel(DiTTransformer2DModel):
@@ -181,3 +186,9 @@ def build(architecture: str, arguments: dict[str, Any], config: T5Config | None)
     if config is None and "downscale_freq_shift" not in arguments:
         return DiTTransformer2DModel(**arguments)
     return T5DiTTransformer2DModel(**arguments, t5_config=to_dict(config) if config else None)
+
+
+def skeleton(architecture: str, arguments: dict[str, Any], config: T5Config | None) -> DiTTransformer2DModel:
+    """As `build`, with no weights: parameters are on the meta device, buffers (not all are saved) are made."""
+    with init_empty_weights():
+        return build(architecture, arguments, config)

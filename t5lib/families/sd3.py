@@ -10,6 +10,7 @@ Source of the layer set "paper": "Linearizing Vision Transformer with Test-Time 
 
 from typing import Any
 
+from accelerate import init_empty_weights
 from diffusers import ModelMixin, SD3Transformer2DModel  # ModelMixin: from_pretrained of a pipeline looks for it here
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.attention import JointTransformerBlock
@@ -33,6 +34,7 @@ from t5lib.families.diffusers_attention import (
 from t5lib.layers.settings import T5Config
 
 __all__ = [
+    "PACKAGE",
     "ModelMixin",
     "T5SD3Transformer2DModel",
     "attention_names",
@@ -48,10 +50,12 @@ __all__ = [
     "projections",
     "remove_grid",
     "reset_left_out",
+    "skeleton",
     "softmax_attention",
     "unmark",
     "watch",
 ]
+PACKAGE = "diffusers"
 LAST_JOINT = 5  # of the layer set "paper"
 
 
@@ -169,3 +173,9 @@ def build(architecture: str, arguments: dict[str, Any], config: T5Config | None)
     if config is None:
         return SD3Transformer2DModel(**arguments)
     return T5SD3Transformer2DModel(**arguments, t5_config=to_dict(config))
+
+
+def skeleton(architecture: str, arguments: dict[str, Any], config: T5Config | None) -> SD3Transformer2DModel:
+    """As `build`, with no weights: parameters are on the meta device, buffers (not all are saved) are made."""
+    with init_empty_weights():
+        return build(architecture, arguments, config)

@@ -15,7 +15,7 @@ from t5lib.layers.attention import project as project_qkv
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.settings import T5Config
 
-PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what a tag of pretrained weights decides
+PACKAGE = "timm"
 
 
 def check_convertible(model: nn.Module) -> None:
@@ -215,3 +215,9 @@ def build(architecture: str, arguments: dict[str, Any], config: T5Config | None)
         raise T5Error(f"timm {timm.__version__} knows no architecture '{architecture}'; is it older than the model?")
     model = timm.create_model(architecture, pretrained=False, **arguments)
     return convert(model, config, inplace=True) if config else model
+
+
+def skeleton(architecture: str, arguments: dict[str, Any], config: T5Config | None) -> nn.Module:
+    """As `build`, with no weights: all on the meta device."""
+    with torch.device("meta"):
+        return build(architecture, arguments, config)
