@@ -29,9 +29,9 @@ def tiny_sd3_pipeline(seed: int = 0, t5: bool = True) -> StableDiffusion3Pipelin
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=tiny_vae(),
             text_encoder=_clip(),
-            tokenizer=_clip_tokenizer(),
+            tokenizer=clip_tokenizer(),
             text_encoder_2=_clip(),
-            tokenizer_2=_clip_tokenizer(),
+            tokenizer_2=clip_tokenizer(),
             text_encoder_3=_t5() if t5 else None,
             tokenizer_3=_t5_tokenizer() if t5 else None,
         )
@@ -61,14 +61,14 @@ def _clip() -> nn.Module:
         intermediate_size=WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
-        vocab_size=_clip_tokenizer().vocab_size,
+        vocab_size=clip_tokenizer().vocab_size,
         bos_token_id=None,
-        eos_token_id=_clip_tokenizer().eos_token_id,
+        eos_token_id=clip_tokenizer().eos_token_id,
     )
     return CLIPTextModelWithProjection(config).eval()
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer() -> CLIPTokenizer:
     letters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77)
