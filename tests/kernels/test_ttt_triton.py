@@ -8,6 +8,7 @@ import functools
 
 import pytest
 import torch
+from exactness import assert_as_exact_as_plain
 from t5kernels import ttt, ttt_accumulate, ttt_apply
 from t5kernels.ttt import reference
 
@@ -54,27 +55,17 @@ def results(q, k, v, weights, d_out, impl, op=ttt):
     return dict(zip(NAMES, (out.detach(), *gradients), strict=True))
 
 
-def relative_error(result, exact):
-    """Root mean square over heads, each against its own size: no head hides behind a larger one."""
-    per_head = (result.double() - exact).norm(dim=(-2, -1)) / exact.norm(dim=(-2, -1))
-    return per_head.square().mean().sqrt().item()
-
-
-def assert_as_exact_as_plain(q, k, v, weights, d_out):
+def check(q, k, v, weights, d_out):
     wide = [[t.double() for t in part] for part in ((q, k, v), weights)]
     exact = results(*wide[0], wide[1], d_out.to(q.dtype).double(), "reference")
-    plain = results(q, k, v, weights, d_out, "reference")
-    kernel = results(q, k, v, weights, d_out, "triton")
-    for name in NAMES:
-        assert kernel[name].dtype == plain[name].dtype
-        error, allowed = (relative_error(r[name], exact[name]) for r in (kernel, plain))
-        assert error <= 2 * allowed, f"{name}: relative error {error:.2e}, plain PyTorch {allowed:.2e}"
+    plain, kernel = (results(q, k, v, weights, d_out, impl) for impl in ("reference", "triton"))
+    assert_as_exact_as_plain(kernel, plain, exact)
 
 
 @by_dtype
 @sizes(SMALL)
 def test_outputs_and_gradients_are_as_exact_as_plain_pytorch(shape, dtype):
-    assert_as_exact_as_plain(*inputs(shape, dtype))
+    check(*inputs(shape, dtype))
 
 
 @pytest.mark.gpu
@@ -82,12 +73,12 @@ def test_outputs_and_gradients_are_as_exact_as_plain_pytorch(shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @sizes(LARGE)
 def test_sizes_of_real_models_are_as_exact_as_plain_pytorch(shape, dtype):
-    assert_as_exact_as_plain(*inputs(shape, dtype))
+    check(*inputs(shape, dtype))
 
 
 @pytest.mark.parametrize("queries", [3, 70])
 def test_queries_may_be_another_number_of_tokens(queries):
-    assert_as_exact_as_plain(*inputs((2, 33, 2, 32), torch.float16, queries=queries))
+    check(*inputs((2, 33, 2, 32), torch.float16, queries=queries))
 
 
 def test_memory_outside_the_tokens_is_not_read_and_all_results_are_written():

@@ -14,11 +14,11 @@ from torch import Tensor
 from t5kernels.ttt import triton as ttt
 from t5kernels.ttt_layer import triton_kernels as kernels
 
-# Tokens a program takes at a time. A sum over tokens stays apart by thread, so there a block is small.
-BLOCKS = {"key_sums": 64, "prepare": 64, "prepare_backward": 16, "norm_backward": 64}
+# Numbers that a program takes at a time, tokens by padded head width: what fits the registers of its 128 threads.
+AT_A_TIME = {"key_sums": 4096, "prepare": 1024, "prepare_backward": 512, "norm_backward": 4096}
 WARPS = 4
-# Programs that a kernel with sums is cut into, so that a large card is busy and the sums are few.
-PROGRAMS = {"key_sums": 512, "prepare_backward": 1024}
+# Programs that keep a large card busy; each goes through a chunk of tokens with its weights and sums in registers.
+PROGRAMS = {"key_sums": 512, "prepare": 768, "prepare_backward": 768}
 
 
 class _Norm(NamedTuple):
@@ -51,7 +51,7 @@ class _Part(NamedTuple):
 
 
 def layer(image, text, weights, q_conv, k_conv, grid, norm: str, eps: float, scale: float) -> tuple[Tensor, Tensor]:
-    """The outputs of image and text, each (B, H, N, D); that of no text is empty. As api.ttt_layer; norm: "none" too."""
+    """The outputs of image and text, each (B, H, N, D); that of no text is empty. `norm`: "none" or a norm_scope."""
     text = text or (None, None, None)
     convs = (*(q_conv or (None, None)), *(k_conv or (None, None)))
     place = (grid.rows, grid.columns, grid.num_prefix_tokens)
@@ -230,13 +230,12 @@ def _of_convolution(conv: _Conv | None, rows: Tensor | None, q: Tensor) -> Tenso
 
 def _key_sums(k: Tensor, first: Tensor) -> Tensor:
     B, H, N, D = k.shape
-    block = BLOCKS["key_sums"]
-    chunk, chunks = _chunks(N, block, PROGRAMS["key_sums"] // (B * H))
+    width, block, chunk, chunks = _cut("key_sums", k)
     sums = k.new_empty(B * H, chunks, 2, D, dtype=torch.float32)
     with torch.cuda.device_of(k):
         kernels.key_sums_kernel[B * H, chunks](
             *(k, first, sums, *k.stride(), *_first_strides(first)),
-            *(H, N, chunk, D, ttt.padded_width(D), block),
+            *(H, N, chunk, D, width, block),
             num_warps=WARPS,
         )
     return ttt._added(sums)
@@ -247,13 +246,14 @@ def _prepare(x: Tensor, norm: _Norm | None, conv: _Conv | None) -> Tensor:
     if norm is None and conv is None:
         return x
     B, H, N, D = x.shape
-    y, block = ttt._like_tokens(x), BLOCKS["prepare"]
+    y = ttt._like_tokens(x)
+    width, block, chunk, chunks = _cut("prepare", x)
     first, sums, count, eps = _norm_arguments(x, norm)
     weight, bias, place = _conv_arguments(x, conv)
     with torch.cuda.device_of(x):
-        kernels.prepare_kernel[B * H, triton_package.cdiv(N, block)](
+        kernels.prepare_kernel[B * H, chunks](
             *(x, first, sums, weight, bias, y, *x.stride(), *_first_strides(first), *y.stride()),
-            *(H, N, count, eps, *place, D, ttt.padded_width(D), block, norm is not None, conv is not None),
+            *(H, N, chunk, count, eps, *place, D, width, block, norm is not None, conv is not None),
             num_warps=WARPS,
         )
     return y
@@ -264,8 +264,8 @@ def _prepare_backward(dy: Tensor, x: Tensor, norm: _Norm | None, conv: _Conv | N
     if norm is None and conv is None:
         return dy, None
     B, H, N, D = x.shape
-    dx, block = dy if conv is None else ttt._like_tokens(x), BLOCKS["prepare_backward"]
-    chunk, chunks = _chunks(N, block, PROGRAMS["prepare_backward"] // (B * H))
+    dx = dy if conv is None else ttt._like_tokens(x)
+    width, block, chunk, chunks = _cut("prepare_backward", x)
     parts = x.new_empty(B * H, chunks, kernels.ROWS, D, dtype=torch.float32)
     first, sums, count, eps = _norm_arguments(x, norm)
     weight, _, place = _conv_arguments(x, conv)
@@ -273,7 +273,7 @@ def _prepare_backward(dy: Tensor, x: Tensor, norm: _Norm | None, conv: _Conv | N
         kernels.prepare_backward_kernel[B * H, chunks](
             *(dy, x, first, sums, weight, dx, parts),
             *(*dy.stride(), *x.stride(), *_first_strides(first), *dx.stride()),
-            *(H, N, chunk, count, eps, *place, D, ttt.padded_width(D), block, norm is not None, conv is not None),
+            *(H, N, chunk, count, eps, *place, D, width, block, norm is not None, conv is not None),
             num_warps=WARPS,
         )
     return dx, ttt._added(parts)
@@ -281,12 +281,13 @@ def _prepare_backward(dy: Tensor, x: Tensor, norm: _Norm | None, conv: _Conv | N
 
 def _norm_backward(dn: Tensor, x: Tensor, norm: _Norm, totals: Tensor) -> None:
     B, H, N, D = x.shape
-    block = BLOCKS["norm_backward"]
+    width = ttt.padded_width(D)
+    block = AT_A_TIME["norm_backward"] // width
     with torch.cuda.device_of(x):
         kernels.norm_backward_kernel[B * H, triton_package.cdiv(N, block)](
             *(dn, x, norm.first, norm.sums, totals, dn),
             *(*dn.stride(), *x.stride(), *_first_strides(norm.first), *dn.stride()),
-            *(H, N, norm.count, norm.eps, D, ttt.padded_width(D), block),
+            *(H, N, norm.count, norm.eps, D, width, block),
             num_warps=WARPS,
         )
 
@@ -305,11 +306,14 @@ def _first_strides(first: Tensor) -> tuple[int, int, int]:
     return b, h, d
 
 
-def _chunks(tokens: int, block: int, wanted: int) -> tuple[int, int]:
-    """Tokens a chunk, a multiple of `block`, and chunks: about `wanted`."""
-    blocks = triton_package.cdiv(tokens, block)
-    each = triton_package.cdiv(blocks, max(1, min(blocks, wanted)))
-    return each * block, triton_package.cdiv(blocks, each)
+def _cut(kernel: str, x: Tensor) -> tuple[int, int, int, int]:
+    """Padded head width, tokens at a time, tokens a chunk (a multiple of those) and chunks."""
+    B, H, N, D = x.shape
+    width = ttt.padded_width(D)
+    block = AT_A_TIME[kernel] // width
+    blocks = triton_package.cdiv(N, block)
+    each = triton_package.cdiv(blocks, min(blocks, max(1, PROGRAMS[kernel] // (B * H))))
+    return width, block, each * block, triton_package.cdiv(blocks, each)
 
 
 def _total(tensors) -> Tensor:

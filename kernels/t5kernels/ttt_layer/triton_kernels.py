@@ -10,8 +10,8 @@ Tokens before the grid (class, registers) and after it have y = n. Backward, giv
     dn[p] = dy[p] + sum_o w[o] dy[p - o],    dw[o] = sum_p n[p] dy[p - o],    dbias = sum_p dy[p],
     dx[p] = r (dn[p] - sum dn / N - n[p] sum (dn n) / N).
 
-Mean and variance come from sums of x - f and (x - f)², f the first token: a shift of all keys, which is what the norm is
-there to remove, costs no digits. Programs write their sums side by side and the caller adds them: no atomics, and
+Mean and variance come from sums of x - f and (x - f)², f the first token: a shift of all keys, which is what the norm
+is there to remove, costs no digits. Programs write their sums side by side and the caller adds them: no atomics, and
 results are the same from run to run.
 """
 
@@ -89,69 +89,100 @@ def key_sums_kernel(
 
 
 @triton.jit
+def _places(weight, h, row: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """A head's weights of the three places in a row of the window, each (1, WIDTH)."""
+    channel = tl.arange(0, WIDTH)
+    weight += (h * D + channel) * 9 + row * 3
+    return (
+        tl.load(weight, channel < D, other=0.0).to(tl.float32)[None, :],
+        tl.load(weight + 1, channel < D, other=0.0).to(tl.float32)[None, :],
+        tl.load(weight + 2, channel < D, other=0.0).to(tl.float32)[None, :],
+    )
+
+
+@triton.jit
+def _near(at, x_n, w, row, column, inside, rows, columns, place: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """What one place of the window adds to the convolution of x, and which tokens have a neighbor there, as 0 and 1."""
+    down: tl.constexpr = place // 3 - 1
+    right: tl.constexpr = place % 3 - 1
+    valid = inside & (row + down >= 0) & (row + down < rows) & (column + right >= 0) & (column + right < columns)
+    mask = valid[:, None] & (tl.arange(0, WIDTH) < D)[None, :]
+    near = tl.load(at + (down * columns + right).to(tl.int64) * x_n, mask, other=0.0).to(tl.float32)
+    return near * w, tl.where(valid, 1.0, 0.0)[:, None]
+
+
+@triton.jit
 def prepare_kernel(
     x, first, sums, weight, bias, y,
     x_b, x_h, x_n, x_d, f_b, f_h, f_d, y_b, y_h, y_n, y_d,
-    H, N, count, eps, rows, columns, prefix,
+    H, N, chunk, count, eps, rows, columns, prefix,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B·H, blocks of tokens). sums: (B·H, 2, D); weight: (H·D, 9), bias: (H·D,)."""
-    index = tl.program_id(0)
+    """Grid (B·H, chunks of tokens). sums: (B·H, 2, D); weight: (H·D, 9), bias: (H·D,).
+
+    The weights of all nine places stay in registers for the whole chunk.
+    """
+    index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
     channel = tl.arange(0, WIDTH)
     in_width = (channel < D)[None, :]
-    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = _channels(x, b, h, x_b, x_h, x_d, WIDTH)[None, :] + token.to(tl.int64)[:, None] * x_n
-    here = (token < N)[:, None] & in_width
-    center = tl.load(x, here, other=0.0).to(tl.float32)
-    result = center
+    x = _channels(x, b, h, x_b, x_h, x_d, WIDTH)[None, :]
+    y = _channels(y, b, h, y_b, y_h, y_d, WIDTH)[None, :]
     if NORM:
         f = _channels(first, b, h, f_b, f_h, f_d, WIDTH)
         mean, scale = _mean_and_scale(sums, f, index, count, eps, D, WIDTH)
-        result = (center - mean[None, :]) * scale[None, :]
+        mean, scale = mean[None, :], scale[None, :]
     if CONV:
-        row, column, inside = _on_grid(token, N, rows, columns, prefix)
-        mixed = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
-        shifted = tl.full((BLOCK, WIDTH), 0.0, tl.float32)  # the weights that were used: how often m came in
-        for place in tl.static_range(9):
-            down, right = place // 3 - 1, place % 3 - 1
-            valid = (
-                inside & (row + down >= 0) & (row + down < rows) & (column + right >= 0) & (column + right < columns)
-            )
-            w = tl.load(weight + (h * D + channel) * 9 + place, channel < D, other=0.0).to(tl.float32)[None, :]
-            there = valid[:, None] & in_width
-            near = tl.load(x + (down * columns + right).to(tl.int64) * x_n, there, other=0.0).to(tl.float32)
-            mixed += near * w
+        w0, w1, w2 = _places(weight, h, 0, D, WIDTH)
+        w3, w4, w5 = _places(weight, h, 1, D, WIDTH)
+        w6, w7, w8 = _places(weight, h, 2, D, WIDTH)
+        offset = tl.load(bias + h * D + channel, channel < D, other=0.0).to(tl.float32)[None, :]
+    for start in range(0, chunk, BLOCK):
+        token = part * chunk + start + tl.arange(0, BLOCK)
+        here = (token < N)[:, None] & in_width
+        at = x + token.to(tl.int64)[:, None] * x_n
+        result = tl.load(at, here, other=0.0).to(tl.float32)
+        if CONV:
+            row, column, inside = _on_grid(token, N, rows, columns, prefix)
+            w = (w0, w1, w2, w3, w4, w5, w6, w7, w8)
+            mixed = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
+            used = tl.full((BLOCK, WIDTH), 0.0, tl.float32)  # the weights that met a token: how often m came in
+            for place in tl.static_range(9):
+                near, met = _near(at, x_n, w[place], row, column, inside, rows, columns, place, D, WIDTH)
+                mixed += near
+                used += met * w[place]
             if NORM:
-                shifted += tl.where(valid, 1.0, 0.0)[:, None] * w
+                mixed = (mixed - mean * used) * scale
+            mixed += offset
         if NORM:
-            mixed = (mixed - mean[None, :] * shifted) * scale[None, :]
-        mixed += tl.load(bias + h * D + channel, channel < D, other=0.0).to(tl.float32)[None, :]
-        result += tl.where(inside[:, None], mixed, 0.0)
-    y = _channels(y, b, h, y_b, y_h, y_d, WIDTH)[None, :] + token.to(tl.int64)[:, None] * y_n
-    tl.store(y, result.to(y.dtype.element_ty), here)
+            result = (result - mean) * scale
+        if CONV:
+            result += tl.where(inside[:, None], mixed, 0.0)
+        tl.store(y + token.to(tl.int64)[:, None] * y_n, result.to(y.dtype.element_ty), here)
 
 
 @triton.jit
 def _row_backward(
-    dy, dy_n, n, weight, row, column, inside, rows, columns, down,
-    channel, D: tl.constexpr,
+    dy, dy_n, n, w_left, w_middle, w_right, row, column, inside, rows, columns, down: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """What three places of one row of the window add to dn, and n dy of each. `dy`: pointers to the tokens' own dy.
 
     Place (down, right) of the window: w there, and the dy of the token that saw this one there.
     """
-    weight += (down + 1) * 3
     in_rows = inside & (row - down >= 0) & (row - down < rows)
-    in_width = (channel < D)[None, :]
+    in_width = (tl.arange(0, WIDTH) < D)[None, :]
     dy -= (down * columns).to(tl.int64) * dy_n
     left = tl.load(dy + dy_n, (in_rows & (column + 1 < columns))[:, None] & in_width, other=0.0).to(tl.float32)
     middle = tl.load(dy, in_rows[:, None] & in_width, other=0.0).to(tl.float32)
     right = tl.load(dy - dy_n, (in_rows & (column > 0))[:, None] & in_width, other=0.0).to(tl.float32)
-    w_left = tl.load(weight, channel < D, other=0.0).to(tl.float32)[None, :]
-    w_middle = tl.load(weight + 1, channel < D, other=0.0).to(tl.float32)[None, :]
-    w_right = tl.load(weight + 2, channel < D, other=0.0).to(tl.float32)[None, :]
     return left * w_left + middle * w_middle + right * w_right, n * left, n * middle, n * right
+
+
+@triton.jit
+def _store_sum(parts, row, x, D: tl.constexpr, WIDTH: tl.constexpr):
+    channel = tl.arange(0, WIDTH)
+    tl.store(parts + row * D + channel, _over_tokens(x), channel < D)
 
 
 @triton.jit
@@ -161,8 +192,8 @@ def prepare_backward_kernel(
     H, N, chunk, count, eps, rows, columns, prefix,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B·H, chunks). dx is given dn (not written without CONV: it is dy). parts: (B·H, chunks, 12, D) float32, rows as
-    named above. sums are (B·H, 2, D) here and below.
+    """Grid (B·H, chunks). dx is given dn (not written without CONV: it is dy). parts: (B·H, chunks, 12, D) float32,
+    rows as named above. sums are (B·H, 2, D) here and below.
 
     Sums over tokens stay apart by thread until the end, so a block is small.
     """
@@ -173,6 +204,10 @@ def prepare_backward_kernel(
     if NORM:
         f = _channels(first, b, h, f_b, f_h, f_d, WIDTH)
         mean, scale = _mean_and_scale(sums, f, index, count, eps, D, WIDTH)
+    if CONV:
+        w0, w1, w2 = _places(weight, h, 0, D, WIDTH)
+        w3, w4, w5 = _places(weight, h, 1, D, WIDTH)
+        w6, w7, w8 = _places(weight, h, 2, D, WIDTH)
     zero = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
     s0, s1, s2, s3, s4, s5, s6, s7, s8 = zero, zero, zero, zero, zero, zero, zero, zero, zero
     s_bias, s_plain, s_product = zero, zero, zero
@@ -190,35 +225,41 @@ def prepare_backward_kernel(
         if CONV:
             row, column, inside = _on_grid(token, N, rows, columns, prefix)
             s_bias += tl.where(inside[:, None], dn, 0.0)
-            w, dy_at = weight + (h * D + channel) * 9, dy + at * dy_n
-            near, p0, p1, p2 = _row_backward(dy_at, dy_n, n, w, row, column, inside, rows, columns, -1, channel, D)
+            dy_at = dy + at * dy_n
+            near, p0, p1, p2 = _row_backward(
+                dy_at, dy_n, n, w0, w1, w2, row, column, inside, rows, columns, -1, D, WIDTH
+            )
             dn += near
             s0, s1, s2 = s0 + p0, s1 + p1, s2 + p2
-            near, p0, p1, p2 = _row_backward(dy_at, dy_n, n, w, row, column, inside, rows, columns, 0, channel, D)
+            near, p0, p1, p2 = _row_backward(
+                dy_at, dy_n, n, w3, w4, w5, row, column, inside, rows, columns, 0, D, WIDTH
+            )
             dn += near
             s3, s4, s5 = s3 + p0, s4 + p1, s5 + p2
-            near, p0, p1, p2 = _row_backward(dy_at, dy_n, n, w, row, column, inside, rows, columns, 1, channel, D)
+            near, p0, p1, p2 = _row_backward(
+                dy_at, dy_n, n, w6, w7, w8, row, column, inside, rows, columns, 1, D, WIDTH
+            )
             dn += near
             s6, s7, s8 = s6 + p0, s7 + p1, s8 + p2
             tl.store(dx + at * dx_n, dn.to(dx.dtype.element_ty), here)
         if NORM:
             s_plain += dn
             s_product += dn * n
-    parts += ((index.to(tl.int64) * tl.num_programs(1) + part) * 12) * D + channel
+    parts += (index.to(tl.int64) * tl.num_programs(1) + part) * 12 * D
     if CONV:
-        tl.store(parts, _over_tokens(s0), channel < D)
-        tl.store(parts + D, _over_tokens(s1), channel < D)
-        tl.store(parts + 2 * D, _over_tokens(s2), channel < D)
-        tl.store(parts + 3 * D, _over_tokens(s3), channel < D)
-        tl.store(parts + 4 * D, _over_tokens(s4), channel < D)
-        tl.store(parts + 5 * D, _over_tokens(s5), channel < D)
-        tl.store(parts + 6 * D, _over_tokens(s6), channel < D)
-        tl.store(parts + 7 * D, _over_tokens(s7), channel < D)
-        tl.store(parts + 8 * D, _over_tokens(s8), channel < D)
-        tl.store(parts + BIAS_ROW * D, _over_tokens(s_bias), channel < D)
+        _store_sum(parts, 0, s0, D, WIDTH)
+        _store_sum(parts, 1, s1, D, WIDTH)
+        _store_sum(parts, 2, s2, D, WIDTH)
+        _store_sum(parts, 3, s3, D, WIDTH)
+        _store_sum(parts, 4, s4, D, WIDTH)
+        _store_sum(parts, 5, s5, D, WIDTH)
+        _store_sum(parts, 6, s6, D, WIDTH)
+        _store_sum(parts, 7, s7, D, WIDTH)
+        _store_sum(parts, 8, s8, D, WIDTH)
+        _store_sum(parts, BIAS_ROW, s_bias, D, WIDTH)
     if NORM:
-        tl.store(parts + PLAIN_ROW * D, _over_tokens(s_plain), channel < D)
-        tl.store(parts + PRODUCT_ROW * D, _over_tokens(s_product), channel < D)
+        _store_sum(parts, PLAIN_ROW, s_plain, D, WIDTH)
+        _store_sum(parts, PRODUCT_ROW, s_product, D, WIDTH)
 
 
 @triton.jit
