@@ -3,14 +3,17 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t5lib.errors import T5Error
 
 # An iterable of batches (repeated when it ends), or a function from a batch number to an iterator from there on.
 # Only the function resumes without reading again what was used.
 Batches = Iterable[Any] | Callable[[int], Iterator[Any]]
+# What a model is called with; a dictionary holds keyword arguments.
+Inputs = Tensor | dict[str, Tensor]
 
 
 def open_batches(batches: Batches, start: int) -> Iterator[Any]:
@@ -27,6 +30,15 @@ def images_of(batch: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
         shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
         raise T5Error(f"a batch must hold images (B, 3, H, W), got {shape}")
     return images
+
+
+def run_on(model: nn.Module, inputs: Inputs) -> Any:
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A CPU generator for this combination of numbers (seed, process, batch …) and no other."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def _endless(batches: Iterator[Any], start: int) -> Iterator[Any]:

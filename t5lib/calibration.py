@@ -1,35 +1,40 @@
 """Attention transfer: fit every new layer to the softmax layer it replaces, without labels, before any fine-tune.
 
-The softmax model (teacher) runs on images; each of its attentions gives an input and an output, and the new layer of
-the same place learns to map one to the other. The layers do not see each other, so one pass of the teacher serves
-them all, and since layers of one kind differ only in their heads, they are fitted as one mixer with L·H heads.
+The softmax model (teacher) runs on images, or on noised latents; each of its attentions gets an input and gives an
+output, and the new layer of the same place learns to map one to the other. The layers do not see each other, so one
+pass of the teacher serves them all, and since layers of one kind differ only in their heads, they are fitted as one
+mixer with L·H heads (t5lib.calibration_kinds).
 
 Shapes: B images, L layers, H heads, N tokens, D head width, C channels.
 """
 
+import functools
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import Attention
 from torch import Tensor, nn
 
-from t5lib.batches import Batches, images_of, open_batches
+from t5lib.batches import Batches, Inputs, images_of, open_batches, run_on, seeded
+from t5lib.calibration_kinds import Example, Kind, Seen
 from t5lib.config import one_of
 from t5lib.conversion import ttt_layers
 from t5lib.errors import T5Error
-from t5lib.families import timm_vit
-from t5lib.layers.attention import TTTAttention, project
-from t5lib.layers.mixers import make_mixer
-from t5lib.layers.settings import T5Config
+from t5lib.families import family_of
+from t5lib.layers.attention import TTTLayer
 from t5lib.progress import progress
+
+if TYPE_CHECKING:
+    from t5lib.diffusion.objectives import Objective
 
 Log = Callable[[dict[str, float], int], None]
 LOG_EVERY = 10
+CALIBRATION = 2  # what tells the noise of a calibration from others with the same seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +47,14 @@ class CalibrateConfig:
         lr: peak learning rate of the new weights (Adam); linear warm-up over `warmup` steps, then cosine to 0.
         lr_inherited: peak learning rate of the q, k and v projections and q and k norms, which are fitted along; 0
             keeps them as they are, at the price of a larger error (docs/results).
-        pool: batches of teacher activations held at once; steps draw their images from this pool.
+        pool: batches of teacher activations held at once; steps draw their images from this pool. What one image
+            takes is about 2·L·N·C numbers: half a gigabyte for the paper's layers of SD3.5-Medium at 1024 px.
         reuse: how often each image of a pool is used before the pool is replaced.
         checkpoint_every: steps between checkpoints (they fall on the end of a pool).
         objective: "output" (squared error of the layer's output over its variance), or "attention" (cross-entropy to
             the softmax map, as Hedgehog does, arXiv 2402.04347; for mixers that have a map, at quadratic cost).
         compile: torch.compile the fitting step (worth it on CUDA).
-        seed: the order in which images are drawn from a pool.
+        seed: the order in which images are drawn from a pool, and the noise of latents.
     """
 
     steps: int = 5000
@@ -95,6 +101,7 @@ def calibrate(
     teacher: nn.Module,
     batches: Batches,
     config: CalibrateConfig | None = None,
+    objective: "Objective | None" = None,
     resume_dir: Path | None = None,
     log: Log | None = None,
 ) -> CalibrationReport:
@@ -103,8 +110,10 @@ def calibrate(
     Args:
         model: a converted model (t5lib.convert).
         teacher: the softmax model it was converted from, on the same device.
-        batches: images (B, 3, H, W), or tuples that begin with them (labels are not used); see t5lib.batches.
+        batches: images (B, 3, H, W), or tuples that begin with them (labels are not used); for a denoiser latents and
+            conditions, as t5lib.diffusion.objectives says. See t5lib.batches. Sizes may change between batches.
         config: the recipe.
+        objective: of a denoiser: noises the latents, at levels drawn as in training.
         resume_dir: where partial work is kept; a second call with the same folder continues from there.
         log: called with {"loss": …, "lr": …} and the step.
 
@@ -112,10 +121,12 @@ def calibrate(
         T5Error: the models do not match, or the loss is not finite.
     """
     config = config or CalibrateConfig()
-    fit = _Fit(model, teacher, config)
+    device = next(teacher.parameters()).device
+    inputs_of = functools.partial(_inputs, objective=objective, seed=config.seed, device=device)
     source = open_batches(batches, 0)
-    probe = images_of(next(source))  # measured on, left out of the fit
-    report = CalibrationReport(error_before=fit.errors(probe), steps=config.steps)
+    probe = inputs_of(next(source), 0)  # measured on, left out of the fit
+    fit = _Fit(model, teacher, config, probe)
+    report = CalibrationReport(error_before=fit.error_before, steps=config.steps)
     state = fit.restore(resume_dir)
     if state["step"]:
         source = open_batches(batches, state["batches"])
@@ -123,34 +134,33 @@ def calibrate(
         with progress("calibrate", config.steps, state["step"]) as bar:
             while state["step"] < config.steps:
                 begun, first = time.monotonic(), state["step"]
-                pool = fit.capture(torch.cat([images_of(next(source)).to(fit.device) for _ in range(config.pool)]))
+                taken = [inputs_of(next(source), state["batches"] + index) for index in range(config.pool)]
                 state["batches"] += config.pool
-                for chosen in _draws(len(pool[0][0]), config, first):
-                    loss = fit.step([tuple(part[chosen] for part in parts) for parts in pool], state["step"])
+                for loss in fit.steps(taken, first):
                     state["step"] += 1
                     _tell(loss, fit, state["step"], log, bar)
-                    if state["step"] == config.steps:
-                        break
                 state["seconds"] += time.monotonic() - begun
                 if resume_dir and state["step"] // config.checkpoint_every > first // config.checkpoint_every:
                     fit.checkpoint(resume_dir, state)
     finally:
         fit.write_back()  # also when interrupted: a model half of whose layer was fitted would be of no use
-    report.seconds, report.error_after = state["seconds"], fit.errors(probe)
+    report.seconds, report.error_after = state["seconds"], fit.errors(fit.see(probe))
     return report
 
 
 class _Fit:
     """The new layers of a model, those of one kind as one mixer, their optimizer, and the teacher they learn from."""
 
-    def __init__(self, model: nn.Module, teacher: nn.Module, config: CalibrateConfig):
+    def __init__(self, model: nn.Module, teacher: nn.Module, config: CalibrateConfig, probe: Inputs):
         self.config, self.layers, self.teacher = config, ttt_layers(model), teacher.eval()
         if not self.layers:
             raise T5Error("this model has no new layer to calibrate; convert it first (t5lib.convert)")
-        self.sources = {name: _softmax_source(teacher, name, layer) for name, layer in self.layers.items()}
+        self.family = family_of(model)
+        self.sources = {name: self._source(name, layer) for name, layer in self.layers.items()}
         self.device = next(teacher.parameters()).device
         self.grid = next(iter(self.layers.values())).grid
-        self.kinds = [_Kind(layers, config, self.device) for layers in _by_config(self.layers)]
+        seen = self.see(probe)
+        self.kinds = self._kinds(seen)
         groups = [{"params": [p for kind in self.kinds for p in kind.mixer.parameters()], "peak": config.lr}]
         if config.lr_inherited:
             groups.append({"params": list(self._inherited()), "peak": config.lr_inherited})
@@ -161,29 +171,47 @@ class _Fit:
                 "calibrate.lr_inherited, or skip calibration (steps: 0)"
             )
         self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=self.device.type == "cuda")
+        self.error_before = self.errors(seen)
 
     def autocast(self) -> torch.autocast:
         """bf16 on CUDA, where the fit is bound by memory; full precision on a CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     @torch.no_grad()
-    def capture(self, images: Tensor) -> list[tuple[Tensor, ...]]:
-        """Run the teacher on (B, 3, H, W). For each kind the layers' inputs and what they shall give: see _Kind."""
-        inputs: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
-        hooks = [timm_vit.follow_images(self.teacher, self.grid)]
+    def see(self, inputs: Inputs) -> Seen:
+        """Run the teacher; what its attentions got and gave."""
+        seen = Seen()
+        hooks = [self.family.follow_inputs(self.teacher, self.grid)]
         for name, source in self.sources.items():
-            hooks.append(source.register_forward_pre_hook(_keeper(inputs, name)))
-            hooks.append(source.norm.register_forward_pre_hook(_keeper(outputs, name)))
+            hooks += self.family.watch(source, seen.inputs, seen.outputs, name)
         try:
             with self.autocast():
-                self.teacher(images.to(self.device, non_blocking=True))
-                return [kind.examples(inputs, outputs, self.sources) for kind in self.kinds]
+                run_on(self.teacher, inputs)
         finally:
             for hook in hooks:
                 hook.remove()
+        return seen
 
-    def step(self, batch: list[tuple[Tensor, ...]], step: int) -> Tensor:
+    @torch.no_grad()
+    def examples(self, seen: Seen) -> list[Example]:
+        """For each kind the layers' inputs and what they shall give."""
+        with self.autocast():
+            return [kind.examples(seen) for kind in self.kinds]
+
+    def steps(self, taken: list[Inputs], first: int) -> Iterator[Tensor]:
+        """Fit to some batches, those of one size together; what `step` returns, from step number `first` on."""
+        number = first
+        for inputs in _joined_by_size(taken):
+            if number == self.config.steps:
+                return
+            pool = self.examples(self.see(inputs))
+            for chosen in _draws(len(pool[0][0]), self.config, number):
+                yield self.step([tuple(part[chosen] for part in parts) for parts in pool], number)
+                number += 1
+                if number == self.config.steps:
+                    break
+
+    def step(self, batch: list[Example], step: int) -> Tensor:
         """One optimizer step; returns the loss of each layer (L,), in the order of `names`."""
         warm = min(1.0, (step + 1) / max(self.config.warmup, 1))
         factor = warm * 0.5 * (1 + math.cos(math.pi * step / self.config.steps))
@@ -202,10 +230,10 @@ class _Fit:
         return [name for kind in self.kinds for name in kind.layers]
 
     @torch.no_grad()
-    def errors(self, images: Tensor) -> dict[str, float]:
-        """Squared error over variance of every layer on `images`, whatever the objective."""
+    def errors(self, seen: Seen) -> dict[str, float]:
+        """Squared error over variance of every layer, whatever the objective."""
         with self.autocast():
-            parts = [kind.error(*part) for kind, part in zip(self.kinds, self.capture(images), strict=True)]
+            parts = [kind.error(*part) for kind, part in zip(self.kinds, self.examples(seen), strict=True)]
         found = dict(zip(self.names, torch.cat(parts).tolist(), strict=True))
         return {name: found[name] for name in self.layers}
 
@@ -237,127 +265,64 @@ class _Fit:
     def _inherited(self) -> Iterator[nn.Parameter]:
         if self.config.lr_inherited:
             for layer in self.layers.values():
-                for part in (layer.qkv, layer.q_norm, layer.k_norm):
+                for part in self.family.projections(layer):
                     yield from part.parameters()
 
+    def _kinds(self, seen: Seen) -> list[Kind]:
+        kinds: dict[tuple, dict[str, TTTLayer]] = {}
+        for name, layer in self.layers.items():
+            kinds.setdefault(seen.kind_of(name, layer), {})[name] = layer
+        parts = [len(seen.inputs[next(iter(layers))]) for layers in kinds.values()]
+        return [
+            Kind(self.family, layers, self.sources, count, self.config, self.device)
+            for layers, count in zip(kinds.values(), parts, strict=True)
+        ]
 
-class _Kind:
-    """Layers of one T5Config, fitted as one mixer of L·H heads.
-
-    An example is a tuple: inputs x (B, L, N, C), softmax outputs (B, L, N, H·D) and, for the objective "attention",
-    the teacher's q and k (B, L·H, N, D). Where neither projections nor inputs are trained, x is left out and the
-    layers' q, k and v (B, L·H, N, D) come first.
-    """
-
-    def __init__(self, layers: dict[str, TTTAttention], config: CalibrateConfig, device: torch.device):
-        first = next(iter(layers.values()))
-        self.layers, self.grid, self.objective = layers, first.grid, config.objective
-        settings = first.mixer.config
-        self.mixer = make_mixer(first.num_heads, first.head_dim, settings, len(layers)).to(device)
-        if config.objective == "attention" and not hasattr(self.mixer, "attention_map"):
+    def _source(self, name: str, layer: TTTLayer) -> nn.Module:
+        """The attention that `layer` learns from."""
+        try:
+            source = self.teacher.get_submodule(name)
+        except AttributeError:
+            source = None
+        if type(source) is not type(self.family.softmax_attention(layer)):
+            found = "nothing" if source is None else f"a {type(source).__name__}"
+            raise T5Error(f"the teacher has {found} at {name}; pass the softmax model that was converted")
+        theirs, ours = self._sizes(source), self._sizes(layer)
+        if theirs != ours:
             raise T5Error(
-                f"calibrate: objective 'attention' needs a mixer with an attention map, and inner '{settings.inner}' "
-                "has none; use objective 'output'"
+                f"{name} of the teacher has (heads, width, channels) {theirs}, of the model {ours}; "
+                "pass the softmax model that was converted"
             )
-        if config.objective == "attention" and (
-            settings.rescale or (settings.key_norm, settings.locality) != ("none", "none")
-        ):
-            raise T5Error(
-                f"calibrate: objective 'attention' compares maps of the projections as they are, but key_norm is "
-                f"'{settings.key_norm}', locality '{settings.locality}' and rescale {settings.rescale}; set them to "
-                "'none', 'none' and false, or use objective 'output'"
-            )
-        self.projected = not config.lr_inherited and settings.convolution != "cpe"
-        self.copy(to_layers=False)
-        self.loss = self._attention_loss if config.objective == "attention" else self.error
-        if config.compile:
-            self.loss = torch.compile(self.loss)
-
-    def examples(
-        self, inputs: dict[str, Tensor], outputs: dict[str, Tensor], sources: dict[str, Attention]
-    ) -> tuple[Tensor, ...]:
-        target = torch.stack([outputs[name] for name in self.layers], dim=1)
-        x = torch.stack([inputs[name] for name in self.layers], dim=1).to(target.dtype)  # autocast would, every step
-        given = self._project(x) if self.projected else (x,)
-        if self.objective == "output":
-            return *given, target
-        parts = [project(sources[name], inputs[name])[:2] for name in self.layers]
-        return *given, target, *(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-
-    def error(self, *example: Tensor) -> Tensor:
-        """Squared error of each layer's heads over the variance of its target, (L,)."""
-        (q, k, v), (target, *_) = self._split(example)
-        o = self.mixer(q, k, v, self.grid)
-        B, _, N, D = o.shape
-        o = o.view(B, len(self.layers), -1, N, D).transpose(2, 3).flatten(3).float()
-        target = target.float()
-        variance = target.var(dim=(0, 2, 3), correction=0)
-        return (o - target).square().mean(dim=(0, 2, 3)) / variance
-
-    def _attention_loss(self, *example: Tensor) -> Tensor:
-        """Cross-entropy from the teacher's softmax map to the mixer's map, mean over heads and queries, (L,)."""
-        (q, k, _), (_, teacher_q, teacher_k) = self._split(example)
-        wanted = (teacher_q.float() * teacher_q.shape[-1] ** -0.5 @ teacher_k.float().mT).softmax(-1)
-        given = self.mixer.attention_map(q, k).float().clamp_min(1e-8)
-        return -(wanted * given.log()).sum(-1).unflatten(1, (len(self.layers), -1)).mean(dim=(0, 2, 3))
-
-    def _split(self, example: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The layers' q, k, v, and what is to be matched."""
-        if self.projected:
-            return example[:3], example[3:]
-        return self._project(example[0]), example[1:]
-
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x (B, L, N, C) to q, k, v, each (B, L·H, N, D)."""
-        together = x.transpose(1, 2).flatten(2)  # the layers' channels side by side, as the stacked mixer has them
-        prepared = self.mixer.prepare(together, self.grid).unflatten(2, (len(self.layers), -1))
-        parts = [project(layer, prepared[:, :, index]) for index, layer in enumerate(self.layers.values())]
-        return tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        return source
 
     @torch.no_grad()
-    def copy(self, *, to_layers: bool) -> None:
-        """Between the layers' mixers and the one whose heads are all of theirs, in order."""
-        own = [_tensors(layer.mixer) for layer in self.layers.values()]
-        for name, whole in _tensors(self.mixer).items():
-            for part, tensors in zip(whole.chunk(len(own)), own, strict=True):
-                source, destination = (part, tensors[name]) if to_layers else (tensors[name], part)
-                destination.copy_(source)
+    def _sizes(self, attention: nn.Module) -> tuple[int, int, int]:
+        """Heads, their width, and channels of the input."""
+        first = self.family.projections(attention)[0]
+        q = self.family.project(attention, (first.weight.new_zeros(1, 1, first.in_features),))[0]
+        return q.shape[1], q.shape[3], first.in_features
 
 
-def _tensors(mixer: nn.Module) -> dict[str, Tensor]:
-    return dict(mixer.named_parameters()) | dict(mixer.named_buffers())
+def _inputs(batch: Any, number: int, *, objective: "Objective | None", seed: int, device: torch.device) -> Inputs:
+    """What the teacher is called with, on the device."""
+    if objective is None:
+        return images_of(batch).to(device, non_blocking=True)
+    return objective.noised(batch, seeded(seed, CALIBRATION, number)).to(device).inputs
 
 
-def _by_config(layers: dict[str, TTTAttention]) -> list[dict[str, TTTAttention]]:
-    kinds: dict[T5Config, dict[str, TTTAttention]] = {}
-    for name, layer in layers.items():
-        kinds.setdefault(layer.mixer.config, {})[name] = layer
-    return list(kinds.values())
+def _joined_by_size(taken: list[Inputs]) -> list[Inputs]:
+    """Batches whose images or latents have one size as one batch each."""
+    sizes: dict[tuple[int, ...], list[Inputs]] = {}
+    for inputs in taken:
+        image = inputs["hidden_states"] if isinstance(inputs, dict) else inputs
+        sizes.setdefault(tuple(image.shape[1:]), []).append(inputs)
+    return [_joined(alike) for alike in sizes.values()]
 
 
-def _keeper(kept: dict[str, Tensor], name: str):
-    def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        kept[name] = arguments[0]
-
-    return keep
-
-
-def _softmax_source(teacher: nn.Module, name: str, layer: TTTAttention) -> Attention:
-    """The attention that `layer` learns from."""
-    try:
-        source = teacher.get_submodule(name)
-    except AttributeError:
-        source = None
-    if not isinstance(source, Attention):
-        found = "nothing" if source is None else f"a {type(source).__name__}"
-        raise T5Error(f"the teacher has {found} at {name}; pass the softmax model that was converted")
-    theirs, ours = ((a.num_heads, a.head_dim, a.qkv.in_features) for a in (source, layer))
-    if theirs != ours:
-        raise T5Error(
-            f"{name} of the teacher has (heads, width, channels) {theirs}, of the model {ours}; "
-            "pass the softmax model that was converted"
-        )
-    return source
+def _joined(alike: list[Inputs]) -> Inputs:
+    if isinstance(alike[0], dict):
+        return {name: torch.cat([inputs[name] for inputs in alike]) for name in alike[0]}
+    return torch.cat(alike)
 
 
 def _draws(images: int, config: CalibrateConfig, first: int) -> Iterator[Tensor]:

@@ -3,15 +3,17 @@
 import torch
 from torch import Tensor, nn
 
+from t5lib.batches import Inputs, run_on
+
 LARGE = 1e4
 
 
 @torch.no_grad()
-def activation_peaks(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> dict[str, float]:
+def activation_peaks(model: nn.Module, inputs: Inputs) -> dict[str, float]:
     """Largest absolute output of every leaf and attention module, in order of execution.
 
     Args:
-        inputs: what `model` is called with; a dictionary holds keyword arguments.
+        inputs: what `model` is called with (t5lib.batches).
     """
     peaks: dict[str, float] = {}
     hooks = []
@@ -19,16 +21,14 @@ def activation_peaks(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> di
         if not list(module.children()) or name.rpartition(".")[2].startswith("attn"):
             hooks.append(module.register_forward_hook(_recorder(peaks, name)))
     try:
-        model(**inputs) if isinstance(inputs, dict) else model(inputs)
+        run_on(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
     return peaks
 
 
-def explain_blow_up(
-    model: nn.Module, inputs: Tensor | dict[str, Tensor], config, step: int, loss: float, grad_norm: float
-) -> str:
+def explain_blow_up(model: nn.Module, inputs: Inputs, config, step: int, loss: float, grad_norm: float) -> str:
     """The message for a loss or gradient that is not finite at `step`.
 
     Args:

@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from t5lib import lora
-from t5lib.batches import Batches, open_batches
+from t5lib.batches import Batches, Inputs, open_batches
 from t5lib.config import one_of
 from t5lib.conversion import new_parameters
 from t5lib.errors import T5Error
@@ -131,8 +131,8 @@ class Trainer:
         """A scalar."""
         raise NotImplementedError
 
-    def inputs(self, example: Any) -> Tensor | dict[str, Tensor]:
-        """What the model is called with (a dictionary: by name), for the search after a loss that is not finite."""
+    def inputs(self, example: Any) -> Inputs:
+        """What the model is called with, for the search after a loss that is not finite."""
         raise NotImplementedError
 
     def make_optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:

@@ -1,9 +1,12 @@
-"""The `t5` command: diagnose, convert and inspect any model, outside the pipeline.
+"""The `t5` command: diagnose, convert and inspect any model, outside the pipeline; images from a pipeline's prompts.
 
-`commands` is all that is imported for `t5 --help`; what needs torch and timm is imported when a command has checked
-its arguments.
+`commands` and `generating` are all that is imported for `t5 --help`; what needs torch and timm is imported when a
+command has checked its arguments.
 """
 
 from t5lib.cli.commands import app
+from t5lib.cli.generating import generate
+
+app.command()(generate)
 
 __all__ = ["app"]

@@ -123,11 +123,11 @@ def check_writable(folder: Path) -> None:
         raise T5Error(f"{folder} cannot be written: {nearest} is no folder of yours; name another place")
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """Image size in pixels, "224" or "224x320" (height x width), as (height, width)."""
+def parse_size(text: str | None, option: str = "--img-size") -> tuple[int, int] | None:
+    """Image size in pixels, "224" or "224x320" (height x width), as (height, width); `option` is what was typed."""
     if text is None:
         return None
     match = re.fullmatch(r"([1-9]\d*)(?:[x×]([1-9]\d*))?", text.strip())
     if not match:
-        raise T5Error(f"--img-size '{text}' is not understood; expected pixels: 224, or 224x320 (height x width)")
+        raise T5Error(f"{option} '{text}' is not understood; expected pixels: 224, or 224x320 (height x width)")
     return int(match[1]), int(match[2] or match[1])

@@ -9,7 +9,6 @@ import functools
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
@@ -212,11 +211,6 @@ def objective_of(scheduler: SchedulerMixin, **changes: float | str) -> Objective
         )
     schedule = {"steps": settings.num_train_timesteps, "beta_start": settings.beta_start, "beta_end": settings.beta_end}
     return NoiseAndVariance(**schedule | changes)
-
-
-def seeded(*numbers: int) -> torch.Generator:
-    """A CPU generator for this combination of numbers (seed, process, batch …) and no other."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def _clean_and_noise(batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,9 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from t5lib.batches import Batches
+from t5lib.batches import Batches, seeded
 from t5lib.config import one_of
-from t5lib.diffusion.objectives import Batch, Noised, Objective, seeded
+from t5lib.diffusion.objectives import Batch, Noised, Objective
 from t5lib.errors import T5Error
 from t5lib.training_loop import Log, LoopConfig, Trainer, TrainReport, compiled_blocks
 

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import t5lib
+from t5lib.batches import seeded
 from t5lib.conversion import new_parameters
-from t5lib.diffusion.objectives import NoiseAndVariance, RectifiedFlow, seeded
+from t5lib.diffusion.objectives import NoiseAndVariance, RectifiedFlow
 from t5lib.diffusion.training import DiffusionTrainConfig, train_diffusion, validation_loss
 from t5lib.errors import T5Error
 

@@ -10,7 +10,8 @@ from tiny_denoisers import POOLED, TEXT, dit_batch, sd3_batch, tiny_dit, tiny_sd
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from t5lib.diffusion.objectives import NoiseAndVariance, RectifiedFlow, objective_of, seeded
+from t5lib.batches import seeded
+from t5lib.diffusion.objectives import NoiseAndVariance, RectifiedFlow, objective_of
 from t5lib.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
