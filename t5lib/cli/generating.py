@@ -161,6 +161,6 @@ def _check_source(source: str) -> None:
 
 
 def _left_out(folder: Path) -> dict[str, None]:
-    """Parts that a saved pipeline goes without, as arguments: diffusers wants to be told (a DiT on pixels has no VAE)."""
+    """Parts that a saved pipeline goes without, as arguments for diffusers (a DiT on pixels has no VAE)."""
     index = read_json(folder / "model_index.json") if folder.is_dir() else {}
     return {name: None for name, value in index.items() if value == [None, None]}
