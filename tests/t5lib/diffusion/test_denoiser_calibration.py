@@ -113,7 +113,10 @@ def test_new_parameters_and_projections_of_queries_keys_and_values_are_fitted_an
 
 @pytest.mark.parametrize("lr_inherited", [0.0, 1e-3])
 def test_layers_fitted_together_equal_each_fitted_alone(lr_inherited, kind):
-    """Not with instance norm, for which the gradient of a key's bias is rounding noise that Adam would blow up."""
+    """Not with instance norm, for which the gradient of a key's bias is rounding noise that Adam would blow up.
+
+    Nor is the bias of DiT's keys compared: its gradient is as small with any norm.
+    """
     teacher = MODELS[kind][0]()
     together = t5lib.convert(teacher, T5Config(key_norm="rms"))
     start = {name: tensor.clone() for name, tensor in together.state_dict().items()}
@@ -124,7 +127,7 @@ def test_layers_fitted_together_equal_each_fitted_alone(lr_inherited, kind):
         alone.load_state_dict({name: start[name] for name in alone.state_dict()})
         calibrated(alone, teacher, kind, steps=3, lr_inherited=lr_inherited)
         for name, tensor in alone.state_dict().items():
-            if name.startswith(f"{layer}."):
+            if name.startswith(f"{layer}.") and not name.endswith("to_k.bias"):
                 torch.testing.assert_close(together.state_dict()[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
