@@ -202,7 +202,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=Settings.minutes)
     parser.add_argument("--steps", type=int, default=Settings.steps, help="at most so many")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds, then save the state and exit 3")
+    parser.add_argument(
+        "--stop-after", type=float, default=float("inf"), help="seconds, then save the state and exit 3"
+    )
     args = parser.parse_args(arguments)
     settings = Settings(minutes=args.minutes, steps=args.steps, seed=args.seed)
     run(settings, args.images, args.out, args.scratch, time.monotonic() + args.stop_after)

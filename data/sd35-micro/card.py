@@ -41,7 +41,9 @@ def load(folder: Path, device: torch.device):
 def generate(pipeline, prompts: list[str], size: int, seed: int) -> Tensor:
     """(B, 3, size, size) in [-1, 1]."""
     options = {"guidance": GUIDANCE, "steps": STEPS, "size": (size, size), "max_sequence_length": LENGTH}
-    made = sample(pipeline, prompts, [seed + index for index in range(len(prompts))], GenerateConfig(batch_size=64, **options))
+    made = sample(
+        pipeline, prompts, [seed + index for index in range(len(prompts))], GenerateConfig(batch_size=64, **options)
+    )
     return made / 127.5 - 1
 
 

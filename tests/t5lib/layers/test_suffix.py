@@ -1,0 +1,67 @@
+"""Text tokens after the grid's are to every mixer what class tokens before it are."""
+
+import pytest
+import torch
+
+from t5lib.errors import T5Error
+from t5lib.layers.grid import TokenGrid
+from t5lib.layers.mixers import make_mixer
+from t5lib.layers.settings import INNERS, LOCALITIES, SCOPES, T5Config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+H, D, TEXT = 2, 4, 3
+BEFORE, AFTER = TokenGrid(5, 6, num_prefix_tokens=TEXT), TokenGrid(5, 6, num_suffix_tokens=TEXT)
+
+
+def tokens() -> torch.Tensor:
+    """q, k, v with the text last, (3, B, H, N, D); keys of image and text are shifted apart."""
+    drawn = torch.randn(3, 2, H, 30 + TEXT, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn[1, :, :, 30:] += 3
+    return drawn
+
+
+def mixer(**settings):
+    torch.manual_seed(0)
+    return make_mixer(H, D, T5Config(**settings)).double()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"inner": inner} for inner in INNERS] + [{"locality": locality} for locality in LOCALITIES],
+    ids=lambda settings: next(iter(settings.values())),
+)
+def test_text_after_the_image_is_mixed_as_before_it(settings):
+    mix, qkv = mixer(**settings), tokens()
+    torch.testing.assert_close(mix(*qkv, AFTER), mix(*qkv.roll(TEXT, dims=3), BEFORE).roll(-TEXT, dims=2))
+
+
+@pytest.mark.parametrize("kind", ["instance", "instance_no_std", "instance_no_mean"])
+def test_a_key_norm_by_modality_takes_statistics_of_each_apart(kind):
+    mix, keys = mixer(key_norm=kind, key_norm_scope="modality"), tokens()[1]
+    alone = mixer(key_norm=kind)
+    image, text = mix._normalized(keys, AFTER).split([30, TEXT], dim=2)
+    torch.testing.assert_close(image, alone._normalized(keys[:, :, :30], TokenGrid(5, 6)))
+    torch.testing.assert_close(text, alone._normalized(keys[:, :, 30:], TokenGrid(1, TEXT)))
+    assert not torch.allclose(mix(*tokens(), AFTER), alone(*tokens(), AFTER))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_without_text_the_scope_of_the_key_norm_makes_no_difference(scope):
+    qkv = tokens()[:, :, :, :30]
+    assert torch.equal(mixer(key_norm_scope=scope)(*qkv, TokenGrid(5, 6)), mixer()(*qkv, TokenGrid(5, 6)))
+
+
+def test_neighborhoods_are_of_image_tokens_alone():
+    plain, near = (mixer(locality=locality)(*tokens(), AFTER) for locality in ("dwc_qk", "dwc_qk+nat3"))
+    assert torch.equal(plain[:, :, 30:], near[:, :, 30:])
+    assert not torch.allclose(plain[:, :, :30], near[:, :, :30])
+
+
+def test_tokens_that_do_not_fit_are_told_with_the_text():
+    with pytest.raises(T5Error, match="holds 30 tokens and num_prefix_tokens is 0, 3 text tokens .* got 32 tokens"):
+        mixer()(*tokens()[:, :, :, 1:], AFTER)
+
+
+def test_an_unknown_scope_is_refused():
+    with pytest.raises(T5Error, match="key_norm_scope 'modal' is unknown; expected one of joint, modality"):
+        T5Config(key_norm_scope="modal")
