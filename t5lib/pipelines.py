@@ -22,6 +22,7 @@ from t5lib.config import to_dict
 from t5lib.conversion import convert
 from t5lib.errors import T5Error
 from t5lib.families import dit, sd3  # noqa: F401 (the classes that saved pipelines name)
+from t5lib.files import read_json
 from t5lib.layers.settings import T5Config
 
 
@@ -61,6 +62,9 @@ def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
         raise T5Error(f"{source} is neither a folder nor a repository's owner/name; expected a saved pipeline")
     if folder.is_dir() and not (folder / "model_index.json").exists():
         raise T5Error(f"{source} has no model_index.json; expected a folder written by pipe.save_pretrained")
+    if folder.is_dir():  # diffusers does not know by itself that a part is left out: a DiT on pixels has no VAE
+        index = read_json(folder / "model_index.json")
+        options = {name: None for name, value in index.items() if value == [None, None]} | options
     return DiffusionPipeline.from_pretrained(source, **options)
 
 

@@ -11,7 +11,6 @@ from t5lib.cli.screen import counted, note, say
 from t5lib.diffusion import prompts as prompt_files
 from t5lib.diffusion.prompts import Prompt
 from t5lib.errors import T5Error
-from t5lib.files import read_json
 
 SAMPLING = "Sampling"
 
@@ -133,7 +132,7 @@ def run(
     note(f"loading {source}")
     folder = Path(source).expanduser()
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    pipeline = load_pipeline(folder if folder.is_dir() else source, torch_dtype=dtype, **_left_out(folder))
+    pipeline = load_pipeline(folder if folder.is_dir() else source, torch_dtype=dtype)
     classes = generation.classes_of(pipeline)
     if classes is not None:
         prompts = prompt_files.as_classes(prompts, classes)
@@ -158,9 +157,3 @@ def _check_source(source: str) -> None:
         )
     if not folder.is_dir() and source.count("/") != 1:
         raise T5Error(f"{source} does not exist; expected a folder of save_pretrained, or a repository's owner/name")
-
-
-def _left_out(folder: Path) -> dict[str, None]:
-    """Parts that a saved pipeline goes without, as arguments for diffusers (a DiT on pixels has no VAE)."""
-    index = read_json(folder / "model_index.json") if folder.is_dir() else {}
-    return {name: None for name, value in index.items() if value == [None, None]}

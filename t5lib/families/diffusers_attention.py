@@ -66,15 +66,11 @@ class DiffusersTTTAttention(TTTLayer):
         """
         if attention_mask is not None or others:
             given = ["attention_mask"] * (attention_mask is not None) + list(others)
-            raise T5Error(
-                f"a TTT layer sees all tokens and takes nothing else: {', '.join(given)} cannot be given to it"
-            )
+            raise T5Error(f"a TTT layer sees all tokens and takes nothing else; call it without {', '.join(given)}")
         if encoder_hidden_states is None:
             return self._out(self._mix((hidden_states,)))
         if self.add_k_proj is None:
-            raise T5Error(
-                "a TTT layer in the place of self-attention sees its own tokens only: no other tokens can be given"
-            )
+            raise T5Error("a TTT layer in the place of self-attention sees its own tokens; call it without others")
         o = self._mix((hidden_states, encoder_hidden_states))
         image, text = o.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
         return self._out(image), text if self.to_add_out is None else self.to_add_out(text)

@@ -156,9 +156,9 @@ def test_nothing_is_left_in_scratch(built, root):
 
 
 def test_a_training_that_broke_goes_on_and_ends_as_if_it_had_not(built, root, monkeypatch):
-    from t5lib import training
+    from t5lib.training_loop import Trainer
 
-    whole, step, taken = made(root, "finetune").state_dict(), training._Run.step, []
+    whole, step, taken = made(root, "finetune").state_dict(), Trainer.step, []
 
     def breaking(run, batches):
         taken.append(run.done.step)
@@ -166,7 +166,7 @@ def test_a_training_that_broke_goes_on_and_ends_as_if_it_had_not(built, root, mo
             raise OSError("node lost")
         return step(run, batches)
 
-    monkeypatch.setattr(training._Run, "step", breaking)
+    monkeypatch.setattr(Trainer, "step", breaking)
     with pytest.raises(OSError, match="node lost"):
         stage(root, "finetune")
     assert not (root / "data/out/tiny/finetune").exists()

@@ -58,7 +58,7 @@ def test_neighborhoods_are_of_image_tokens_alone():
 
 
 def test_tokens_that_do_not_fit_are_told_with_the_text():
-    with pytest.raises(T5Error, match="holds 30 tokens and num_prefix_tokens is 0, 3 text tokens .* got 32 tokens"):
+    with pytest.raises(T5Error, match=r"holds 30 tokens and num_prefix_tokens is 0, 3 text tokens .* got 32 tokens"):
         mixer()(*tokens()[:, :, :, 1:], AFTER)
 
 
