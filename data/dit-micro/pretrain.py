@@ -4,14 +4,13 @@
     python data/dit-micro/pretrain.py --images data/fashion-mnist-large/train.json \
         --out data/dit-micro/model --scratch data/scratch/dit-micro
 
-A class-conditional DiT of pixels, without an autoencoder: Fashion-MNIST, 28 x 28 padded to 32 x 32, one channel from -1
-to 1, in patches of 2: 256 tokens. It learns noise and variance as DiT does (t5lib.diffusion.objectives), one label in
+A class-conditional DiT of pixels, without an autoencoder: Fashion-MNIST, 28 x 28 resized to 32 x 32 as the stage `shards`
+does it, one channel from -1 to 1, in patches of 2: 256 tokens. It learns noise and variance as DiT does (t5lib.diffusion.objectives), one label in
 ten is dropped for guidance, and averaged weights are written, in half precision. State is kept in --scratch, and the
 same command goes on from it. Needs a GPU for the real thing. Exits with 3 when stopped before the end.
 """
 
 import argparse
-import io
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -20,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from jinja2 import Template
@@ -28,6 +26,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from t5lib.batches import seeded
+from t5lib.diffusion.buckets import fit
+from t5lib.diffusion.captions import image_of
 from t5lib.diffusion.generation import GenerateConfig, sample
 from t5lib.diffusion.objectives import Noised, objective_of
 from t5lib.diffusion.pretraining import PretrainConfig, Record, pretrain, zero_gates
@@ -58,14 +58,11 @@ class Settings:
 
 
 def read_images(manifest: Path) -> tuple[Tensor, Tensor]:
-    """All images of a manifest, padded (N, 1, 32, 32) in [-1, 1], and their classes (N,)."""
-    pictures, labels = [], []
-    for shard in ShardSet.read(manifest).shards:
-        for found in shard.samples():
-            pictures.append(np.asarray(Image.open(io.BytesIO(found["png"]))))
-            labels.append(int(found["cls"]))
-    images = torch.from_numpy(np.stack(pictures))[:, None].float() / 127.5 - 1
-    return F.pad(images, [(SIDE - images.shape[-1]) // 2] * 4, value=-1.0), torch.tensor(labels)
+    """All images of a manifest (N, 1, 32, 32) in [-1, 1], and their classes (N,)."""
+    samples = [sample for shard in ShardSet.read(manifest).shards for sample in shard.samples()]
+    pictures = [np.asarray(fit(image_of(found, 1), (SIDE, SIDE))) for found in samples]
+    labels = torch.tensor([int(found["cls"]) for found in samples])
+    return torch.from_numpy(np.stack(pictures))[:, None].float() / 127.5 - 1, labels
 
 
 def build(settings: Settings) -> DiTTransformer2DModel:
