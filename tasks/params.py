@@ -7,9 +7,11 @@ import argparse
 import ast
 import difflib
 import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -54,7 +56,7 @@ def resolve(root: Path | str, target: str) -> dict[str, Any]:
 
 def checked(root: Path | str, settings: dict[str, Any], where: str) -> dict[str, Any]:
     """The sections of a target with their defaults filled in; `where` names their origin. Raises as `resolve` does."""
-    classes = _sections(Path(root))
+    classes = _sections(Path(root), settings)
     for section in settings:
         if section not in classes:
             raise T5Error(f"{where}.{section} is read by no stage; known sections: {', '.join(sorted(classes))}")
@@ -64,6 +66,19 @@ def checked(root: Path | str, settings: dict[str, Any], where: str) -> dict[str,
             f"{where} lacks the sections {', '.join(missing)}; add them, empty if need be: {missing[0]}: {{}}"
         )
     return {name: to_dict(from_dict(classes[name], settings[name], f"{where}.{name}")) for name in settings}
+
+
+def kind(settings: dict[str, Any]) -> str:
+    """What a target's model is, which its fetch section tells: a diffusers pipeline's "denoiser", or a "classifier"."""
+    return "denoiser" if (settings.get("fetch") or {}).get("format") == "pipeline" else "classifier"
+
+
+def stage_module(name: str, settings: dict[str, Any]) -> ModuleType:
+    """The module of stage `name` for a target with these settings: of some stages denoisers have their own."""
+    special = f"tasks.denoisers.{name}"
+    if kind(settings) == "denoiser" and importlib.util.find_spec(special):
+        return importlib.import_module(special)
+    return importlib.import_module(f"tasks.{name}")
 
 
 def stage_modules(root: Path | str = ".") -> list[str]:
@@ -98,10 +113,10 @@ def with_enabled(text: str, target: str) -> str:
     return out.getvalue()
 
 
-def _sections(root: Path) -> dict[str, type]:
+def _sections(root: Path, settings: dict[str, Any]) -> dict[str, type]:
     classes: dict[str, type] = {}
     for name in stage_modules(root):
-        classes.update(importlib.import_module(f"tasks.{name}").SECTIONS)
+        classes.update(stage_module(name, settings).SECTIONS)
     return classes
 
 

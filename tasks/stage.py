@@ -13,12 +13,12 @@ A stage module holds `SECTIONS`, the sections of params.yaml it reads and their 
     if __name__ == "__main__":
         main(run)
 
-Neither DVC nor Prefect nor MLflow is needed to run one.
+Neither DVC nor Prefect nor MLflow is needed to run one. Where a stage does something else for denoisers than for
+classifiers, its module in tasks/denoisers/ takes over (tasks.params.stage_module).
 """
 
 import argparse
 import hashlib
-import importlib
 import json
 import shutil
 import signal
@@ -34,7 +34,7 @@ import yaml
 from t5lib.config import from_dict, to_dict
 from t5lib.errors import T5Error
 from t5lib.files import read_json, sha256, write_json, write_text
-from tasks.params import read_target
+from tasks.params import read_target, stage_module
 from tasks.tracking import NoRun, device, flatten, start_run
 
 T = TypeVar("T")
@@ -203,12 +203,11 @@ def run_stage(
     `params` replaces the target's section of params.yaml; `track` records the run in MLflow.
     Errors are written to `data/scratch/<target>/<stage>.error.json` and raised again.
     """
-    module = importlib.import_module(f"tasks.{name}")
-    return _run(module.run, name, target, module.SECTIONS, params, Path(root), track)
+    return _run(name, target, params, Path(root), track)
 
 
 def main(run: Callable[[Stage], dict[str, Any]]) -> None:
-    """The command line of a stage module: one argument, the target. Exit status 1 on error, 130 when interrupted."""
+    """The command line of the stage `run` is of: one argument, the target. Exit status 1 on error, 130 when stopped."""
     name = Path(run.__code__.co_filename).stem
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{name}", description=run.__globals__["__doc__"])
     parser.add_argument("target", help="a section of `targets` in params.yaml")
@@ -217,7 +216,7 @@ def main(run: Callable[[Stage], dict[str, Any]]) -> None:
         signal.signal(stop, signal.default_int_handler)
     started = time.monotonic()
     try:
-        metrics = _run(run, name, target, run.__globals__["SECTIONS"], None, Path("."), track=True)
+        metrics = _run(name, target, None, Path("."), track=True)
     except T5Error as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
@@ -226,14 +225,15 @@ def main(run: Callable[[Stage], dict[str, Any]]) -> None:
     print(f"{name} done in {time.monotonic() - started:.0f} s: {', '.join(shown[:6])}", flush=True)
 
 
-def _run(run, name, target, sections, settings, root, track) -> dict[str, Any]:
+def _run(name: str, target: str, settings: dict[str, Any] | None, root: Path, track: bool) -> dict[str, Any]:
     settings = read_target(root, target) if settings is None else settings
-    stage = Stage(name, target, settings=settings, sections=sections, root=root)
+    module = stage_module(name, settings)
+    stage = Stage(name, target, settings=settings, sections=module.SECTIONS, root=root)
     stage.begin()
     if track:
         stage.run_log = start_run(root, target, name, settings, {"stage": name, "protocol": name})
     try:
-        metrics = run(stage)
+        metrics = module.run(stage)
         stage.succeed(metrics)
     except BaseException as error:
         stage.fail(error)

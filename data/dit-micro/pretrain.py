@@ -4,10 +4,11 @@
     python data/dit-micro/pretrain.py --images data/fashion-mnist-large/train.json \
         --out data/dit-micro/model --scratch data/scratch/dit-micro
 
-A class-conditional DiT of pixels, without an autoencoder: Fashion-MNIST, 28 x 28 resized to 32 x 32 as the stage `shards`
-does it, one channel from -1 to 1, in patches of 2: 256 tokens. It learns noise and variance as DiT does (t5lib.diffusion.objectives), one label in
-ten is dropped for guidance, and averaged weights are written, in half precision. State is kept in --scratch, and the
-same command goes on from it. Needs a GPU for the real thing. Exits with 3 when stopped before the end.
+A class-conditional DiT of pixels, without an autoencoder: Fashion-MNIST, 28 x 28 resized to 32 x 32 as the stage
+`shards` does it, one channel from -1 to 1, in patches of 2: 256 tokens. It learns noise and variance as DiT does
+(t5lib.diffusion.objectives), one label in ten is dropped for guidance, and averaged weights are written, in half
+precision. State is kept in --scratch, and the same command goes on from it. Needs a GPU for the real thing. Exits with
+3 when stopped before the end.
 """
 
 import argparse
