@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from t5kernels import key_norm
 from torch import Tensor, nn
 
 from t5lib.diagnosis import shift_ratio
@@ -17,7 +18,6 @@ from t5lib.families import timm_vit
 from t5lib.implicit import attention_distance, implicit_attention, mixed, over_patches, projections, spread_queries
 from t5lib.layers.attention import TTTAttention
 from t5lib.layers.grid import TokenGrid
-from t5lib.layers.key_norm import key_norm
 from t5lib.similarity import CKA, RelativeError
 
 TOKENS_AT_ONCE = 4096  # of all images in a pass; every layer's inputs and outputs are held, of both models
@@ -192,32 +192,14 @@ def _add(
     q, k, v = projections(converted, own_x)
     layer.add_shift("shift_before", k)
     if isinstance(converted, TTTAttention):
-        layer.add_shift("shift_after", _normed(converted, k))
-        layer.add_shift("shift_fitted", _fitted(converted, q, k, v))
+        layer.add_shift("shift_after", _normed(converted, q, k))
+        layer.add_shift("shift_fitted", converted.mixer.localized(q, k, converted.grid)[1])
 
 
-def _normed(layer: TTTAttention, k: Tensor) -> Tensor:
+def _normed(layer: TTTAttention, q: Tensor, k: Tensor) -> Tensor:
     """The keys (B, H, N, D) after rescaling and key norm."""
     mixer = layer.mixer
-    if mixer.config.rescale:
-        k = k * mixer.k_scale + mixer.k_offset
-    return key_norm(k, mixer.config.key_norm, mixer.config.key_norm_eps)
-
-
-def _fitted(layer: TTTAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The keys (B, H, N, D) as the mixer's own `mix` gets them."""
-    seen, mix = [], layer.mixer.mix
-
-    def listening(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
-        seen.append(k)
-        return mix(q, k, v, grid)
-
-    layer.mixer.mix = listening
-    try:
-        mixed(layer, q, k, v)
-    finally:
-        del layer.mixer.mix  # the class has its own
-    return seen[0]
+    return key_norm(mixer.rescaled(q, k)[1], mixer.config.key_norm, mixer.config.key_norm_eps)
 
 
 @torch.no_grad()

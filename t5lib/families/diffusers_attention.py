@@ -67,18 +67,15 @@ class DiffusersTTTAttention(TTTLayer):
         if attention_mask is not None or others:
             given = ["attention_mask"] * (attention_mask is not None) + list(others)
             raise T5Error(f"a TTT layer sees all tokens and takes nothing else; call it without {', '.join(given)}")
-        if encoder_hidden_states is None:
-            return self._out(self._mix((hidden_states,)))
-        if self.add_k_proj is None:
+        if encoder_hidden_states is not None and self.add_k_proj is None:
             raise T5Error("a TTT layer in the place of self-attention sees its own tokens; call it without others")
-        o = self._mix((hidden_states, encoder_hidden_states))
-        image, text = o.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
-        return self._out(image), text if self.to_add_out is None else self.to_add_out(text)
-
-    def _mix(self, tokens: tuple[Tensor, ...]) -> Tensor:
-        """Tokens to merged heads, (B, N + T, H·D)."""
-        prepared = (self.mixer.prepare(tokens[0], self.grid), *tokens[1:])
-        return self.mixer(*project(self, prepared), self.grid_of(tokens)).transpose(1, 2).flatten(2)
+        text = None if encoder_hidden_states is None else _project(self, encoder_hidden_states, TEXT)
+        image = _project(self, self.mixer.prepare(hidden_states, self.grid), IMAGE)
+        o, text_o = self.mixer.joint(image, text, self.grid)
+        o = self._out(_merged(o))
+        if text is None:
+            return o
+        return o, _merged(text_o) if self.to_add_out is None else self.to_add_out(_merged(text_o))
 
     def _out(self, o: Tensor) -> Tensor:
         for module in self.to_out:  # projection, dropout
@@ -205,6 +202,11 @@ def project(attention: nn.Module, tokens: tuple[Tensor, ...]) -> tuple[Tensor, T
         return image
     text = _project(attention, tokens[1], TEXT)
     return tuple(torch.cat(both, dim=2) for both in zip(image, text, strict=True))
+
+
+def _merged(o: Tensor) -> Tensor:
+    """(B, H, N, D) to (B, N, H·D)."""
+    return o.transpose(1, 2).flatten(2)
 
 
 def _project(attention: nn.Module, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,22 +3,24 @@
 A mixer holds every parameter that conversion adds. Its steps, each as T5Config says: rescale q and k, key norm,
 convolution, mixing (a TTT inner model or a rival), convolved values, neighborhood attention.
 
-Shapes: B images, H heads, N tokens, D head width. Several layers can be run as one mixer of `layers`·H heads, heads of
-a layer side by side (t5lib.calibrate): nothing here mixes heads.
+Shapes: B images, H heads, N image tokens, T text tokens, D head width. Several layers can be run as one mixer of
+`layers`·H heads, heads of a layer side by side (t5lib.calibrate): nothing here mixes heads.
 """
 
+import t5kernels
 import torch
-from t5kernels import INNER_WEIGHTS, neighborhood_attention, ttt
+from t5kernels import INNER_WEIGHTS, key_norm, neighborhood_attention, ttt_layer
 from torch import Tensor, nn
 
 from t5lib.errors import T5Error
 from t5lib.layers.grid import TokenGrid
-from t5lib.layers.key_norm import key_norm
 from t5lib.layers.settings import T5Config
+
+Tokens = tuple[Tensor, Tensor, Tensor]
 
 
 class Mixer(nn.Module):
-    """The steps that all mixers share; a subclass adds its weights and `mix`.
+    """The steps that all mixers share; a subclass adds its weights, and `mix` or `attend`.
 
     Args:
         num_heads: H of one layer.
@@ -51,22 +53,57 @@ class Mixer(nn.Module):
         Raises:
             T5Error: the tokens do not fit the grid.
         """
-        config, raw = self.config, (q, k, v)
-        if config.rescale:
-            q, k = q * self.q_scale + self.q_offset, k * self.k_scale + self.k_offset
-        k = self._normalized(k, grid)
-        if config.convolution == "dwc_qk":
-            q, k = q + convolved(q, self.q_conv, grid), k + convolved(k, self.k_conv, grid)
-        o = self.mix(q, k, v, grid)
-        if config.convolution == "dwc_v":
-            o = o + convolved(v, self.v_conv, grid)
-        return self._with_neighborhood(o, *raw, grid) if config.window else o
+        if not grid.num_suffix_tokens:
+            return self.joint((q, k, v), None, grid)[0]
+        self._check(grid, q.shape[2])
+        image, text = zip(*(t.tensor_split((grid.patches.stop,), dim=2) for t in (q, k, v)), strict=True)
+        return torch.cat(self.joint(image, text, grid.with_suffix(0)), dim=2)
+
+    def joint(self, image: Tokens, text: Tokens | None, grid: TokenGrid) -> tuple[Tensor, Tensor | None]:
+        """`forward` for tokens that lie apart in memory: `grid` is the image's, text has no place in it.
+
+        Args:
+            image, text: q, k and v, each (B, H, N, D) and (B, H, T, D).
+
+        Returns:
+            The outputs of both, (B, H, N, D) and (B, H, T, D); None without text.
+
+        Raises:
+            T5Error: the image's tokens do not fit the grid.
+        """
+        self._check(grid, image[0].shape[2])
+        o, text_o = self.attend(image, text, grid)
+        if self.config.convolution == "dwc_v":
+            o = o + convolved(image[2], self.v_conv, grid)
+        return self._with_neighborhood(o, *image, grid) if self.config.window else o, text_o
 
     def prepare(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """What is done to the layer's input (B, N, C) before the projections: positional encoding by convolution."""
         if self.config.convolution != "cpe":
             return x
         return x + convolved(x.unsqueeze(1), self.x_conv, grid).squeeze(1)
+
+    def attend(self, image: Tokens, text: Tokens | None, grid: TokenGrid) -> tuple[Tensor, Tensor | None]:
+        """Rescaling, key norm, convolution of q and k, and the mixing itself; takes and gives what `joint` does."""
+        if text is None:
+            return self.mix(*self.localized(*image[:2], grid), image[2], grid), None
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(image, text, strict=True))
+        grid = grid.with_suffix(text[0].shape[2])
+        o = self.mix(*self.localized(q, k, grid), v, grid)
+        return o.tensor_split((grid.patches.stop,), dim=2)
+
+    def localized(self, q: Tensor, k: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
+        """q and k (B, H, N, D), with suffix tokens if the grid has them, as the mixing itself gets them."""
+        q, k = self.rescaled(q, k)
+        k = self._normalized(k, grid)
+        if self.config.convolution == "dwc_qk":
+            q, k = q + convolved(q, self.q_conv, grid), k + convolved(k, self.k_conv, grid)
+        return q, k
+
+    def rescaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.config.rescale:
+            return q, k
+        return q * self.q_scale + self.q_offset, k * self.k_scale + self.k_offset
 
     def _normalized(self, k: Tensor, grid: TokenGrid) -> Tensor:
         """Key norm over all tokens, or over the image's and the text's (suffix) apart (config.key_norm_scope)."""
@@ -80,9 +117,12 @@ class Mixer(nn.Module):
         """The mixing itself. q, k, v: (B, H, N, D), normalized and convolved. Returns (B, H, N, D)."""
         raise NotImplementedError
 
+    def _check(self, grid: TokenGrid, num_tokens: int) -> None:
+        if self.config.locality != "none":
+            grid.check(num_tokens)
+
     def _with_neighborhood(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
         """Half `o`, half neighborhood attention of the projections as they come; only the grid has neighborhoods."""
-        grid.check(o.shape[2])
         if min(grid.rows, grid.columns) < self.config.window:
             raise T5Error(
                 f"locality '{self.config.locality}' looks at {self.config.window}×{self.config.window} tokens, more "
@@ -103,11 +143,21 @@ class TTTMixer(Mixer):
         self.weight_names = [f"w{i + 1}" for i in range(INNER_WEIGHTS[config.inner])]
         for name in self.weight_names:
             setattr(self, name, self.inner_weight())
+        self.settings = t5kernels.Settings(
+            inner=config.inner,
+            loss=config.inner_loss,
+            key_norm=config.key_norm,
+            eps=config.key_norm_eps,
+            norm_scope=config.key_norm_scope,
+        )
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
+    def attend(self, image: Tokens, text: Tokens | None, grid: TokenGrid) -> tuple[Tensor, Tensor | None]:
+        image, text = ((*self.rescaled(*part[:2]), part[2]) if part else None for part in (image, text))
         weights = tuple(getattr(self, name) for name in self.weight_names)
-        scale = self.head_dim**-0.5 / k.shape[2]
-        return ttt(q, k, v, weights, inner=self.config.inner, loss=self.config.inner_loss, scale=scale)
+        convs = {}
+        if self.config.convolution == "dwc_qk":
+            convs = {name: (getattr(self, name).weight, getattr(self, name).bias) for name in ("q_conv", "k_conv")}
+        return ttt_layer(image, weights, self.settings, grid=grid, text=text, **convs)
 
 
 def make_mixer(num_heads: int, head_dim: int, config: T5Config, layers: int = 1) -> Mixer:
@@ -122,7 +172,4 @@ def make_mixer(num_heads: int, head_dim: int, config: T5Config, layers: int = 1)
 def convolved(x: Tensor, conv: nn.Conv2d, grid: TokenGrid) -> Tensor:
     """Depthwise convolution over the token grid, 0 elsewhere. x: (B, H, N, D), conv over H·D channels."""
     grid.check(x.shape[2])
-    B, H, _, D = x.shape
-    image = x[:, :, grid.patches].transpose(2, 3).reshape(B, H * D, grid.rows, grid.columns)
-    mixed = conv(image).reshape(B, H, D, -1).transpose(2, 3)
-    return nn.functional.pad(mixed, (0, 0, grid.num_prefix_tokens, grid.num_suffix_tokens))
+    return t5kernels.convolved(x, conv.weight, conv.bias, grid)

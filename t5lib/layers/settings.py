@@ -4,12 +4,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from t5kernels import INNER_LOSSES, INNER_WEIGHTS
+from t5kernels import INNER_LOSSES, INNER_WEIGHTS, KEY_NORMS
 
 from t5lib.config import one_of
 from t5lib.errors import T5Error
 from t5lib.layers.indices import LAYER_SETS, parse_indices
-from t5lib.layers.key_norm import KEY_NORMS
 
 SOFTMAX = "softmax"  # in a layer map: leave this attention as it is
 RIVALS = ("hedgehog", "performer", "relu_linear", "clear", "vit3")

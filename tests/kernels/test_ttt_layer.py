@@ -49,7 +49,7 @@ SMALL = [
     Case(settings=BARE),
     Case(conv=False),
     Case(text=7, after=2),
-    Case(text=7, settings=Settings(norm_scope="apart")),
+    Case(text=7, settings=Settings(norm_scope="modality")),
     Case(text=3, conv=False, settings=BARE),
     Case(images=1, rows=1, columns=1, prefix=0, width=32),
     Case(images=1, heads=1, rows=9, columns=8, prefix=5, width=72),
@@ -166,7 +166,7 @@ def test_a_convolution_is_that_of_pytorch_on_a_grid_that_is_not_square():
     conv = torch.nn.Conv2d(12, 12, 3, padding=1, groups=12)
     image = x[:, :, 2:].transpose(2, 3).reshape(2, 12, 3, 5)
     expected = conv(image).reshape(2, 3, 4, 15).transpose(2, 3)
-    found = reference.convolved(x, conv.weight, conv.bias, 3, 5, 2)
+    found = reference.convolved(x, conv.weight, conv.bias, Grid(rows=3, columns=5, num_prefix_tokens=2))
     torch.testing.assert_close(found[:, :, 2:], expected)
     assert not found[:, :, :2].any()
 

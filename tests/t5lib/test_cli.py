@@ -14,7 +14,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
-from t5kernels import INNER_WEIGHTS
+from t5kernels import INNER_WEIGHTS, KEY_NORMS
 from tiny import tiny_vit
 from typer.testing import CliRunner
 
@@ -24,7 +24,6 @@ from t5lib.calibration import CalibrateConfig
 from t5lib.cli import app, arguments, converting, images, models
 from t5lib.cli.images import ImageReader
 from t5lib.conversion import ttt_layers
-from t5lib.layers.key_norm import KEY_NORMS
 from t5lib.layers.settings import CONVOLUTIONS, PRESETS, T5Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from t5kernels.precision import autocast_dtype
-from t5kernels.ttt.api import IMPLS, ttt
+from t5kernels.ttt.api import IMPLS
 from t5kernels.ttt_layer import reference
-from t5kernels.ttt_layer.reference import KEY_NORMS
+from t5kernels.ttt_layer.key_norm import KEY_NORMS
 
-NORM_SCOPES = ("joint", "apart")
+NORM_SCOPES = ("joint", "modality")
 Tokens = tuple[Tensor, Tensor, Tensor]
 Conv = tuple[Tensor, Tensor]
 
@@ -36,8 +36,8 @@ class Settings:
 
     Attributes:
         inner, loss: as `ttt` takes them.
-        key_norm, eps: as reference.key_norm takes them.
-        norm_scope: with text, statistics over "joint" tokens or of image and text "apart".
+        key_norm, eps: as key_norm takes them.
+        norm_scope: with text, "joint" takes statistics over all tokens, "modality" of image and text apart.
     """
 
     inner: str = "swiglu"
@@ -70,7 +70,7 @@ def ttt_layer(
     Args:
         image: q, k and v, each (B, H, N, D), views of any strides.
         weights: inner weights, each (H, D, D), as many as t5kernels.INNER_WEIGHTS says.
-        grid: of the image's tokens; needed with convolutions.
+        grid: of the image's tokens (a Grid, or what has its attributes); needed with convolutions.
         q_conv, k_conv: weight (H·D, 1, 3, 3) and bias (H·D,) of depthwise convolutions, both or neither.
         text: q, k and v (B, H, T, D) of more tokens of the same sequence, which are not convolved. The inner model is
             fitted on all N + T tokens; nothing is concatenated by the kernels.
@@ -91,28 +91,7 @@ def ttt_layer(
     scale = image[0].shape[3] ** -0.5 / tokens
     if impl == "triton":
         return _fused(image, weights, settings, grid, q_conv, k_conv, text, scale)
-    return _composed(image, weights, settings, grid, q_conv, k_conv, text, scale)
-
-
-def _composed(image, weights, settings, grid, q_conv, k_conv, text, scale) -> tuple[Tensor, Tensor | None]:
-    q, k, v = image
-    kind = {"inner": settings.inner, "loss": settings.loss, "scale": scale, "impl": "reference"}
-    normalize = (settings.key_norm, settings.eps)
-    count = k.shape[2]
-    if text is None:
-        k = reference.key_norm(k, *normalize)
-    elif settings.norm_scope == "joint":
-        k, text_k = reference.key_norm(torch.cat([k, text[1]], dim=2), *normalize).tensor_split((count,), dim=2)
-    else:
-        k, text_k = reference.key_norm(k, *normalize), reference.key_norm(text[1], *normalize)
-    if q_conv is not None:
-        place = (grid.rows, grid.columns, grid.num_prefix_tokens)
-        q, k = q + reference.convolved(q, *q_conv, *place), k + reference.convolved(k, *k_conv, *place)
-    if text is None:
-        return ttt(q, k, v, weights, **kind), None
-    pairs = ((q, text[0]), (k, text_k), (v, text[2]))
-    o = ttt(*(torch.cat(pair, dim=2) for pair in pairs), weights, **kind)
-    return o[:, :, :count], o[:, :, count:]
+    return reference.layer(image, text, weights, q_conv, k_conv, grid, settings, scale)
 
 
 def _fused(image, weights, settings, grid, q_conv, k_conv, text, scale) -> tuple[Tensor, Tensor | None]:

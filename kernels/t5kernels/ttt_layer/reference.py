@@ -1,76 +1,46 @@
 """The layer in readable PyTorch, any device, dtype, inner model and key norm.
 
-Shapes: B batch, H heads, N tokens, D head width; tokens (B, H, N, D). Source: "Linearizing Vision Transformer with
-Test-Time Training" (arXiv 2605.02772): key norm and locality, then the inner model fitted and applied.
+Shapes: B batch, H heads, N image tokens, T text tokens, D head width; tokens (B, H, N, D). Source: "Linearizing Vision
+Transformer with Test-Time Training" (arXiv 2605.02772): key norm and locality, then the inner model fitted and applied.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TOKENS, CHANNELS = -2, -1
+from t5kernels.ttt.api import ttt
+from t5kernels.ttt_layer.key_norm import key_norm
 
 
-def _none(k: Tensor, eps: float) -> Tensor:
-    return k
+def layer(image, text, weights, q_conv, k_conv, grid, settings, scale: float) -> tuple[Tensor, Tensor | None]:
+    """As `ttt_layer` takes and gives it."""
+    q, k, v = image
+    count = k.shape[2]
+    normalize = (settings.key_norm, settings.eps)
+    if text is None:
+        k = key_norm(k, *normalize)
+    elif settings.norm_scope == "joint":
+        k, text_k = key_norm(torch.cat([k, text[1]], dim=2), *normalize).tensor_split((count,), dim=2)
+    else:
+        k, text_k = key_norm(k, *normalize), key_norm(text[1], *normalize)
+    if q_conv is not None:
+        q, k = q + convolved(q, *q_conv, grid), k + convolved(k, *k_conv, grid)
+    if text is not None:
+        q, k, v = (torch.cat(pair, dim=2) for pair in ((q, text[0]), (k, text_k), (v, text[2])))
+    o = ttt(q, k, v, weights, inner=settings.inner, loss=settings.loss, scale=scale, impl="reference")
+    return (o, None) if text is None else (o[:, :, :count], o[:, :, count:])
 
 
-def _rms(k: Tensor, eps: float) -> Tensor:
-    return k * torch.rsqrt(k.square().mean(CHANNELS, keepdim=True) + eps)
-
-
-def _layer(k: Tensor, eps: float) -> Tensor:
-    return _standardize(k, CHANNELS, eps)
-
-
-def _instance(k: Tensor, eps: float) -> Tensor:
-    return _standardize(k, TOKENS, eps)
-
-
-def _instance_no_std(k: Tensor, eps: float) -> Tensor:
-    return k - k.mean(TOKENS, keepdim=True)
-
-
-def _instance_no_mean(k: Tensor, eps: float) -> Tensor:
-    return k * torch.rsqrt(k.var(TOKENS, keepdim=True, correction=0) + eps)
-
-
-def _standardize(k: Tensor, dim: int, eps: float) -> Tensor:
-    centred = k - k.mean(dim, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(dim, keepdim=True) + eps)
-
-
-KEY_NORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "none": _none,
-    "rms": _rms,
-    "layer": _layer,
-    "instance": _instance,
-    "instance_no_std": _instance_no_std,
-    "instance_no_mean": _instance_no_mean,
-}
-
-
-def key_norm(k: Tensor, kind: str, eps: float) -> Tensor:
-    """Normalize keys (B, H, N, D). `kind`: a name of KEY_NORMS; `eps` is added to the variance (released code: 1.0).
-
-    "rms" and "layer" work per token and head; the "instance" kinds per image and channel over the tokens.
-    No kind has learned parameters. Half-precision keys are normalized in float32 and returned in their own dtype.
-    """
-    wide = k.float() if k.dtype in (torch.float16, torch.bfloat16) else k
-    return KEY_NORMS[kind](wide, eps).to(k.dtype)
-
-
-def convolved(x: Tensor, weight: Tensor, bias: Tensor, rows: int, columns: int, num_prefix_tokens: int) -> Tensor:
+def convolved(x: Tensor, weight: Tensor, bias: Tensor, grid) -> Tensor:
     """3×3 depthwise convolution over the token grid; 0 at the tokens before and after the grid.
 
     Args:
         x: (B, H, N, D).
         weight, bias: (H·D, 1, 3, 3) and (H·D,).
+        grid: a Grid, or what has its attributes.
     """
     B, H, N, D = x.shape
-    patches = x[:, :, num_prefix_tokens : num_prefix_tokens + rows * columns]
-    image = patches.transpose(2, 3).reshape(B, H * D, rows, columns)
+    first, held = grid.num_prefix_tokens, grid.rows * grid.columns
+    image = x[:, :, first : first + held].transpose(2, 3).reshape(B, H * D, grid.rows, grid.columns)
     mixed = F.conv2d(image, weight, bias, padding=1, groups=H * D).reshape(B, H, D, -1).transpose(2, 3)
-    return F.pad(mixed, (0, 0, num_prefix_tokens, N - num_prefix_tokens - rows * columns))
+    return F.pad(mixed, (0, 0, first, N - first - held))

@@ -199,7 +199,7 @@ def _norms(keys: list[Tensor], kind: str, eps: float, sums: Tensor | None = None
 
 
 def _count_of_norms(kind: str, text: Tensor | None) -> int:
-    return {"none": 0, "joint": 1, "apart": 1 if text is None else 2}[kind]
+    return {"none": 0, "joint": 1, "modality": 1 if text is None else 2}[kind]
 
 
 def _kept(q: Tensor, norms: list[_Norm | None], kind: str) -> Tensor:

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from t5kernels import ttt
+from t5kernels import KEY_NORMS, key_norm, ttt
 from timm.layers import Attention, RmsNorm
 from torch import nn
 
 from t5lib.errors import T5Error
 from t5lib.layers.attention import TTTAttention, project
 from t5lib.layers.grid import TokenGrid
-from t5lib.layers.key_norm import KEY_NORMS, key_norm
 from t5lib.layers.mixers import TTTMixer, convolved
 from t5lib.layers.settings import T5Config
 

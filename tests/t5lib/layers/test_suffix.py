@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from t5lib.errors import T5Error
+from t5lib.layers import mixers
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.mixers import make_mixer
 from t5lib.layers.settings import INNERS, LOCALITIES, SCOPES, T5Config
@@ -25,6 +26,10 @@ def mixer(**settings):
     return make_mixer(H, D, T5Config(**settings)).double()
 
 
+def _normalized(mix, keys: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+    return mix.localized(keys, keys, grid)[1]
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"inner": inner} for inner in INNERS] + [{"locality": locality} for locality in LOCALITIES],
@@ -35,13 +40,37 @@ def test_text_after_the_image_is_mixed_as_before_it(settings):
     torch.testing.assert_close(mix(*qkv, AFTER), mix(*qkv.roll(TEXT, dims=3), BEFORE).roll(-TEXT, dims=2))
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"inner": "hedgehog"}, {"rescale": True, "locality": "dwc_v+nat3"}], ids=lambda given: str(given)
+)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_image_and_text_that_lie_apart_are_mixed_as_one_sequence(settings, scope):
+    mix, qkv = mixer(**settings, key_norm_scope=scope), tokens()
+    image, text = mix.joint(tuple(qkv[:, :, :, :30]), tuple(qkv[:, :, :, 30:]), TokenGrid(5, 6))
+    torch.testing.assert_close(torch.cat([image, text], dim=2), mix(*qkv, AFTER))
+
+
+def test_the_op_gets_image_and_text_without_a_copy(monkeypatch):
+    seen = []
+
+    def listening(image, weights, settings, *, text, **others):
+        seen.extend((*image, *text))
+        return image[0], text[0]
+
+    monkeypatch.setattr(mixers, "ttt_layer", listening)
+    qkv = tokens()
+    mixer()(*qkv, AFTER)
+    assert {t.untyped_storage().data_ptr() for t in seen} == {qkv.untyped_storage().data_ptr()}
+    assert [t.shape[2] for t in seen] == [30] * 3 + [TEXT] * 3
+
+
 @pytest.mark.parametrize("kind", ["instance", "instance_no_std", "instance_no_mean"])
 def test_a_key_norm_by_modality_takes_statistics_of_each_apart(kind):
-    mix, keys = mixer(key_norm=kind, key_norm_scope="modality"), tokens()[1]
-    alone = mixer(key_norm=kind)
-    image, text = mix._normalized(keys, AFTER).split([30, TEXT], dim=2)
-    torch.testing.assert_close(image, alone._normalized(keys[:, :, :30], TokenGrid(5, 6)))
-    torch.testing.assert_close(text, alone._normalized(keys[:, :, 30:], TokenGrid(1, TEXT)))
+    mix, keys = mixer(key_norm=kind, key_norm_scope="modality", locality="none"), tokens()[1]
+    alone = mixer(key_norm=kind, locality="none")
+    image, text = _normalized(mix, keys, AFTER).split([30, TEXT], dim=2)
+    torch.testing.assert_close(image, _normalized(alone, keys[:, :, :30], TokenGrid(5, 6)))
+    torch.testing.assert_close(text, _normalized(alone, keys[:, :, 30:], TokenGrid(1, TEXT)))
     assert not torch.allclose(mix(*tokens(), AFTER), alone(*tokens(), AFTER))
 
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from t5lib.layers.key_norm import KEY_NORMS, key_norm
+from t5kernels import KEY_NORMS, key_norm
 
 EPS = 0.5
 FORMULAS = {

@@ -1,7 +1,8 @@
-"""Key norms: what is done to the keys before the inner model is fitted on them (METHOD: paper section on key shift).
+"""Key norms: what is done to the keys before the inner model is fitted on them.
 
 Softmax ignores a shift common to all keys; the inner gradient does not. Instance norm removes it.
 Shapes: k is (B, H, N, D); statistics are taken in the dtype of k, at least float32.
+Source: "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772), section on key shift.
 """
 
 from collections.abc import Callable
