@@ -1,7 +1,9 @@
 """Stage `calibrate`: attention transfer from the softmax model, without labels."""
 
+from torch import nn
+
 import t5lib
-from t5lib.calibration import CalibrateConfig
+from t5lib.calibration import CalibrateConfig, CalibrationReport
 from t5lib.data import AugmentConfig, DataConfig
 from tasks.common import device, stream
 from tasks.stage import Stage, main
@@ -17,6 +19,11 @@ def run(stage: Stage) -> dict:
     report = t5lib.calibrate(
         model, teacher=teacher, batches=batches, config=config, resume_dir=stage.resume_dir(), log=stage.log
     )
+    return write(stage, model, report)
+
+
+def write(stage: Stage, model: nn.Module, report: CalibrationReport) -> dict[str, float]:
+    """Save the model; returns the metrics."""
     t5lib.save(model, stage.out)
     metrics = {"steps": report.steps, "seconds": report.seconds}
     for moment, errors in (("before", report.error_before), ("after", report.error_after)):

@@ -18,9 +18,9 @@ def device() -> torch.device:
     return PartialState().device
 
 
-def precision() -> str:
-    """What models are run in when they are only looked at: bf16 on CUDA, else fp32."""
-    return "bf16" if device().type == "cuda" else "fp32"
+def precision(wanted: str = "auto") -> str:
+    """What models are run in when they are only looked at: "auto" is bf16 on CUDA, else fp32."""
+    return ("bf16" if device().type == "cuda" else "fp32") if wanted == "auto" else wanted
 
 
 def stream(shards: Path, data: DataConfig, augment: AugmentConfig | None, batch_size: int, seed: int):
@@ -64,16 +64,23 @@ def fit(
     )
 
 
-def evaluate_all(models: dict[str, nn.Module], data: DataConfig, shards: Path, reference: str | None = None):
+def evaluate_all(
+    models: dict[str, nn.Module],
+    data: DataConfig,
+    shards: Path,
+    *,
+    precision: str,
+    reference: str | None = None,
+) -> dict[str, Score]:
     """Scores of `models` on all validation images."""
     images = ShardSet.read(shards / "val.json")
     batches = eval_batches(images, transform(data), batch_size=data.eval_batch_size, workers=data.workers)
     with progress("evaluate", images.count) as bar:
-        return evaluate(models, batches, reference=reference, precision=precision(), on_batch=bar.advance)
+        return evaluate(models, batches, reference=reference, precision=precision, on_batch=bar.advance)
 
 
 def evaluate_one(model: nn.Module, data: DataConfig, shards: Path) -> Score:
-    return evaluate_all({"model": model}, data, shards)["model"]
+    return evaluate_all({"model": model}, data, shards, precision=precision())["model"]
 
 
 def outcome(report: TrainReport, score: Score) -> dict[str, float]:

@@ -7,6 +7,7 @@ import torch
 import t5lib
 from t5lib import files, plots
 from t5lib.data import DataConfig, ShardSet, eval_batches, transform
+from t5lib.diagnosis import Diagnosis
 from tasks.common import device
 from tasks.stage import Stage, main
 
@@ -28,6 +29,11 @@ def run(stage: Stage) -> dict:
     shards = ShardSet.read(stage.input("shards") / "train.json")
     batches = eval_batches(shards, transform(data), batch_size=data.eval_batch_size, limit=config.images)
     found = t5lib.diagnose(model, torch.cat([images for images, _ in batches]), seed=config.seed)
+    return write(stage, found, config)
+
+
+def write(stage: Stage, found: Diagnosis, config: DiagnoseConfig) -> dict[str, float]:
+    """The ratios and their picture; returns the metrics."""
     files.write_json(stage.out / "shift_ratio.json", found.as_dict())
     plots.save(plots.shift_ratio_map(**found.as_dict()), stage.out / "shift_ratio.png")
     stage.artifact(stage.out / "shift_ratio.json")

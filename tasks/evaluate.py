@@ -1,11 +1,22 @@
 """Stage `evaluate`: every model of the target on the same validation images, side by side."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import t5lib
 from t5lib.data import DataConfig
-from tasks.common import device, evaluate_all
+from tasks.common import device, evaluate_all, precision
 from tasks.stage import Stage, main
 
-SECTIONS = {"data": DataConfig}
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """`precision`: "fp32", "bf16", or "auto", which is bf16 on CUDA and fp32 elsewhere."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+SECTIONS = {"evaluate": EvaluateConfig, "data": DataConfig}
 MODELS = {
     "source": "source",
     "converted": "convert",
@@ -17,9 +28,11 @@ MODELS = {
 
 
 def run(stage: Stage) -> dict:
-    data = stage.params(DataConfig, "data")
+    config, data = stage.params(EvaluateConfig), stage.params(DataConfig, "data")
     models = {name: t5lib.load(stage.input(made_by), device()) for name, made_by in MODELS.items()}
-    scores = evaluate_all(models, data, stage.input("shards"), reference="source")
+    scores = evaluate_all(
+        models, data, stage.input("shards"), reference="source", precision=precision(config.precision)
+    )
     return {"models": {name: score.as_dict() for name, score in scores.items()}}
 
 

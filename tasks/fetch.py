@@ -47,22 +47,17 @@ def run(stage: Stage) -> dict[str, Any]:
     import t5lib
 
     config = stage.params(FetchConfig)
-    source = resolve(config.source)
-    fetched = fetch(
-        source,
-        stage.resume_dir() / "source",
-        sha256=config.sha256,
-        member=config.member,
-        member_sha256=config.member_sha256,
-    )
-    weights = _weights_file(fetched)
-    model = build(_read(weights, config.format), config)
+    model, origin = fetched_model(config, stage.resume_dir() / "source")
     t5lib.save(model, stage.out)
-    return {
-        "source": source,
-        "sha256": files.sha256(weights),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
+    return origin | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def fetched_model(config: FetchConfig, folder: Path) -> "tuple[nn.Module, dict[str, str]]":
+    """The model that `config` describes, fetched into `folder`, and its origin: {"source", "sha256"}."""
+    source = resolve(config.source)
+    fetched = fetch(source, folder, sha256=config.sha256, member=config.member, member_sha256=config.member_sha256)
+    weights = _weights_file(fetched)
+    return build(_read(weights, config.format), config), {"source": source, "sha256": files.sha256(weights)}
 
 
 def build(state: "dict[str, Tensor]", config: FetchConfig) -> "nn.Module":

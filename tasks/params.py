@@ -105,6 +105,7 @@ def with_enabled(text: str, target: str) -> str:
     editor = YAML()  # round trip: comments and quotes survive
     editor.preserve_quotes = True
     editor.width = 10_000
+    editor.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
     params = editor.load(text)
     params["enabled"] = params.get("enabled") or []
     params["enabled"].append(target)

@@ -1,14 +1,12 @@
 """Stage `shards`: opens and checks the training and validation images, and writes their manifests for later stages."""
 
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from t5lib.data import DataConfig
 from t5lib.errors import T5Error
 from t5lib.shards import ShardSet, scan, tar_files
-from t5lib.sources import fetch, resolve
+from tasks.downloads import kept
 from tasks.stage import Stage, main
 
 
@@ -35,8 +33,8 @@ def run(stage: Stage) -> dict:
     """Check the shards and write train.json and val.json."""
     config = stage.params(ShardsConfig)
     num_classes = stage.params(DataConfig, "data").num_classes
-    train = _open(config.train, "train", num_classes, stage)
-    val = _open(config.val, "val", num_classes, stage)
+    train = open_labelled(config.train, "train", num_classes, stage)
+    val = open_labelled(config.val, "val", num_classes, stage)
     _refuse_mismatch(train, val, num_classes)
     for split, shards in (("train", train), ("val", val)):
         shards.write(stage.out / f"{split}.json", root=stage.root)
@@ -45,7 +43,8 @@ def run(stage: Stage) -> dict:
     return sizes | {"train_shards": len(train.shards), "val_shards": len(val.shards)}
 
 
-def _open(source: str, split: str, num_classes: int, stage: Stage) -> ShardSet:
+def open_labelled(source: str, split: str, num_classes: int, stage: Stage) -> ShardSet:
+    """The images of classes that `source` names, all of them checked."""
     scheme, _, rest = source.partition(":")
     if scheme == "file" and rest.endswith(".json"):
         shards = ShardSet.read(stage.root / Path(rest).expanduser())
@@ -54,7 +53,7 @@ def _open(source: str, split: str, num_classes: int, stage: Stage) -> ShardSet:
     if scheme == "file":
         place = stage.root / Path(rest).expanduser()
     elif source.startswith("hf:datasets/"):
-        place = _downloaded(source, stage.root)
+        place = kept(source, stage.root / "data/datasets")
     else:
         raise T5Error(
             f"shards.{split} is '{source}'; expected file:MANIFEST.json, file:FOLDER, file:PATTERN "
@@ -63,17 +62,6 @@ def _open(source: str, split: str, num_classes: int, stage: Stage) -> ShardSet:
     classes = [str(index) for index in range(num_classes)]
     notes = stage.root / "data/scratch/counted-shards.jsonl"
     return scan(f"{stage.target} {split}", tar_files(place, source), classes, source, notes)
-
-
-def _downloaded(source: str, root: Path) -> Path:
-    """The folder of a data set from the hub. It takes its name when it is complete, and is not fetched again."""
-    source = resolve(source)
-    folder = root / "data/datasets" / re.sub(r"[^\w.]+", "-", source)
-    if not folder.exists():
-        incoming = folder.with_name(f".{folder.name}.incoming")
-        fetch(source, incoming)
-        os.replace(incoming, folder)
-    return folder
 
 
 def _refuse_mismatch(train: ShardSet, val: ShardSet, num_classes: int) -> None:
@@ -86,12 +74,17 @@ def _refuse_mismatch(train: ShardSet, val: ShardSet, num_classes: int) -> None:
         raise T5Error(
             f"the shards have {len(train.classes)} classes, but data.num_classes is {num_classes}; correct it"
         )
+    refuse_overlap(train, val)
+
+
+def refuse_overlap(train: ShardSet, val: ShardSet) -> None:
+    """Raises T5Error when a shard is in both."""
     known = {shard.sha256: shard.path for shard in train.shards}
     for shard in val.shards:
         if shard.sha256 in known:
             raise T5Error(
                 f"{shard.path} of val is also in train ({known[shard.sha256]}); "
-                "accuracy on images trained on means nothing: use patterns that keep them apart"
+                "scores on images trained on mean nothing: use patterns that keep them apart"
             )
 
 

@@ -23,6 +23,7 @@ DVC_STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 STAGES = params.stage_modules(ROOT)
+OF_DENOISERS = [path.stem for path in (ROOT / "tasks/denoisers").glob("*.py") if path.stem in STAGES]
 
 # How a stage is run and how files are read; none of it decides about a result.
 PLUMBING = {
@@ -35,6 +36,7 @@ NOT_FOLLOWED = {
     "diagnose": "tasks/common.py",  # device()
     "explain": "tasks/common.py",  # device()
     "calibrate": "tasks/common.py",  # device(), stream()
+    "shards": "tasks/common.py",  # device()
 }
 
 
@@ -102,8 +104,20 @@ def test_a_dvc_stage_runs_its_module_for_every_enabled_target_and_owns_its_outpu
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_dvc_watches_every_setting_that_a_stage_reads(stage):
-    sections = importlib.import_module(f"tasks.{stage}").SECTIONS
-    assert sorted(DVC_STAGES[stage]["do"].get("params", [])) == sorted(f"targets.${{item}}.{name}" for name in sections)
+    for module in modules_of(stage):
+        names = sorted(f"targets.${{item}}.{name}" for name in importlib.import_module(module).SECTIONS)
+        assert sorted(DVC_STAGES[stage]["do"].get("params", [])) == names
+
+
+def modules_of(stage):
+    """The stage's modules, for classifiers and, where they have their own, for denoisers."""
+    return [f"tasks.{stage}", *([f"tasks.denoisers.{stage}"] if stage in OF_DENOISERS else [])]
+
+
+def test_the_modules_of_denoisers_stand_for_stages():
+    helpers = {"data", "latents", "pipeline", "real", "training"}
+    assert {path.stem for path in (ROOT / "tasks/denoisers").glob("[!_]*.py")} == helpers | set(OF_DENOISERS)
+    assert {params.kind(target) for target in PARAMS["targets"].values()} == {"classifier", "denoiser"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -121,7 +135,7 @@ def covers(dep, path):
 
 def code_of(stage):
     """Our files that a stage imports, directly or not, lazily or not."""
-    seen, todo = set(), [f"tasks/{stage}.py"]
+    seen, todo = set(), [f"{module.replace('.', '/')}.py" for module in modules_of(stage)]
     while todo:
         path = todo.pop()
         if path in seen or path in PLUMBING:
@@ -148,9 +162,10 @@ def file_of(imported):
 @pytest.mark.parametrize("stage", STAGES)
 def test_dvc_watches_every_input_that_a_stage_names(stage):
     deps = DVC_STAGES[stage]["do"]["deps"]
-    for method, ending in (("input", ""), ("metrics", ".json")):
-        for name in named_in_calls(ROOT / f"tasks/{stage}.py", method):
-            assert f"data/out/${{item}}/{name}{ending}" in deps
+    for module in modules_of(stage):
+        for method, ending in (("input", ""), ("metrics", ".json")):
+            for name in named_in_calls(ROOT / f"{module.replace('.', '/')}.py", method):
+                assert f"data/out/${{item}}/{name}{ending}" in deps
 
 
 def named_in_calls(path, method):

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
+from t5lib.diffusion.stored import Size
 from t5lib.errors import T5Error
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)

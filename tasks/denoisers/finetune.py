@@ -1,0 +1,27 @@
+"""Stage `finetune` of denoisers: all weights of the calibrated model, trained a little."""
+
+import t5lib
+from t5lib.diffusion.training import DiffusionTrainConfig
+from tasks.denoisers.data import LatentsConfig
+from tasks.denoisers.latents import load
+from tasks.denoisers.training import fit, loss_of, outcome
+from tasks.stage import Stage
+
+SECTIONS = {"finetune": DiffusionTrainConfig, "data": LatentsConfig}
+
+
+def run(stage: Stage) -> dict[str, float]:
+    """Start from the calibrated model, once the freeze gate is passed (dvc.yaml makes that a dependency)."""
+    return finetune(stage, "calibrate")
+
+
+def finetune(stage: Stage, start: str) -> dict[str, float]:
+    """Train the model of stage `start` by the section `finetune`."""
+    config, data = stage.params(DiffusionTrainConfig, "finetune"), stage.params(LatentsConfig, "data")
+    source, shards = stage.input("source"), stage.input("shards")
+    model = load(stage.input(start))
+    teacher = load(source) if config.align and config.teacher == "source" else None
+    report = fit(stage, model, config, data, shards, source, teacher)
+    loss = loss_of(model, data, shards, source)
+    t5lib.save(model, stage.out)
+    return outcome(report, loss)

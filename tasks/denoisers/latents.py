@@ -1,0 +1,49 @@
+"""What the stages of denoisers are given: encoded images, the objective, models."""
+
+from pathlib import Path
+
+from accelerate import PartialState
+from torch import nn
+
+import t5lib
+from t5lib.batches import Batches
+from t5lib.diffusion.latents import LatentSet, LatentShards
+from t5lib.diffusion.objectives import Objective, objective_of
+from t5lib.diffusion.stored import MANIFEST
+from tasks.common import device
+from tasks.denoisers.data import LatentsConfig
+
+SCHEDULER = "scheduler"  # its folder in what the stage `source` made
+
+
+def latents(shards: Path, split: str, data: LatentsConfig) -> LatentSet:
+    """The encoded images of "train" or "val" in what the stage `shards` made."""
+    found = LatentShards(shards / split / MANIFEST)
+    return found.resident(device()) if data.resident else found
+
+
+def stream(shards: Path, data: LatentsConfig, batch_size: int, seed: int) -> Batches:
+    """Endless training batches of this process, from any batch number on."""
+    state = PartialState()
+    return latents(shards, "train", data).batches(
+        batch_size,
+        seed=seed,
+        drop=data.drop,
+        workers=0 if data.resident else data.workers,
+        rank=state.process_index,
+        world_size=state.num_processes,
+    )
+
+
+def objective(source: Path, data: LatentsConfig) -> Objective:
+    """Of the scheduler that the stage `source` kept, with the changes in `data`."""
+    import diffusers
+
+    config = diffusers.ConfigMixin.load_config(source / SCHEDULER)
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    return objective_of(scheduler, **data.objective)
+
+
+def load(folder: Path) -> nn.Module:
+    """A model on the device of this process."""
+    return t5lib.load(folder, device())

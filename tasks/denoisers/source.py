@@ -1,0 +1,31 @@
+"""Stage `source` of denoisers: the pipeline's transformer in single precision, and its noise schedule beside it."""
+
+import shutil
+from dataclasses import dataclass
+
+import t5lib
+from tasks.common import device
+from tasks.denoisers import pipeline
+from tasks.denoisers.data import LatentsConfig
+from tasks.denoisers.latents import SCHEDULER
+from tasks.denoisers.training import loss_of
+from tasks.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Nothing is to be chosen: the denoiser is converted as it was fetched."""
+
+
+SECTIONS = {"source": SourceConfig, "data": LatentsConfig}
+
+
+def run(stage: Stage) -> dict[str, float]:
+    stage.params(SourceConfig)
+    data = stage.params(LatentsConfig, "data")
+    fetched, shards = stage.input("fetch"), stage.input("shards")
+    model = pipeline.transformer(fetched, stage.root)
+    t5lib.save(model, stage.out)
+    shutil.copytree(pipeline.folder_of(fetched, stage.root) / "scheduler", stage.out / SCHEDULER)
+    loss = loss_of(model.to(device()), data, shards, stage.out)
+    return {"loss": loss, "parameters": sum(parameter.numel() for parameter in model.parameters())}

@@ -1,0 +1,50 @@
+"""Training and held-out loss of denoisers, as several stages do it."""
+
+from pathlib import Path
+
+from torch import nn
+
+from t5lib.diffusion.training import DiffusionTrainConfig, train_diffusion, validation_loss
+from t5lib.training_loop import TrainReport
+from tasks.common import precision
+from tasks.denoisers.data import LatentsConfig
+from tasks.denoisers.latents import latents, objective, stream
+from tasks.stage import Stage
+
+
+def fit(
+    stage: Stage,
+    model: nn.Module,
+    config: DiffusionTrainConfig,
+    data: LatentsConfig,
+    shards: Path,
+    source: Path,
+    teacher: nn.Module | None = None,
+) -> TrainReport:
+    """Train `model` in place on the target's encoded images, resuming where the stage stopped before."""
+    return train_diffusion(
+        model,
+        stream(shards, data, config.batch_size, config.seed),
+        config,
+        objective=objective(source, data),
+        teacher=teacher,
+        resume_dir=stage.resume_dir(),
+        log=stage.log,
+    )
+
+
+def loss_of(model: nn.Module, data: LatentsConfig, shards: Path, source: Path) -> float:
+    """On all validation images, each at one noise level; the same noise and levels for every model."""
+    batches = latents(shards, "val", data).eval_batches(data.eval_batch_size)
+    found = validation_loss({"model": model}, batches, objective=objective(source, data), precision=precision())
+    return found["model"]
+
+
+def outcome(report: TrainReport, loss: float) -> dict[str, float]:
+    """The metrics of a training stage."""
+    return {
+        "loss": loss,
+        "steps": report.steps,
+        "seconds": report.seconds,
+        "samples_per_second": report.samples_per_second,
+    }
