@@ -123,7 +123,8 @@ def retrieval(
     Args:
         generated: n images.
         wanted: n names out of `references`.
-        references: name to its pictures (k, C, H, W); an image is as near to a name as to its nearest picture.
+        references: name to the class tokens (k, D) of its pictures, of `tokens_of`; an image is as near to a name as
+            to its nearest picture.
         dinov2: similarity is the cosine of its class tokens.
 
     Returns:
@@ -139,9 +140,7 @@ def retrieval(
     if unknown:
         raise T5Error(f"'{unknown[0]}' has no reference picture; expected one of {len(references)} names")
     features = F.normalize(dinov2.class_tokens(generated), dim=-1)
-    near = [
-        (features @ F.normalize(dinov2.class_tokens(pictures), dim=-1).T).amax(-1) for pictures in references.values()
-    ]
+    near = [(features @ F.normalize(tokens, dim=-1).T).amax(-1) for tokens in references.values()]
     similarity = torch.stack(near, dim=-1)  # (n, names)
     names = list(references)
     own = similarity.gather(1, torch.tensor([[names.index(name)] for name in wanted]))
@@ -151,6 +150,12 @@ def retrieval(
         "retrieval_r5": (rank < 5).float().mean().item(),
         "retrieval_names": len(names),
     }
+
+
+def tokens_of(pictures: dict[str, Tensor], dinov2: Dinov2) -> dict[str, Tensor]:
+    """The class tokens (k, D) of each name's pictures (k, C, H, W)."""
+    tokens = dinov2.class_tokens(torch.cat(list(pictures.values())))
+    return dict(zip(pictures, tokens.split([len(each) for each in pictures.values()]), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,28 +1,28 @@
 """Stage `evaluate` of denoisers: every model draws the same prompts from the same noise, scored side by side."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t5lib import plots
 from t5lib.diffusion import features, scores
 from t5lib.diffusion.generation import GenerateConfig, generate, read_images
 from t5lib.diffusion.grids import sample_grid
 from t5lib.diffusion.prompts import Job, seed_of
+from t5lib.diffusion.training import validation_loss
 from t5lib.errors import T5Error
 from t5lib.files import read_json
 from t5lib.pipelines import load_pipeline
-from tasks.common import device
+from tasks.common import device, precision
 from tasks.denoisers import pipeline, real
 from tasks.denoisers.data import LatentsConfig
-from tasks.denoisers.latents import load
+from tasks.denoisers.latents import latents, load, objective
 from tasks.denoisers.real import RealImage
-from tasks.denoisers.training import loss_of
 from tasks.evaluate import MODELS
 from tasks.stage import Stage
 
@@ -67,9 +67,11 @@ def run(stage: Stage) -> dict[str, Any]:
     asked = _evenly(real.read(shards / "images-val.json", **images), config.samples)
     known = real.references(shards / "images-train.json", **images, most=REFERENCES)
     drawn, found = {}, {}
-    for name, model in _models(folder, folders, data, shards, source, found):
+    measure = _held_out(data, shards, source)
+    for name, pipe in _pipelines(folder, folders):
+        found[name] = {"loss": measure(pipe.transformer)}
         jobs = _jobs(asked, stage.resume_dir() / "images" / name)
-        generate(model, jobs, config.sampling, model=name)
+        generate(pipe, jobs, config.sampling, model=name)
         drawn[name] = read_images([job.path for job in jobs], channels=images["channels"])
     _score(found, drawn, asked, known, fetched)
     os.replace(stage.resume_dir() / "images", stage.out / "images")
@@ -80,20 +82,27 @@ def run(stage: Stage) -> dict[str, Any]:
     return {"models": found}
 
 
-def _models(
-    folder: Path, folders: dict[str, Path], data: LatentsConfig, shards: Path, source: Path, found: dict[str, dict]
-) -> Iterator[tuple[str, Any]]:
-    """The pipeline with each model in turn, one at a time on the device; notes the held-out loss on the way."""
-    dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
-    pipe = None
+def _pipelines(folder: Path, folders: dict[str, Path]) -> Iterator[tuple[str, Any]]:
+    """The pipeline with each model in turn, one at a time on the device, in bf16 on CUDA."""
+    dtype, pipe = torch.bfloat16 if device().type == "cuda" else torch.float32, None
     for name, made in folders.items():
-        model = load(made)
-        found[name] = {"loss": loss_of(model, data, shards, source)}
+        model = load(made).to(dtype)
         if pipe is None:
-            pipe = load_pipeline(folder, transformer=model, torch_dtype=dtype)
+            pipe = load_pipeline(folder, transformer=model, torch_dtype=dtype).to(device())
         else:
             pipe.register_modules(transformer=model)
-        yield name, pipe.to(device(), dtype)
+        yield name, pipe
+
+
+def _held_out(data: LatentsConfig, shards: Path, source: Path) -> Callable[[nn.Module], float]:
+    """A model's loss on all validation images; the same noise for every model."""
+    val, aim = latents(shards, "val", data), objective(source, data)
+
+    def measure(model: nn.Module) -> float:
+        batches = val.eval_batches(data.eval_batch_size)
+        return validation_loss({"model": model}, batches, objective=aim, precision=precision())["model"]
+
+    return measure
 
 
 def _evenly(images: list[RealImage], number: int) -> list[RealImage]:
@@ -117,12 +126,13 @@ def _score(
     inception = scorers["inception"] and Path(scorers["inception"])
     extractor = features.choose(inception, fetched / "features")
     dinov2 = features.Dinov2.load(fetched / "features", device())
+    references = scores.tokens_of(known, dinov2)
     held_out = list({id(image): image for image in asked}.values())
     compared = scores.fidelity(drawn, real.stacked(held_out), extractor, device=device())
     everything = {**drawn, REAL: real.stacked(asked)}
     for name, pictures in everything.items():
         own = found.setdefault(name, {})
-        own |= compared.get(name, {}) | _following(pictures, asked, known, dinov2)
+        own |= compared.get(name, {}) | _following(pictures, asked, references, dinov2)
         if name not in (REAL, "source"):
             own |= scores.distance_to(pictures, drawn["source"], dinov2)
         if scorers["clip"] and isinstance(asked[0].prompt, str):
@@ -130,13 +140,13 @@ def _score(
 
 
 def _following(
-    pictures: Tensor, asked: list[RealImage], known: dict[str, Tensor], dinov2: features.Dinov2
+    pictures: Tensor, asked: list[RealImage], references: dict[str, Tensor], dinov2: features.Dinov2
 ) -> dict[str, float]:
     """Whether pictures show what was asked for, where the real images say what that is."""
     result: dict[str, float] = {}
-    named = [number for number, image in enumerate(asked) if image.name in known]
+    named = [number for number, image in enumerate(asked) if image.name in references]
     if named:
-        result |= scores.retrieval(pictures[named], [asked[number].name for number in named], known, dinov2)
+        result |= scores.retrieval(pictures[named], [asked[number].name for number in named], references, dinov2)
     scenes = [image.scene for image in asked]
     if all(scenes):
         result |= scores.follow_scenes(pictures, scenes, scores.colours_of(real.stacked(asked), scenes))

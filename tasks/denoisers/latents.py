@@ -10,6 +10,7 @@ from t5lib.batches import Batches
 from t5lib.diffusion.latents import LatentSet, LatentShards
 from t5lib.diffusion.objectives import Objective, objective_of
 from t5lib.diffusion.stored import MANIFEST
+from t5lib.files import read_json
 from tasks.common import device
 from tasks.denoisers.data import LatentsConfig
 
@@ -39,7 +40,7 @@ def objective(source: Path, data: LatentsConfig) -> Objective:
     """Of the scheduler that the stage `source` kept, with the changes in `data`."""
     import diffusers
 
-    config = diffusers.ConfigMixin.load_config(source / SCHEDULER)
+    config = read_json(source / SCHEDULER / "scheduler_config.json")
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     return objective_of(scheduler, **data.objective)
 

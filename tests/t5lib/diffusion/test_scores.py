@@ -22,6 +22,7 @@ from t5lib.diffusion.scores import (
     follow_scenes,
     retrieval,
     score_table,
+    tokens_of,
 )
 from t5lib.errors import T5Error
 
@@ -87,7 +88,7 @@ def test_too_few_images_for_a_distance(folder):
 
 def test_exact_copies_are_retrieved(dinov2):
     pictures = noise(8)
-    references = {f"emoji {index}": pictures[index : index + 1] for index in range(8)}
+    references = tokens_of({f"emoji {index}": pictures[index : index + 1] for index in range(8)}, dinov2)
     found = retrieval(pictures.flip(0), [f"emoji {index}" for index in reversed(range(8))], references, dinov2)
     assert found == {"retrieval_r1": 1.0, "retrieval_r5": 1.0, "retrieval_names": 8}
 
@@ -102,7 +103,8 @@ def test_retrieval_counts_ranks(dinov2, monkeypatch):
         ),
     )
     numbered = torch.arange(7, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
-    references = {str(index): numbered[[index]] for index in range(6)} | {"both": numbered[[6, 0]]}
+    pictures = {str(index): numbered[[index]] for index in range(6)} | {"both": numbered[[6, 0]]}
+    references = tokens_of(pictures, dinov2)
     wanted = ["1", "4", "5", "both"]  # all images look like number 0: ranks 2 (after 0 and both), 5, 6 and first
     found = retrieval(numbered[[0, 0, 0, 0]], wanted, references, dinov2)
     assert found["retrieval_r1"] == pytest.approx(1 / 4)
@@ -110,10 +112,11 @@ def test_retrieval_counts_ranks(dinov2, monkeypatch):
 
 
 def test_names_without_picture(dinov2):
+    references = tokens_of({"cat": noise(1)}, dinov2)
     with pytest.raises(T5Error, match="'cow' has no reference"):
-        retrieval(noise(1), ["cow"], {"cat": noise(1)}, dinov2)
+        retrieval(noise(1), ["cow"], references, dinov2)
     with pytest.raises(T5Error, match="a name for each"):
-        retrieval(noise(2), ["cat"], {"cat": noise(1)}, dinov2)
+        retrieval(noise(2), ["cat"], references, dinov2)
 
 
 def discs(centres, radius=7, side=64, ground=BLUE, colour=YELLOW, blur=0):
@@ -253,10 +256,10 @@ def test_every_score_that_is_measured_is_in_the_table(folder, dinov2, clip):
     truth = [Scene(name="sun", count=1, colour="blue")] * 16
     measured = {
         **fidelity({"a": noise(16)}, noise(16), choose(dinov2=folder))["a"],
-        **retrieval(noise(1), ["cat"], {"cat": noise(1)}, dinov2),
+        **retrieval(noise(1), ["cat"], tokens_of({"cat": noise(1)}, dinov2), dinov2),
         **follow_scenes(noise(16), truth, {"blue": np.zeros(3)}),
         **distance_to(noise(1), noise(1), dinov2),
         **clip_score(noise(1), ["a"], clip),
     }
     beside = {"kid_std", "extractor", "generated", "real", "retrieval_names"}
-    assert set(measured) - beside == set(scores.METRICS) - {"fid", "inception_score"}
+    assert set(measured) - beside == set(scores.METRICS) - {"loss", "fid", "inception_score"}

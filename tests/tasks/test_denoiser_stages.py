@@ -1,0 +1,240 @@
+"""From a pipeline to its evaluation, stage by stage, for both families of denoisers, on tiny models."""
+
+import dataclasses
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from encodable import shard_set
+from PIL import Image
+from safetensors.torch import save_file
+from tiny_denoisers import CLASSES
+from tiny_pipelines import SIDE, tiny_dit_pipeline, tiny_sd3_pipeline
+
+import t5lib
+from t5lib.conversion import new_parameters
+from t5lib.diffusion.scores import score_table
+from t5lib.errors import T5Error
+from t5lib.files import read_json
+from tasks.evaluate import MODELS
+from tasks.stage import read_history, run_stage
+
+COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+TRAINED = {"steps": 3, "batch_size": 4, "lr": 1e-4, "lr_new": 1e-3, "checkpoint_every": 1}
+NAMES = ("fetch", "shards", "source", "diagnose", "convert", "calibrate", "freeze", "finetune", "control", "evaluate")
+VIT = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 1, "num_classes": 0}
+
+
+def settings(kind: str) -> dict:
+    side = SIDE if kind == "sd3" else 8
+    return {
+        "fetch": {
+            "format": "pipeline",
+            "source": f"file:{{root}}/{kind}",
+            "features": {
+                "source": "file:{root}/vit.safetensors",
+                "format": "timm",
+                "architecture": "vit_tiny_patch16_224",
+                "model_args": VIT,
+            },
+        },
+        "shards": {
+            "train": f"file:{{root}}/{kind}-train.json",
+            "val": f"file:{{root}}/{kind}-val.json",
+            "encode": {"buckets": {"sizes": [[side, side]]}},
+            "dtype": "fp32",
+            "max_sequence_length": 8,
+        },
+        "data": {"workers": 0, "eval_batch_size": 8},
+        "source": {},
+        "diagnose": {"images": 4},
+        "convert": {"locality": "dwc_qk"},
+        "calibrate": {"steps": 4, "batch_size": 4, "pool": 2, "reuse": 1, "checkpoint_every": 2},
+        "freeze": {"ceiling": 5.0, "train": {**TRAINED, "trainable": "new", "ema": None}},
+        "finetune": {**TRAINED, "align": 0.5, "ema": 0.9},
+        "evaluate": {"samples": 16, "shown": 2, "sampling": {"steps": 2, "max_sequence_length": 8}},
+    }
+
+
+def drawn(index: int, side: int, grey: bool) -> bytes:
+    """One square on a plain background; colour and place follow from the index."""
+    pixels = np.full((side, side, 3), list(COLOURS.values())[index % 2], np.uint8)
+    pixels[2 + index % 3 : 6 + index % 3, 2:6] = 255
+    image, out = Image.fromarray(pixels), io.BytesIO()
+    (image.convert("L") if grey else image).save(out, "png")
+    return out.getvalue()
+
+
+def captioned(index: int) -> dict[str, bytes]:
+    colour, name = list(COLOURS)[index % 2], f"square {index % 3}"
+    about = {"caption": f"one {name} on {colour}", "name": name, "count": 1, "background": colour}
+    return {f"{index:04}.png": drawn(index, SIDE, False), f"{index:04}.json": json.dumps(about).encode()}
+
+
+def labelled(index: int) -> dict[str, bytes]:
+    return {f"{index:04}.png": drawn(index, 8, True), f"{index:04}.cls": b"%d" % (index % CLASSES)}
+
+
+@pytest.fixture(scope="module", params=["sd3", "dit"])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def root(kind, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp(kind)
+    pipeline = tiny_sd3_pipeline(t5=False) if kind == "sd3" else tiny_dit_pipeline()
+    pipeline.save_pretrained(root / kind)
+    torch.manual_seed(0)
+    save_file(timm.create_model("vit_tiny_patch16_224", **VIT).state_dict(), root / "vit.safetensors")
+    for split, first in (("train", 0), ("val", 24)):
+        make = captioned if kind == "sd3" else labelled
+        samples = [make(index) for index in range(first, first + 24)]
+        shards = shard_set({root / f"{kind}-{split}.tar": samples}, classes=0 if kind == "sd3" else CLASSES)
+        shards.write(root / f"{kind}-{split}.json", root=root)
+    return root
+
+
+def stage(root: Path, kind: str, name: str, **changes) -> dict:
+    text = json.dumps(settings(kind) | changes).replace("{root}", str(root))
+    return run_stage(name, "tiny", params=json.loads(text), root=root)
+
+
+@pytest.fixture(scope="module")
+def built(root, kind) -> dict[str, dict]:
+    """The metrics of every stage, run in order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield {name: stage(root, kind, name) for name in NAMES}
+    torch.set_num_threads(before)
+
+
+def made(root: Path, name: str):
+    return t5lib.load(root / "data/out/tiny" / name)
+
+
+def changed(root: Path, name: str, start: str) -> set[str]:
+    new, old = made(root, name).state_dict(), made(root, start).state_dict()
+    return {key for key in new if key not in old or not torch.equal(new[key], old[key])}
+
+
+def test_the_pipeline_is_noted_where_it_lies_and_not_copied(built, root, kind):
+    note = read_json(root / "data/out/tiny/fetch/pipeline.json")
+    assert note["path"] == kind and "transformer/config.json" in note["files"]
+    assert built["fetch"]["files"] == len(note["files"]) and len(built["fetch"]["features"]["sha256"]) == 64
+    assert not list((root / "data/out/tiny/fetch").rglob("*transformer*"))
+
+
+def test_images_are_encoded_once(built):
+    assert built["shards"] == {"train": 24, "train_left_out": 0, "val": 24, "val_left_out": 0}
+
+
+def test_the_source_is_the_pipelines_transformer(built, root, kind):
+    from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
+
+    cls = SD3Transformer2DModel if kind == "sd3" else DiTTransformer2DModel
+    theirs, ours = cls.from_pretrained(root / kind, subfolder="transformer"), made(root, "source")
+    assert all(torch.equal(value, ours.state_dict()[name]) for name, value in theirs.state_dict().items())
+    assert built["source"]["loss"] > 0
+
+
+def test_protocols_train_what_they_say(built, root):
+    new = set(new_parameters(made(root, "calibrate")))
+    assert changed(root, "convert", "source") == new
+    assert changed(root, "freeze", "calibrate") <= new
+    assert changed(root, "finetune", "calibrate") - new
+    assert changed(root, "control", "source") and not new_parameters(made(root, "control"))
+    for name in ("freeze", "finetune", "control"):
+        assert [point["step"] for point in read_history(root / f"data/out/tiny/{name}/history.jsonl")] == [1, 2, 3]
+        assert built[name]["steps"] == 3 and built[name]["loss"] > 0
+    assert built["freeze"]["of_source"] == pytest.approx(built["freeze"]["loss"] / built["source"]["loss"])
+
+
+def test_calibration_and_diagnosis_see_every_attention(built, root, kind):
+    layers = 5 if kind == "sd3" else 2  # three joint attentions, two of the image alone
+    assert built["convert"]["layers"] == layers
+    assert sum(name.startswith("error_after.") for name in built["calibrate"]) == layers
+    assert len(read_json(root / "data/out/tiny/diagnose/shift_ratio.json")["layers"]) == layers
+
+
+def test_every_model_draws_the_same_prompts_and_is_scored(built, root, kind):
+    models = built["evaluate"]["models"]
+    assert list(models) == [*MODELS, "real images"]
+    expected = {"loss", "fd_dinov2", "kid", "precision", "recall", "retrieval_r1", "retrieval_r5"}
+    expected |= {"count", "background"} if kind == "sd3" else set()
+    for name in MODELS:
+        distances = set() if name == "source" else {"patch_cosine", "patch_l2", "psnr"}
+        assert expected | distances <= set(models[name]), name
+        assert len(list((root / f"data/out/tiny/evaluate/images/{name}").glob("*.png"))) == 16
+    for name, by in (("source", "source"), ("frozen", "freeze"), ("finetuned", "finetune"), ("control", "control")):
+        assert models[name]["loss"] == pytest.approx(built[by]["loss"], rel=1e-5), name
+    if kind == "sd3":
+        assert models["real images"]["background"] == 1.0
+    assert (root / "data/out/tiny/evaluate/samples.png").read_bytes().startswith(b"\x89PNG")
+    assert score_table(models)["models"][-1] == "real images"
+
+
+def test_nothing_is_left_in_scratch(built, root):
+    left = [path for path in (root / "data/scratch").rglob("*") if path.is_file()]
+    assert [path.name for path in left if path.name != "counted-shards.jsonl"] == []
+
+
+def test_an_evaluation_that_broke_keeps_its_images(built, root, kind, monkeypatch):
+    from t5lib.diffusion import scores
+
+    before = {path.name: path.read_bytes() for path in (root / "data/out/tiny/evaluate/images/control").iterdir()}
+    monkeypatch.setattr(scores, "fidelity", None)
+    with pytest.raises(TypeError):
+        stage(root, kind, "evaluate")
+    monkeypatch.undo()
+    from tasks.denoisers import evaluate
+
+    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: 0)  # nothing is left to draw
+    stage(root, kind, "evaluate")
+    after = {path.name: path.read_bytes() for path in (root / "data/out/tiny/evaluate/images/control").iterdir()}
+    assert after == before
+
+
+def test_the_gate_stops_what_does_not_stand_in_for_attention(built, root, kind):
+    with pytest.raises(T5Error, match=r"freeze gate: .* times the source's .* Calibrate longer"):
+        stage(root, kind, "freeze", freeze={"ceiling": 1e-3, "train": {**TRAINED, "trainable": "new", "ema": None}})
+    assert not (root / "data/out/tiny/freeze").exists()
+    stage(root, kind, "freeze")
+
+
+def test_a_pipeline_that_changed_after_it_was_fetched_is_told(built, root, kind):
+    file = root / kind / "scheduler/scheduler_config.json"
+    whole = file.read_text()
+    file.write_text(whole + " ")
+    with pytest.raises(T5Error, match=r"scheduler_config.json has .* bytes, not"):
+        stage(root, kind, "shards")
+    file.write_text(whole)
+
+
+def test_folders_that_are_no_pipeline_to_convert_are_refused_before_anything_is_read(root, kind, tmp_path):
+    from tasks.denoisers.pipeline import check
+
+    with pytest.raises(T5Error, match=r"has no model_index\.json"):
+        check(tmp_path)
+    shutil.copytree(root / kind, tmp_path / "part")
+    shutil.rmtree(tmp_path / "part/transformer")
+    with pytest.raises(T5Error, match="lacks transformer"):
+        check(tmp_path / "part")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "Flux"]}')
+    with pytest.raises(T5Error, match="is a FluxPipeline, whose transformer is Flux; expected SD3Transformer2DModel"):
+        check(tmp_path)
+
+
+def test_settings_of_denoisers_are_checked():
+    from tasks.denoisers.evaluate import EvaluateConfig
+    from tasks.denoisers.freeze import FreezeConfig
+
+    with pytest.raises(T5Error, match="expected at least 16 samples"):
+        EvaluateConfig(samples=3)
+    with pytest.raises(T5Error, match="needs 'trainable: new'"):
+        FreezeConfig(ceiling=1.0, train=dataclasses.replace(FreezeConfig(ceiling=1.0).train, trainable="all"))
