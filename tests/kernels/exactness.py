@@ -5,6 +5,8 @@ import math
 import torch
 
 ALLOWED = 2
+# Of a few numbers in float32 plain PyTorch is wrong by a rounding or two, now and then by luck less.
+LEAST = {torch.float32: 2 * torch.finfo(torch.float32).eps}
 
 
 def relative_error(result, exact):
@@ -24,4 +26,5 @@ def assert_as_exact_as_plain(kernel, plain, exact):
         # A gradient that is 0 by nature; and float16 on an H100, where cuBLAS now and then gave NaN for dv.
         if not exact[name].any() or not math.isfinite(allowed):
             allowed = torch.finfo(plain[name].dtype).eps
+        allowed = max(allowed, LEAST.get(plain[name].dtype, 0))
         assert error <= ALLOWED * allowed, f"{name}: relative error {error:.2e}, plain PyTorch {allowed:.2e}"

@@ -5,12 +5,16 @@ backward passes through the step, so what is kept for the backward is the inputs
 Results are the same from run to run: partial sums of programs are added in a fixed order.
 """
 
+import functools
+import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton as triton_package
 from torch import Tensor
 
+from t5kernels.ttt import tokens
 from t5kernels.ttt import triton_kernels as kernels
 
 LARGEST_HEAD = 128
@@ -31,51 +35,66 @@ class Tile:
     hidden: int
     block: int
     warps: int
-    stages: int = 2
+    stages: int = 1
     resident: int = 2
 
 
-# By kernel, then by the head width padded to a power of two; 16-bit tokens.
+# By kernel, then by the head width padded to a power of two; 16-bit tokens on a card of the H100's size.
 TILES = {
     "accumulate": {
         32: Tile(hidden=32, block=64, warps=4, resident=3),
-        64: Tile(hidden=64, block=64, warps=4),
+        64: Tile(hidden=64, block=64, warps=4, resident=2),
         128: Tile(hidden=64, block=64, warps=8, resident=1),
     },
     "apply": {
-        32: Tile(hidden=32, block=64, warps=4, resident=8),
-        64: Tile(hidden=64, block=64, warps=4, resident=4),
-        128: Tile(hidden=128, block=64, warps=8, resident=1),
+        32: Tile(hidden=32, block=64, warps=4, resident=4),
+        64: Tile(hidden=64, block=64, warps=4, resident=3),
+        128: Tile(hidden=64, block=64, warps=8, resident=1),
     },
     "apply_backward": {
-        32: Tile(hidden=32, block=64, warps=4),
-        64: Tile(hidden=64, block=64, warps=4),
-        128: Tile(hidden=64, block=64, warps=8, resident=1),
+        32: Tile(hidden=32, block=64, warps=4, resident=2),
+        64: Tile(hidden=64, block=64, warps=4, resident=2),
+        128: Tile(hidden=64, block=32, warps=8, resident=1),
     },
     "accumulate_backward": {
-        32: Tile(hidden=32, block=64, warps=4),
+        32: Tile(hidden=32, block=64, warps=4, resident=2),
         64: Tile(hidden=64, block=128, warps=8, resident=1),
-        128: Tile(hidden=64, block=64, warps=8, resident=1),
+        128: Tile(hidden=32, block=32, warps=8, resident=1),
     },
 }
-# float32 has no tensor cores without losing digits: it is here to be right.
-SINGLE_TILE = Tile(hidden=32, block=32, warps=8, stages=1, resident=1)
+# float32 has no tensor cores without losing digits, and small cards hold less on chip: there it is to be right.
+SAFE_TILE = Tile(hidden=32, block=32, warps=8, resident=1)
+LEAST_SHARED = 160 * 1024  # bytes a program may have on chip, for TILES
+# What a program costs beside its blocks of tokens, in blocks: it loads weights and writes sums that are added later.
+OVERHEAD = 3
+MOST_CHUNKS = 32
 
 
-def check(op: str, tokens: list[Tensor], weights: tuple[Tensor, ...]) -> None:
-    """Raises ValueError when the kernels cannot be used with these (B, H, N, D) tokens and these inner weights."""
-    dtype, device = tokens[0].dtype, tokens[0].device
-    came = f"{op}: impl='triton' with {', '.join(str(t.dtype) for t in (*tokens, *weights))} on {device}"
-    if any(t.device != device for t in (*tokens, *weights)):
+class Reading(NamedTuple):
+    """How a kernel reads tokens, a `kind` of tokens.py; the grid's place is (rows, columns, prefix tokens)."""
+
+    kind: int
+    table: Tensor | None
+    place: tuple[int, int, int]
+
+
+PLAIN = Reading(tokens.PLAIN.value, None, (0, 0, 0))
+
+
+def check(op: str, given: list[Tensor], weights: tuple[Tensor, ...]) -> None:
+    """Raises ValueError when the kernels cannot be used with these (B, H, N, D) tokens `given` and these inner weights."""
+    dtype, device = given[0].dtype, given[0].device
+    came = f"{op}: impl='triton' with {', '.join(str(t.dtype) for t in (*given, *weights))} on {device}"
+    if any(t.device != device for t in (*given, *weights)):
         raise ValueError(f"{came}; expected everything on one device, got {sorted({str(t.device) for t in weights})}")
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         raise ValueError(f"{came}; expected CUDA tensors (TRITON_INTERPRET=1 emulates them on a CPU); use 'reference'")
-    if any(t.dtype != dtype for t in tokens) or any(t.dtype not in DTYPES for t in (*tokens, *weights)):
+    if any(t.dtype != dtype for t in given) or any(t.dtype not in DTYPES for t in (*given, *weights)):
         raise ValueError(f"{came}; expected tokens of one dtype, all of {DTYPES}; convert them, or use 'reference'")
-    if INTERPRETED and torch.bfloat16 in {t.dtype for t in (*tokens, *weights)}:
+    if INTERPRETED and torch.bfloat16 in {t.dtype for t in (*given, *weights)}:
         raise ValueError(f"{came}; Triton's interpreter is wrong in bfloat16; expected float16 or float32")
-    if tokens[0].shape[3] > LARGEST_HEAD or any(t.numel() == 0 for t in tokens):
-        shapes = [tuple(t.shape) for t in tokens]
+    if given[0].shape[3] > LARGEST_HEAD or any(t.numel() == 0 for t in given):
+        shapes = [tuple(t.shape) for t in given]
         raise ValueError(f"{came}; expected at least one token and heads up to {LARGEST_HEAD} wide, got {shapes}")
 
 
@@ -89,22 +108,88 @@ def apply(q: Tensor, weights: tuple[Tensor, ...], step: Tensor) -> Tensor:
     return _apply(q, *weights, step.float())
 
 
-@torch.library.custom_op("t5kernels::ttt_swiglu_accumulate", mutates_args=())
-def _accumulate(k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, scale: float) -> Tensor:
+def launch_accumulate(k: Tensor, v: Tensor, weights: list[Tensor], scale: float, reading: Reading = PLAIN) -> Tensor:
+    """The step (B, H, 3, D, D) in float32. k is read as `reading` says."""
     B, H, N, D = k.shape
     width, tile, slices = _cut("accumulate", k)
-    chunk, chunks = _chunks(k, tile, B * H * slices)
+    chunk, chunks, _ = _chunks(k, tile, B * H * slices)
     sums = k.new_empty(B * H, chunks, 3, D, D, dtype=torch.float32)
     with torch.cuda.device_of(k):
         kernels.accumulate_kernel[B * H, chunks, slices](
-            *(k, v, *_contiguous(w1, w2, w3), sums),
-            *(*k.stride(), *v.stride()),
+            *(k, v, _table(reading, k), *_contiguous(*weights), sums),
+            *(*k.stride(), *v.stride(), *reading.place),
             *(H, N, chunk, scale),
-            *(D, width, tile.hidden, tile.block),
+            *(D, width, tile.hidden, tile.block, reading.kind),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    return _added(sums).view(B, H, 3, D, D)
+    return added(sums).view(B, H, 3, D, D)
+
+
+def launch_apply(q: Tensor, weights: list[Tensor], step: Tensor, reading: Reading = PLAIN) -> Tensor:
+    """The output (B, H, N, D) for queries read as `reading` says."""
+    B, H, N, D = q.shape
+    width, tile, slices = _cut("apply", q)
+    chunk, chunks, _ = _chunks(q, tile, B * H)
+    out = like_tokens(q)
+    with torch.cuda.device_of(q):
+        kernels.apply_kernel[B * H, chunks](
+            *(q, _table(reading, q), *_contiguous(*weights, step), out),
+            *(*q.stride(), *out.stride(), *reading.place),
+            *(H, N, chunk),
+            *(D, width, tile.hidden, tile.block, reading.kind, slices),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return out
+
+
+def launch_apply_backward(
+    d_out: Tensor, q: Tensor, weights: list[Tensor], step: Tensor, reading: Reading = PLAIN
+) -> tuple[Tensor, Tensor]:
+    """The gradients of q as it was read, and of the step (B, H, 3, D, D), float32."""
+    B, H, N, D = q.shape
+    width, tile, slices = _cut("apply_backward", q)
+    chunk, chunks, _ = _chunks(q, tile, B * H)
+    dq = like_tokens(q)
+    sums = q.new_empty(B * H, chunks, 3, D, D, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        kernels.apply_backward_kernel[B * H, chunks](
+            *(d_out, q, _table(reading, q), *_contiguous(*weights, step), dq, sums),
+            *(*d_out.stride(), *q.stride(), *dq.stride(), *reading.place),
+            *(H, N, chunk),
+            *(D, width, tile.hidden, tile.block, reading.kind, slices),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return dq, added(sums).view(B, H, 3, D, D)
+
+
+def launch_accumulate_backward(
+    d_step: Tensor, k: Tensor, v: Tensor, weights: list[Tensor], scale: float, reading: Reading = PLAIN
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of k as it was read and of v, and in float32 those of the weights, (3, H, D, D)."""
+    B, H, N, D = k.shape
+    width, tile, slices = _cut("accumulate_backward", k)
+    chunk, chunks, images = _chunks(k, tile, H, B)
+    groups = triton_package.cdiv(B, images)
+    dk, dv = like_tokens(k), like_tokens(v)
+    sums = k.new_empty(groups * H, chunks, 3, D, D, dtype=torch.float32)
+    with torch.cuda.device_of(k):
+        kernels.accumulate_backward_kernel[groups * H, chunks](
+            *(*_contiguous(d_step), k, v, _table(reading, k), *_contiguous(*weights), dk, dv, sums),
+            *(*k.stride(), *v.stride(), *dk.stride(), *dv.stride(), *reading.place),
+            *(B, H, N, images, chunk, scale),
+            *(D, width, tile.hidden, tile.block, reading.kind, slices),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return dk, dv, sums.view(groups, H, chunks, 3, D, D).sum((0, 2)).transpose(0, 1).contiguous()
+
+
+@torch.library.custom_op("t5kernels::ttt_swiglu_accumulate", mutates_args=())
+def _accumulate(k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, scale: float) -> Tensor:
+    return launch_accumulate(k, v, [w1, w2, w3], scale)
 
 
 @_accumulate.register_fake
@@ -118,30 +203,13 @@ def _accumulate_backward(
     d_step: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dk, dv, and (3, H, D, D) gradients of the weights in float32."""
-    B, H, N, D = k.shape
-    width, tile, slices = _cut("accumulate_backward", k)
-    images = max(1, B * H * slices // _programs(k, tile))
-    groups = -(-B // images)
-    chunk, chunks = _chunks(k, tile, groups * H * slices)
-    dk, dv = _slices_of_tokens(k, slices), _slices_of_tokens(v, slices)
-    sums = k.new_empty(groups * H, chunks, 3, D, D, dtype=torch.float32)
-    with torch.cuda.device_of(k):
-        kernels.accumulate_backward_kernel[groups * H, chunks, slices](
-            *(*_contiguous(d_step), k, v, *_contiguous(w1, w2, w3), dk, dv, sums),
-            *(*k.stride(), *v.stride(), *_strides_of_slices(dk), *_strides_of_slices(dv)),
-            *(B, H, N, images, chunk, scale),
-            *(D, width, tile.hidden, tile.block),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-    d_weights = sums.view(groups, H, chunks, 3, D, D).sum((0, 2)).transpose(0, 1).contiguous()
-    return _joined(dk, k), _joined(dv, v), d_weights
+    return launch_accumulate_backward(d_step, k, v, [w1, w2, w3], scale)
 
 
 @_accumulate_backward.register_fake
 def _(d_step, k, v, w1, w2, w3, scale):
     _, H, _, D = k.shape
-    return _like_tokens(k), _like_tokens(v), k.new_empty(3, H, D, D, dtype=torch.float32)
+    return like_tokens(k), like_tokens(v), k.new_empty(3, H, D, D, dtype=torch.float32)
 
 
 def _keep_for_accumulate(ctx, inputs, output) -> None:
@@ -160,25 +228,12 @@ _accumulate.register_autograd(_differentiate_accumulate, setup_context=_keep_for
 
 @torch.library.custom_op("t5kernels::ttt_swiglu_apply", mutates_args=())
 def _apply(q: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, step: Tensor) -> Tensor:
-    B, H, N, D = q.shape
-    width, tile, slices = _cut("apply", q)
-    chunk, chunks = _chunks(q, tile, B * H)
-    out = _like_tokens(q)
-    with torch.cuda.device_of(q):
-        kernels.apply_kernel[B * H, chunks](
-            *(q, *_contiguous(w1, w2, w3, step), out),
-            *(*q.stride(), *out.stride()),
-            *(H, N, chunk),
-            *(D, width, tile.hidden, tile.block, slices),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-    return out
+    return launch_apply(q, [w1, w2, w3], step)
 
 
 @_apply.register_fake
 def _(q, w1, w2, w3, step):
-    return _like_tokens(q)
+    return like_tokens(q)
 
 
 @torch.library.custom_op("t5kernels::ttt_swiglu_apply_backward", mutates_args=())
@@ -186,26 +241,12 @@ def _apply_backward(
     d_out: Tensor, q: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, step: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dq, and the (B, H, 3, D, D) gradient of the step in float32; that of a weight is minus its sum over images."""
-    B, H, N, D = q.shape
-    width, tile, slices = _cut("apply_backward", q)
-    chunk, chunks = _chunks(q, tile, B * H * slices)
-    dq = _slices_of_tokens(q, slices)
-    sums = q.new_empty(B * H, chunks, 3, D, D, dtype=torch.float32)
-    with torch.cuda.device_of(q):
-        kernels.apply_backward_kernel[B * H, chunks, slices](
-            *(d_out, q, *_contiguous(w1, w2, w3, step), dq, sums),
-            *(*d_out.stride(), *q.stride(), *_strides_of_slices(dq)),
-            *(H, N, chunk),
-            *(D, width, tile.hidden, tile.block),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-    return _joined(dq, q), _added(sums).view(B, H, 3, D, D)
+    return launch_apply_backward(d_out, q, [w1, w2, w3], step)
 
 
 @_apply_backward.register_fake
 def _(d_out, q, w1, w2, w3, step):
-    return _like_tokens(q), torch.empty_like(step, memory_format=torch.contiguous_format)
+    return like_tokens(q), torch.empty_like(step, memory_format=torch.contiguous_format)
 
 
 def _keep_for_apply(ctx, inputs, output) -> None:
@@ -234,52 +275,52 @@ def _cut(kernel: str, x: Tensor) -> tuple[int, Tile, int]:
     """Padded head width, tile and number of slices of the hidden width."""
     D = x.shape[3]
     width = padded_width(D)
-    tile = SINGLE_TILE if x.dtype == torch.float32 else TILES[kernel][width]
-    return width, tile, -(-D // tile.hidden)
+    small = x.is_cuda and torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin < LEAST_SHARED
+    tile = SAFE_TILE if x.dtype == torch.float32 or small else TILES[kernel][width]
+    return width, tile, triton_package.cdiv(D, tile.hidden)
 
 
 def _programs(x: Tensor, tile: Tile) -> int:
-    """How many programs keep the device busy."""
+    """How many programs the device holds at once."""
     if not x.is_cuda:
         return INTERPRETED_PROGRAMS
     return tile.resident * torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def _chunks(x: Tensor, tile: Tile, programs: int) -> tuple[int, int]:
-    """Tokens a chunk, a multiple of the tile's block, and chunks: so many that `programs` times as many fill it."""
-    blocks = -(-x.shape[2] // tile.block)
-    blocks_a_chunk = -(-blocks // max(1, min(blocks, _programs(x, tile) // programs)))
-    return blocks_a_chunk * tile.block, -(-blocks // blocks_a_chunk)
+def _chunks(x: Tensor, tile: Tile, heads: int, images: int = 1) -> tuple[int, int, int]:
+    """Tokens a chunk, chunks, and how many of the `images` a program takes, for so many `heads`."""
+    blocks = triton_package.cdiv(x.shape[2], tile.block)
+    blocks_a_chunk, images = _shares(blocks, heads, images, _programs(x, tile))
+    return blocks_a_chunk * tile.block, triton_package.cdiv(blocks, blocks_a_chunk), images
+
+
+@functools.cache
+def _shares(blocks: int, heads: int, images: int, programs: int) -> tuple[int, int]:
+    """Blocks of tokens and images a program takes, so that the last one is done soonest; in doubt few programs."""
+
+    def finished(share: tuple[int, int]) -> tuple[int, int]:
+        count = heads * triton_package.cdiv(blocks, share[0]) * triton_package.cdiv(images, share[1])
+        return triton_package.cdiv(count, programs) * (share[0] * share[1] + OVERHEAD), count
+
+    at_once = {triton_package.cdiv(blocks, chunks) for chunks in range(1, min(blocks, MOST_CHUNKS) + 1)}
+    return min(itertools.product(at_once, range(1, images + 1)), key=finished)
+
+
+def _table(reading: Reading, x: Tensor) -> Tensor:
+    """x stands for the table that is not read."""
+    return x if reading.table is None else reading.table
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:
     return [t.contiguous() for t in tensors]
 
 
-def _added(sums: Tensor) -> Tensor:
+def added(sums: Tensor) -> Tensor:
     """Partial sums (programs, chunks, ...) added over the chunks."""
     return sums.squeeze(1) if sums.shape[1] == 1 else sums.sum(1)
 
 
-def _like_tokens(x: Tensor) -> Tensor:
+def like_tokens(x: Tensor) -> Tensor:
     """Empty (B, H, N, D) that lies in memory as (B, N, H, D), so that merging the heads is a view."""
     B, H, N, D = x.shape
     return x.new_empty(B, N, H, D).transpose(1, 2)
-
-
-def _slices_of_tokens(x: Tensor, slices: int) -> Tensor:
-    """Empty (slices, B, N, H, D): a part of a gradient a slice, in float32 unless there is one only."""
-    B, H, N, D = x.shape
-    return x.new_empty(slices, B, N, H, D, dtype=x.dtype if slices == 1 else torch.float32)
-
-
-def _strides_of_slices(parts: Tensor) -> tuple[int, ...]:
-    """Strides as the kernels take them: image, head, token, channel, slice."""
-    slice_, b, n, h, d = parts.stride()
-    return b, h, n, d, slice_
-
-
-def _joined(parts: Tensor, x: Tensor) -> Tensor:
-    """(B, H, N, D) in x's dtype from what `_slices_of_tokens` made."""
-    whole = parts[0] if parts.shape[0] == 1 else parts.sum(0).to(x.dtype)
-    return whole.transpose(1, 2)

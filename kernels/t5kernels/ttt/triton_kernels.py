@@ -1,7 +1,8 @@
 """The Triton kernels of swiglu with the dot loss, one program for some tokens of one head. triton.py launches them.
 
-Notation, for one image and head, row vectors: W1 W2 W3 the inner weights, s the inner learning rate, G the step,
-U = W - G. g = silu(z1), g' and g'' its derivatives by z1; * is elementwise; sums run over tokens.
+Notation, for one image and head, row vectors: q, k, v the tokens as the inner model gets them (tokens.py makes them of
+those in memory), W1 W2 W3 the inner weights, s the inner learning rate, G the step, U = W - G. g = silu(z1), g' and g''
+its derivatives by z1; * is elementwise; sums run over tokens.
 
 Forward, keys and values (`accumulate_kernel`). z1 = k W1, z2 = k W2, r = v W3^T, and the step is
     G1 = -s sum k^T (r * z2 * g'),   G2 = -s sum k^T (r * g),   G3 = -s sum (g * z2)^T v.
@@ -23,15 +24,18 @@ m1 = r * z2 * g', m2 = r * g and a = g * z2, have the gradients dm1 = k E1, dm2 
     dW1 += sum k^T dz1,   dW2 += sum k^T dz2,   dW3 += sum dr^T v    (summed over images).
 
 Everything above splits over the hidden width (columns of W1 and W2, rows of W3): the sums over tokens of a slice need
-that slice only, and dq, dk, dv are sums over slices. A program holds one slice of HIDDEN columns, so that its three
-float32 sums of WIDTH x HIDDEN stay in registers. Matrix products take the dtype of the tokens and add in float32.
-Partial sums and partial dq, dk, dv are written side by side and added by the caller in a fixed order: no atomics.
+that slice only, and o, dq, dk, dv are sums over slices. A slice has HIDDEN columns, so few that its three float32 sums
+of WIDTH x HIDDEN stay in registers. The backward goes through its tokens once a slice and adds to what it wrote before,
+in the tokens' dtype. Matrix products take the dtype of the tokens and add in float32. Partial sums of programs are
+written side by side and added by the caller in a fixed order: no atomics.
 
 WIDTH is D padded to a power of two; what lies outside D or N is read as 0, which adds nothing to any sum above.
 """
 
 import triton
 import triton.language as tl
+
+from t5kernels.ttt.tokens import load_prepared, load_tokens, start_of_head, store_tokens
 
 
 @triton.jit
@@ -61,10 +65,8 @@ def _silu(z):
 
 
 @triton.jit
-def _token_pointers(x, b, h, first, stride_b, stride_h, stride_n, stride_d, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Pointers to a block of tokens from `first` on, (BLOCK, WIDTH)."""
-    x += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + first.to(tl.int64) * stride_n
-    return x + tl.arange(0, BLOCK)[:, None] * stride_n + tl.arange(0, WIDTH)[None, :] * stride_d
+def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.full((ROWS, COLUMNS), 0.0, tl.float32)
 
 
 @triton.jit
@@ -73,7 +75,9 @@ def _weight_offsets(tile, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.const
     wide, hidden = tl.arange(0, WIDTH), tile * HIDDEN + tl.arange(0, HIDDEN)
     columns = wide[:, None] * D + hidden[None, :]
     rows = hidden[:, None] * D + wide[None, :]
-    return columns, (wide[:, None] < D) & (hidden[None, :] < D), rows, (hidden[:, None] < D) & (wide[None, :] < D)
+    in_columns = (wide < D)[:, None] & (hidden < D)[None, :]
+    in_rows = (hidden < D)[:, None] & (wide < D)[None, :]
+    return columns, in_columns, rows, in_rows
 
 
 @triton.jit
@@ -118,26 +122,21 @@ def _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D: tl.constexpr, WIDT
 
 @triton.jit
 def accumulate_kernel(
-    k, v, w1, w2, w3, sums,
-    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    k, v, table, w1, w2, w3, sums,
+    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, rows, columns, prefix,
     H, N, chunk, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Grid (B·H, chunks of `chunk` tokens, slices). sums: (B·H, chunks, 3, D, D) float32."""
     index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, h, first = index // H, index % H, part * chunk
+    b, h = index // H, index % H
     dtype = k.dtype.element_ty
     w1, w2, w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, HIDDEN)
-    k_block = _token_pointers(k, b, h, first, k_b, k_h, k_n, k_d, BLOCK, WIDTH)
-    v_block = _token_pointers(v, b, h, first, v_b, v_h, v_n, v_d, BLOCK, WIDTH)
-    token, in_width = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :] < D
-    s1 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
-    s2 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
-    s3 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
-    for start in range(0, chunk, BLOCK):
-        inside = (first + start + token < N) & in_width
-        keys = tl.load(k_block + start * k_n, inside, other=0.0)
-        values = tl.load(v_block + start * v_n, inside, other=0.0)
+    k, v = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
+    s1, s2, s3 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN)
+    for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
+        keys = load_prepared(k, table, index, start, k_n, k_d, rows, columns, prefix, N, D, WIDTH, BLOCK, KIND)
+        values = load_tokens(v, start, v_n, v_d, N, D, WIDTH, BLOCK)
         z1, z2 = _dot(keys, w1), _dot(keys, w2)
         r = _dot(values, tl.trans(w3))
         gate, slope, _ = _silu(z1)
@@ -154,125 +153,122 @@ def accumulate_kernel(
 
 @triton.jit
 def apply_kernel(
-    q, w1, w2, w3, step, out,
-    q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d,
+    q, table, w1, w2, w3, step, out,
+    q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d, rows, columns, prefix,
     H, N, chunk,
-    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
+    SLICES: tl.constexpr,
 ):  # fmt: skip
     """Grid (B·H, chunks of `chunk` tokens). step: (B·H, 3, D, D) float32. A program goes through all SLICES itself."""
     index, part = tl.program_id(0), tl.program_id(1)
-    b, h, first = index // H, index % H, part * chunk
+    b, h = index // H, index % H
     dtype = q.dtype.element_ty
-    q_block = _token_pointers(q, b, h, first, q_b, q_h, q_n, q_d, BLOCK, WIDTH)
-    o_block = _token_pointers(out, b, h, first, o_b, o_h, o_n, o_d, BLOCK, WIDTH)
-    token, in_width = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :] < D
+    q, out = start_of_head(q, b, h, q_b, q_h), start_of_head(out, b, h, o_b, o_h)
     if SLICES == 1:
         u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, 0, dtype, D, WIDTH, HIDDEN)
-    for start in range(0, chunk, BLOCK):
-        inside = (first + start + token < N) & in_width
-        queries = tl.load(q_block + start * q_n, inside, other=0.0)
-        o = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
+    for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
+        queries = load_prepared(q, table, index, start, q_n, q_d, rows, columns, prefix, N, D, WIDTH, BLOCK, KIND)
+        o = _zeros(BLOCK, WIDTH)
         for tile in tl.static_range(SLICES):
             if SLICES > 1:
                 u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, HIDDEN)
             y1 = _dot(queries, u1)
             hidden = y1 * _sigmoid(y1) * _dot(queries, u2)
-            o += _dot(hidden.to(dtype), u3)
-        tl.store(o_block + start * o_n, o.to(dtype), inside)
+            o = _add_dot(o, hidden.to(dtype), u3)
+        store_tokens(out, o, start, o_n, o_d, N, D, WIDTH, BLOCK)
 
 
 @triton.jit
 def apply_backward_kernel(
-    do, q, w1, w2, w3, step, dq, sums,
-    do_b, do_h, do_n, do_d, q_b, q_h, q_n, q_d, dq_b, dq_h, dq_n, dq_d, dq_slice,
+    do, q, table, w1, w2, w3, step, dq, sums,
+    do_b, do_h, do_n, do_d, q_b, q_h, q_n, q_d, dq_b, dq_h, dq_n, dq_d, rows, columns, prefix,
     H, N, chunk,
-    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
+    SLICES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B·H, chunks, slices). dq: one (B, H, N, D) a slice; sums: (B·H, chunks, 3, D, D) of -dU = dG, float32."""
-    index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, h, first = index // H, index % H, part * chunk
+    """Grid (B·H, chunks). dq: (B, H, N, D); sums: (B·H, chunks, 3, D, D) of -dU = dG, float32."""
+    index, part = tl.program_id(0), tl.program_id(1)
+    b, h = index // H, index % H
     dtype = q.dtype.element_ty
-    u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, HIDDEN)
-    do_block = _token_pointers(do, b, h, first, do_b, do_h, do_n, do_d, BLOCK, WIDTH)
-    q_block = _token_pointers(q, b, h, first, q_b, q_h, q_n, q_d, BLOCK, WIDTH)
-    dq += tile.to(tl.int64) * dq_slice
-    dq_block = _token_pointers(dq, b, h, first, dq_b, dq_h, dq_n, dq_d, BLOCK, WIDTH)
-    token, in_width = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :] < D
-    s1 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
-    s2 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
-    s3 = tl.full((HIDDEN, WIDTH), 0.0, tl.float32)
-    for start in range(0, chunk, BLOCK):
-        inside = (first + start + token < N) & in_width
-        queries = tl.load(q_block + start * q_n, inside, other=0.0)
-        grads = tl.load(do_block + start * do_n, inside, other=0.0)
-        y1, y2 = _dot(queries, u1), _dot(queries, u2)
-        dh = _dot(grads, tl.trans(u3))
-        gate, slope, _ = _silu(y1)
-        dy1, dy2 = (dh * y2 * slope).to(dtype), (dh * gate).to(dtype)
-        s3 = _add_dot(s3, tl.trans((gate * y2).to(dtype)), grads)
-        dq_tile = _add_dot(_dot(dy1, tl.trans(u1)), dy2, tl.trans(u2))
-        tl.store(dq_block + start * dq_n, dq_tile.to(dq.dtype.element_ty), inside)
-        queries = tl.trans(queries)
-        s1 = _add_dot(s1, queries, dy1)
-        s2 = _add_dot(s2, queries, dy2)
-    _store_triple(sums, index * tl.num_programs(1) + part, tile, -s1, -s2, -s3, D, WIDTH, HIDDEN)
+    do, q = start_of_head(do, b, h, do_b, do_h), start_of_head(q, b, h, q_b, q_h)
+    dq = start_of_head(dq, b, h, dq_b, dq_h)
+    for tile in range(SLICES):
+        u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, HIDDEN)
+        s1, s2, s3 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN), _zeros(HIDDEN, WIDTH)
+        for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
+            queries = load_prepared(q, table, index, start, q_n, q_d, rows, columns, prefix, N, D, WIDTH, BLOCK, KIND)
+            grads = load_tokens(do, start, do_n, do_d, N, D, WIDTH, BLOCK)
+            y1, y2 = _dot(queries, u1), _dot(queries, u2)
+            dh = _dot(grads, tl.trans(u3))
+            gate, slope, _ = _silu(y1)
+            dy1, dy2 = (dh * y2 * slope).to(dtype), (dh * gate).to(dtype)
+            s3 = _add_dot(s3, tl.trans((gate * y2).to(dtype)), grads)
+            dq_tile = _add_dot(_dot(dy1, tl.trans(u1)), dy2, tl.trans(u2))
+            if tile > 0:
+                dq_tile += load_tokens(dq, start, dq_n, dq_d, N, D, WIDTH, BLOCK).to(tl.float32)
+            store_tokens(dq, dq_tile, start, dq_n, dq_d, N, D, WIDTH, BLOCK)
+            queries = tl.trans(queries)
+            s1 = _add_dot(s1, queries, dy1)
+            s2 = _add_dot(s2, queries, dy2)
+        _store_triple(sums, index * tl.num_programs(1) + part, tile, -s1, -s2, -s3, D, WIDTH, HIDDEN)
+        tl.debug_barrier()  # the next slice adds to dq, perhaps by other threads
 
 
 @triton.jit
 def accumulate_backward_kernel(
-    d_step, k, v, w1, w2, w3, dk, dv, sums,
-    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, dk_b, dk_h, dk_n, dk_d, dk_slice, dv_b, dv_h, dv_n, dv_d, dv_slice,
+    d_step, k, v, table, w1, w2, w3, dk, dv, sums,
+    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d, rows, columns, prefix,
     B, H, N, images, chunk, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
+    SLICES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H · groups of `images` images, chunks, slices): dW is summed over a group of images before it is written.
+    """Grid (H · groups of `images` images, chunks): dW is summed over a group of images before it is written.
 
-    d_step: (B·H, 3, D, D) float32; dk, dv: one (B, H, N, D) a slice; sums: (groups·H, chunks, 3, D, D) of dW, float32.
+    d_step: (B·H, 3, D, D) float32; dk, dv: (B, H, N, D); sums: (groups·H, chunks, 3, D, D) of dW, float32.
     """
-    index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    group, h, first = index // H, index % H, part * chunk
+    part, group, h = tl.program_id(1), tl.program_id(0) // H, tl.program_id(0) % H
     dtype = k.dtype.element_ty
-    w1, w2, w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, HIDDEN)
-    dk += tile.to(tl.int64) * dk_slice
-    dv += tile.to(tl.int64) * dv_slice
-    token, in_width = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :] < D
-    s1 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
-    s2 = tl.full((WIDTH, HIDDEN), 0.0, tl.float32)
-    s3 = tl.full((HIDDEN, WIDTH), 0.0, tl.float32)
-    for image in range(tl.minimum(images, B - group * images)):
-        b = group * images + image
-        e1, e2, e3 = _load_triple(d_step, b * H + h, tile, D, WIDTH, HIDDEN)
-        e1, e2, e3 = (-scale * e1).to(dtype), (-scale * e2).to(dtype), (-scale * e3).to(dtype)
-        k_block = _token_pointers(k, b, h, first, k_b, k_h, k_n, k_d, BLOCK, WIDTH)
-        v_block = _token_pointers(v, b, h, first, v_b, v_h, v_n, v_d, BLOCK, WIDTH)
-        dk_block = _token_pointers(dk, b, h, first, dk_b, dk_h, dk_n, dk_d, BLOCK, WIDTH)
-        dv_block = _token_pointers(dv, b, h, first, dv_b, dv_h, dv_n, dv_d, BLOCK, WIDTH)
-        for start in range(0, chunk, BLOCK):
-            inside = (first + start + token < N) & in_width
-            keys = tl.load(k_block + start * k_n, inside, other=0.0)
-            values = tl.load(v_block + start * v_n, inside, other=0.0)
-            z1, z2 = _dot(keys, w1), _dot(keys, w2)
-            r = _dot(values, tl.trans(w3))
-            gate, slope, bend = _silu(z1)
-            # What comes next is in the order that keeps the fewest values in registers.
-            dk_tile = _dot((r * gate).to(dtype), tl.trans(e2))
-            dk_tile = _add_dot(dk_tile, (r * z2 * slope).to(dtype), tl.trans(e1))
-            dm2 = _dot(keys, e2)
-            d_gate, dr = dm2 * r, dm2 * gate
-            dm1 = _dot(keys, e1)
-            dr = (dr + dm1 * z2 * slope).to(dtype)
-            dm1 *= r
-            dz1, dz2 = dm1 * z2 * bend, dm1 * slope
-            da = _dot(values, tl.trans(e3))
-            dz1 = (dz1 + (d_gate + da * z2) * slope).to(dtype)
-            dz2 = (dz2 + da * gate).to(dtype)
+    for tile in range(SLICES):
+        w1_, w2_, w3_ = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, HIDDEN)
+        s1, s2, s3 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN), _zeros(HIDDEN, WIDTH)
+        for image in range(tl.minimum(images, B - group * images)):
+            b = group * images + image
+            index = b * H + h
+            e1, e2, e3 = _load_triple(d_step, index, tile, D, WIDTH, HIDDEN)
+            e1, e2, e3 = (-scale * e1).to(dtype), (-scale * e2).to(dtype), (-scale * e3).to(dtype)
+            k_, v_ = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
+            dk_, dv_ = start_of_head(dk, b, h, dk_b, dk_h), start_of_head(dv, b, h, dv_b, dv_h)
+            for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
+                keys = load_prepared(k_, table, index, start, k_n, k_d, rows, columns, prefix, N, D, WIDTH, BLOCK, KIND)
+                values = load_tokens(v_, start, v_n, v_d, N, D, WIDTH, BLOCK)
+                z1, z2 = _dot(keys, w1_), _dot(keys, w2_)
+                r = _dot(values, tl.trans(w3_))
+                gate, slope, bend = _silu(z1)
+                # What comes next is in the order that keeps the fewest values in registers.
+                m1, m2, a = (r * z2 * slope).to(dtype), (r * gate).to(dtype), (gate * z2).to(dtype)
+                dm2 = _dot(keys, e2)
+                dr, dz1 = dm2 * gate, dm2 * r * slope
+                dm1 = _dot(keys, e1)
+                dr = (dr + dm1 * z2 * slope).to(dtype)
+                dm1 *= r
+                dz1 += dm1 * z2 * bend
+                dz2 = dm1 * slope
+                da = _dot(values, tl.trans(e3))
+                dz1 = (dz1 + da * z2 * slope).to(dtype)
+                dz2 = (dz2 + da * gate).to(dtype)
 
-            dv_tile = _add_dot(_dot((gate * z2).to(dtype), e3), dr, w3)
-            tl.store(dv_block + start * dv_n, dv_tile.to(dv.dtype.element_ty), inside)
-            dk_tile = _add_dot(_add_dot(dk_tile, dz1, tl.trans(w1)), dz2, tl.trans(w2))
-            tl.store(dk_block + start * dk_n, dk_tile.to(dk.dtype.element_ty), inside)
-            s3 = _add_dot(s3, tl.trans(dr), values)
-            keys = tl.trans(keys)
-            s1 = _add_dot(s1, keys, dz1)
-            s2 = _add_dot(s2, keys, dz2)
-    _store_triple(sums, index * tl.num_programs(1) + part, tile, s1, s2, s3, D, WIDTH, HIDDEN)
+                s3 = _add_dot(s3, tl.trans(dr), values)
+                dv_tile = _add_dot(_dot(a, e3), dr, w3_)
+                if tile > 0:
+                    dv_tile += load_tokens(dv_, start, dv_n, dv_d, N, D, WIDTH, BLOCK).to(tl.float32)
+                store_tokens(dv_, dv_tile, start, dv_n, dv_d, N, D, WIDTH, BLOCK)
+                dk_tile = _add_dot(_dot(m1, tl.trans(e1)), m2, tl.trans(e2))
+                dk_tile = _add_dot(_add_dot(dk_tile, dz1, tl.trans(w1_)), dz2, tl.trans(w2_))
+                if tile > 0:
+                    dk_tile += load_tokens(dk_, start, dk_n, dk_d, N, D, WIDTH, BLOCK).to(tl.float32)
+                store_tokens(dk_, dk_tile, start, dk_n, dk_d, N, D, WIDTH, BLOCK)
+                keys = tl.trans(keys)
+                s1 = _add_dot(s1, keys, dz1)
+                s2 = _add_dot(s2, keys, dz2)
+        _store_triple(sums, tl.program_id(0) * tl.num_programs(1) + part, tile, s1, s2, s3, D, WIDTH, HIDDEN)
+        tl.debug_barrier()  # the next slice adds to dk and dv, perhaps by other threads

@@ -1,8 +1,8 @@
 """The layer by kernels: one differentiable custom op around those of triton_kernels.py and of `ttt`.
 
-Forward: sums of the keys; k normalized and convolved; `accumulate`; q convolved; `apply`. What was normalized and
-convolved is not kept: the backward makes it again, so that memory beyond inputs and results is one tensor of tokens
-and O(H·D²). Tokens of two modalities are two runs of the same kernels whose steps add up.
+Forward: sums of the keys; a table by which tokens are normalized and convolved as they are read; `accumulate`; `apply`.
+Nothing of the size of the tokens is written but the output. The backward reads the same way, so that what is kept is
+the inputs and O(H·D²). Tokens of two modalities are two runs of the same kernels whose steps add up.
 """
 
 from typing import NamedTuple
@@ -12,40 +12,33 @@ import triton as triton_package
 from torch import Tensor
 
 from t5kernels.ttt import triton as ttt
+from t5kernels.ttt.tokens import CONVOLVED, NORMALIZED, ROWS
+from t5kernels.ttt.triton import PLAIN, Reading
 from t5kernels.ttt_layer import triton_kernels as kernels
 
 # Numbers that a program takes at a time, tokens by padded head width: what fits the registers of its 128 threads.
-AT_A_TIME = {"key_sums": 4096, "prepare": 1024, "prepare_backward": 512, "norm_backward": 4096}
+AT_A_TIME = {"key_sums": 4096, "read_backward": 512, "norm_backward": 4096}
 WARPS = 4
-# Programs that keep a large card busy; each goes through a chunk of tokens with its weights and sums in registers.
-PROGRAMS = {"key_sums": 512, "prepare": 768, "prepare_backward": 768}
-
-
-class _Norm(NamedTuple):
-    """Statistics of `count` keys: sums (B·H, 2, D) of what they exceed the `first` of them by, and of its square."""
-
-    sums: Tensor
-    first: Tensor
-    count: int
-    eps: float
+# Programs that keep a large card busy; each goes through a chunk of tokens with its sums in registers.
+PROGRAMS = {"key_sums": 512, "read_backward": 768}
 
 
 class _Conv(NamedTuple):
-    """A convolution's weight and bias, and the grid it runs over."""
+    """A convolution's weight and bias, and the grid it runs over: rows, columns, prefix tokens."""
 
     weight: Tensor
     bias: Tensor
-    rows: int
-    columns: int
-    prefix: int
+    place: tuple[int, int, int]
 
 
 class _Part(NamedTuple):
-    """The tokens of one modality."""
+    """The tokens of one modality, and how queries and keys are read."""
 
     q: Tensor
     k: Tensor
     v: Tensor
+    q_reading: Reading
+    k_reading: Reading
     q_conv: _Conv | None
     k_conv: _Conv | None
 
@@ -65,16 +58,14 @@ def _layer(
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
     rows: int, columns: int, prefix: int, norm: str, eps: float, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The two outputs; and for the backward the step and the sums of the keys, (norms, B·H, 2, D)."""
-    convs = (q_weight, q_bias, k_weight, k_bias, rows, columns, prefix)
-    parts = _parts(q, k, v, text_q, text_k, text_v, *convs)
-    norms = _norms([part.k for part in parts], norm, eps)
-    step = _total(
-        ttt._accumulate(_prepare(part.k, own, part.k_conv), part.v, w1, w2, w3, scale)
-        for part, own in zip(parts, norms, strict=True)
-    )
-    outs = [ttt._apply(_prepare(part.q, None, part.q_conv), w1, w2, w3, step) for part in parts]
-    return outs[0], outs[1] if text_q is not None else q.new_empty(0), step, _kept(q, norms, norm)
+    """The two outputs; and for the backward the step and the tables, (tables, B·H, ROWS, D)."""
+    weights = [w1, w2, w3]
+    convs = _convs(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
+    tables = _tables(k, text_k, convs, norm, eps)
+    parts = _parts(q, k, v, text_q, text_k, text_v, convs, norm, tables)
+    step = _total(ttt.launch_accumulate(part.k, part.v, weights, scale, part.k_reading) for part in parts)
+    outs = [ttt.launch_apply(part.q, weights, step, part.q_reading) for part in parts]
+    return outs[0], outs[1] if text_q is not None else q.new_empty(0), step, tables
 
 
 @_layer.register_fake
@@ -83,55 +74,55 @@ def _(
     rows, columns, prefix, norm, eps, scale,
 ):  # fmt: skip
     B, H, _, D = q.shape
-    text_o = q.new_empty(0) if text_q is None else ttt._like_tokens(text_q)
+    text_o = q.new_empty(0) if text_q is None else ttt.like_tokens(text_q)
     step = q.new_empty(B, H, 3, D, D, dtype=torch.float32)
-    sums = q.new_empty(_count_of_norms(norm, text_q), B * H, 2, D, dtype=torch.float32)
-    return ttt._like_tokens(q), text_o, step, sums
+    return ttt.like_tokens(q), text_o, step, _empty_tables(q, norm, q_weight is not None, text_q is not None)
 
 
 @torch.library.custom_op("t5kernels::ttt_layer_backward", mutates_args=())
 def _layer_backward(
-    d_out: Tensor, d_text: Tensor, step: Tensor, sums: Tensor,
+    d_out: Tensor, d_text: Tensor, step: Tensor, tables: Tensor,
     q: Tensor, k: Tensor, v: Tensor, text_q: Tensor | None, text_k: Tensor | None, text_v: Tensor | None,
     w1: Tensor, w2: Tensor, w3: Tensor,
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
-    rows: int, columns: int, prefix: int, norm: str, eps: float, scale: float,
+    rows: int, columns: int, prefix: int, norm: str, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the six tokens (empty for no text); in float32 of the weights (3, H, D, D) and of the convolutions
     of q and k, (H, 10, D): nine places and the bias (empty for none)."""
-    convs = (q_weight, q_bias, k_weight, k_bias, rows, columns, prefix)
-    parts = _parts(q, k, v, text_q, text_k, text_v, *convs)
-    norms = _norms([part.k for part in parts], norm, eps, sums)
-    dq, d_steps, q_rows = _apply_backward(parts, (d_out, d_text), (w1, w2, w3), step)
+    weights = [w1, w2, w3]
+    convs = _convs(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
+    parts = _parts(q, k, v, text_q, text_k, text_v, convs, norm, tables)
+    dq, d_steps, q_sums = _apply_backward(parts, (d_out, d_text), weights, step)
     d_step = _total(d_steps)
-    dk, dv, d_weights, k_rows = _accumulate_backward(parts, norms, d_step, (w1, w2, w3), scale)
-    dk = _norms_backward(dk, parts, norms, k_rows, norm)
+    dk, dv, d_weights, k_sums = _accumulate_backward(parts, d_step, weights, scale)
+    if norm != "none":
+        _norms_backward(dk, parts, k_sums, norm)
     d_weights = d_weights - d_step.sum(0).transpose(0, 1)
     none = [q.new_empty(0) for _ in range(3 * (2 - len(parts)))]
-    d_convs = (_of_convolution(parts[0].q_conv, q_rows, q), _of_convolution(parts[0].k_conv, k_rows[0], q))
+    d_convs = (_of_convolution(convs[0], q_sums, q), _of_convolution(convs[1], k_sums[0], q))
     return dq[0], dk[0], dv[0], *(none or (dq[1], dk[1], dv[1])), d_weights, *d_convs
 
 
 @_layer_backward.register_fake
 def _(
-    d_out, d_text, step, sums, q, k, v, text_q, text_k, text_v, w1, w2, w3, q_weight, q_bias, k_weight, k_bias,
-    rows, columns, prefix, norm, eps, scale,
+    d_out, d_text, step, tables, q, k, v, text_q, text_k, text_v, w1, w2, w3, q_weight, q_bias, k_weight, k_bias,
+    rows, columns, prefix, norm, scale,
 ):  # fmt: skip
     _, H, _, D = q.shape
-    tokens = [ttt._like_tokens(t) for t in (q, k, v)]
-    texts = [q.new_empty(0) if t is None else ttt._like_tokens(t) for t in (text_q, text_k, text_v)]
+    tokens = [ttt.like_tokens(t) for t in (q, k, v)]
+    texts = [q.new_empty(0) if t is None else ttt.like_tokens(t) for t in (text_q, text_k, text_v)]
     convs = [q.new_empty((0,) if q_weight is None else (H, 10, D), dtype=torch.float32) for _ in range(2)]
     return *tokens, *texts, q.new_empty(3, H, D, D, dtype=torch.float32), *convs
 
 
 def _keep(ctx, inputs, output) -> None:
-    tensors, ctx.rest = inputs[:13], inputs[13:]
+    tensors, (*ctx.rest, _, ctx.scale) = inputs[:13], inputs[13:]
     ctx.save_for_backward(*tensors, *output[2:])
 
 
-def _differentiate(ctx, d_out, d_text, _d_step, _d_sums):
-    *tensors, step, sums = ctx.saved_tensors
-    found = _layer_backward(d_out, d_text, step, sums, *tensors, *ctx.rest)
+def _differentiate(ctx, d_out, d_text, _d_step, _d_tables):
+    *tensors, step, tables = ctx.saved_tensors
+    found = _layer_backward(d_out, d_text, step, tables, *tensors, *ctx.rest, ctx.scale)
     weights, convs = tensors[6:9], tensors[9:13]
     d_tokens = found[:3] if tensors[3] is None else found[:6]
     d_tokens = (*d_tokens, *(None,) * (6 - len(d_tokens)))
@@ -143,92 +134,104 @@ def _differentiate(ctx, d_out, d_text, _d_step, _d_sums):
 _layer.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _conv_gradients(rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _conv_gradients(sums: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """(H, 10, D) as gradients of weight (H·D, 1, 3, 3) and bias (H·D,)."""
     if weight is None:
         return None, None
-    rows = rows.transpose(1, 2).flatten(0, 1)
-    return rows[:, :9].reshape(weight.shape).to(weight.dtype), rows[:, 9].to(bias.dtype)
+    sums = sums.transpose(1, 2).flatten(0, 1)
+    return sums[:, :9].reshape(weight.shape).to(weight.dtype), sums[:, 9].to(bias.dtype)
+
+
+def _convs(q_weight, q_bias, k_weight, k_bias, place) -> tuple[_Conv | None, _Conv | None]:
+    if q_weight is None:
+        return None, None
+    pairs = ((q_weight, q_bias), (k_weight, k_bias))
+    return tuple(_Conv(weight.contiguous(), bias.contiguous(), place) for weight, bias in pairs)
+
+
+def _empty_tables(q: Tensor, norm: str, convolved: bool, text: bool) -> Tensor:
+    """Room for a table of the keys, one of the queries if convolved, one of the text's keys if normalized apart."""
+    B, H, _, D = q.shape
+    count = (norm != "none" or convolved) + convolved + (norm == "modality" and text)
+    return q.new_empty(count, B * H, ROWS.value, D, dtype=torch.float32)
+
+
+def _tables(k: Tensor, text_k: Tensor | None, convs, norm: str, eps: float) -> Tensor:
+    """As `_empty_tables` says."""
+    q_conv, k_conv = convs
+    tables = _empty_tables(k, norm, q_conv is not None, text_k is not None)
+    sums = None if norm == "none" else _key_sums(k, k)
+    count = k.shape[2]
+    if norm == "joint" and text_k is not None:
+        sums = torch.cat([sums, _key_sums(text_k, k)], dim=1)
+        count += text_k.shape[2]
+    if norm != "none" or k_conv is not None:
+        _fill(tables[0], k, sums, count, eps, k_conv)
+    if q_conv is not None:
+        _fill(tables[1], k, None, count, eps, q_conv)
+    if norm == "modality" and text_k is not None:
+        _fill(tables[-1], text_k, _key_sums(text_k, text_k), text_k.shape[2], eps, None)
+    return tables
+
+
+def _parts(q, k, v, text_q, text_k, text_v, convs, norm: str, tables: Tensor) -> list[_Part]:
+    q_conv, k_conv = convs
+    q_reading = k_reading = text_reading = PLAIN
+    if norm != "none":
+        k_reading = Reading(NORMALIZED.value, tables[0], (0, 0, 0))
+        text_reading = Reading(NORMALIZED.value, tables[-1 if norm == "modality" else 0], (0, 0, 0))
+    if q_conv is not None:
+        q_reading = Reading(CONVOLVED.value, tables[1], q_conv.place)
+        k_reading = Reading(CONVOLVED.value, tables[0], k_conv.place)
+    image = _Part(q, k, v, q_reading, k_reading, q_conv, k_conv)
+    if text_q is None:
+        return [image]
+    return [image, _Part(text_q, text_k, text_v, PLAIN, text_reading, None, None)]
 
 
 def _apply_backward(parts, d_outs, weights, step) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
     """By part dq and the gradient of the step; the convolution's sums."""
-    dq, d_steps, rows = [], [], []
+    dq, d_steps, sums = [], [], []
     for part, d_out in zip(parts, d_outs, strict=False):
-        grad, d_step = ttt._apply_backward(d_out, _prepare(part.q, None, part.q_conv), *weights, step)
-        grad, sums = _prepare_backward(grad, part.q, None, part.q_conv)
+        grad, d_step = ttt.launch_apply_backward(d_out, part.q, weights, step, part.q_reading)
+        grad, own = _read_backward(grad, part.q, part.q_reading, part.q_conv, norm=False)
         dq.append(grad)
         d_steps.append(d_step)
-        rows.append(sums)
-    return dq, d_steps, rows[0]
+        sums.append(own)
+    return dq, d_steps, sums[0]
 
 
-def _accumulate_backward(parts, norms, d_step, weights, scale) -> tuple[list[Tensor], list[Tensor], Tensor, list]:
+def _accumulate_backward(parts, d_step, weights, scale) -> tuple[list[Tensor], list[Tensor], Tensor, list]:
     """By part the gradient of normalized keys, and dv; the gradient of the weights; by part the keys' sums."""
-    dk, dv, d_weights, rows = [], [], [], []
-    for part, own in zip(parts, norms, strict=True):
-        keys = _prepare(part.k, own, part.k_conv)
-        grad, d_values, d_own = ttt._accumulate_backward(d_step, keys, part.v, *weights, scale)
-        grad, sums = _prepare_backward(grad, part.k, own, part.k_conv)
+    dk, dv, d_weights, sums = [], [], [], []
+    for part in parts:
+        grad, d_values, d_own = ttt.launch_accumulate_backward(d_step, part.k, part.v, weights, scale, part.k_reading)
+        grad, own = _read_backward(grad, part.k, part.k_reading, part.k_conv, norm=True)
         dk.append(grad)
         dv.append(d_values)
         d_weights.append(d_own)
-        rows.append(sums)
-    return dk, dv, _total(d_weights), rows
+        sums.append(own)
+    return dk, dv, _total(d_weights), sums
 
 
-def _parts(q, k, v, text_q, text_k, text_v, q_weight, q_bias, k_weight, k_bias, rows, columns, prefix) -> list[_Part]:
-    place = (rows, columns, prefix)
-    q_conv = None if q_weight is None else _Conv(q_weight.contiguous(), q_bias.contiguous(), *place)
-    k_conv = None if k_weight is None else _Conv(k_weight.contiguous(), k_bias.contiguous(), *place)
-    image = _Part(q, k, v, q_conv, k_conv)
-    return [image] if text_q is None else [image, _Part(text_q, text_k, text_v, None, None)]
-
-
-def _norms(keys: list[Tensor], kind: str, eps: float, sums: Tensor | None = None) -> list[_Norm | None]:
-    """The norm of each part's keys. sums: as `_kept` gave them; None: they are made."""
-    if kind == "none":
-        return [None for _ in keys]
-    joint = kind == "joint"
-    firsts = [keys[0] if joint else k for k in keys]
-    if sums is None:
-        each = [_key_sums(k, first) for k, first in zip(keys, firsts, strict=True)]
-        sums = [_total(each)] if joint else each
-    count = sum(k.shape[2] for k in keys)
-    return [_Norm(sums[0 if joint else i], firsts[i], count if joint else k.shape[2], eps) for i, k in enumerate(keys)]
-
-
-def _count_of_norms(kind: str, text: Tensor | None) -> int:
-    return {"none": 0, "joint": 1, "modality": 1 if text is None else 2}[kind]
-
-
-def _kept(q: Tensor, norms: list[_Norm | None], kind: str) -> Tensor:
-    """The sums of all norms, (norms, B·H, 2, D)."""
-    different = norms[:1] if kind == "joint" else [norm for norm in norms if norm]
-    if not different:
-        return q.new_empty(0, q.shape[0] * q.shape[1], 2, q.shape[3], dtype=torch.float32)
-    return torch.stack([norm.sums for norm in different])
-
-
-def _norms_backward(dn: list[Tensor], parts: list[_Part], norms: list[_Norm | None], rows: list, kind: str):
+def _norms_backward(dn: list[Tensor], parts: list[_Part], sums: list[Tensor], norm: str) -> None:
     """Gradients of the keys from those of the normalized ones, in place."""
-    if kind == "none":
-        return dn
-    totals = [own[:, 10:] for own in rows]
-    totals = [_total(totals)] * len(parts) if kind == "joint" else totals
-    for grad, part, norm, total in zip(dn, parts, norms, totals, strict=True):
-        _norm_backward(grad, part.k, norm, total.contiguous())
-    return dn
+    totals, counts = [own[:, 10:] for own in sums], [part.k.shape[2] for part in parts]
+    if norm == "joint":
+        totals, counts = [_total(totals)] * len(parts), [sum(counts)] * len(parts)
+    for grad, part, total, count in zip(dn, parts, totals, counts, strict=True):
+        _norm_backward(grad, part.k, part.k_reading, total.contiguous(), count)
 
 
-def _of_convolution(conv: _Conv | None, rows: Tensor | None, q: Tensor) -> Tensor:
+def _of_convolution(conv: _Conv | None, sums: Tensor | None, q: Tensor) -> Tensor:
     """(H, 10, D): a convolution's gradients, summed over images; empty without one."""
     if conv is None:
         return q.new_empty(0, dtype=torch.float32)
-    return rows.unflatten(0, q.shape[:2])[:, :, :10].sum(0)
+    return sums.unflatten(0, q.shape[:2])[:, :, :10].sum(0)
 
 
 def _key_sums(k: Tensor, first: Tensor) -> Tensor:
+    """(B·H, programs, 2, D): sums of what keys exceed the first token of `first` by, and of its square."""
     B, H, N, D = k.shape
     width, block, chunk, chunks = _cut("key_sums", k)
     sums = k.new_empty(B * H, chunks, 2, D, dtype=torch.float32)
@@ -238,67 +241,56 @@ def _key_sums(k: Tensor, first: Tensor) -> Tensor:
             *(H, N, chunk, D, width, block),
             num_warps=WARPS,
         )
-    return ttt._added(sums)
+    return sums
 
 
-def _prepare(x: Tensor, norm: _Norm | None, conv: _Conv | None) -> Tensor:
-    """x (B, H, N, D) normalized and convolved; x itself where there is nothing to do."""
-    if norm is None and conv is None:
-        return x
-    B, H, N, D = x.shape
-    y = ttt._like_tokens(x)
-    width, block, chunk, chunks = _cut("prepare", x)
-    first, sums, count, eps = _norm_arguments(x, norm)
-    weight, bias, place = _conv_arguments(x, conv)
+def _fill(table: Tensor, x: Tensor, sums: Tensor | None, count: int, eps: float, conv: _Conv | None) -> None:
+    """Write the table of tokens x. sums: as `_key_sums` gives them over `count` tokens; x stands for what is not read."""
+    B, H, _, D = x.shape
+    weight, bias = (conv.weight, conv.bias) if conv else (x, x)
+    parts = 0 if sums is None else sums.shape[1]
     with torch.cuda.device_of(x):
-        kernels.prepare_kernel[B * H, chunks](
-            *(x, first, sums, weight, bias, y, *x.stride(), *_first_strides(first), *y.stride()),
-            *(H, N, chunk, count, eps, *place, D, width, block, norm is not None, conv is not None),
+        kernels.table_kernel[B * H,](
+            *(x if sums is None else sums, x, weight, bias, table, *_first_strides(x)),
+            *(H, parts, count, eps, D, ttt.padded_width(D), sums is not None, conv is not None),
             num_warps=WARPS,
         )
-    return y
 
 
-def _prepare_backward(dy: Tensor, x: Tensor, norm: _Norm | None, conv: _Conv | None) -> tuple[Tensor, Tensor | None]:
-    """The gradient of what is convolved (dy itself without a convolution), and sums (B·H, 12, D) over the tokens."""
-    if norm is None and conv is None:
+def _read_backward(
+    dy: Tensor, x: Tensor, reading: Reading, conv: _Conv | None, norm: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of what is convolved (dy itself without a convolution), and sums (B·H, SUMS, D) over the tokens.
+
+    norm: the tokens are keys, whose norm needs two of the sums.
+    """
+    if reading.kind == PLAIN.kind:
         return dy, None
     B, H, N, D = x.shape
-    dx = dy if conv is None else ttt._like_tokens(x)
-    width, block, chunk, chunks = _cut("prepare_backward", x)
-    parts = x.new_empty(B * H, chunks, kernels.ROWS, D, dtype=torch.float32)
-    first, sums, count, eps = _norm_arguments(x, norm)
-    weight, _, place = _conv_arguments(x, conv)
+    dx = dy if conv is None else ttt.like_tokens(x)
+    width, block, chunk, chunks = _cut("read_backward", x)
+    parts = x.new_empty(B * H, chunks, kernels.SUMS.value, D, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        kernels.prepare_backward_kernel[B * H, chunks](
-            *(dy, x, first, sums, weight, dx, parts),
-            *(*dy.stride(), *x.stride(), *_first_strides(first), *dx.stride()),
-            *(H, N, chunk, count, eps, *place, D, width, block, norm is not None, conv is not None),
+        kernels.read_backward_kernel[B * H, chunks](
+            *(dy, x, reading.table, conv.weight if conv else x, dx, parts),
+            *(*dy.stride(), *x.stride(), *dx.stride(), *reading.place),
+            *(H, N, chunk, D, width, block, norm, conv is not None),
             num_warps=WARPS,
         )
-    return dx, ttt._added(parts)
+    return dx, ttt.added(parts)
 
 
-def _norm_backward(dn: Tensor, x: Tensor, norm: _Norm, totals: Tensor) -> None:
+def _norm_backward(dn: Tensor, x: Tensor, reading: Reading, totals: Tensor, count: int) -> None:
     B, H, N, D = x.shape
     width = ttt.padded_width(D)
     block = AT_A_TIME["norm_backward"] // width
     with torch.cuda.device_of(x):
         kernels.norm_backward_kernel[B * H, triton_package.cdiv(N, block)](
-            *(dn, x, norm.first, norm.sums, totals, dn),
-            *(*dn.stride(), *x.stride(), *_first_strides(norm.first), *dn.stride()),
-            *(H, N, norm.count, norm.eps, D, width, block),
+            *(dn, x, reading.table, totals, dn),
+            *(*dn.stride(), *x.stride(), *dn.stride()),
+            *(H, N, count, D, width, block),
             num_warps=WARPS,
         )
-
-
-def _norm_arguments(x: Tensor, norm: _Norm | None) -> tuple[Tensor, Tensor, int, float]:
-    """first, sums, count and eps; x stands for what is not read."""
-    return (norm.first, norm.sums, norm.count, norm.eps) if norm else (x, x, 1, 0.0)
-
-
-def _conv_arguments(x: Tensor, conv: _Conv | None) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
-    return (conv.weight, conv.bias, conv[2:]) if conv else (x, x, (1, 1, 0))
 
 
 def _first_strides(first: Tensor) -> tuple[int, int, int]:

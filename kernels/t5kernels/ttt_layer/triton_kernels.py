@@ -1,28 +1,39 @@
-"""Triton kernels of what stands before `ttt`: instance norm of the keys, 3×3 depthwise convolution of queries and keys.
+"""Triton kernels of what stands before `ttt`: the table by which tokens are read (ttt/tokens.py), and its backward.
 
-Notation, for one image, head and channel: x the tokens as they come, m and r the mean and the inverse deviation of the
-keys over tokens (m = 0, r = 1 without a norm), n = (x - m) r, and for a token p of the grid
-
-    y[p] = n[p] + bias + sum_o w[o] n[p + o],    o over the 9 places around p, n = 0 outside the grid.
-
-Tokens before the grid (class, registers) and after it have y = n. Backward, given dy:
+Notation as there. Backward, given dy, the gradient of the tokens as they were read:
 
     dn[p] = dy[p] + sum_o w[o] dy[p - o],    dw[o] = sum_p n[p] dy[p - o],    dbias = sum_p dy[p],
-    dx[p] = r (dn[p] - sum dn / N - n[p] sum (dn n) / N).
+    dx[p] = r (dn[p] - sum dn / N - n[p] sum (dn n) / N),
 
-Mean and variance come from sums of x - f and (x - f)², f the first token: a shift of all keys, which is what the norm
-is there to remove, costs no digits. Programs write their sums side by side and the caller adds them: no atomics, and
-results are the same from run to run.
+p over the grid in what belongs to the convolution. Mean and variance come from sums of x - f and (x - f)², f the first
+token: a shift of all keys, which is what the norm is there to remove, costs no digits. Programs write their sums side by
+side and the caller adds them: no atomics, and results are the same from run to run.
 """
 
 import triton
 import triton.language as tl
 
+from t5kernels.ttt.tokens import (
+    CONSTANTS,
+    OUTSIDE,
+    ROWS,
+    SCALE,
+    WEIGHTS,
+    load_row,
+    load_tokens,
+    neighbors,
+    on_grid,
+    start_of_head,
+    store_tokens,
+    token_mask,
+    token_pointers,
+)
+
 # Rows of a program's partial sums: nine of dw, then dbias, sum dn, sum dn n.
-BIAS_ROW = tl.constexpr(9)
-PLAIN_ROW = tl.constexpr(10)
-PRODUCT_ROW = tl.constexpr(11)
-ROWS = 12
+BIAS_SUM = tl.constexpr(9)
+PLAIN_SUM = tl.constexpr(10)
+PRODUCT_SUM = tl.constexpr(11)
+SUMS = tl.constexpr(12)
 
 
 @triton.jit
@@ -37,28 +48,17 @@ def _over_tokens(x):
 
 
 @triton.jit
-def _channels(x, b, h, stride_b, stride_h, stride_d, WIDTH: tl.constexpr):
-    """Pointers to the channels of a head's first token."""
-    return x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + tl.arange(0, WIDTH) * stride_d
-
-
-@triton.jit
-def _mean_and_scale(sums, first, index, count, eps, D: tl.constexpr, WIDTH: tl.constexpr):
-    """m and r of one image and head, (WIDTH,). sums: (B·H, 2, D); first: pointers to the first key."""
+def _store_row(x, row, values, D: tl.constexpr, WIDTH: tl.constexpr):
     channel = tl.arange(0, WIDTH)
-    sums += index.to(tl.int64) * (2 * D) + channel
-    mean = tl.load(sums, channel < D, other=0.0) / count
-    variance = tl.load(sums + D, channel < D, other=0.0) / count - mean * mean
-    scale = 1 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
-    return tl.load(first, channel < D, other=0.0).to(tl.float32) + mean, scale
+    tl.store(x + row * D + channel, values, channel < D)
 
 
 @triton.jit
-def _on_grid(token, N, rows, columns, prefix):
-    """Row and column of each token, and whether it has a place in the grid."""
-    patch = token - prefix
-    inside = (patch >= 0) & (patch < rows * columns) & (token < N)
-    return patch // columns, patch % columns, inside
+def _first_token(x, b, h, stride_b, stride_h, stride_d, D: tl.constexpr, WIDTH: tl.constexpr):
+    """The first token of a head, (WIDTH,), float32."""
+    channel = tl.arange(0, WIDTH)
+    x = start_of_head(x, b, h, stride_b, stride_h)
+    return tl.load(x + channel * stride_d, channel < D, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -71,21 +71,59 @@ def key_sums_kernel(
     """Grid (B·H, chunks of `chunk` tokens). sums: (B·H, chunks, 2, D) float32."""
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
-    channel = tl.arange(0, WIDTH)
-    shift = tl.load(_channels(first, b, h, f_b, f_h, f_d, WIDTH), channel < D, other=0.0).to(tl.float32)
-    k = _channels(k, b, h, k_b, k_h, k_d, WIDTH)[None, :]
+    shift = _first_token(first, b, h, f_b, f_h, f_d, D, WIDTH)[None, :]
+    k = start_of_head(k, b, h, k_b, k_h)
     total = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
     squares = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
-    for start in range(0, chunk, BLOCK):
-        token = part * chunk + start + tl.arange(0, BLOCK)
-        inside = (token < N)[:, None] & (channel < D)[None, :]
-        keys = tl.load(k + token.to(tl.int64)[:, None] * k_n, inside, other=0.0).to(tl.float32)
-        keys = tl.where(inside, keys - shift[None, :], 0.0)
+    for start in range(part * chunk, part * chunk + chunk, BLOCK):
+        inside = token_mask(start + tl.arange(0, BLOCK) < N, D, WIDTH)
+        keys = load_tokens(k, start, k_n, k_d, N, D, WIDTH, BLOCK).to(tl.float32)
+        keys = tl.where(inside, keys - shift, 0.0)
         total += keys
         squares += keys * keys
-    sums += (index.to(tl.int64) * tl.num_programs(1) + part) * (2 * D) + channel
-    tl.store(sums, _over_tokens(total), channel < D)
-    tl.store(sums + D, _over_tokens(squares), channel < D)
+    sums += (index.to(tl.int64) * tl.num_programs(1) + part) * (2 * D)
+    _store_row(sums, 0, _over_tokens(total), D, WIDTH)
+    _store_row(sums, 1, _over_tokens(squares), D, WIDTH)
+
+
+@triton.jit
+def table_kernel(
+    sums, first, weight, bias, table,
+    f_b, f_h, f_d,
+    H, parts, count, eps,
+    D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr,
+):  # fmt: skip
+    """Grid (B·H,). sums: (B·H, parts, 2, D) over `count` tokens; weight (H·D, 9), bias (H·D,); table (B·H, ROWS, D)."""
+    index = tl.program_id(0)
+    h = index % H
+    channel = tl.arange(0, WIDTH)
+    inside = channel < D
+    scale, constant = tl.full((WIDTH,), 1.0, tl.float32), tl.full((WIDTH,), 0.0, tl.float32)
+    if NORM:
+        sums += index.to(tl.int64) * parts * (2 * D) + channel
+        mean, square = tl.full((WIDTH,), 0.0, tl.float32), tl.full((WIDTH,), 0.0, tl.float32)
+        for part in range(parts):
+            mean += tl.load(sums + part * (2 * D), inside, other=0.0)
+            square += tl.load(sums + part * (2 * D) + D, inside, other=0.0)
+        mean, square = mean / count, square / count
+        scale = 1 / tl.sqrt(tl.maximum(square - mean * mean, 0.0) + eps)
+        constant = -scale * (mean + _first_token(first, index // H, h, f_b, f_h, f_d, D, WIDTH))
+    table += index.to(tl.int64) * (ROWS * D)
+    _store_row(table, SCALE, scale, D, WIDTH)
+    _store_row(table, OUTSIDE, constant, D, WIDTH)
+    if CONV:
+        weight += (h * D + channel) * 9
+        offset = tl.load(bias + h * D + channel, inside, other=0.0).to(tl.float32)
+        kind = tl.arange(0, 16)[:, None]
+        met = tl.full((16, WIDTH), 1.0, tl.float32)
+        for place in tl.static_range(9):
+            w = tl.load(weight + place, inside, other=0.0).to(tl.float32)
+            _store_row(table, WEIGHTS + place, w * scale, D, WIDTH)
+            needed = (1 if place < 3 else 0) + (2 if place > 5 else 0)
+            needed += (4 if place % 3 == 0 else 0) + (8 if place % 3 == 2 else 0)
+            met += tl.where((kind & needed) == needed, w[None, :], 0.0)
+        constants = table + (CONSTANTS + kind) * D + channel[None, :]
+        tl.store(constants, offset[None, :] + constant[None, :] * met, inside[None, :])
 
 
 @triton.jit
@@ -101,109 +139,43 @@ def _places(weight, h, row: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _near(at, x_n, w, row, column, inside, rows, columns, place: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
-    """What one place of the window adds to the convolution of x, and which tokens have a neighbor there, as 0 and 1."""
-    down: tl.constexpr = place // 3 - 1
-    right: tl.constexpr = place % 3 - 1
-    valid = inside & (row + down >= 0) & (row + down < rows) & (column + right >= 0) & (column + right < columns)
-    mask = valid[:, None] & (tl.arange(0, WIDTH) < D)[None, :]
-    near = tl.load(at + (down * columns + right).to(tl.int64) * x_n, mask, other=0.0).to(tl.float32)
-    return near * w, tl.where(valid, 1.0, 0.0)[:, None]
-
-
-@triton.jit
-def prepare_kernel(
-    x, first, sums, weight, bias, y,
-    x_b, x_h, x_n, x_d, f_b, f_h, f_d, y_b, y_h, y_n, y_d,
-    H, N, chunk, count, eps, rows, columns, prefix,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr,
-):  # fmt: skip
-    """Grid (B·H, chunks of tokens). sums: (B·H, 2, D); weight: (H·D, 9), bias: (H·D,).
-
-    The weights of all nine places stay in registers for the whole chunk.
-    """
-    index, part = tl.program_id(0), tl.program_id(1)
-    b, h = index // H, index % H
-    channel = tl.arange(0, WIDTH)
-    in_width = (channel < D)[None, :]
-    x = _channels(x, b, h, x_b, x_h, x_d, WIDTH)[None, :]
-    y = _channels(y, b, h, y_b, y_h, y_d, WIDTH)[None, :]
-    if NORM:
-        f = _channels(first, b, h, f_b, f_h, f_d, WIDTH)
-        mean, scale = _mean_and_scale(sums, f, index, count, eps, D, WIDTH)
-        mean, scale = mean[None, :], scale[None, :]
-    if CONV:
-        w0, w1, w2 = _places(weight, h, 0, D, WIDTH)
-        w3, w4, w5 = _places(weight, h, 1, D, WIDTH)
-        w6, w7, w8 = _places(weight, h, 2, D, WIDTH)
-        offset = tl.load(bias + h * D + channel, channel < D, other=0.0).to(tl.float32)[None, :]
-    for start in range(0, chunk, BLOCK):
-        token = part * chunk + start + tl.arange(0, BLOCK)
-        here = (token < N)[:, None] & in_width
-        at = x + token.to(tl.int64)[:, None] * x_n
-        result = tl.load(at, here, other=0.0).to(tl.float32)
-        if CONV:
-            row, column, inside = _on_grid(token, N, rows, columns, prefix)
-            w = (w0, w1, w2, w3, w4, w5, w6, w7, w8)
-            mixed = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
-            used = tl.full((BLOCK, WIDTH), 0.0, tl.float32)  # the weights that met a token: how often m came in
-            for place in tl.static_range(9):
-                near, met = _near(at, x_n, w[place], row, column, inside, rows, columns, place, D, WIDTH)
-                mixed += near
-                used += met * w[place]
-            if NORM:
-                mixed = (mixed - mean * used) * scale
-            mixed += offset
-        if NORM:
-            result = (result - mean) * scale
-        if CONV:
-            result += tl.where(inside[:, None], mixed, 0.0)
-        tl.store(y + token.to(tl.int64)[:, None] * y_n, result.to(y.dtype.element_ty), here)
-
-
-@triton.jit
 def _row_backward(
-    dy, dy_n, n, w_left, w_middle, w_right, row, column, inside, rows, columns, down: tl.constexpr,
+    dy, dy_n, n, w_left, w_middle, w_right, row, inside, before, after, rows, columns, down: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """What three places of one row of the window add to dn, and n dy of each. `dy`: pointers to the tokens' own dy.
 
-    Place (down, right) of the window: w there, and the dy of the token that saw this one there.
+    Place (down, right) of the window: w there, and the dy of the token that saw this one there. `before` and `after`:
+    which tokens have a neighbor at their left and right.
     """
     in_rows = inside & (row - down >= 0) & (row - down < rows)
-    in_width = (tl.arange(0, WIDTH) < D)[None, :]
     dy -= (down * columns).to(tl.int64) * dy_n
-    left = tl.load(dy + dy_n, (in_rows & (column + 1 < columns))[:, None] & in_width, other=0.0).to(tl.float32)
-    middle = tl.load(dy, in_rows[:, None] & in_width, other=0.0).to(tl.float32)
-    right = tl.load(dy - dy_n, (in_rows & (column > 0))[:, None] & in_width, other=0.0).to(tl.float32)
+    left = tl.load(dy + dy_n, token_mask(in_rows & after, D, WIDTH), other=0.0).to(tl.float32)
+    middle = tl.load(dy, token_mask(in_rows, D, WIDTH), other=0.0).to(tl.float32)
+    right = tl.load(dy - dy_n, token_mask(in_rows & before, D, WIDTH), other=0.0).to(tl.float32)
     return left * w_left + middle * w_middle + right * w_right, n * left, n * middle, n * right
 
 
 @triton.jit
-def _store_sum(parts, row, x, D: tl.constexpr, WIDTH: tl.constexpr):
-    channel = tl.arange(0, WIDTH)
-    tl.store(parts + row * D + channel, _over_tokens(x), channel < D)
-
-
-@triton.jit
-def prepare_backward_kernel(
-    dy, x, first, sums, weight, dx, parts,
-    dy_b, dy_h, dy_n, dy_d, x_b, x_h, x_n, x_d, f_b, f_h, f_d, dx_b, dx_h, dx_n, dx_d,
-    H, N, chunk, count, eps, rows, columns, prefix,
+def read_backward_kernel(
+    dy, x, table, weight, dx, parts,
+    dy_b, dy_h, dy_n, dy_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d, rows, columns, prefix,
+    H, N, chunk,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B·H, chunks). dx is given dn (not written without CONV: it is dy). parts: (B·H, chunks, 12, D) float32,
-    rows as named above. sums are (B·H, 2, D) here and below.
+    """Grid (B·H, chunks). dx: dn, written with a convolution only (else it is dy); parts: (B·H, chunks, SUMS, D).
 
-    Sums over tokens stay apart by thread until the end, so a block is small.
+    Sums stay apart by thread until the end, so a block is small.
     """
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
-    channel = tl.arange(0, WIDTH)
-    in_width = (channel < D)[None, :]
-    if NORM:
-        f = _channels(first, b, h, f_b, f_h, f_d, WIDTH)
-        mean, scale = _mean_and_scale(sums, f, index, count, eps, D, WIDTH)
+    x, dy, dx = (
+        start_of_head(x, b, h, x_b, x_h),
+        start_of_head(dy, b, h, dy_b, dy_h),
+        start_of_head(dx, b, h, dx_b, dx_h),
+    )
+    table += index.to(tl.int64) * (ROWS * D)
+    scale, constant = load_row(table, SCALE, D, WIDTH), load_row(table, OUTSIDE, D, WIDTH)
     if CONV:
         w0, w1, w2 = _places(weight, h, 0, D, WIDTH)
         w3, w4, w5 = _places(weight, h, 1, D, WIDTH)
@@ -211,79 +183,73 @@ def prepare_backward_kernel(
     zero = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
     s0, s1, s2, s3, s4, s5, s6, s7, s8 = zero, zero, zero, zero, zero, zero, zero, zero, zero
     s_bias, s_plain, s_product = zero, zero, zero
-    x = _channels(x, b, h, x_b, x_h, x_d, WIDTH)[None, :]
-    dy = _channels(dy, b, h, dy_b, dy_h, dy_d, WIDTH)[None, :]
-    dx = _channels(dx, b, h, dx_b, dx_h, dx_d, WIDTH)[None, :]
-    for start in range(0, chunk, BLOCK):
-        token = part * chunk + start + tl.arange(0, BLOCK)
-        here = (token < N)[:, None] & in_width
-        at = token.to(tl.int64)[:, None]
-        n = tl.load(x + at * x_n, here, other=0.0).to(tl.float32)
-        if NORM:
-            n = tl.where(here, (n - mean[None, :]) * scale[None, :], 0.0)
-        dn = tl.load(dy + at * dy_n, here, other=0.0).to(tl.float32)
+    for start in range(part * chunk, part * chunk + chunk, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        here = token_mask(token < N, D, WIDTH)
+        n = load_tokens(x, start, x_n, x_d, N, D, WIDTH, BLOCK).to(tl.float32)
+        n = tl.where(here, n * scale + constant, 0.0)
+        dn = load_tokens(dy, start, dy_n, dy_d, N, D, WIDTH, BLOCK).to(tl.float32)
         if CONV:
-            row, column, inside = _on_grid(token, N, rows, columns, prefix)
+            row, column, inside = on_grid(token, N, rows, columns, prefix)
+            _, _, before, after = neighbors(row, column, rows, columns, inside)
             s_bias += tl.where(inside[:, None], dn, 0.0)
-            dy_at = dy + at * dy_n
+            at = token_pointers(dy, token, dy_n, dy_d, WIDTH)
             near, p0, p1, p2 = _row_backward(
-                dy_at, dy_n, n, w0, w1, w2, row, column, inside, rows, columns, -1, D, WIDTH
+                at, dy_n, n, w0, w1, w2, row, inside, before, after, rows, columns, -1, D, WIDTH
             )
             dn += near
             s0, s1, s2 = s0 + p0, s1 + p1, s2 + p2
             near, p0, p1, p2 = _row_backward(
-                dy_at, dy_n, n, w3, w4, w5, row, column, inside, rows, columns, 0, D, WIDTH
+                at, dy_n, n, w3, w4, w5, row, inside, before, after, rows, columns, 0, D, WIDTH
             )
             dn += near
             s3, s4, s5 = s3 + p0, s4 + p1, s5 + p2
             near, p0, p1, p2 = _row_backward(
-                dy_at, dy_n, n, w6, w7, w8, row, column, inside, rows, columns, 1, D, WIDTH
+                at, dy_n, n, w6, w7, w8, row, inside, before, after, rows, columns, 1, D, WIDTH
             )
             dn += near
             s6, s7, s8 = s6 + p0, s7 + p1, s8 + p2
-            tl.store(dx + at * dx_n, dn.to(dx.dtype.element_ty), here)
+            store_tokens(dx, dn, start, dx_n, dx_d, N, D, WIDTH, BLOCK)
         if NORM:
             s_plain += dn
             s_product += dn * n
-    parts += (index.to(tl.int64) * tl.num_programs(1) + part) * 12 * D
+    parts += (index.to(tl.int64) * tl.num_programs(1) + part) * (SUMS * D)
     if CONV:
-        _store_sum(parts, 0, s0, D, WIDTH)
-        _store_sum(parts, 1, s1, D, WIDTH)
-        _store_sum(parts, 2, s2, D, WIDTH)
-        _store_sum(parts, 3, s3, D, WIDTH)
-        _store_sum(parts, 4, s4, D, WIDTH)
-        _store_sum(parts, 5, s5, D, WIDTH)
-        _store_sum(parts, 6, s6, D, WIDTH)
-        _store_sum(parts, 7, s7, D, WIDTH)
-        _store_sum(parts, 8, s8, D, WIDTH)
-        _store_sum(parts, BIAS_ROW, s_bias, D, WIDTH)
+        _store_row(parts, 0, _over_tokens(s0), D, WIDTH)
+        _store_row(parts, 1, _over_tokens(s1), D, WIDTH)
+        _store_row(parts, 2, _over_tokens(s2), D, WIDTH)
+        _store_row(parts, 3, _over_tokens(s3), D, WIDTH)
+        _store_row(parts, 4, _over_tokens(s4), D, WIDTH)
+        _store_row(parts, 5, _over_tokens(s5), D, WIDTH)
+        _store_row(parts, 6, _over_tokens(s6), D, WIDTH)
+        _store_row(parts, 7, _over_tokens(s7), D, WIDTH)
+        _store_row(parts, 8, _over_tokens(s8), D, WIDTH)
+        _store_row(parts, BIAS_SUM, _over_tokens(s_bias), D, WIDTH)
     if NORM:
-        _store_sum(parts, PLAIN_ROW, s_plain, D, WIDTH)
-        _store_sum(parts, PRODUCT_ROW, s_product, D, WIDTH)
+        _store_row(parts, PLAIN_SUM, _over_tokens(s_plain), D, WIDTH)
+        _store_row(parts, PRODUCT_SUM, _over_tokens(s_product), D, WIDTH)
 
 
 @triton.jit
 def norm_backward_kernel(
-    dn, x, first, sums, totals, dx,
-    dn_b, dn_h, dn_n, dn_d, x_b, x_h, x_n, x_d, f_b, f_h, f_d, dx_b, dx_h, dx_n, dx_d,
-    H, N, count, eps,
+    dn, x, table, totals, dx,
+    dn_b, dn_h, dn_n, dn_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d,
+    H, N, count,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (B·H, blocks of tokens). totals: (B·H, 2, D), sum dn and sum dn n. dx may be dn itself."""
     index = tl.program_id(0)
     b, h = index // H, index % H
-    channel = tl.arange(0, WIDTH)
-    f = _channels(first, b, h, f_b, f_h, f_d, WIDTH)
-    mean, scale = _mean_and_scale(sums, f, index, count, eps, D, WIDTH)
-    totals += index.to(tl.int64) * (2 * D) + channel
-    plain = tl.load(totals, channel < D, other=0.0)
-    product = tl.load(totals + D, channel < D, other=0.0)
-    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    here = (token < N)[:, None] & (channel < D)[None, :]
-    at = token.to(tl.int64)[:, None]
-    keys = tl.load(_channels(x, b, h, x_b, x_h, x_d, WIDTH)[None, :] + at * x_n, here, other=0.0).to(tl.float32)
-    n = (keys - mean[None, :]) * scale[None, :]
-    grad = tl.load(_channels(dn, b, h, dn_b, dn_h, dn_d, WIDTH)[None, :] + at * dn_n, here, other=0.0).to(tl.float32)
-    grad = scale[None, :] * (grad - plain[None, :] / count - n * (product[None, :] / count))
-    dx = _channels(dx, b, h, dx_b, dx_h, dx_d, WIDTH)[None, :] + at * dx_n
-    tl.store(dx, grad.to(dx.dtype.element_ty), here)
+    x, dn, dx = (
+        start_of_head(x, b, h, x_b, x_h),
+        start_of_head(dn, b, h, dn_b, dn_h),
+        start_of_head(dx, b, h, dx_b, dx_h),
+    )
+    table += index.to(tl.int64) * (ROWS * D)
+    totals += index.to(tl.int64) * (2 * D)
+    scale, constant = load_row(table, SCALE, D, WIDTH), load_row(table, OUTSIDE, D, WIDTH)
+    plain, product = load_row(totals, 0, D, WIDTH) / count, load_row(totals, 1, D, WIDTH) / count
+    start = tl.program_id(1) * BLOCK
+    n = load_tokens(x, start, x_n, x_d, N, D, WIDTH, BLOCK).to(tl.float32) * scale + constant
+    grad = load_tokens(dn, start, dn_n, dn_d, N, D, WIDTH, BLOCK).to(tl.float32)
+    store_tokens(dx, scale * (grad - plain - n * product), start, dx_n, dx_d, N, D, WIDTH, BLOCK)
