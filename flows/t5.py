@@ -139,9 +139,12 @@ def _stage_error(name: str, error_file: Path, said: list[str], code: int) -> Sta
 
 
 def _checked_settings(root: Path, target: str) -> dict[str, Any]:
-    """All settings of the target, checked before any work; in a process of its own, which loads the stages' modules."""
+    """All settings of the target, checked before any work, and that its sources can be had.
+
+    In a process of its own, which loads the stages' modules.
+    """
     params.read_target(root, target)
-    command = [sys.executable, "-m", "tasks.params", target]
+    command = [sys.executable, "-m", "tasks.params", target, "--ready"]
     run = subprocess.run(command, cwd=root, env=environment({}), capture_output=True, text=True)
     if run.returncode:
         raise T5Error(run.stderr.strip())

@@ -19,6 +19,7 @@ import yaml
 from t5lib.config import from_dict, to_dict
 from t5lib.errors import T5Error
 from t5lib.files import write_text
+from tasks import readiness
 
 
 def read(root: Path | str = ".") -> dict[str, Any]:
@@ -130,8 +131,13 @@ def _assigns(path: Path, name: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tasks.params", description=__doc__)
     parser.add_argument("target", help="a section of `targets` in params.yaml")
+    parser.add_argument("--ready", action="store_true", help="also see that its weights and images can be had")
+    args = parser.parse_args()
     try:
-        print(json.dumps(resolve(".", parser.parse_args().target)))
+        settings = resolve(".", args.target)
+        if args.ready:
+            readiness.check(Path("."), args.target, settings)
+        print(json.dumps(settings))
     except T5Error as error:
         sys.exit(str(error))
 

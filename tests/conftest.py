@@ -117,7 +117,7 @@ def small_repo(tmp_path, monkeypatch) -> SmallRepo:
     """It is also the working folder."""
     root = tmp_path / "repo"
     (root / "tasks").mkdir(parents=True)
-    for module in ("__init__", "params", "stage", "tracking"):
+    for module in ("__init__", "params", "readiness", "stage", "tracking"):
         shutil.copy(ROOT / f"tasks/{module}.py", root / "tasks")
     for name, inputs in INPUTS.items():
         code = STAGE.format(name=name, inputs=inputs)

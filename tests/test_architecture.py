@@ -27,7 +27,7 @@ OF_DENOISERS = [path.stem for path in (ROOT / "tasks/denoisers").glob("*.py") if
 
 # How a stage is run and how files are read; none of it decides about a result.
 PLUMBING = {
-    *("tasks/stage.py", "tasks/params.py", "tasks/tracking.py"),
+    *("tasks/stage.py", "tasks/params.py", "tasks/readiness.py", "tasks/tracking.py"),
     *("t5lib/__init__.py", "t5lib/errors.py", "t5lib/config.py", "t5lib/files.py", "t5lib/progress.py"),
 }
 # Code of which a stage uses a part that leads no further: an edit behind it must not cause a download or a calibration.

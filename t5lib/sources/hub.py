@@ -53,6 +53,15 @@ def resolve(rest: str, token: str | None) -> str:
     return pinned
 
 
+def check_access(rest: str, token: str | None = None) -> None:
+    """Raises SourceError, with the remedy, unless the files of the repo may be downloaded."""
+    from huggingface_hub import HfApi
+
+    repo = _parse(rest)
+    with _explained(repo, token):
+        HfApi().auth_check(repo.name, repo_type=repo.kind, token=token)
+
+
 def download(rest: str, partial: Path, token: str | None) -> Path:
     """Download the files of a pinned repo into `partial` and check every size, and every checksum that the hub tells.
 

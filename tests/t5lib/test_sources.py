@@ -17,6 +17,7 @@ import pytest
 
 from t5lib.errors import SourceError
 from t5lib.sources import fetch, resolve
+from t5lib.sources.hub import check_access
 
 DATA = bytes(range(256)) * 4000  # 1 MB
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -405,6 +406,15 @@ def test_hf_refusal_says_what_to_do(hub, tmp_path, status, code, token, retryabl
         fetch(f"hf:owner/repo@{COMMIT}", tmp_path / "out", token=token)
     assert caught.value.retryable is retryable
     assert files_in(tmp_path) == {}
+
+
+def test_access_is_asked_for_without_fetching_anything(hub, tmp_path):
+    hub.content["/api/models/owner/repo/auth-check"] = b"{}"
+    check_access(f"owner/repo@{COMMIT}#config.json")
+    assert not [path for _, path, _ in hub.seen if "/resolve/" in path]
+    hub.status, hub.headers = 403, {"X-Error-Code": "GatedRepo"}
+    with pytest.raises(SourceError, match=r"is gated; accept the conditions.*HF_TOKEN"):
+        check_access("owner/repo@main")
 
 
 def test_hf_without_network_can_be_tried_again(hub, tmp_path, monkeypatch):

@@ -1,0 +1,47 @@
+"""Is all that a target needs within reach? Asked before a flow starts, so that everything missing is named at once."""
+
+import glob
+from pathlib import Path
+from typing import Any
+
+from t5lib.errors import SourceError, T5Error
+from t5lib.sources import hub
+
+# Settings that name sources: section, setting, what it is, and what to do when a file: is not there.
+SOURCES = (
+    ("fetch", "source", "weights", "put the model there"),
+    ("fetch", "inception", "Inception's weights", "download torch-fidelity's file, or leave fetch.inception out"),
+    ("fetch", "clip", "CLIP", "download it, or leave fetch.clip out"),
+    ("shards", "train", "training images", "put them there"),
+    ("shards", "val", "validation images", "put them there"),
+)
+CAPTIONED = " as tar files with <key>.jpg and <key>.txt (img2dataset with output_format=webdataset writes such)"
+
+
+def check(root: Path, target: str, settings: dict[str, Any]) -> None:
+    """Raises T5Error that lists what cannot be had, and how to get each; what was fetched before is not asked for."""
+    missing = []
+    for section, name, what, remedy in SOURCES:
+        source = (settings.get(section) or {}).get(name)
+        if not source or (root / f"data/out/{target}/{section}.json").exists():
+            continue
+        if section == "shards" and "encode" in settings["shards"]:
+            remedy += CAPTIONED
+        if problem := _problem(
+            root, source, f"{remedy}, or name yours: params.yaml, targets.{target}.{section}.{name}"
+        ):
+            missing.append(f"  {what}: {problem}")
+    if missing:
+        raise T5Error("\n".join([f"'{target}' cannot be built yet. Missing:", *missing]))
+
+
+def _problem(root: Path, source: str, remedy: str) -> str | None:
+    scheme, _, rest = source.partition(":")
+    if scheme == "file" and not glob.glob(str(root / Path(rest).expanduser())):
+        return f"{source} is not there; {remedy}"
+    try:
+        if scheme == "hf":
+            hub.check_access(rest)
+    except SourceError as error:
+        return str(error)
+    return None
