@@ -115,7 +115,7 @@ def modules_of(stage):
 
 
 def test_the_modules_of_denoisers_stand_for_stages():
-    helpers = {"data", "latents", "pipeline", "real", "training"}
+    helpers = {"data", "judge", "latents", "pipeline", "real", "training"}
     assert {path.stem for path in (ROOT / "tasks/denoisers").glob("[!_]*.py")} == helpers | set(OF_DENOISERS)
     assert {params.kind(target) for target in PARAMS["targets"].values()} == {"classifier", "denoiser"}
 

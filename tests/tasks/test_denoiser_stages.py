@@ -192,9 +192,9 @@ def test_an_evaluation_that_broke_keeps_its_images(built, root, kind, monkeypatc
     with pytest.raises(TypeError):
         stage(root, kind, "evaluate")
     monkeypatch.undo()
-    from tasks.denoisers import evaluate
+    from tasks.denoisers import judge
 
-    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: 0)  # nothing is left to draw
+    monkeypatch.setattr(judge, "generate", lambda *_, **__: 0)  # nothing is left to draw
     stage(root, kind, "evaluate")
     after = {path.name: path.read_bytes() for path in (root / "data/out/tiny/evaluate/images/control").iterdir()}
     assert after == before
@@ -231,8 +231,8 @@ def test_folders_that_are_no_pipeline_to_convert_are_refused_before_anything_is_
 
 
 def test_settings_of_denoisers_are_checked():
-    from tasks.denoisers.evaluate import EvaluateConfig
     from tasks.denoisers.freeze import FreezeConfig
+    from tasks.denoisers.judge import EvaluateConfig
 
     with pytest.raises(T5Error, match="expected at least 16 samples"):
         EvaluateConfig(samples=3)
