@@ -6,45 +6,79 @@ import math
 import pytest
 import torch
 from t5kernels import bench
+from t5kernels.cases import CASES, Case, Inputs
 
-CASE = bench.Case(1, 12, 2, 8)
+CASE = Case(name="small", images=1, rows=3, columns=4, heads=2, width=8, text=5, targets={"forward_ms": (0.6, 0.4)})
 
 
 @pytest.fixture
 def inputs():
-    return bench.Inputs.draw(CASE, torch.float32, "cpu")
+    return Inputs.draw(CASE, torch.float32, "cpu")
+
+
+def changed(inputs, factor):
+    right = bench.layer(inputs, "reference")
+    return bench.Run(lambda: tuple(factor * o for o in right.forward()), right.leaves, right.d_outs)
 
 
 def test_a_right_run_passes_and_a_wrong_one_fails(inputs):
-    right = bench.layer("reference")
-    runs = {
-        "right": right,
-        "wrong": lambda *leaves: 1.001 * right(*leaves),
-        "nan": lambda *leaves: right(*leaves) * torch.tensor(math.nan),
-    }
+    runs = {name: changed(inputs, by) for name, by in (("right", 1), ("wrong", 1.001), ("nan", math.nan))}
     checked = bench.check(inputs, runs)
     assert checked["correct"] == {"right": True, "wrong": False, "nan": False}
-    assert set(checked["errors"]["right"]) == set(bench.NAMES)
+    assert set(checked["errors"]["right"]) == {"out", "text_out", *(f"d_{name}" for name in inputs.leaves)}
 
 
-def test_the_table_stands_every_time_beside_its_bound_and_its_check(inputs, monkeypatch):
+def report(inputs, monkeypatch, **runs):
+    """What one case's row holds after `measure`, with runs and clock of our own; and how often it was written."""
+    written = []
+    monkeypatch.setattr(bench.Inputs, "draw", lambda case: inputs)
+    monkeypatch.setattr(bench, "make", lambda name, inputs: runs[name])
+    monkeypatch.setattr(bench, "peak_bytes", lambda run: run.forward() and 3 * CASE.elements)
+    monkeypatch.setattr(bench, "graphed", lambda run: run)
     monkeypatch.setattr(bench, "median_ms", lambda run, milliseconds: (run(), 0.5)[1])
-    runs = {"triton": bench.layer("reference"), "bad": lambda *leaves: 2 * bench.layer("reference")(*leaves)}
-    times = {name: bench.timings(run, inputs, 1) | {"peak_bytes": 768} for name, run in runs.items()}
-    row = {
-        "case": str(CASE),
-        "tensor_bytes": 384,
-        **bench.bounds(CASE, 1e9),
-        "runs": times | {"cudnn attention": times["bad"]},
-        "check": bench.check(inputs, runs),
-    }
-    note, _, right, wrong, other = bench.table([row]).splitlines()
-    assert "key norm" in note
-    assert row["forward_bound_ms"] == pytest.approx(4 * 12 * 2 * 8 * 2 / 1e9 * 1e3)
-    assert "0.500" in right
-    assert " 2.00  error 1.00x plain" in right
+    machine = {"bytes_a_second": 1e9, "flops_a_second": 1e12}
+    bench.measure(CASE, list(runs), machine, 1, lambda row: written.append(json.loads(json.dumps(row))))
+    return written
+
+
+def test_the_table_stands_every_time_beside_its_bounds_its_targets_and_its_check(inputs, monkeypatch):
+    *_, row = report(inputs, monkeypatch, kernels=changed(inputs, 1), compiled=changed(inputs, 2))
+    *_, name, _, right, wrong = bench.table([row]).splitlines()
+    assert name == "small: 1 x 12+5 tokens, 2 x 8"
+    assert row["bounds"]["forward_bytes_ms"] == pytest.approx(5 * 17 * 2 * 8 * 2 / 1e9 * 1e3)
+    assert row["bounds"]["forward_products_ms"] == pytest.approx(9 * 17 * 2 * 2 * 8 * 8 / 1e12 * 1e3)
+    assert right.split()[:2] == ["kernels", "0.500"]
+    assert "1.50  error 1.00x plain, forward must (0.6/0.4), memory must (1.5)" in right
     assert "WRONG" in wrong
-    assert "another function" in other
+    assert "must" not in wrong
+
+
+def test_what_was_measured_is_written_as_it_comes_and_can_be_shown(inputs, monkeypatch):
+    written = report(inputs, monkeypatch, kernels=changed(inputs, 1))
+    assert [len(row["runs"]["kernels"]) for row in written] == [1, 2, 3, 4, 5]  # memory and check, then four times
+    assert "-" in bench.table([written[0]]).splitlines()[-1]
+
+
+def test_a_run_that_cannot_do_a_case_is_left_out(inputs, monkeypatch, capsys):
+    def refuse():
+        raise RuntimeError("no kernel")
+
+    written = report(inputs, monkeypatch, cudnn=bench.Run(refuse, [], ()), kernels=changed(inputs, 1))
+    assert list(written[-1]["runs"]) == ["kernels"]
+    assert "cudnn cannot do it and is left out: no kernel" in capsys.readouterr().out
+
+
+def test_attention_gets_image_and_text_as_one_sequence(inputs, monkeypatch):
+    monkeypatch.setattr(bench, "sdpa_kernel", lambda backend: torch.no_grad())
+    (out,) = bench.attention(inputs).forward()
+    assert out.shape == (1, 2, 17, 8)
+
+
+def test_the_cases_are_those_of_the_targets_and_of_other_models():
+    assert [(case.tokens, case.text, case.width) for case in CASES if case.targets] == [(4096, 0, 64), (16384, 0, 64)]
+    assert {case.width for case in CASES} == {64, 72}
+    assert any(case.text for case in CASES)
+    assert any(case.prefix for case in CASES)
 
 
 def test_without_a_card_it_says_so(tmp_path, monkeypatch):

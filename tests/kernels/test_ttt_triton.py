@@ -17,7 +17,6 @@ DEVICE = "cuda" if CUDA else "cpu"
 with pytest.MonkeyPatch.context() as patch:
     # Read when the kernels are defined, which is when they are imported.
     patch.setenv("TRITON_INTERPRET", "0" if CUDA else "1")
-    from t5kernels.ttt import sweep
     from t5kernels.ttt import triton as kernels
 
 NAMES = ("out", "dq", "dk", "dv", "dw1", "dw2", "dw3")
@@ -292,18 +291,3 @@ def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch):
     q, k, v, weights, _ = inputs((1, 5, 2, 16))
     with pytest.raises(ValueError, match="on cpu; expected CUDA tensors"):
         ttt(q, k, v, weights, inner="swiglu", scale=0.1, impl="triton")
-
-
-@pytest.mark.parametrize("kernel", kernels.TILES)
-def test_any_tile_gives_the_same_and_the_sweep_leaves_the_one_in_use(kernel, monkeypatch):
-    monkeypatch.setattr(sweep, "median_ms", lambda call, milliseconds: kernels.TILES[kernel][32].block)
-    draw = functools.partial(sweep.Inputs.draw, dtype=torch.float16, device=DEVICE)
-    monkeypatch.setattr(sweep, "Inputs", type("Drawn", (), {"draw": staticmethod(draw)}))
-    tiles = [kernels.Tile(hidden=16, block=32, warps=4), kernels.TILES[kernel][32]]
-    monkeypatch.setattr(sweep, "candidates", lambda width, sliced: tiles)
-    call = sweep.calls(sweep.Case(2, 70, 2, 24))[kernel]
-    rows = sweep.sweep(kernel, call, 32)
-    assert [row["tile"] for row in rows] == [str(tile) for tile in tiles]
-    assert rows[0]["deviation"] < 2e-3
-    assert rows[1]["deviation"] == 0
-    assert kernels.TILES[kernel][32] == tiles[1]

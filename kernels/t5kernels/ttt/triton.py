@@ -27,12 +27,12 @@ INTERPRETED_PROGRAMS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """How a kernel is cut: `hidden` columns of the inner model a program, `block` tokens at a time.
+    """How a kernel is cut: `block` tokens at a time, `hidden` columns of the inner model (0 where it has none).
 
     `resident` programs are held by a multiprocessor at once; more would only mean more partial sums.
     """
 
-    hidden: int
+    hidden: int = 0
     block: int
     warps: int
     stages: int = 1
@@ -82,7 +82,7 @@ PLAIN = Reading(tokens.PLAIN.value, None, (0, 0, 0))
 
 
 def check(op: str, given: list[Tensor], weights: tuple[Tensor, ...]) -> None:
-    """Raises ValueError when the kernels cannot be used with these (B, H, N, D) tokens `given` and these inner weights."""
+    """Raises ValueError when the kernels cannot be used with tokens `given` (B, H, N, D) and these inner weights."""
     dtype, device = given[0].dtype, given[0].device
     came = f"{op}: impl='triton' with {', '.join(str(t.dtype) for t in (*given, *weights))} on {device}"
     if any(t.device != device for t in (*given, *weights)):
@@ -112,7 +112,7 @@ def launch_accumulate(k: Tensor, v: Tensor, weights: list[Tensor], scale: float,
     """The step (B, H, 3, D, D) in float32. k is read as `reading` says."""
     B, H, N, D = k.shape
     width, tile, slices = _cut("accumulate", k)
-    chunk, chunks, _ = _chunks(k, tile, B * H * slices)
+    chunk, chunks, _ = chunks_of(k, tile, B * H * slices)
     sums = k.new_empty(B * H, chunks, 3, D, D, dtype=torch.float32)
     with torch.cuda.device_of(k):
         kernels.accumulate_kernel[B * H, chunks, slices](
@@ -130,7 +130,7 @@ def launch_apply(q: Tensor, weights: list[Tensor], step: Tensor, reading: Readin
     """The output (B, H, N, D) for queries read as `reading` says."""
     B, H, N, D = q.shape
     width, tile, slices = _cut("apply", q)
-    chunk, chunks, _ = _chunks(q, tile, B * H)
+    chunk, chunks, _ = chunks_of(q, tile, B * H)
     out = like_tokens(q)
     with torch.cuda.device_of(q):
         kernels.apply_kernel[B * H, chunks](
@@ -150,7 +150,7 @@ def launch_apply_backward(
     """The gradients of q as it was read, and of the step (B, H, 3, D, D), float32."""
     B, H, N, D = q.shape
     width, tile, slices = _cut("apply_backward", q)
-    chunk, chunks, _ = _chunks(q, tile, B * H)
+    chunk, chunks, _ = chunks_of(q, tile, B * H)
     dq = like_tokens(q)
     sums = q.new_empty(B * H, chunks, 3, D, D, dtype=torch.float32)
     with torch.cuda.device_of(q):
@@ -171,7 +171,7 @@ def launch_accumulate_backward(
     """The gradients of k as it was read and of v, and in float32 those of the weights, (3, H, D, D)."""
     B, H, N, D = k.shape
     width, tile, slices = _cut("accumulate_backward", k)
-    chunk, chunks, images = _chunks(k, tile, H, B)
+    chunk, chunks, images = chunks_of(k, tile, H, B)
     groups = triton_package.cdiv(B, images)
     dk, dv = like_tokens(k), like_tokens(v)
     sums = k.new_empty(groups * H, chunks, 3, D, D, dtype=torch.float32)
@@ -287,7 +287,7 @@ def _programs(x: Tensor, tile: Tile) -> int:
     return tile.resident * torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def _chunks(x: Tensor, tile: Tile, heads: int, images: int = 1) -> tuple[int, int, int]:
+def chunks_of(x: Tensor, tile: Tile, heads: int, images: int = 1) -> tuple[int, int, int]:
     """Tokens a chunk, chunks, and how many of the `images` a program takes, for so many `heads`."""
     blocks = triton_package.cdiv(x.shape[2], tile.block)
     blocks_a_chunk, images = _shares(blocks, heads, images, _programs(x, tile))

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from t5kernels.ttt import triton as ttt
 from t5kernels.ttt.tokens import CONVOLVED, NORMALIZED, ROWS
-from t5kernels.ttt.triton import PLAIN, Reading
+from t5kernels.ttt.triton import PLAIN, Reading, Tile
 from t5kernels.ttt_layer import triton_kernels as kernels
 
-# Numbers that a program takes at a time, tokens by padded head width: what fits the registers of its 128 threads.
-AT_A_TIME = {"key_sums": 4096, "read_backward": 512, "norm_backward": 4096}
-WARPS = 4
-# Programs that keep a large card busy; each goes through a chunk of tokens with its sums in registers.
-PROGRAMS = {"key_sums": 512, "read_backward": 768}
+# By kernel, then by the head width padded to a power of two. Their sums stay in registers, apart by thread.
+TILES = {
+    "key_sums": {width: Tile(block=4096 // width, warps=4, resident=4) for width in (32, 64, 128)},
+    "read_backward": {width: Tile(block=512 // width, warps=4, resident=3) for width in (32, 64, 128)},
+    "norm_backward": {width: Tile(block=4096 // width, warps=4) for width in (32, 64, 128)},
+}
 
 
 class _Conv(NamedTuple):
@@ -233,19 +234,20 @@ def _of_convolution(conv: _Conv | None, sums: Tensor | None, q: Tensor) -> Tenso
 def _key_sums(k: Tensor, first: Tensor) -> Tensor:
     """(B·H, programs, 2, D): sums of what keys exceed the first token of `first` by, and of its square."""
     B, H, N, D = k.shape
-    width, block, chunk, chunks = _cut("key_sums", k)
+    width, tile = _cut("key_sums", k)
+    chunk, chunks, _ = ttt.chunks_of(k, tile, B * H)
     sums = k.new_empty(B * H, chunks, 2, D, dtype=torch.float32)
     with torch.cuda.device_of(k):
         kernels.key_sums_kernel[B * H, chunks](
             *(k, first, sums, *k.stride(), *_first_strides(first)),
-            *(H, N, chunk, D, width, block),
-            num_warps=WARPS,
+            *(H, N, chunk, D, width, tile.block),
+            num_warps=tile.warps,
         )
     return sums
 
 
 def _fill(table: Tensor, x: Tensor, sums: Tensor | None, count: int, eps: float, conv: _Conv | None) -> None:
-    """Write the table of tokens x. sums: as `_key_sums` gives them over `count` tokens; x stands for what is not read."""
+    """Write the table of tokens x, which stand for what is not read. sums: over `count` tokens, of `_key_sums`."""
     B, H, _, D = x.shape
     weight, bias = (conv.weight, conv.bias) if conv else (x, x)
     parts = 0 if sums is None else sums.shape[1]
@@ -253,7 +255,6 @@ def _fill(table: Tensor, x: Tensor, sums: Tensor | None, count: int, eps: float,
         kernels.table_kernel[B * H,](
             *(x if sums is None else sums, x, weight, bias, table, *_first_strides(x)),
             *(H, parts, count, eps, D, ttt.padded_width(D), sums is not None, conv is not None),
-            num_warps=WARPS,
         )
 
 
@@ -268,28 +269,28 @@ def _read_backward(
         return dy, None
     B, H, N, D = x.shape
     dx = dy if conv is None else ttt.like_tokens(x)
-    width, block, chunk, chunks = _cut("read_backward", x)
+    width, tile = _cut("read_backward", x)
+    chunk, chunks, _ = ttt.chunks_of(x, tile, B * H)
     parts = x.new_empty(B * H, chunks, kernels.SUMS.value, D, dtype=torch.float32)
     with torch.cuda.device_of(x):
         kernels.read_backward_kernel[B * H, chunks](
             *(dy, x, reading.table, conv.weight if conv else x, dx, parts),
             *(*dy.stride(), *x.stride(), *dx.stride(), *reading.place),
-            *(H, N, chunk, D, width, block, norm, conv is not None),
-            num_warps=WARPS,
+            *(H, N, chunk, D, width, tile.block, norm, conv is not None),
+            num_warps=tile.warps,
         )
     return dx, ttt.added(parts)
 
 
 def _norm_backward(dn: Tensor, x: Tensor, reading: Reading, totals: Tensor, count: int) -> None:
     B, H, N, D = x.shape
-    width = ttt.padded_width(D)
-    block = AT_A_TIME["norm_backward"] // width
+    width, tile = _cut("norm_backward", x)
     with torch.cuda.device_of(x):
-        kernels.norm_backward_kernel[B * H, triton_package.cdiv(N, block)](
+        kernels.norm_backward_kernel[B * H, triton_package.cdiv(N, tile.block)](
             *(dn, x, reading.table, totals, dn),
             *(*dn.stride(), *x.stride(), *dn.stride()),
-            *(H, N, count, D, width, block),
-            num_warps=WARPS,
+            *(H, N, count, D, width, tile.block),
+            num_warps=tile.warps,
         )
 
 
@@ -298,14 +299,10 @@ def _first_strides(first: Tensor) -> tuple[int, int, int]:
     return b, h, d
 
 
-def _cut(kernel: str, x: Tensor) -> tuple[int, int, int, int]:
-    """Padded head width, tokens at a time, tokens a chunk (a multiple of those) and chunks."""
-    B, H, N, D = x.shape
-    width = ttt.padded_width(D)
-    block = AT_A_TIME[kernel] // width
-    blocks = triton_package.cdiv(N, block)
-    each = triton_package.cdiv(blocks, min(blocks, max(1, PROGRAMS[kernel] // (B * H))))
-    return width, block, each * block, triton_package.cdiv(blocks, each)
+def _cut(kernel: str, x: Tensor) -> tuple[int, Tile]:
+    """Padded head width, and tile."""
+    width = ttt.padded_width(x.shape[3])
+    return width, TILES[kernel][width]
 
 
 def _total(tensors) -> Tensor:

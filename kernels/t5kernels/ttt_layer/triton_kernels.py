@@ -6,8 +6,8 @@ Notation as there. Backward, given dy, the gradient of the tokens as they were r
     dx[p] = r (dn[p] - sum dn / N - n[p] sum (dn n) / N),
 
 p over the grid in what belongs to the convolution. Mean and variance come from sums of x - f and (x - f)², f the first
-token: a shift of all keys, which is what the norm is there to remove, costs no digits. Programs write their sums side by
-side and the caller adds them: no atomics, and results are the same from run to run.
+token: a shift of all keys, which is what the norm is there to remove, costs no digits. Programs write their sums side
+by side and the caller adds them: no atomics, and results are the same from run to run.
 """
 
 import triton

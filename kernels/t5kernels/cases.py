@@ -1,0 +1,119 @@
+"""What the kernels are measured and tuned on: layers of real models, with inputs as they leave the projections."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from t5kernels.ttt_layer.api import Grid, Settings, ttt_layer
+
+SETTINGS = Settings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One layer: instance norm of the keys, convolved queries and keys, swiglu.
+
+    Attributes:
+        text: tokens beside the image, as in joint attention.
+        targets: milliseconds on one H100 in bfloat16 that must be reached and are aimed at, by what is measured.
+    """
+
+    name: str
+    images: int
+    rows: int
+    columns: int
+    heads: int
+    width: int
+    prefix: int = 0
+    text: int = 0
+    targets: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Of an image, without text."""
+        return self.rows * self.columns + self.prefix
+
+    @property
+    def elements(self) -> int:
+        """Of one B·N·C tensor, text included."""
+        return self.images * (self.tokens + self.text) * self.heads * self.width
+
+    def __str__(self) -> str:
+        text = f"+{self.text}" if self.text else ""
+        return f"{self.name}: {self.images} x {self.tokens}{text} tokens, {self.heads} x {self.width}"
+
+
+CASES = (
+    Case(
+        name="n4096", images=2, rows=64, columns=64, heads=24, width=64,
+        targets={"forward_ms": (0.12, 0.08), "both_ms": (0.60, 0.40)},
+    ),
+    Case(
+        name="n16384", images=2, rows=128, columns=128, heads=24, width=64,
+        targets={"forward_ms": (0.42, 0.30), "both_ms": (2.2, 1.5)},
+    ),
+    Case(name="sd35-joint", images=2, rows=64, columns=64, heads=24, width=64, text=333),
+    Case(name="vit-s", images=128, rows=14, columns=14, prefix=1, heads=6, width=64),
+    Case(name="dit-xl", images=16, rows=32, columns=32, heads=16, width=72),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Leaves that require gradients, by name, and the gradients of the outputs.
+
+    q, k, v and text_q, text_k, text_v (B, H, N, D) are views of one projection each; w1, w2, w3 (H, D, D); q_weight,
+    k_weight (H·D, 1, 3, 3) and q_bias, k_bias (H·D,) of the convolutions.
+    """
+
+    case: Case
+    leaves: dict[str, Tensor]
+    d_outs: tuple[Tensor, ...]
+
+    @classmethod
+    def draw(cls, case: Case, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> "Inputs":
+        """Keys have a shift and outliers, as pretrained ones have."""
+        generator = torch.Generator(device).manual_seed(0)
+        B, H, D = case.images, case.heads, case.width
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator, device=device)
+
+        def projected(count: int) -> tuple[Tensor, ...]:
+            qkv = normal(B, count, 3, H, D)
+            qkv[:, :, 1] += 2 * normal(H, D)
+            qkv[:, 5::17, 1, :, ::11] *= 4
+            return qkv.to(dtype).transpose(1, 3).unbind(2)
+
+        counts = [case.tokens] + [case.text] * bool(case.text)
+        names = ("q", "k", "v", "text_q", "text_k", "text_v")
+        leaves = dict(zip(names, (t for count in counts for t in projected(count)), strict=False))
+        leaves |= {f"w{i}": (normal(H, D, D) * D**-0.5).to(dtype) for i in (1, 2, 3)}
+        for name in "qk":
+            leaves[f"{name}_weight"] = (normal(H * D, 1, 3, 3) * 0.2).to(dtype)
+            leaves[f"{name}_bias"] = (normal(H * D) * 0.2).to(dtype)
+        d_outs = tuple(normal(B, count, H, D).to(dtype).transpose(1, 2) for count in counts)
+        return cls(case, {name: t.detach().requires_grad_() for name, t in leaves.items()}, d_outs)
+
+    def double(self) -> "Inputs":
+        leaves = {name: t.detach().double().requires_grad_() for name, t in self.leaves.items()}
+        return Inputs(self.case, leaves, tuple(d.double() for d in self.d_outs))
+
+    def layer(self, impl: str, **leaves: Tensor) -> tuple[Tensor, ...]:
+        """The layer on these leaves, or on others in their place: the outputs of image and, if any, text."""
+        given = self.leaves | leaves
+        case, text = self.case, None
+        if case.text:
+            text = (given["text_q"], given["text_k"], given["text_v"])
+        outs = ttt_layer(
+            (given["q"], given["k"], given["v"]),
+            (given["w1"], given["w2"], given["w3"]),
+            SETTINGS,
+            grid=Grid(rows=case.rows, columns=case.columns, num_prefix_tokens=case.prefix),
+            q_conv=(given["q_weight"], given["q_bias"]),
+            k_conv=(given["k_weight"], given["k_bias"]),
+            text=text,
+            impl=impl,
+        )
+        return outs if case.text else outs[:1]

@@ -1,0 +1,128 @@
+"""Times every kernel of the layer with other tiles, to fill the tables TILES for a card.
+
+    python -m t5kernels.sweep --case NAME --out FILE.json [--kernel NAME ...]
+
+Prints the fastest tiles of each kernel, in milliseconds of a call (its partial sums added), each with the deviation of
+its results from those of the tile in use: other tiles round and add in another order, no more. Every tile is written as
+it was timed, so a sweep that is cut short has lost nothing.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from t5kernels.bench import bandwidth, median_ms, surroundings, write
+from t5kernels.cases import CASES, SETTINGS, Case, Inputs
+from t5kernels.ttt import triton as ttt
+from t5kernels.ttt.triton import Tile
+from t5kernels.ttt_layer import triton as layer
+
+SHOWN = 6
+TILES = ttt.TILES | layer.TILES
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+def candidates(kernel: str, width: int) -> Iterator[Tile]:
+    """Tiles for heads of a padded width."""
+    if kernel in layer.TILES:
+        for numbers, warps, resident in itertools.product((512, 1024, 2048, 4096), (2, 4, 8), (2, 3, 4, 6)):
+            yield Tile(block=max(1, numbers // width), warps=warps, resident=resident)
+        return
+    hidden = sorted({min(width, 64), 32})
+    for columns, block, warps, stages in itertools.product(hidden, (32, 64, 128), (4, 8), (1, 2)):
+        for resident in range(1, 1 + 16 // warps):
+            yield Tile(hidden=columns, block=block, warps=warps, stages=stages, resident=resident)
+
+
+def calls(case: Case) -> dict[str, Call]:
+    """By kernel, a call that gives its results, on the image's tokens of a case."""
+    inputs = Inputs.draw(case)
+    leaves = {name: t.detach() for name, t in inputs.leaves.items()}
+    q, k, v = (leaves[name] for name in "qkv")
+    weights = [leaves[f"w{i}"] for i in (1, 2, 3)]
+    scale, d_out = case.width**-0.5 / case.tokens, inputs.d_outs[0]
+    convs = (leaves[name] for name in ("q_weight", "q_bias", "k_weight", "k_bias"))
+    convs = layer._convs(*convs, (case.rows, case.columns, case.prefix))
+    tables = layer._tables(k, None, convs, SETTINGS.norm_scope, SETTINGS.eps)
+    (part,) = layer._parts(q, k, v, None, None, None, convs, SETTINGS.norm_scope, tables)
+    step = ttt.launch_accumulate(k, v, weights, scale, part.k_reading)
+    _, d_step = ttt.launch_apply_backward(d_out, q, weights, step, part.q_reading)
+    dk = ttt.launch_accumulate_backward(d_step, k, v, weights, scale, part.k_reading)[0]
+    totals = layer._read_backward(dk, k, part.k_reading, part.k_conv, norm=True)[1][:, 10:].contiguous()
+
+    def norm_backward() -> tuple[Tensor]:
+        out = dk.clone()  # a pass more than the kernel itself takes, the same for every tile
+        layer._norm_backward(out, k, part.k_reading, totals, case.tokens)
+        return (out,)
+
+    return {
+        "key_sums": lambda: (layer._key_sums(k, k).sum(1),),
+        "accumulate": lambda: (ttt.launch_accumulate(k, v, weights, scale, part.k_reading),),
+        "apply": lambda: (ttt.launch_apply(q, weights, step, part.q_reading),),
+        "apply_backward": lambda: ttt.launch_apply_backward(d_out, q, weights, step, part.q_reading),
+        "accumulate_backward": lambda: ttt.launch_accumulate_backward(d_step, k, v, weights, scale, part.k_reading),
+        "read_backward": lambda: layer._read_backward(dk, k, part.k_reading, part.k_conv, norm=True),
+        "norm_backward": norm_backward,
+    }
+
+
+def sweep(kernel: str, call: Call, width: int, record: Callable[[dict], None] = lambda row: None) -> list[dict]:
+    """Every tile that fits the card, fastest first; `record` gets each as it was timed."""
+    in_use = TILES[kernel][width]
+    expected, rows = call(), []
+    others = (tile for tile in candidates(kernel, width) if tile != in_use)
+    try:
+        for tile in (in_use, *others):
+            TILES[kernel][width] = tile
+            try:
+                deviation = max(
+                    ((a.float() - b.float()).norm() / b.float().norm()).item()
+                    for a, b in zip(call(), expected, strict=True)
+                )
+                milliseconds = median_ms(call, 5)
+            except Exception as error:
+                # Out of shared memory or registers, by whatever class this Triton says it; a sick card shows in all.
+                print(f"{kernel}: {tile}: {str(error).splitlines()[0][:100]}")
+                continue
+            rows.append({"tile": str(tile), "ms": milliseconds, "deviation": deviation, "in_use": tile == in_use})
+            record(rows[-1])
+    finally:
+        TILES[kernel][width] = in_use
+    return sorted(rows, key=lambda row: row["ms"])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    names = {case.name: case for case in CASES}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", required=True, choices=list(names))
+    parser.add_argument("--kernel", nargs="*", choices=list(TILES), help="these only")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file with every tile")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise SystemExit("t5kernels.sweep: no CUDA device here; run it on the card that the tiles are for")
+    case, report = names[options.case], {**surroundings(), "case": asdict(names[options.case]), "kernels": {}}
+    tensor_ms = 1e3 * 2 * case.images * case.tokens * case.heads * case.width / bandwidth()
+    for kernel, call in calls(case).items():
+        if options.kernel and kernel not in options.kernel:
+            continue
+        rows = report["kernels"][kernel] = []
+
+        def record(row: dict, rows: list = rows) -> None:
+            rows.append(row)
+            write(options.out, report)
+
+        found = sweep(kernel, call, ttt.padded_width(case.width), record)
+        print(f"{kernel}, {case}; one pass over a tensor of tokens takes {tensor_ms:.4f} ms")
+        for place, row in enumerate(found):
+            if place < SHOWN or row["in_use"]:
+                used = "  (in use)" if row["in_use"] else ""
+                print(f"  {row['ms']:.4f} ms  {row['tile']}  deviation {row['deviation']:.1e}{used}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
