@@ -26,6 +26,7 @@ from tasks.params import resolve
 from tasks.stage import run_stage
 
 STAGES = ("fetch", "shards", "source", "diagnose", "convert", "calibrate", "freeze", "finetune", "control", "evaluate")
+MADE = ("out", "scratch", "mlflow", "prefect", "cache")  # folders of data/ that runs fill
 TIMED = ("source", "calibrate", "freeze", "finetune", "control")
 
 
@@ -129,11 +130,11 @@ def _one_seed(target: str, settings: dict[str, Any], root: Path) -> dict[str, An
 
 
 def workspace(root: Path) -> Path:
-    """A folder that looks like the repository to a stage: its own outputs, the repository's images."""
+    """A folder that looks like the repository to a stage: its own outputs, the repository's images and models."""
     (root / "data").mkdir(parents=True, exist_ok=True)
-    for folder in Path("data").glob("fashion-mnist*"):
+    for folder in Path("data").glob("*"):
         link = root / "data" / folder.name
-        if not link.exists():
+        if folder.is_dir() and folder.name not in MADE and not link.exists():
             link.symlink_to(folder.resolve())
     return root
 

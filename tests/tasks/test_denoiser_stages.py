@@ -238,3 +238,29 @@ def test_settings_of_denoisers_are_checked():
         EvaluateConfig(samples=3)
     with pytest.raises(T5Error, match="needs 'trainable: new'"):
         FreezeConfig(ceiling=1.0, train=dataclasses.replace(FreezeConfig(ceiling=1.0).train, trainable="all"))
+
+
+def test_curves_of_every_arm_and_seed_are_drawn_once(root, kind, tmp_path, monkeypatch):
+    from tasks import curves
+
+    text = json.dumps(settings(kind)).replace("{root}", str(root))
+    told = {"target": "tiny", "settings": json.loads(text), "layers": ["all"], "steps": [0, 2], "seeds": [0, 1]}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    out = tmp_path / "results/tiny"
+    result = curves.run(**told, out=out, work=tmp_path / "work", jobs=1)
+    assert list(result["arms"]) == ["control", "all", "all, not calibrated"]
+    for name, arm in result["arms"].items():
+        assert list(arm) == ["0", "1"]
+        for run in arm.values():
+            assert [point["steps"] for point in run["points"]] == [0, 2]
+            assert name != "control" or run["points"][0]["loss"] == pytest.approx(result["source"]["loss"])
+    plain, calibrated = (result["arms"][name]["0"]["stages"] for name in ("all, not calibrated", "all"))
+    assert plain["calibrate"]["steps"] == 0 < calibrated["calibrate"]["steps"]
+    text = out.with_suffix(".md").read_text()
+    assert "| control, 2 steps |" in text and "| all, not calibrated, 0 steps |" in text and "± " in text
+    assert str(tmp_path) not in out.with_suffix(".json").read_text().replace(str(root), "")
+    for picture in (out.with_suffix(".png"), out.with_name("tiny-samples.png")):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(curves, "run_stage", None)  # nothing is left to do
+    assert curves.run(**told, out=out, work=tmp_path / "work", jobs=1) == result

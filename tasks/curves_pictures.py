@@ -1,0 +1,73 @@
+"""The pictures of tasks.curves: scores against fine-tune steps, and samples of every arm."""
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from t5lib import plots
+from t5lib.diffusion.generation import read_images
+from t5lib.diffusion.grids import sample_grid
+from t5lib.diffusion.scores import METRICS
+from t5lib.files import read_json
+from tasks.curves import CONTROL, Job, at
+
+SHOWN = 6  # rows of samples
+
+
+@plots.styled
+def curves_of(result: dict[str, Any], metrics: tuple[str, ...]) -> Figure:
+    """A panel a score: means over the seeds with their standard deviation; the source as a dotted line."""
+    arms = result["arms"]
+    steps = sorted({point["steps"] for arm in arms.values() for run in arm.values() for point in run["points"]})
+    shown = [name for name in metrics if any(at(arm, steps[-1], name) for arm in arms.values())]
+    figure = Figure(figsize=(plots.WIDTH, 2.3 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+    for axes, metric in zip(panels, shown, strict=True):
+        for name, arm in arms.items():
+            _draw(axes, [(number, at(arm, number, metric)) for number in steps], name, list(arms))
+        axes.axhline(result["source"][metric], color=plots.MUTED, linewidth=0.9, linestyle=":")
+        axes.set_title(f"{METRICS[metric][0]} ({METRICS[metric][1]} is better)")
+        axes.set_xscale("symlog", linthresh=max(1, steps[1] if len(steps) > 1 else 1))
+        axes.set_xticks(steps, [f"{number:,}" for number in steps])
+        axes.minorticks_off()
+    panels[0].legend(fontsize=8, ncols=2)
+    panels[-1].set_xlabel("fine-tune steps (dotted: the source)")
+    return figure
+
+
+def _draw(axes: Axes, points: list[tuple[int, dict[str, float] | None]], name: str, arms: list[str]) -> None:
+    found = [(steps, value) for steps, value in points if value]
+    colour, line = _look(name, arms)
+    axes.errorbar(
+        [steps for steps, _ in found],
+        [value["mean"] for _, value in found],
+        yerr=[value["std"] for _, value in found],
+        label=name,
+        color=colour,
+        linestyle=line,
+        marker="o",
+        markersize=3.5,
+        capsize=2,
+    )
+
+
+def _look(name: str, arms: list[str]) -> tuple[str, str]:
+    """Colour and line: blue is softmax, a colour a layer set, dashes without calibration."""
+    if name == CONTROL:
+        return plots.SOFTMAX, "-"
+    sets = list(dict.fromkeys(arm.partition(", ")[0] for arm in arms if arm != CONTROL))
+    colours = (plots.T5, plots.T5_LIGHT, plots.T5_PALE)
+    return colours[sets.index(name.partition(", ")[0]) % len(colours)], "--" if ", " in name else "-"
+
+
+def samples_of(jobs: list[Job]) -> Figure:
+    """Rows of prompts, a column for the source and one for every arm after its longest fine-tune, of one seed."""
+    prompts, shared = read_json(jobs[0].result)["prompts"], jobs[0].work / "shared/images"
+    rows = range(0, len(prompts), max(1, len(prompts) // SHOWN))[:SHOWN]
+    names = [f"{row:05}.png" for row in rows]
+    pictures = {"source": read_images([shared / name for name in names])}
+    for job in jobs:
+        if job.seed == jobs[0].seed:
+            pictures[job.arm.name] = read_images([job.root / f"images/{job.steps[-1]}/{name}" for name in names])
+    return sample_grid(pictures, [prompts[row] for row in rows])
