@@ -24,7 +24,8 @@ def sample_grid(models: dict[str, Tensor], prompts: Sequence[str]) -> Figure:
     figure = Figure(figsize=(WIDTH, 0.35 + side * tall * len(prompts)), layout="constrained")
     panels = figure.subplots(len(prompts), len(models), squeeze=False)
     for column, (label, images) in enumerate(models.items()):
-        panels[0][column].set_title(label, loc="center", pad=5, fontsize=9, color=T5 if column else SOFTMAX)
+        title = _wrapped(label, round(LETTERS * 4 / max(4, len(models))))
+        panels[0][column].set_title(title, loc="center", pad=5, fontsize=8, color=T5 if column else SOFTMAX)
         for axes, image in zip(panels[:, column], images, strict=True):
             pixels = image.movedim(0, -1).numpy()
             axes.imshow(pixels.squeeze(-1) if image.shape[0] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
@@ -36,7 +37,7 @@ def sample_grid(models: dict[str, Tensor], prompts: Sequence[str]) -> Figure:
     return figure
 
 
-def _wrapped(prompt: str) -> str:
+def _wrapped(text: str, letters: int = LETTERS) -> str:
     import textwrap
 
-    return "\n".join(textwrap.wrap(prompt, LETTERS, max_lines=4, placeholder=" …"))
+    return "\n".join(textwrap.wrap(text, letters, max_lines=4, placeholder=" …"))

@@ -264,3 +264,21 @@ def test_curves_of_every_arm_and_seed_are_drawn_once(root, kind, tmp_path, monke
         assert picture.read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(curves, "run_stage", None)  # nothing is left to do
     assert curves.run(**told, out=out, work=tmp_path / "work", jobs=1) == result
+
+
+def test_the_result_is_exported_as_a_pipeline_with_its_figures(built, root, kind, tmp_path):
+    from t5lib.pipelines import load_pipeline
+    from tasks.export import export
+
+    out = tmp_path / "tiny-t5"
+    export("tiny", out, root=root, dtype="fp32")
+    pipe = load_pipeline(out)
+    ours = made(root, "finetune").state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in pipe.transformer.state_dict().items())
+    card = (out / "README.md").read_text()
+    loss = built["evaluate"]["models"]["finetuned"]["loss"]
+    assert f"{loss:.4f}" in card and "FD-DINOv2" in card and "python -m flows.t5 tiny" in card
+    with pytest.raises(T5Error, match="exists already"):
+        export("tiny", out, root=root)
+    with pytest.raises(T5Error, match="does not exist; run"):
+        export("other", tmp_path / "other", root=root)
