@@ -6,6 +6,7 @@ strongest baseline at hand.
 """
 
 import copy
+import functools
 import math
 import platform
 import statistics
@@ -16,16 +17,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from t5lib.batches import Inputs
+from t5lib.benchmark_cases import at_resolution, cast_to, first, leading, num_tokens, output_of, placed, random_inputs
 from t5lib.config import one_of
 from t5lib.errors import T5Error
 
 # Relative error allowed against the model's own float64 output: round-off that grows through all layers, no more.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 CHECKED_IMAGES = 2
+MOST_IN_FLOAT64 = 8192  # tokens
+KINDS_OF_BLOCKS = 64  # that torch.compile may meet in one model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,9 @@ class BenchmarkConfig:
         dtype: "auto" is bfloat16 on CUDA and float32 elsewhere.
         warmup: untimed passes of each model at each resolution.
         repeats: timed passes of each model at each resolution; the median is reported, all are kept.
-        compile: torch.compile both models; None means on CUDA only.
+        compile: torch.compile both models (a denoiser's blocks one by one); None means on CUDA only.
+        pixels_per_latent: of a denoiser: pixels that one latent is wide; 1 where pixels are the latents.
+        text_tokens: of a denoiser that takes text.
     """
 
     resolutions: tuple[int, ...] = (98, 224, 392, 518)
@@ -47,12 +54,14 @@ class BenchmarkConfig:
     warmup: int = 1
     repeats: int = 5
     compile: bool | None = None
+    pixels_per_latent: int = 8
+    text_tokens: int = 333
 
     def __post_init__(self):
         if not self.resolutions or min(self.resolutions) < 1:
             raise T5Error(f"resolutions {list(self.resolutions)}: expected at least one positive image side in pixels")
         one_of(self.dtype, ("auto", "float32", "float16", "bfloat16"), "dtype")
-        for name, least in (("batch", 1), ("warmup", 0), ("repeats", 1)):
+        for name, least in (("batch", 1), ("warmup", 0), ("repeats", 1), ("pixels_per_latent", 1), ("text_tokens", 1)):
             if getattr(self, name) < least:
                 raise T5Error(f"{name} is {getattr(self, name)}; expected at least {least}")
 
@@ -65,10 +74,10 @@ def benchmark(
     device: str | torch.device = "cpu",
     on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure a timm model and its converted twin at every resolution.
+    """Measure a model and its converted twin at every resolution.
 
     Args:
-        softmax, converted: timm models of the same input; neither is changed.
+        softmax, converted: models of one family and the same input (t5lib.convert); neither is changed.
         on_row: called with each finished row, to show progress.
 
     Returns:
@@ -88,7 +97,10 @@ def benchmark(
     models = {"softmax": softmax, "t5": converted}
     rows = []
     for resolution in sorted(config.resolutions):
-        sized = {name: at_resolution(model, resolution).to(device, torch.float32) for name, model in models.items()}
+        sized = {
+            name: cast_to(at_resolution(model, resolution, config.pixels_per_latent), device, torch.float32)
+            for name, model in models.items()
+        }
         for row in _measure(sized, resolution, config, dtype, compiled):
             rows.append(row)
             if on_row:
@@ -106,37 +118,22 @@ def benchmark(
         "break_even_tokens": break_even_tokens(rows, "ms"),
         "break_even_tokens_flops": break_even_tokens(rows, "gflops"),
         "checked": {
-            "against": "the same model in float64",
+            "against": f"the same model in {', '.join(sorted({row['reference'] for row in rows}))}",
             "tolerance": TOLERANCES[dtype],
             "max_relative_error": max(row["relative_error"] for row in rows),
         },
     }
 
 
-def at_resolution(model: nn.Module, resolution: int) -> nn.Module:
-    """A copy of a timm model, in eval mode, for square images of `resolution` pixels; position table resampled.
-
-    Raises:
-        T5Error: `resolution` is no multiple of the patch size.
-    """
-    patch = model.patch_embed.patch_size[0]
-    if resolution % patch:
-        nearest = max(1, round(resolution / patch)) * patch
-        raise T5Error(f"resolution {resolution} is no multiple of the patch size {patch}; nearest is {nearest}")
-    model = copy.deepcopy(model).eval()
-    model.set_input_size(img_size=(resolution, resolution))
-    return model
-
-
-def count_flops(model: nn.Module, images: Tensor) -> int:
-    """FLOPs of one forward pass on `images`, by torch's counter: matrix products and convolutions, 2 a multiply-add.
+def count_flops(model: nn.Module, inputs: Inputs) -> int:
+    """FLOPs of one forward pass on `inputs`, by torch's counter: matrix products and convolutions, 2 a multiply-add.
 
     Counted on the meta device with attention written as matrix products, so the count is the same on every device
     and version, whichever fused kernel would run (torch has not always counted each of them).
     """
     meta = {name: t.to("meta") for tensors in (model.named_parameters(), model.named_buffers()) for name, t in tensors}
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(model, meta, (images.to("meta"),))
+        output_of(lambda *args, **named: torch.func.functional_call(model, meta, args, named), placed(inputs, "meta"))
     return counter.get_total_flops()
 
 
@@ -223,26 +220,27 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """One row for each of `models`, which are float32 and stand on the device."""
     device = next(models["softmax"].parameters()).device
-    shape = (config.batch, models["softmax"].patch_embed.proj.in_channels, resolution, resolution)
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    gflops = {name: count_flops(model, images) / 1e9 for name, model in models.items()}
-    images = images.to(device, dtype)
-    cast = {name: copy.deepcopy(model).to(dtype) for name, model in models.items()}
+    size = {"pixels_per_latent": config.pixels_per_latent, "text_tokens": config.text_tokens}
+    inputs = random_inputs(models["softmax"], resolution, config.batch, **size)
+    gflops = {name: count_flops(model, inputs) / 1e9 for name, model in models.items()}
+    inputs = placed(inputs, device, dtype)
+    cast = {name: cast_to(copy.deepcopy(model), dtype) for name, model in models.items()}
     if compiled:
         torch._dynamo.reset()  # else the copies of earlier resolutions use up the recompile limit: silently eager
-        runnable = {name: compile_model(model, images) for name, model in cast.items()}
+        runnable = {name: compile_model(model, inputs) for name, model in cast.items()}
     else:
         runnable = cast
-    with torch.inference_mode(), attention_choice(device):
+    kinds = torch._dynamo.config.patch(recompile_limit=KINDS_OF_BLOCKS)
+    with torch.inference_mode(), attention_choice(device), kinds:
         where = {name: f"{name} at {resolution} px" for name in models}
-        errors = {name: check_output(runnable[name], models[name], images, where[name]) for name in models}
-        calls = {name: (lambda model=model: model(images)) for name, model in runnable.items()}
+        errors = {name: check_output(runnable[name], models[name], inputs, where[name]) for name in models}
+        calls = {name: functools.partial(output_of, model, inputs) for name, model in runnable.items()}
         runs = time_interleaved(calls, warmup=config.warmup, repeats=config.repeats, device=device)
         peaks = {name: _peak_mib(calls[name], cast[name], device) for name in models}
     return [
         {
             "resolution": resolution,
-            "tokens": num_tokens(model),
+            "tokens": num_tokens(model, inputs),
             "model": name,
             "batch": config.batch,
             "ms": statistics.median(runs[name]),
@@ -251,24 +249,25 @@ def _measure(
             "peak_mib": peaks[name],
             "gflops": gflops[name],
             "relative_error": errors[name],
+            "reference": str(reference_dtype(models[name], inputs)).removeprefix("torch."),
         }
         for name, model in models.items()
     ]
 
 
-def compile_model(model: nn.Module, images: Tensor) -> nn.Module:
-    """torch.compile `model` for images of this size, after one pass as it is.
+def compile_model(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """torch.compile `model` for inputs of this size, after one pass as it is; the blocks of a denoiser one by one.
 
-    The masks that neighborhood attention keeps from its first pass would otherwise be made anew in every compiled one.
+    Blocks of a denoiser are large and alike: one compilation serves all of a kind. The masks that neighborhood
+    attention keeps from its first pass would otherwise be made anew in every compiled one.
     """
     with torch.inference_mode(False), torch.no_grad():  # kept tensors may be used in training later
-        model(images)
-    return torch.compile(model, dynamic=False)
-
-
-def num_tokens(model: nn.Module) -> int:
-    """Tokens that attention sees in one image of the model's input size: patches and prefix tokens."""
-    return model.patch_embed.num_patches + model.num_prefix_tokens
+        output_of(model, inputs)
+    if not isinstance(inputs, dict):
+        return torch.compile(model, dynamic=False)
+    for block in model.transformer_blocks:
+        block.compile(dynamic=False)
+    return model
 
 
 def attention_choice(device: torch.device) -> AbstractContextManager:
@@ -284,14 +283,19 @@ def attention_choice(device: torch.device) -> AbstractContextManager:
     return sdpa_kernel(order, set_priority=True)
 
 
-def check_output(runnable: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, where: str) -> float:
-    """Relative error of `runnable` on `images` against `model` in float64, on the first few images of the batch.
+def reference_dtype(model: nn.Module, inputs: Inputs) -> torch.dtype:
+    """float64; in float32 for more tokens than float64 attention, which keeps its N × N maps, has memory for."""
+    return torch.float64 if num_tokens(model, inputs) <= MOST_IN_FLOAT64 else torch.float32
+
+
+def check_output(runnable: Callable[..., Any], model: nn.Module, inputs: Inputs, where: str) -> float:
+    """Relative error of `runnable` on `inputs` against `model` in `reference_dtype`, on the first few images.
 
     Raises:
-        T5Error: it is above the tolerance of the images' dtype, or the output is not finite or of another shape.
+        T5Error: it is above the tolerance of the inputs' dtype, or the output is not finite or of another shape.
     """
-    output = runnable(images)
-    reference = copy.deepcopy(model).double()(images[:CHECKED_IMAGES].double())
+    output, images, dtype = output_of(runnable, inputs), leading(inputs), reference_dtype(model, inputs)
+    reference = output_of(cast_to(copy.deepcopy(model), dtype), placed(first(inputs, CHECKED_IMAGES), dtype)).double()
     if output.shape[0] != images.shape[0] or output.shape[1:] != reference.shape[1:]:
         raise T5Error(
             f"{where}: output shape {tuple(output.shape)}, expected {(images.shape[0], *reference.shape[1:])}; "
@@ -301,7 +305,7 @@ def check_output(runnable: Callable[[Tensor], Tensor], model: nn.Module, images:
     tolerance = TOLERANCES[images.dtype]
     if not (output.isfinite().all() and error <= tolerance):
         raise T5Error(
-            f"{where}: the {images.dtype} output is {error:.2g} (relative) from the same model in float64, expected "
+            f"{where}: the {images.dtype} output is {error:.2g} (relative) from the same model in {dtype}, expected "
             f"finite and at most {tolerance:g}; no speed is given for wrong results. Try dtype: float32"
         )
     return error

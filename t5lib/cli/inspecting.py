@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 import t5lib
-from t5lib.benchmark import count_flops, num_tokens
+from t5lib.benchmark import count_flops
+from t5lib.benchmark_cases import num_tokens
 from t5lib.checkpoint import read_description
 from t5lib.cli.screen import facts, notes, ranges
 from t5lib.config import to_dict

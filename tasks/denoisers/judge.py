@@ -89,7 +89,7 @@ class Judge:
     def draw(self, name: str, model: Path, images: Path) -> Drawn:
         """Load the model (of t5lib.save), take its loss, and draw into `images` what is not there yet; bf16 on CUDA."""
         dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
-        loaded = load(model).to(dtype)
+        loaded = nn.Module.to(load(model), dtype)  # diffusers' own `to` warns of every cast
         if self._pipe is None:
             self._pipe = load_pipeline(self.folder, transformer=loaded, torch_dtype=dtype).to(device())
         else:

@@ -6,6 +6,7 @@ import math
 import pytest
 import timm
 import torch
+from tiny_denoisers import tiny_dit, tiny_sd3
 from torch import nn
 
 import t5lib
@@ -99,6 +100,28 @@ def test_output_that_is_not_finite_gives_no_speed(pair):
     nn.init.constant_(broken.head.bias, math.nan)
     with pytest.raises(T5Error, match=r"t5 at 28 px.*finite"):
         benchmark(pair[0], broken, BenchmarkConfig(resolutions=(28,)))
+
+
+@pytest.mark.parametrize("make", [tiny_sd3, tiny_dit])
+def test_denoisers_are_measured_on_latents_of_the_size_asked_for(make):
+    softmax = make()
+    converted = t5lib.convert(softmax)
+    config = BenchmarkConfig(resolutions=(16, 32), batch=3, repeats=1, pixels_per_latent=2, text_tokens=5)
+    result = benchmark(softmax, converted, config)
+    text = 5 if make is tiny_sd3 else 0
+    assert [row["tokens"] for row in result["rows"]] == [16 + text] * 2 + [64 + text] * 2
+    assert {row["reference"] for row in result["rows"]} == {"float64"}
+    assert result["checked"]["max_relative_error"] < 1e-4
+    small, _, large, _ = result["rows"]
+    assert break_even_tokens(result["rows"], "gflops") in range(small["tokens"] + 1, large["tokens"])
+    with pytest.raises(T5Error, match=r"18 is no multiple of 2 pixels a latent times patches of 2: 4; nearest is 16"):
+        benchmark(softmax, converted, BenchmarkConfig(resolutions=(18,), pixels_per_latent=2))
+
+
+def test_a_denoiser_whose_positions_end_is_told():
+    model = tiny_sd3()
+    with pytest.raises(T5Error, match=r"latents of 64, .* end at 32; measure up to 64 pixels"):
+        bench.at_resolution(model, 128, 2)
 
 
 def test_resolution_must_be_a_multiple_of_the_patch(pair):
