@@ -194,7 +194,7 @@ def apply_backward_kernel(
     dq = start_of_head(dq, b, h, dq_b, dq_h)
     for tile in range(SLICES):
         u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, HIDDEN)
-        s1, s2, s3 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN), _zeros(HIDDEN, WIDTH)
+        s1, s2, s3 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN)
         for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
             queries = load_prepared(q, table, index, start, q_n, q_d, rows, columns, prefix, N, D, WIDTH, BLOCK, KIND)
             grads = load_tokens(do, start, do_n, do_d, N, D, WIDTH, BLOCK)
@@ -202,7 +202,7 @@ def apply_backward_kernel(
             dh = _dot(grads, tl.trans(u3))
             gate, slope, _ = _silu(y1)
             dy1, dy2 = (dh * y2 * slope).to(dtype), (dh * gate).to(dtype)
-            s3 = _add_dot(s3, tl.trans((gate * y2).to(dtype)), grads)
+            s3 = _add_dot(s3, tl.trans(grads), (gate * y2).to(dtype))
             dq_tile = _add_dot(_dot(dy1, tl.trans(u1)), dy2, tl.trans(u2))
             if tile > 0:
                 dq_tile += load_tokens(dq, start, dq_n, dq_d, N, D, WIDTH, BLOCK).to(tl.float32)
@@ -210,7 +210,7 @@ def apply_backward_kernel(
             queries = tl.trans(queries)
             s1 = _add_dot(s1, queries, dy1)
             s2 = _add_dot(s2, queries, dy2)
-        _store_triple(sums, index * tl.num_programs(1) + part, tile, -s1, -s2, -s3, D, WIDTH, HIDDEN)
+        _store_triple(sums, index * tl.num_programs(1) + part, tile, -s1, -s2, -tl.trans(s3), D, WIDTH, HIDDEN)
         tl.debug_barrier()  # the next slice adds to dq, perhaps by other threads
 
 
@@ -246,16 +246,16 @@ def accumulate_backward_kernel(
                 gate, slope, bend = _silu(z1)
                 # What comes next is in the order that keeps the fewest values in registers.
                 m1, m2, a = (r * z2 * slope).to(dtype), (r * gate).to(dtype), (gate * z2).to(dtype)
+                da = _dot(values, tl.trans(e3))
+                dz1, dz2 = da * z2, da * gate
                 dm2 = _dot(keys, e2)
-                dr, dz1 = dm2 * gate, dm2 * r * slope
+                dr = dm2 * gate
+                dz1 = (dz1 + dm2 * r) * slope
                 dm1 = _dot(keys, e1)
                 dr = (dr + dm1 * z2 * slope).to(dtype)
                 dm1 *= r
-                dz1 += dm1 * z2 * bend
-                dz2 = dm1 * slope
-                da = _dot(values, tl.trans(e3))
-                dz1 = (dz1 + da * z2 * slope).to(dtype)
-                dz2 = (dz2 + da * gate).to(dtype)
+                dz1 = (dz1 + dm1 * z2 * bend).to(dtype)
+                dz2 = (dz2 + dm1 * slope).to(dtype)
 
                 s3 = _add_dot(s3, tl.trans(dr), values)
                 dv_tile = _add_dot(_dot(a, e3), dr, w3_)
