@@ -94,9 +94,8 @@ def leading(inputs: Inputs) -> Tensor:
 
 def _latent_side(model: nn.Module, resolution: int, pixels_per_latent: int) -> int:
     patch = model.config.patch_size
-    _check_multiple(
-        resolution, pixels_per_latent * patch, f"{pixels_per_latent} pixels a latent times patches of {patch}"
-    )
+    what = f"what a patch covers ({patch} latents of {pixels_per_latent} pixels),"
+    _check_multiple(resolution, pixels_per_latent * patch, what)
     side, most = resolution // pixels_per_latent, (model.config.get("pos_embed_max_size") or 0) * patch
     if most and side > most:
         raise T5Error(
