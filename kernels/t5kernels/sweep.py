@@ -21,9 +21,9 @@ from t5kernels.cases import CASES, SETTINGS, Case, Inputs
 from t5kernels.ttt import triton as ttt
 from t5kernels.ttt.triton import Tile
 from t5kernels.ttt_layer import triton as layer
+from t5kernels.ttt_layer.triton import EVERY_TILE
 
 SHOWN = 6
-TILES = ttt.TILES | layer.TILES
 Call = Callable[[], tuple[Tensor, ...]]
 
 
@@ -73,12 +73,12 @@ def calls(case: Case) -> dict[str, Call]:
 
 def sweep(kernel: str, call: Call, width: int, record: Callable[[dict], None] = lambda row: None) -> list[dict]:
     """Every tile that fits the card, fastest first; `record` gets each as it was timed."""
-    in_use = TILES[kernel][width]
+    in_use = EVERY_TILE[kernel][width]
     expected, rows = call(), []
     others = (tile for tile in candidates(kernel, width) if tile != in_use)
     try:
         for tile in (in_use, *others):
-            TILES[kernel][width] = tile
+            EVERY_TILE[kernel][width] = tile
             try:
                 deviation = max(
                     ((a.float() - b.float()).norm() / b.float().norm()).item()
@@ -92,7 +92,7 @@ def sweep(kernel: str, call: Call, width: int, record: Callable[[dict], None] = 
             rows.append({"tile": str(tile), "ms": milliseconds, "deviation": deviation, "in_use": tile == in_use})
             record(rows[-1])
     finally:
-        TILES[kernel][width] = in_use
+        EVERY_TILE[kernel][width] = in_use
     return sorted(rows, key=lambda row: row["ms"])
 
 
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = {case.name: case for case in CASES}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", required=True, choices=list(names))
-    parser.add_argument("--kernel", nargs="*", choices=list(TILES), help="these only")
+    parser.add_argument("--kernel", nargs="*", choices=list(EVERY_TILE), help="these only")
     parser.add_argument("--out", type=Path, required=True, help="JSON file with every tile")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

@@ -24,11 +24,11 @@ def calls():
         return sweep.calls(CASE)
 
 
-@pytest.mark.parametrize("kernel", sweep.TILES)
+@pytest.mark.parametrize("kernel", sweep.EVERY_TILE)
 def test_any_tile_gives_the_same_and_the_one_in_use_stays(kernel, calls, monkeypatch):
-    in_use = sweep.TILES[kernel][32]
+    in_use = sweep.EVERY_TILE[kernel][32]
     other = sweep.Tile(hidden=16 if in_use.hidden else 0, block=in_use.block // 2, warps=4)
-    monkeypatch.setattr(sweep, "median_ms", lambda call, milliseconds: sweep.TILES[kernel][32].block)
+    monkeypatch.setattr(sweep, "median_ms", lambda call, milliseconds: sweep.EVERY_TILE[kernel][32].block)
     monkeypatch.setattr(sweep, "candidates", lambda kernel, width: [other, in_use])
     seen = []
     rows = sweep.sweep(kernel, calls[kernel], 32, seen.append)
@@ -36,15 +36,15 @@ def test_any_tile_gives_the_same_and_the_one_in_use_stays(kernel, calls, monkeyp
     assert [row["in_use"] for row in seen] == [True, False]
     assert rows[0]["deviation"] < 3e-3
     assert rows[1]["deviation"] == 0
-    assert sweep.TILES[kernel][32] == in_use
+    assert sweep.EVERY_TILE[kernel][32] == in_use
 
 
-@pytest.mark.parametrize("kernel", sweep.TILES)
+@pytest.mark.parametrize("kernel", sweep.EVERY_TILE)
 @pytest.mark.parametrize("width", [32, 64, 128])
 def test_candidates_are_different_and_hold_what_is_in_use_or_its_like(kernel, width):
     tiles = list(sweep.candidates(kernel, width))
     assert len(set(tiles)) == len(tiles) > 10
-    assert all((tile.hidden > 0) == (sweep.TILES[kernel][width].hidden > 0) for tile in tiles)
+    assert all((tile.hidden > 0) == (sweep.EVERY_TILE[kernel][width].hidden > 0) for tile in tiles)
 
 
 def test_without_a_card_it_says_so(tmp_path, monkeypatch):

@@ -50,15 +50,19 @@ def _add_dot(total, a, b):
 
 
 @triton.jit
-def _sigmoid(z):
+def _sigmoid(z, dtype):
     # Written out, as tl.full is instead of tl.zeros: Triton's own are compiled or interpreted as Triton was imported.
-    return 1 / (1 + tl.exp(-z))
+    if dtype == tl.float32:
+        return 1 / (1 + tl.exp(-z))
+    # Two instructions that the hardware has, without a division's care for the last digits.
+    root = tl.rsqrt(1 + tl.exp2(z * -1.4426950408889634))
+    return root * root
 
 
 @triton.jit
-def _silu(z):
+def _silu(z, dtype):
     """silu(z), its first and its second derivative."""
-    sigmoid = _sigmoid(z)
+    sigmoid = _sigmoid(z, dtype)
     value = z * sigmoid
     rest = 1 - sigmoid
     return value, sigmoid + value * rest, sigmoid * rest * (2 + z * (1 - 2 * sigmoid))
@@ -139,7 +143,7 @@ def accumulate_kernel(
         values = load_tokens(v, start, v_n, v_d, N, D, WIDTH, BLOCK)
         z1, z2 = _dot(keys, w1), _dot(keys, w2)
         r = _dot(values, tl.trans(w3))
-        gate, slope, _ = _silu(z1)
+        gate, slope, _ = _silu(z1, dtype)
         m1, m2 = (r * z2 * slope).to(dtype), (r * gate).to(dtype)
         a = (gate * z2).to(dtype)
         keys = tl.trans(keys)
@@ -173,7 +177,7 @@ def apply_kernel(
             if SLICES > 1:
                 u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, HIDDEN)
             y1 = _dot(queries, u1)
-            hidden = y1 * _sigmoid(y1) * _dot(queries, u2)
+            hidden = y1 * _sigmoid(y1, dtype) * _dot(queries, u2)
             o = _add_dot(o, hidden.to(dtype), u3)
         store_tokens(out, o, start, o_n, o_d, N, D, WIDTH, BLOCK)
 
@@ -200,7 +204,7 @@ def apply_backward_kernel(
             grads = load_tokens(do, start, do_n, do_d, N, D, WIDTH, BLOCK)
             y1, y2 = _dot(queries, u1), _dot(queries, u2)
             dh = _dot(grads, tl.trans(u3))
-            gate, slope, _ = _silu(y1)
+            gate, slope, _ = _silu(y1, dtype)
             dy1, dy2 = (dh * y2 * slope).to(dtype), (dh * gate).to(dtype)
             s3 = _add_dot(s3, tl.trans(grads), (gate * y2).to(dtype))
             dq_tile = _add_dot(_dot(dy1, tl.trans(u1)), dy2, tl.trans(u2))
@@ -243,7 +247,7 @@ def accumulate_backward_kernel(
                 values = load_tokens(v_, start, v_n, v_d, N, D, WIDTH, BLOCK)
                 z1, z2 = _dot(keys, w1_), _dot(keys, w2_)
                 r = _dot(values, tl.trans(w3_))
-                gate, slope, bend = _silu(z1)
+                gate, slope, bend = _silu(z1, dtype)
                 # What comes next is in the order that keeps the fewest values in registers.
                 m1, m2, a = (r * z2 * slope).to(dtype), (r * gate).to(dtype), (gate * z2).to(dtype)
                 da = _dot(values, tl.trans(e3))

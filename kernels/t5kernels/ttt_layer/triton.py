@@ -22,6 +22,7 @@ TILES = {
     "read_backward": {width: Tile(block=512 // width, warps=4, resident=3) for width in (32, 64, 128)},
     "norm_backward": {width: Tile(block=4096 // width, warps=4) for width in (32, 64, 128)},
 }
+EVERY_TILE = ttt.TILES | TILES  # of all kernels that the layer launches
 
 
 class _Conv(NamedTuple):

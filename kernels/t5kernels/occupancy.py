@@ -1,0 +1,100 @@
+"""What the compiler makes of the kernels: registers, spilled bytes and shared memory, by tile; needs no card.
+
+    python -m t5kernels.occupancy [--width D ...] [--kernel NAME ...] [--kind plain|normalized|convolved]
+
+Compiles for the H100 (sm_90) in bfloat16 with the Triton that is installed. What is spilled goes through memory in
+every turn of a loop; registers and shared memory say how many programs a multiprocessor holds.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from t5kernels.ttt import tokens, triton_kernels
+from t5kernels.ttt import triton as ttt
+from t5kernels.ttt.triton import Tile
+from t5kernels.ttt_layer import triton as layer
+from t5kernels.ttt_layer import triton_kernels as layer_kernels
+from t5kernels.ttt_layer.triton import EVERY_TILE
+
+TARGET = GPUTarget("cuda", 90, 32)
+KINDS = {"plain": tokens.PLAIN.value, "normalized": tokens.NORMALIZED.value, "convolved": tokens.CONVOLVED.value}
+# Arguments that are pointers to float32, and to tokens or weights in bfloat16; the rest are strides and counts.
+FLOAT = {"table", "step", "d_step", "sums", "parts", "totals"}
+HALF = {"q", "k", "v", "w1", "w2", "w3", "out", "do", "dq", "dk", "dv", "first", "weight", "x", "dx", "dy", "dn"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Of one kernel: registers a thread, bytes a thread spills, bytes of shared memory a program."""
+
+    kernel: str
+    registers: int
+    spilled: int
+    shared: int
+
+    def __str__(self) -> str:
+        return f"{self.kernel:<20} registers {self.registers:>3}  spilled {self.spilled:>4}  shared {self.shared:>6}"
+
+
+def compiled(kernel: str, tile: Tile, head_dim: int, kind: str = "convolved") -> Compiled:
+    """`kernel`: a key of EVERY_TILE; `tile`: how it is cut."""
+    function = getattr(layer_kernels if kernel in layer.TILES else triton_kernels, f"{kernel}_kernel")
+    constants = {"D": head_dim, "WIDTH": ttt.padded_width(head_dim), "BLOCK": tile.block, "NORM": True, "CONV": True}
+    if tile.hidden:
+        constants |= {"HIDDEN": tile.hidden, "KIND": KINDS[kind], "SLICES": triton.cdiv(head_dim, tile.hidden)}
+    # Tokens have channels side by side, which Triton takes for a constant.
+    constants |= {name: 1 for name in function.arg_names if name.endswith("_d")}
+    signature, constant, aligned = {}, {}, {}
+    for place, name in enumerate(function.arg_names):
+        signature[name] = _type(name, constants)
+        if name in constants:
+            constant[(place,)] = constants[name]
+        elif name not in ("scale", "eps", "prefix"):
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    made = triton.compile(ASTSource(function, signature, constant, aligned), target=TARGET, options=options)
+    registers, spilled = _resources(made.asm["cubin"])
+    return Compiled(kernel, registers, spilled, made.metadata.shared)
+
+
+def _type(name: str, constants: dict) -> str:
+    if name in constants:
+        return "constexpr"
+    if name in ("scale", "eps"):
+        return "fp32"
+    return "*fp32" if name in FLOAT else "*bf16" if name in HALF else "i32"
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and spilled bytes, by the tool that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", told).groups()
+    return int(registers), int(stack)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", nargs="*", type=int, default=[32, 64, 72, 128], help="head widths")
+    parser.add_argument("--kernel", nargs="*", choices=list(EVERY_TILE), default=list(EVERY_TILE), help="these only")
+    parser.add_argument("--kind", choices=list(KINDS), default="convolved", help="how tokens are read")
+    options = parser.parse_args(arguments)
+    for head_dim in options.width:
+        for kernel in options.kernel:
+            tile = EVERY_TILE[kernel][ttt.padded_width(head_dim)]
+            print(f"{head_dim:>3}  {compiled(kernel, tile, head_dim, options.kind)}  {tile}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
