@@ -38,13 +38,15 @@ def all_pictures(found: dict[str, Any], pictures: Sequence[Any]) -> dict[str, Fi
 
 def curves(found: dict[str, Any]) -> dict[str, Figure]:
     """Those pictures of an explanation that need no image."""
-    distances = [found[f"distance_{what}"] for what in ("softmax", "converted", "uniform")]
     similarity = [found[name] for name in ("layer_error", "block_error", "cka")]
-    return {
-        "distance": attention_distance(found["layers"], *distances),
+    figures = {
         "similarity": layer_similarity(found["layers"], *similarity),
         "shift": shift_by_layer(found["layers"], found),
     }
+    if "distance_uniform" in found:  # not of denoisers
+        distances = [found[f"distance_{what}"] for what in ("softmax", "converted", "uniform")]
+        figures["distance"] = attention_distance(found["layers"], *distances)
+    return figures
 
 
 def as_pictures(images: Any, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

@@ -12,7 +12,8 @@ def explanation_reading(found: dict[str, Any]) -> list[str]:
     new = [index for index, kind in enumerate(found["kinds"]) if kind != "softmax"]
     if not new:
         return ["No layer was converted: what differs comes from training alone.", _similarity(found)]
-    return [_distance(found, new), _error(found, new), _similarity(found), _shift(found, new)]
+    distance = [_distance(found, new)] if "distance_uniform" in found else []  # not of denoisers
+    return [*distance, _error(found, new), _similarity(found), _shift(found, new)]
 
 
 def _distance(found: dict[str, Any], new: list[int]) -> str:

@@ -16,7 +16,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from t5lib import plots, report
+from t5lib import plots, report_parts
 from t5lib.benchmark import describe_device
 from t5lib.errors import T5Error
 from t5lib.files import read_json, write_json, write_text
@@ -53,7 +53,7 @@ def compare(target: str, seeds: list[int], out: Path, work: Path, changes: dict[
 
 def picture(top1: dict[str, dict[str, float]]) -> Figure:
     """Bars of mean top-1 over the seeds; the whisker is their standard deviation."""
-    looks = {model.key: model for model in report.MODELS}
+    looks = {model.key: model for model in report_parts.MODELS}
     bars = [
         {"label": looks[name].label.lower(), "colour": looks[name].colour, "top1": s["mean"], "error": s["std"]}
         for name, s in top1.items()

@@ -230,7 +230,7 @@ def at(arm: dict[str, Any], steps: int, metric: str) -> dict[str, float] | None:
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown: a row a model, a column a score."""
-    from t5lib.diffusion.scores import METRICS
+    from t5lib.diffusion.score_table import METRICS
 
     arms, final = result["arms"], max(p["steps"] for run in result["arms"][CONTROL].values() for p in run["points"])
     metrics = [name for name in METRICS if any(at(arm, final, name) for arm in arms.values())]

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from t5lib import plots
 from t5lib.diffusion.generation import read_images
 from t5lib.diffusion.grids import sample_grid
-from t5lib.diffusion.scores import METRICS
+from t5lib.diffusion.score_table import METRICS
 from t5lib.files import read_json
 from tasks.curves import CONTROL, Job, at
 

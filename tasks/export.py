@@ -44,7 +44,7 @@ def export(target: str, out: Path, *, root: Path = Path("."), model: str = "fine
 
 def figures(target: str, made: Path) -> Any:
     """What the stage `evaluate` measured, for the card."""
-    from t5lib.diffusion.scores import score_table
+    from t5lib.diffusion.score_table import score_table
     from t5lib.pipelines import Figures
 
     models = read_json(made / "evaluate.json")["models"]

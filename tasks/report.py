@@ -22,7 +22,11 @@ CURVES = ("calibrate", "freeze", "finetune", "control")
 
 def run(stage: Stage) -> dict[str, Any]:
     """Write report.html and summary.md."""
-    data = gather(stage)
+    return write(stage, gather(stage, stage.params(DataConfig, "data")))
+
+
+def write(stage: Stage, data: report.ReportData) -> dict[str, Any]:
+    """The page and the summary."""
     write_text(stage.out / "report.html", report.html(data))
     write_text(stage.out / "summary.md", report.summary(data))
     for name in ("report.html", "summary.md"):
@@ -30,8 +34,15 @@ def run(stage: Stage) -> dict[str, Any]:
     return {"sections_missing": sum(name not in data.metrics for name in OPTIONAL)}
 
 
-def gather(stage: Stage) -> report.ReportData:
-    """Read what the stages of the target wrote. Raises T5Error when one that the report cannot do without is absent."""
+def gather(stage: Stage, data: DataConfig | None, samples: bytes | None = None) -> report.ReportData:
+    """Read what the stages of the target wrote.
+
+    Args:
+        data, samples: as the page takes them.
+
+    Raises:
+        T5Error: one that the report cannot do without is absent.
+    """
     metrics = {name: stage.metrics(name) for name in REQUIRED}
     metrics |= {name: found for name in OPTIONAL if (found := _if_made(stage.metrics, name)) is not None}
     curves = {name: stage.input(name) / "history.jsonl" for name in CURVES if name in metrics}
@@ -43,7 +54,8 @@ def gather(stage: Stage) -> report.ReportData:
         histories={name: read_history(path) for name, path in curves.items() if path.is_file()},
         account=read_json(stage.input("convert") / "account.json"),
         description=read_json(stage.input("finetune") / "t5.json"),
-        data=stage.params(DataConfig, "data"),
+        data=data,
+        samples=samples,
         shift=read_json(stage.input("diagnose") / "shift_ratio.json") if "diagnose" in metrics else None,
         explanation=read_json(explained / "explanation.json") if explained else None,
         maps=tuple(path.read_bytes() for path in sorted(explained.glob("maps-*.png"))) if explained else (),

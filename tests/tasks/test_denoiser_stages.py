@@ -18,7 +18,7 @@ from tiny_pipelines import SIDE, tiny_dit_pipeline, tiny_sd3_pipeline
 
 import t5lib
 from t5lib.conversion import new_parameters
-from t5lib.diffusion.scores import score_table
+from t5lib.diffusion.score_table import score_table
 from t5lib.errors import T5Error
 from t5lib.files import read_json
 from tasks.evaluate import MODELS
@@ -27,6 +27,7 @@ from tasks.stage import read_history, run_stage
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 TRAINED = {"steps": 3, "batch_size": 4, "lr": 1e-4, "lr_new": 1e-3, "checkpoint_every": 1}
 NAMES = ("fetch", "shards", "source", "diagnose", "convert", "calibrate", "freeze", "finetune", "control", "evaluate")
+NAMES += ("explain", "benchmark", "report")
 VIT = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 1, "num_classes": 0}
 
 
@@ -57,6 +58,8 @@ def settings(kind: str) -> dict:
         "calibrate": {"steps": 4, "batch_size": 4, "pool": 2, "reuse": 1, "checkpoint_every": 2},
         "freeze": {"ceiling": 5.0, "train": {**TRAINED, "trainable": "new", "ema": None}},
         "finetune": {**TRAINED, "align": 0.5, "ema": 0.9},
+        "explain": {"images": 4},
+        "benchmark": {"resolutions": [side, 2 * side], "repeats": 1, "pixels_per_latent": 2 if kind == "sd3" else 1},
         "evaluate": {"samples": 16, "shown": 2, "sampling": {"steps": 2, "max_sequence_length": 8}},
     }
 
@@ -282,3 +285,29 @@ def test_the_result_is_exported_as_a_pipeline_with_its_figures(built, root, kind
         export("tiny", out, root=root)
     with pytest.raises(T5Error, match="does not exist; run"):
         export("other", tmp_path / "other", root=root)
+
+
+def test_explanation_has_every_attention(built, root, kind):
+    found = read_json(root / "data/out/tiny/explain/explanation.json")
+    layers = built["convert"]["layers"]
+    assert {len(found[name]) for name in ("layers", "kinds", "layer_error", "block_error", "cka", "shift_fitted")} == {
+        layers
+    }
+    assert found["images"] == 4 and all(kind == "swiglu, dwc_qk" for kind in found["kinds"])
+    assert 0 < found["cka"][0] <= 1 and (root / "data/out/tiny/explain/similarity.png").exists()
+
+
+def test_the_page_shows_samples_scores_speed_and_layers(built, root):
+    page = (root / "data/out/tiny/report/report.html").read_text()
+    for part in (
+        "held-out loss",
+        "FD-DINOv2",
+        "All scores",
+        "Samples of every model",
+        "What the new layers do",
+        "Speed and cost",
+    ):
+        assert part in page, part
+    assert "python -m tasks.export tiny" in page and "real images" in page
+    summary = (root / "data/out/tiny/report/summary.md").read_text()
+    assert "| Fine-tuned (T5) |" in summary and "one seed." in summary

@@ -13,8 +13,9 @@ import timm
 from PIL import Image
 
 import t5lib
-from t5lib import report
+from t5lib import report_parts as report
 from t5lib.errors import T5Error
+from t5lib.report_classifier import standard_error
 from tasks.stage import run_stage
 
 TARGET = "micro"
@@ -285,4 +286,4 @@ def test_numbers_read_alike_everywhere(shown, expected):
 
 
 def test_standard_error_is_the_binomial_one():
-    assert report.standard_error({"top1": 85.8, "n": 1000}) == pytest.approx(1.104, abs=1e-3)
+    assert standard_error({"top1": 85.8, "n": 1000}) == pytest.approx(1.104, abs=1e-3)
