@@ -119,9 +119,9 @@ def _print_cells(axes: Axes, values: Sequence[Sequence[float]]) -> None:
 
 
 def layer_label(name: str) -> str:
-    """The number in a layer's name ("blocks.3.attn" is 3), or the name itself."""
+    """The number in a layer's name ("blocks.3.attn" is 3; 3i is the attention of the image alone), or the name."""
     number = re.search(r"\d+", name)
-    return number.group() if number else name
+    return number.group() + "i" * name.endswith("attn2") if number else name
 
 
 @styled

@@ -29,7 +29,7 @@ class Model:
 
 
 MODELS = (
-    Model("source", "Source", "softmax, the classifier that is converted", plots.SOFTMAX),
+    Model("source", "Source", "softmax, the model that is converted", plots.SOFTMAX),
     Model("converted", "Converted", "T5, nothing trained yet", plots.T5_PALE),
     Model("calibrated", "Calibrated", "T5, attention transfer, no labels", plots.T5_LIGHT, ("calibrate",)),
     Model("frozen", "Freeze protocol", "T5, only new parameters trained", plots.T5_LIGHT, ("calibrate", "freeze")),

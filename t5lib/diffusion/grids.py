@@ -7,6 +7,7 @@ from torch import Tensor
 
 from t5lib.plots import MUTED, SOFTMAX, T5, WIDTH, styled
 
+SOFTMAX_MODELS = ("source", "control")
 LETTERS = 16  # of a prompt that fit in a line beside a row of pictures
 
 
@@ -15,7 +16,7 @@ def sample_grid(models: dict[str, Tensor], prompts: Sequence[str]) -> Figure:
     """A column a model, a row a prompt; the same seed in a row.
 
     Args:
-        models: label to images (n, C, H, W) uint8; the first is the softmax source, in blue.
+        models: label to images (n, C, H, W) uint8; source and control, which are softmax, in blue.
         prompts: n texts or class names, written beside the rows.
     """
     first = next(iter(models.values()))
@@ -25,7 +26,7 @@ def sample_grid(models: dict[str, Tensor], prompts: Sequence[str]) -> Figure:
     panels = figure.subplots(len(prompts), len(models), squeeze=False)
     for column, (label, images) in enumerate(models.items()):
         title = _wrapped(label, round(LETTERS * 4 / max(4, len(models))))
-        panels[0][column].set_title(title, loc="center", pad=5, fontsize=8, color=T5 if column else SOFTMAX)
+        panels[0][column].set_title(title, loc="center", pad=5, fontsize=8, color=SOFTMAX if label in SOFTMAX_MODELS else T5)
         for axes, image in zip(panels[:, column], images, strict=True):
             pixels = image.movedim(0, -1).numpy()
             axes.imshow(pixels.squeeze(-1) if image.shape[0] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
