@@ -5,12 +5,15 @@
     pipe.save_pretrained("sd35-t5")
     pipe = t5lib.load_pipeline("sd35-t5", torch_dtype=torch.bfloat16)
 
-What diffusers offers works on them: schedulers, offloading, LoRA, the other pipelines of the same parts.
+What diffusers offers works on them: schedulers, offloading, LoRA. Other pipelines of the same parts are made by
+StableDiffusion3Img2ImgPipeline(**pipe.components), since diffusers' from_pipe wants parts of the very class it names.
+Once this module is imported, DiffusionPipeline.from_pretrained loads such folders too.
 """
 
 import copy
 import re
 import tempfile
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,7 @@ from diffusers import DiffusionPipeline
 from t5lib.config import to_dict
 from t5lib.conversion import convert
 from t5lib.errors import T5Error
-from t5lib.families import dit, sd3  # noqa: F401 (the classes that saved pipelines name)
-from t5lib.files import read_json
+from t5lib.families import dit, family_of, sd3  # noqa: F401 (the classes that saved pipelines name)
 from t5lib.layers.settings import T5Config
 
 
@@ -62,10 +64,10 @@ def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
         raise T5Error(f"{source} is neither a folder nor a repository's owner/name; expected a saved pipeline")
     if folder.is_dir() and not (folder / "model_index.json").exists():
         raise T5Error(f"{source} has no model_index.json; expected a folder written by pipe.save_pretrained")
-    if folder.is_dir():  # diffusers does not know by itself that a part is left out: a DiT on pixels has no VAE
-        index = read_json(folder / "model_index.json")
-        options = {name: None for name, value in index.items() if value == [None, None]} | options
-    return DiffusionPipeline.from_pretrained(source, **options)
+    # diffusers does not know by itself that a part is left out: a DiT on pixels has no VAE
+    index = DiffusionPipeline.load_config(source, **options)
+    left_out = {name: None for name, value in index.items() if value in ([None, None], (None, None))}
+    return DiffusionPipeline.from_pretrained(source, **left_out | options)
 
 
 def convert_pipeline(
@@ -74,10 +76,14 @@ def convert_pipeline(
     """`pipe` with a converted transformer (t5lib.convert); a new pipeline that shares all else, unless `inplace`.
 
     Raises:
-        T5Error: the pipeline has no transformer, or it cannot be converted.
+        T5Error: the pipeline has no transformer, it cannot be converted, or offloading is on.
     """
     if getattr(pipe, "transformer", None) is None:
         raise T5Error(f"{type(pipe).__name__} has no transformer to convert; expected Stable Diffusion 3 or a DiT")
+    if getattr(pipe, "_all_hooks", None):
+        raise T5Error(
+            "this pipeline is offloaded; call pipe.remove_all_hooks(), convert, then turn offloading on again"
+        )
     transformer = convert(pipe.transformer, config, inplace=inplace)
     if not inplace:
         pipe = copy.copy(pipe)
@@ -107,10 +113,15 @@ def push_to_hub(
         The address of the commit.
 
     Raises:
-        T5Error: the pipeline's transformer is not converted.
+        T5Error: the pipeline's transformer is not converted, or a LoRA is loaded.
     """
     from huggingface_hub import HfApi
 
+    if getattr(pipe.transformer, "peft_config", None):
+        raise T5Error(
+            "a LoRA is loaded, whose layers would be saved in the weights' place; call pipe.unload_lora_weights() "
+            "first, after pipe.fuse_lora() if its change is to stay"
+        )
     card = model_card(pipe, repo_id, figures, base_model=base_model, license=license)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
@@ -142,24 +153,27 @@ def model_card(
     lines = [columns, ["---"] * len(columns), *([str(row[name]) for name in columns] for row in figures.rows)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     changed = {n: v for n, v in to_dict(pipe.transformer.t5_config).items() if v != to_dict(T5Config())[n]}
-    settings = ", ".join(f"{name} {value}" for name, value in changed.items()) or "the method's"
-    source = f" of [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
+    settings = ", ".join(f"{name} {value}" for name, value in changed.items()) or "all as the method has them"
+    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"A {type(pipe).__name__}"
+    attentions = len(family_of(pipe.transformer).attention_names(pipe.transformer))
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
 
 # {repo_id.rpartition("/")[2]}
 
-The {type(pipe).__name__}{source}, with {len(report.layers)} softmax attentions of its transformer replaced by
-Test-Time-Training layers, whose cost is linear in the number of tokens: {report.numbers["inherited"]:,} weights
-inherited, {report.numbers["new"]:,} new. Settings: {settings}. The method is that of "Linearizing Vision Transformer
-with Test-Time Training" (arXiv 2605.02772).
+{source} with {len(report.layers)} of the {attentions} softmax attentions of its transformer replaced by
+Test-Time-Training layers, whose cost is linear in the number of tokens. {report.numbers["inherited"]:,} of the
+transformer's numbers are inherited, {report.numbers["new"]:,} are new. Settings: {settings}.
+The method is that of "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772).
 
 ```python
-import t5lib  # pip install "t5-ttt[diffusion]"
+import t5lib  # the package t5-ttt with its extra "diffusion"
 
 pipe = t5lib.load_pipeline("{repo_id}")
 ```
+
+It is a {type(pipe).__name__} of diffusers: its schedulers, LoRA loading and offloading work as they do there.
 
 ## Measured
 
@@ -167,5 +181,5 @@ pipe = t5lib.load_pipeline("{repo_id}")
 
 {figures.setting}
 
-    {figures.command}
+{textwrap.indent(figures.command, "    ")}
 """

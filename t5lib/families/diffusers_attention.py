@@ -61,14 +61,20 @@ class DiffusersTTTAttention(TTTLayer):
         """hidden_states (B, N, C), and text (B, T, C) in a joint attention. Returns the same, or both.
 
         Raises:
-            T5Error: a mask, text where there are no projections for it, or something else is given; or the tokens do
-                not fit the grid.
+            T5Error: a mask, text where there are no projections for it, or something else is given; the tokens do
+                not fit the grid; or the new weights are on another device.
         """
         if attention_mask is not None or others:
             given = ["attention_mask"] * (attention_mask is not None) + list(others)
             raise T5Error(f"a TTT layer sees all tokens and takes nothing else; call it without {', '.join(given)}")
         if encoder_hidden_states is not None and self.add_k_proj is None:
             raise T5Error("a TTT layer in the place of self-attention sees its own tokens; call it without others")
+        away = {parameter.device for parameter in self.mixer.parameters()} - {hidden_states.device}
+        if away:
+            raise T5Error(
+                f"a TTT layer's new weights are on {away.pop()}, its input on {hidden_states.device}: offloading part "
+                "by part leaves them behind; use enable_model_cpu_offload, or group offloading of whole blocks"
+            )
         text = None if encoder_hidden_states is None else _project(self, encoder_hidden_states, TEXT)
         image = _project(self, self.mixer.prepare(hidden_states, self.grid), IMAGE)
         o, text_o = self.mixer.joint(image, text, self.grid)

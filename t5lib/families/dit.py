@@ -63,6 +63,7 @@ class T5DiTTransformer2DModel(DiTTransformer2DModel):
     """
 
     t5_config: T5Config | None = None
+    _skip_layerwise_casting_patterns = ("pos_embed", "norm", "mixer")  # diffusers' own, and what is new
 
     @register_to_config
     def __init__(

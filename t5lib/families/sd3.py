@@ -34,6 +34,7 @@ from t5lib.families.diffusers_attention import (
 from t5lib.layers.settings import T5Config
 
 __all__ = [
+    "MEDIUM",
     "PACKAGE",
     "ModelMixin",
     "T5SD3Transformer2DModel",
@@ -57,6 +58,18 @@ __all__ = [
 ]
 PACKAGE = "diffusers"
 LAST_JOINT = 5  # of the layer set "paper"
+MEDIUM = {  # arguments of SD3Transformer2DModel as SD3.5-Medium has them
+    "sample_size": 128,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
 
 
 class T5SD3Transformer2DModel(SD3Transformer2DModel):
@@ -68,6 +81,7 @@ class T5SD3Transformer2DModel(SD3Transformer2DModel):
     """
 
     t5_config: T5Config | None = None
+    _skip_layerwise_casting_patterns = ("pos_embed", "norm", "mixer")  # diffusers' own, and what is new
 
     @register_to_config
     def __init__(

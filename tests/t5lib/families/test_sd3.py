@@ -74,6 +74,23 @@ def test_converting_in_place_shares_every_storage_and_accounts_for_all(kind):
     assert report.numbers["inherited"] == sum(tensor.numel() for tensor in after.values()) - report.numbers["new"]
 
 
+@pytest.mark.parametrize(("layers", "count"), [("paper", 18), ("all", 37)])
+def test_stable_diffusion_35_medium_converts_without_memory_for_its_weights(layers, count):
+    """On the meta device: nothing is read or copied, only the new layers' shapes are added."""
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(**sd3.MEDIUM)
+    before = dict(model.named_parameters())
+    assert sum(parameter.numel() for parameter in before.values()) == 2_243_171_520
+    t5lib.convert(model, T5Config(layers=layers), inplace=True)
+    joint = range(19, 24) if layers == "paper" else range(24)
+    names = [f"transformer_blocks.{i}.attn" for i in joint] + [f"transformer_blocks.{i}.attn2" for i in range(13)]
+    assert list(model.t5_report.layers) == names and len(names) == count
+    one = 3 * 24 * 64 * 64 + 2 * (9 + 1) * 1536  # inner weights, and two convolutions with a bias
+    assert sum(parameter.numel() for parameter in new_parameters(model).values()) == count * one
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert all(parameter is before[name] for name, parameter in model.named_parameters() if name in before)
+
+
 @every_kind
 def test_a_converted_model_learns_in_every_parameter_but_those_of_text_that_is_dropped(kind):
     converted = t5lib.convert(tiny_sd3(**KINDS[kind]))
