@@ -5,8 +5,8 @@ import math
 import torch
 
 ALLOWED = 2
-# Of a few numbers in float32 plain PyTorch is wrong by a rounding or two, now and then by luck less.
-LEAST = {torch.float32: 2 * torch.finfo(torch.float32).eps}
+# Of a few numbers in float32 plain PyTorch is wrong by a few roundings, now and then by luck less.
+LEAST = {torch.float32: 4 * torch.finfo(torch.float32).eps}
 
 
 def relative_error(result, exact):
