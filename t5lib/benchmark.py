@@ -236,7 +236,7 @@ def _measure(
         errors = {name: check_output(runnable[name], models[name], inputs, where[name]) for name in models}
         calls = {name: functools.partial(output_of, model, inputs) for name, model in runnable.items()}
         runs = time_interleaved(calls, warmup=config.warmup, repeats=config.repeats, device=device)
-        peaks = {name: _peak_mib(calls[name], cast[name], device) for name in models}
+        peaks = {name: peak_mib(calls[name], cast[name], device) for name in models}
     return [
         {
             "resolution": resolution,
@@ -327,7 +327,7 @@ def _cuda_ms(call: Callable[[], Any]) -> float:
     return start.elapsed_time(end)
 
 
-def _peak_mib(call: Callable[[], Any], model: nn.Module, device: torch.device) -> float | None:
+def peak_mib(call: Callable[[], Any], model: nn.Module, device: torch.device) -> float | None:
     """Weights of `model` and the most that one pass allocates beside what lay there before."""
     if device.type != "cuda":
         return None  # the CPU allocator keeps no such account, and resident size mixes in everything else

@@ -26,7 +26,8 @@ def sample_grid(models: dict[str, Tensor], prompts: Sequence[str]) -> Figure:
     panels = figure.subplots(len(prompts), len(models), squeeze=False)
     for column, (label, images) in enumerate(models.items()):
         title = _wrapped(label, round(LETTERS * 4 / max(4, len(models))))
-        panels[0][column].set_title(title, loc="center", pad=5, fontsize=8, color=SOFTMAX if label in SOFTMAX_MODELS else T5)
+        colour = SOFTMAX if label in SOFTMAX_MODELS else T5
+        panels[0][column].set_title(title, loc="center", pad=5, fontsize=8, color=colour)
         for axes, image in zip(panels[:, column], images, strict=True):
             pixels = image.movedim(0, -1).numpy()
             axes.imshow(pixels.squeeze(-1) if image.shape[0] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
