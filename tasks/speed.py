@@ -149,10 +149,9 @@ def table(result: dict[str, Any]) -> str:
     for row in sorted(result["rows"], key=lambda row: row["resolution"]):
         asked = ", ".join(f"{value:g}" for value in row["target"] or () if value)
         peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
-        lines.append(
-            f"| {row['resolution']} | {row['tokens']:,} | {row['model']} | {row['ms']:.1f} | {row['speedup']:.2f} | {asked} | "
-            f"{best[row['resolution']]:.2f} | {peak} | {row['relative_error']:.1e} |"
-        )
+        cells = (row["resolution"], f"{row['tokens']:,}", row["model"], f"{row['ms']:.1f}", f"{row['speedup']:.2f}")
+        cells += (asked, f"{best[row['resolution']]:.2f}", peak, f"{row['relative_error']:.1e}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_denoisers import sd3_batch, tiny_sd3
 
 from t5lib.conversion import ttt_layers
 from t5lib.files import read_json
@@ -53,9 +52,3 @@ def test_every_size_is_written_once_and_goes_into_the_table(told):
     assert speed.table(again).count("\n") == 9
     other = speed.run(resolutions=[32], **told | {"shape": SHAPE | {"num_layers": 5}})
     assert len(other["rows"]) == 4, "of another shape nothing is kept"
-
-
-def test_the_stand_in_is_as_the_tests_of_the_family_have_it():
-    """tiny_sd3 and MEDIUM are of one kind: the same arguments, dual attention first, q and k norms."""
-    assert set(speed.MEDIUM) <= set(tiny_sd3().config) and speed.MEDIUM["qk_norm"] == tiny_sd3().config.qk_norm
-    assert sd3_batch(0)["latents"].ndim == 4
