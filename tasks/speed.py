@@ -33,21 +33,10 @@ from t5lib.benchmark import (
 from t5lib.benchmark_cases import at_resolution, num_tokens, output_of, placed, random_inputs
 from t5lib.conversion import ttt_layers
 from t5lib.errors import T5Error
+from t5lib.families.sd3 import MEDIUM
 from t5lib.files import read_json, write_json
 from t5lib.layers.settings import T5Config
 
-MEDIUM = {
-    "sample_size": 128,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
 # Times as fast as softmax: what the project asks for at least, and aims at.
 TARGETS = {("paper", 1024): (1.14, None), ("paper", 2048): (1.42, None)}
 TARGETS |= {("all", 1024): (1.42, 1.55), ("all", 2048): (3.0, 3.3)}

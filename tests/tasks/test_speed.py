@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from t5lib.conversion import ttt_layers
+from t5lib.families.sd3 import MEDIUM
 from t5lib.files import read_json
 from tasks import speed
 
 CPU = torch.device("cpu")
-SHAPE = {**speed.MEDIUM, "num_layers": 6, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 12}
+SHAPE = {**MEDIUM, "num_layers": 6, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 12}
 SHAPE |= {"caption_projection_dim": 16, "pooled_projection_dim": 10, "pos_embed_max_size": 8, "sample_size": 8}
 SHAPE |= {"dual_attention_layers": (0, 1, 2)}
 
