@@ -57,7 +57,7 @@ def compiled(kernel: str, tile: Tile, head_dim: int, kind: str = "convolved") ->
         signature[name] = _type(name, constants)
         if name in constants:
             constant[(place,)] = constants[name]
-        elif name not in ("scale", "eps", "prefix"):
+        elif name in FLOAT | HALF or "_" in name:  # pointers and strides
             aligned[(place,)] = [["tt.divisibility", 16]]
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     made = triton.compile(ASTSource(function, signature, constant, aligned), target=TARGET, options=options)

@@ -16,6 +16,8 @@ so that a token costs ten multiply-adds a channel and no more passes over memory
 import triton
 import triton.language as tl
 
+# Arguments of kernels that are counts: one compilation serves them all (Triton would make others for 1 and for 16 n).
+COUNTS = ("B", "H", "N", "chunk", "images", "rows", "columns", "prefix", "count", "shares")
 # Kinds of tokens: as they are, normalized (table rows SCALE and OUTSIDE), normalized and convolved (all rows).
 PLAIN = tl.constexpr(0)
 NORMALIZED = tl.constexpr(1)

@@ -35,7 +35,7 @@ WIDTH is D padded to a power of two; what lies outside D or N is read as 0, whic
 import triton
 import triton.language as tl
 
-from t5kernels.ttt.tokens import load_prepared, load_tokens, start_of_head, store_tokens
+from t5kernels.ttt.tokens import COUNTS, load_prepared, load_tokens, start_of_head, store_tokens
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D: tl.constexpr, WIDT
     return (w1 - g1).to(dtype), (w2 - g2).to(dtype), (w3 - g3).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def accumulate_kernel(
     k, v, table, w1, w2, w3, sums,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, rows, columns, prefix,
@@ -155,7 +155,7 @@ def accumulate_kernel(
     _store_triple(sums, index * tl.num_programs(1) + part, tile, g1, g2, g3, D, WIDTH, HIDDEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def apply_kernel(
     q, table, w1, w2, w3, step, out,
     q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d, rows, columns, prefix,
@@ -182,7 +182,7 @@ def apply_kernel(
         store_tokens(out, o, start, o_n, o_d, N, D, WIDTH, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def apply_backward_kernel(
     do, q, table, w1, w2, w3, step, dq, sums,
     do_b, do_h, do_n, do_d, q_b, q_h, q_n, q_d, dq_b, dq_h, dq_n, dq_d, rows, columns, prefix,
@@ -218,7 +218,7 @@ def apply_backward_kernel(
         tl.debug_barrier()  # the next slice adds to dq, perhaps by other threads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def accumulate_backward_kernel(
     d_step, k, v, table, w1, w2, w3, dk, dv, sums,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d, rows, columns, prefix,

@@ -16,6 +16,7 @@ from t5kernels.ttt.api import IMPLS
 from t5kernels.ttt_layer import reference
 from t5kernels.ttt_layer.key_norm import KEY_NORMS
 
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 NORM_SCOPES = ("joint", "modality")
 Tokens = tuple[Tensor, Tensor, Tensor]
 Conv = tuple[Tensor, Tensor]
@@ -125,7 +126,7 @@ def _unfit(settings: Settings) -> str | None:
             f"with inner={settings.inner!r}, loss={settings.loss!r}, key_norm={settings.key_norm!r}; expected "
             "'swiglu', 'dot' and 'instance' or 'none'"
         )
-    return None if importlib.util.find_spec("triton") else "without Triton, which is not installed"
+    return None if TRITON_INSTALLED else "without Triton, which is not installed"
 
 
 def _check_tokens(image: Tokens, text: Tokens | None) -> None:

@@ -251,11 +251,11 @@ def _fill(table: Tensor, x: Tensor, sums: Tensor | None, count: int, eps: float,
     """Write the table of tokens x, which stand for what is not read. sums: over `count` tokens, of `_key_sums`."""
     B, H, _, D = x.shape
     weight, bias = (conv.weight, conv.bias) if conv else (x, x)
-    parts = 0 if sums is None else sums.shape[1]
+    shares = 0 if sums is None else sums.shape[1]
     with torch.cuda.device_of(x):
         kernels.table_kernel[B * H,](
             *(x if sums is None else sums, x, weight, bias, table, *_first_strides(x)),
-            *(H, parts, count, eps, D, ttt.padded_width(D), sums is not None, conv is not None),
+            *(H, shares, count, eps, D, ttt.padded_width(D), sums is not None, conv is not None),
         )
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from t5kernels.ttt.tokens import (
     CONSTANTS,
+    COUNTS,
     OUTSIDE,
     ROWS,
     SCALE,
@@ -61,7 +62,7 @@ def _first_token(x, b, h, stride_b, stride_h, stride_d, D: tl.constexpr, WIDTH: 
     return tl.load(x + channel * stride_d, channel < D, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def key_sums_kernel(
     k, first, sums,
     k_b, k_h, k_n, k_d, f_b, f_h, f_d,
@@ -86,23 +87,23 @@ def key_sums_kernel(
     _store_row(sums, 1, _over_tokens(squares), D, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def table_kernel(
     sums, first, weight, bias, table,
     f_b, f_h, f_d,
-    H, parts, count, eps,
+    H, shares, count, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B·H,). sums: (B·H, parts, 2, D) over `count` tokens; weight (H·D, 9), bias (H·D,); table (B·H, ROWS, D)."""
+    """Grid (B·H,). sums: (B·H, shares, 2, D) of `count` tokens; weight (H·D, 9), bias (H·D,); table (B·H, ROWS, D)."""
     index = tl.program_id(0)
     h = index % H
     channel = tl.arange(0, WIDTH)
     inside = channel < D
     scale, constant = tl.full((WIDTH,), 1.0, tl.float32), tl.full((WIDTH,), 0.0, tl.float32)
     if NORM:
-        sums += index.to(tl.int64) * parts * (2 * D) + channel
+        sums += index.to(tl.int64) * shares * (2 * D) + channel
         mean, square = tl.full((WIDTH,), 0.0, tl.float32), tl.full((WIDTH,), 0.0, tl.float32)
-        for part in range(parts):
+        for part in range(shares):
             mean += tl.load(sums + part * (2 * D), inside, other=0.0)
             square += tl.load(sums + part * (2 * D) + D, inside, other=0.0)
         mean, square = mean / count, square / count
@@ -149,14 +150,14 @@ def _row_backward(
     which tokens have a neighbor at their left and right.
     """
     in_rows = inside & (row - down >= 0) & (row - down < rows)
-    dy -= (down * columns).to(tl.int64) * dy_n
+    dy -= down * columns * dy_n
     left = tl.load(dy + dy_n, token_mask(in_rows & after, D, WIDTH), other=0.0).to(tl.float32)
     middle = tl.load(dy, token_mask(in_rows, D, WIDTH), other=0.0).to(tl.float32)
     right = tl.load(dy - dy_n, token_mask(in_rows & before, D, WIDTH), other=0.0).to(tl.float32)
     return left * w_left + middle * w_middle + right * w_right, n * left, n * middle, n * right
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def read_backward_kernel(
     dy, x, table, weight, dx, parts,
     dy_b, dy_h, dy_n, dy_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d, rows, columns, prefix,
@@ -230,7 +231,7 @@ def read_backward_kernel(
         _store_row(parts, PRODUCT_SUM, _over_tokens(s_product), D, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def norm_backward_kernel(
     dn, x, table, totals, dx,
     dn_b, dn_h, dn_n, dn_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d,
