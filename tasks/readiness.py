@@ -43,5 +43,8 @@ def _problem(root: Path, source: str, remedy: str) -> str | None:
         if scheme == "hf":
             hub.check_access(rest)
     except SourceError as error:
-        return str(error)
+        from huggingface_hub import get_token
+
+        token = "" if "HF_TOKEN" in str(error) or get_token() else "; no token is set, and gated repos need HF_TOKEN"
+        return f"{error}{token}"
     return None
