@@ -315,6 +315,19 @@ def test_what_does_not_fit_is_refused(change, message):
         ttt_layer(tokens, weights, Settings(), **arguments)
 
 
+def test_under_torch_func_the_kernels_are_refused_and_the_reference_is_right():
+    case = replace(TINY, text=0)
+    leaves = draw(case).leaves
+
+    def run(v, impl):
+        return call(case, leaves | {"v": v}, impl)[0]
+
+    tangent = torch.func.jvp(lambda v: run(v, None), (leaves["v"],), (leaves["v"],))[1]
+    assert tangent.norm() > 0
+    with pytest.raises(ValueError, match=r"expected no transform of torch\.func"):
+        torch.func.jvp(lambda v: run(v, "triton"), (leaves["v"],), (leaves["v"],))
+
+
 def test_unknown_settings_are_refused():
     with pytest.raises(ValueError, match="key_norm='batch', norm_scope='joint'; expected"):
         Settings(key_norm="batch")

@@ -14,6 +14,7 @@ import torch
 import triton as triton_package
 from torch import Tensor
 
+from t5kernels.transforms import transformed
 from t5kernels.ttt import tokens
 from t5kernels.ttt import triton_kernels as kernels
 
@@ -91,6 +92,8 @@ def check(op: str, given: list[Tensor], weights: tuple[Tensor, ...]) -> None:
         raise ValueError(f"{came}; expected CUDA tensors (TRITON_INTERPRET=1 emulates them on a CPU); use 'reference'")
     if any(t.dtype != dtype for t in given) or any(t.dtype not in DTYPES for t in (*given, *weights)):
         raise ValueError(f"{came}; expected tokens of one dtype, all of {DTYPES}; convert them, or use 'reference'")
+    if transformed():
+        raise ValueError(f"{came}; expected no transform of torch.func, which the kernels have no rules for")
     if INTERPRETED and torch.bfloat16 in {t.dtype for t in (*given, *weights)}:
         raise ValueError(f"{came}; Triton's interpreter is wrong in bfloat16; expected float16 or float32")
     if given[0].shape[3] > LARGEST_HEAD or any(t.numel() == 0 for t in given):

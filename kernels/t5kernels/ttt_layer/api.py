@@ -2,7 +2,7 @@
 
 "reference" is plain PyTorch and runs anywhere; "triton" are fused kernels (swiglu with the dot loss, key norm
 "instance" or "none"). Without a wish the op picks "triton" where it is what the kernels are made for: 16-bit tokens on
-CUDA. A wish that cannot be met is an error.
+CUDA, outside of torch.func. A wish that cannot be met is an error.
 """
 
 import importlib.util
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from t5kernels.precision import autocast_dtype
+from t5kernels.transforms import transformed
 from t5kernels.ttt.api import IMPLS
 from t5kernels.ttt_layer import reference
 from t5kernels.ttt_layer.key_norm import KEY_NORMS
@@ -115,7 +116,7 @@ def _choose(q: Tensor, settings: Settings, impl: str | None) -> str:
     if impl not in (None, *IMPLS):
         raise ValueError(f"ttt_layer: impl is {impl!r}; expected one of {IMPLS}, or None to choose by device")
     half = autocast_dtype(q) in (torch.float16, torch.bfloat16)
-    fused = q.is_cuda and half and q.shape[3] <= 128 and not _unfit(settings)
+    fused = q.is_cuda and half and q.shape[3] <= 128 and not _unfit(settings) and not transformed()
     return impl or ("triton" if fused else "reference")
 
 
