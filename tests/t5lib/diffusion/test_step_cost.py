@@ -10,12 +10,13 @@ from t5lib.diffusion.step_cost import SMALL, CostConfig, step_cost
 from t5lib.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SHAPE = SMALL | {"num_layers": 2, "dual_attention_layers": (0,)}
 SMALLEST = CostConfig(sizes=(64,), compile=(False,), batch=4, micro_batch=2, text_tokens=3, steps=2)
 
 
 def test_converted_stands_beside_softmax_with_time_and_error(tmp_path):
     out = tmp_path / "cost.json"
-    found = step_cost(SMALLEST, out=out, device="cpu", shape=SMALL)
+    found = step_cost(SMALLEST, out=out, device="cpu", shape=SHAPE)
     assert json.loads(out.read_text()) == json.loads(json.dumps(found))
     assert [case["layers"] for case in found["cases"]] == ["softmax", "paper", "all"]
     for case in found["cases"]:
@@ -29,21 +30,34 @@ def test_converted_stands_beside_softmax_with_time_and_error(tmp_path):
 @pytest.mark.parametrize("teacher", ["none", "source"])
 def test_the_other_teachers(teacher, tmp_path):
     config = CostConfig(**vars(SMALLEST) | {"teacher": teacher, "layers": ("paper",), "steps": 1})
-    (case,) = step_cost(config, out=tmp_path / "cost.json", device="cpu", shape=SMALL)["cases"]
+    (case,) = step_cost(config, out=tmp_path / "cost.json", device="cpu", shape=SHAPE)["cases"]
     assert case["seconds"] > 0 and "times_softmax" not in case
+
+
+@pytest.mark.slow
+def test_compiled_stands_beside_uncompiled(tmp_path, monkeypatch):
+    compiled, seen = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: (seen.append(1), compiled(*a, backend="eager", **k))[1])
+    config = CostConfig(**vars(SMALLEST) | {"compile": (False, True), "layers": ("softmax", "paper"), "steps": 1})
+    found = step_cost(config, out=tmp_path / "cost.json", device="cpu", shape=SHAPE)["cases"]
+    wanted = [(c, layers) for c in (False, True) for layers in ("softmax", "paper")]
+    assert [(case["compile"], case["layers"]) for case in found] == wanted and seen
+    for softmax, converted in (found[:2], found[2:]):
+        assert softmax["times_softmax"] == 1
+        assert converted["times_softmax"] == pytest.approx(softmax["seconds"] / converted["seconds"])
 
 
 def test_a_case_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)
     config = CostConfig(**vars(SMALLEST) | {"optimizers": ("adamw8bit", "adamw"), "layers": ("softmax",), "steps": 1})
-    eight, plain = step_cost(config, out=tmp_path / "cost.json", device="cpu", shape=SMALL)["cases"]
+    eight, plain = step_cost(config, out=tmp_path / "cost.json", device="cpu", shape=SHAPE)["cases"]
     assert "needs bitsandbytes; install it" in eight["failed"] and "seconds" not in eight
     assert plain["seconds"] > 0
 
 
 def test_figures_need_a_prediction_that_is_right(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "TOLERANCE", 0.0)
-    found = step_cost(SMALLEST, out=tmp_path / "cost.json", device="cpu", shape=SMALL)["cases"]
+    found = step_cost(SMALLEST, out=tmp_path / "cost.json", device="cpu", shape=SHAPE)["cases"]
     assert all("relative error" in case["failed"] and "seconds" not in case for case in found)
 
 
@@ -57,7 +71,7 @@ def test_what_was_measured_stays_when_the_rest_is_cut_off(tmp_path, monkeypatch)
 
     monkeypatch.setattr(module, "_measured", second_is_killed)
     with pytest.raises(KeyboardInterrupt):
-        step_cost(SMALLEST, out=tmp_path / "cost.json", device="cpu", shape=SMALL)
+        step_cost(SMALLEST, out=tmp_path / "cost.json", device="cpu", shape=SHAPE)
     assert [case["layers"] for case in json.loads((tmp_path / "cost.json").read_text())["cases"]] == ["softmax"]
 
 
@@ -91,5 +105,5 @@ def test_the_command_writes_the_file(tmp_path):
 @pytest.mark.gpu
 def test_memory_is_measured_on_a_device(tmp_path):
     config = CostConfig(**vars(SMALLEST) | {"compile": (False, True)})
-    found = step_cost(config, out=tmp_path / "cost.json", device=torch.device("cuda"), shape=SMALL)["cases"]
+    found = step_cost(config, out=tmp_path / "cost.json", device=torch.device("cuda"), shape=SHAPE)["cases"]
     assert all(0 < case["peak_gib"] <= case["reserved_gib"] for case in found)
