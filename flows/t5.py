@@ -158,9 +158,11 @@ def show(root: Path, target: str) -> None:
 
     out, console = root / f"data/out/{target}", Console(highlight=False)
     console.print(Markdown((out / "report/summary.md").read_text(encoding="utf-8")))
+    pipeline = (out / "fetch/pipeline.json").exists()
     for what, where in {
         "report": out.relative_to(root) / "report/report.html",
         "model": out.relative_to(root) / "finetune",
+        **({"as a pipeline": f"python -m tasks.export {target} --out {target}-t5"} if pipeline else {}),
         "runs compared": "make ui",
     }.items():
         console.print(f"[bold]{what:>14}[/]  {where}", soft_wrap=True)
