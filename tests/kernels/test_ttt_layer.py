@@ -5,11 +5,12 @@ Without a CUDA device they run in Triton's interpreter.
 
 import functools
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from exactness import assert_as_exact_as_plain
-from t5kernels.ttt_layer import reference
+from t5kernels.ttt_layer import api, reference
 from t5kernels.ttt_layer.api import Grid, Settings, ttt_layer
 
 CUDA = torch.cuda.is_available()
@@ -313,6 +314,29 @@ def test_what_does_not_fit_is_refused(change, message):
     tokens, weights = tuple(leaves[n] for n in "qkv"), tuple(leaves[f"w{i}"] for i in (1, 2, 3))
     with pytest.raises(ValueError, match=message):
         ttt_layer(tokens, weights, Settings(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "chosen"),
+    [
+        ({}, "triton"),
+        ({"dtype": torch.float16}, "triton"),
+        ({"dtype": torch.float32}, "reference"),
+        ({"is_cuda": False}, "reference"),
+        ({"shape": (1, 2, 5, 160)}, "reference"),
+        ({"settings": Settings(key_norm="rms")}, "reference"),
+        ({"settings": Settings(inner="two_layer")}, "reference"),
+        ({"major": 7}, "reference"),
+        ({"impl": "reference"}, "reference"),
+    ],
+    ids=lambda value: next(iter(value), "usual") if isinstance(value, dict) else value,
+)
+def test_16_bit_tokens_on_a_card_take_the_kernels_and_what_they_cannot_do_the_reference(change, chosen, monkeypatch):
+    given = {"dtype": torch.bfloat16, "is_cuda": True, "shape": (1, 2, 5, 64), "settings": USUAL, "major": 9} | change
+    card = SimpleNamespace(major=given["major"])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    q = SimpleNamespace(device=torch.device("cuda"), **{name: given[name] for name in ("dtype", "is_cuda", "shape")})
+    assert api._choose(q, given["settings"], given.get("impl")) == chosen
 
 
 def test_under_torch_func_the_kernels_are_refused_and_the_reference_is_right():

@@ -278,9 +278,16 @@ def _cut(kernel: str, x: Tensor) -> tuple[int, Tile, int]:
     """Padded head width, tile and number of slices of the hidden width."""
     D = x.shape[3]
     width = padded_width(D)
-    small = x.is_cuda and torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin < LEAST_SHARED
-    tile = SAFE_TILE if x.dtype == torch.float32 or small else TILES[kernel][width]
+    tile = SAFE_TILE if x.dtype == torch.float32 or _small(x) else TILES[kernel][width]
     return width, tile, triton_package.cdiv(D, tile.hidden)
+
+
+def _small(x: Tensor) -> bool:
+    """Whether x is on a card whose programs have less on chip than TILES are made for (or that does not say)."""
+    if not x.is_cuda:
+        return False
+    properties = torch.cuda.get_device_properties(x.device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) < LEAST_SHARED
 
 
 def _programs(x: Tensor, tile: Tile) -> int:

@@ -117,7 +117,12 @@ def _choose(q: Tensor, settings: Settings, impl: str | None) -> str:
         raise ValueError(f"ttt_layer: impl is {impl!r}; expected one of {IMPLS}, or None to choose by device")
     half = autocast_dtype(q) in (torch.float16, torch.bfloat16)
     fused = q.is_cuda and half and q.shape[3] <= 128 and not _unfit(settings) and not transformed()
-    return impl or ("triton" if fused else "reference")
+    return impl or ("triton" if fused and _supported(q.device) else "reference")
+
+
+def _supported(device: torch.device) -> bool:
+    """Whether Triton compiles for this card. While torch.compile looks on it is taken for granted."""
+    return torch.compiler.is_compiling() or torch.cuda.get_device_properties(device).major >= 8
 
 
 def _unfit(settings: Settings) -> str | None:
