@@ -291,3 +291,17 @@ def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch):
     q, k, v, weights, _ = inputs((1, 5, 2, 16))
     with pytest.raises(ValueError, match="on cpu; expected CUDA tensors"):
         ttt(q, k, v, weights, inner="swiglu", scale=0.1, impl="triton")
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 64, 300])
+@pytest.mark.parametrize(("heads", "images"), [(1, 1), (48, 1), (24, 2), (6, 128), (72, 32)])
+def test_programs_share_all_tokens_and_keep_a_large_card_busy(blocks, heads, images):
+    programs = 132
+    blocks_each, images_each = kernels._shares(blocks, heads, images, programs)
+    chunks, groups = -(-blocks // blocks_each), -(-images // images_each)
+    assert chunks <= kernels.MOST_CHUNKS
+    assert (chunks - 1) * blocks_each < blocks <= chunks * blocks_each
+    assert (groups - 1) * images_each < images <= groups * images_each
+    # The work of the busiest place, against everything shared out evenly and what a program costs by itself.
+    busiest = -(-heads * chunks * groups // programs) * (blocks_each * images_each + kernels.OVERHEAD)
+    assert busiest <= 1.5 * (blocks * heads * images / programs) + 3 * kernels.OVERHEAD + blocks / kernels.MOST_CHUNKS
