@@ -79,7 +79,8 @@ def train_diffusion(
         model: a diffusers SD3Transformer2DModel or DiTTransformer2DModel in float32, converted or not.
         batches: see t5lib.diffusion.objectives and t5lib.batches. Every process passes its own part.
         objective: how latents are noised, and the loss; noise follows from config.seed, process and batch number.
-        teacher: the softmax original, when config.align is set and config.teacher is "source".
+        teacher: the softmax original, when config.align is set and config.teacher is "source". With precision "bf16"
+            its weights may be bfloat16, at half the memory.
         resume_dir: checkpoints; a second call with the same folder continues and, on a CPU, ends with the same bits.
         log: called in the main process with loss, learning rates, gradient norm, and the step.
 
@@ -95,6 +96,11 @@ def train_diffusion(
         raise T5Error(
             f"train: the model's weights are {', '.join(narrow)}, in which small steps are lost; load it with "
             "torch_dtype=torch.float32 and set precision: bf16"
+        )
+    if teacher and config.precision == "fp32" and next(teacher.parameters()).dtype != torch.float32:
+        raise T5Error(
+            f"train: the teacher's weights are {next(teacher.parameters()).dtype} and precision is fp32; call "
+            "teacher.float(), or set precision: bf16"
         )
     return _Denoising(model, config, objective, teacher).run(batches, resume_dir, log)
 

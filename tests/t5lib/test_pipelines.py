@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from accelerate import cpu_offload
 from diffusers import (
     AutoPipelineForImage2Image,
     DDIMScheduler,
@@ -126,6 +127,14 @@ def test_parts_can_be_replaced_and_left_out_when_a_pipeline_is_loaded(tmp_path):
     assert loaded.text_encoder_3 is None and loaded.transformer.dtype == loaded.vae.dtype == torch.bfloat16
     softmax = sd3_pipeline().transformer
     assert t5lib.load_pipeline(tmp_path, transformer=softmax).transformer is softmax
+
+
+def test_parts_that_a_repository_leaves_out_stay_out_unless_they_are_given(monkeypatch):
+    index = {"_class_name": "DiTPipeline", "vae": [None, None], "scheduler": ["diffusers", "DDIMScheduler"]}
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda source, **options: index)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda source, **options: (source, options))
+    assert t5lib.load_pipeline("me/dit", revision="v1") == ("me/dit", {"vae": None, "revision": "v1"})
+    assert t5lib.load_pipeline("me/dit", vae="mine") == ("me/dit", {"vae": "mine"})
 
 
 def test_what_is_loaded_can_be_reverted_to_the_softmax_pipeline(tmp_path):
@@ -261,12 +270,12 @@ def test_offloading_moves_the_parts_to_the_device_and_back(way):
     assert {parameter.device.type for parameter in new.transformer.transformer_blocks.parameters()} == {"cpu"}
 
 
-def test_weights_that_offloading_left_behind_are_named():
-    new = converted().transformer
-    new.transformer_blocks[0].attn.mixer.to("meta")
-    pipe = sd3_pipeline(transformer=new)
+def test_offloading_part_by_part_which_would_leave_new_weights_behind_is_refused():
+    """As enable_sequential_cpu_offload does it: weights wait on the meta device until their own module is called."""
+    new = converted()
+    cpu_offload(new.transformer, torch.device("cpu"), offload_buffers=True)
     with pytest.raises(T5Error, match=r"new weights are on meta, its input on cpu.*use enable_model_cpu_offload"):
-        image(pipe)
+        image(new)
 
 
 def test_layerwise_casting_stores_inherited_weights_narrow_and_new_ones_as_they_are():

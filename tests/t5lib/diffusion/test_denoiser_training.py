@@ -165,6 +165,17 @@ def test_source_teaches_its_prediction_and_stays_as_it_is(kind):
     assert not changed(source, before) and all(parameter.grad is None for parameter in source.parameters())
 
 
+def test_a_source_in_bfloat16_teaches_nearly_the_same(kind):
+    make = MODELS[kind][0]
+    config = dataclasses.replace(PLAIN, steps=2, align=2.0, teacher="source", precision="bf16")
+    exact = losses(make(), config, teacher=make(seed=1))
+    assert losses(make(), config, teacher=make(seed=1).bfloat16()) == pytest.approx(exact, rel=1e-2)
+    with pytest.raises(
+        T5Error, match=r"teacher's weights are torch\.bfloat16 and precision is fp32; call teacher\.float"
+    ):
+        run(make(), dataclasses.replace(config, precision="fp32"), teacher=make(seed=1).bfloat16())
+
+
 @pytest.mark.parametrize("aligned", [{}, {"ema": 0.9, "align": 0.5}], ids=["plain", "aligned"])
 def test_checkpointed_gradients_and_compiled_blocks_agree(kind, aligned, monkeypatch):
     compile_eagerly = torch.compile
