@@ -130,6 +130,18 @@ def test_masks_are_built_once_though_first_used_while_a_model_is_traced(monkeypa
     assert not any(mask.kv_indices.is_inference() for mask in vars(flex._masks).values())
 
 
+@pytest.mark.parametrize(
+    ("op", "sizes"),
+    [(neighborhood_attention, SQUARES_144), (circular_attention, CIRCLES_144)],
+    ids=["square", "circle"],
+)
+def test_flex_is_traced_with_a_dynamic_number_of_tokens(op, sizes):
+    q, k, v = tokens(count_of(sizes), 16, torch.float32)
+    traced = torch.compile(op, backend="aot_eager", fullgraph=True, dynamic=True)
+    expected = op(q, k, v, **sizes, impl="reference")
+    torch.testing.assert_close(traced(q, k, v, **sizes, impl="flex"), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.gpu
 @needs_cuda
 @CASES

@@ -32,7 +32,7 @@ def circular_attention(
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, kind: str, sizes: tuple[int, ...]) -> Tensor:
     # operator.index makes a size that torch.compile traces as dynamic a plain number: a mask is of one geometry.
-    name = _prepare(kind, tuple(operator.index(size) for size in sizes), q.shape[2], str(q.device))
+    name = _prepare(kind, tuple(operator.index(size) for size in sizes), str(q.device))
     scale, width = q.shape[3] ** -0.5, q.shape[3]
     if width < SMALLEST_HEAD:
         q, k, v = (F.pad(t, (0, SMALLEST_HEAD - width)) for t in (q, k, v))
@@ -55,17 +55,19 @@ _masks = _Masks()
 
 
 @torch.compiler.assume_constant_result
-def _prepare(kind: str, sizes: tuple[int, ...], num_tokens: int, device: str) -> str:
+def _prepare(kind: str, sizes: tuple[int, ...], device: str) -> str:
     """The attribute of `_masks` that holds the mask, built if it is new. torch.compile runs this while it traces."""
     name = "_".join(map(str, (kind, *sizes, device)))
     if not hasattr(_masks, name):
         # A mask built in inference mode could not be used in training later.
         with torch.inference_mode(False):
-            setattr(_masks, name, _build(kind, sizes, num_tokens, device))
+            setattr(_masks, name, _build(kind, sizes, device))
     return name
 
 
-def _build(kind: str, sizes: tuple[int, ...], num_tokens: int, device: str) -> BlockMask:
+def _build(kind: str, sizes: tuple[int, ...], device: str) -> BlockMask:
+    rows, columns, *others = sizes
+    num_tokens = rows * columns + (others[0] if kind == "circular" else 0)
     seen = {"neighborhood": _in_neighborhood, "circular": _in_circle}[kind](*sizes)
     return create_block_mask(seen, None, None, num_tokens, num_tokens, device=device)
 
