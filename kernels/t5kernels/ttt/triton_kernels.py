@@ -139,8 +139,8 @@ def accumulate_kernel(
     k, v = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
     s1, s2, s3 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN)
     for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
-        keys = load_prepared(k, table, index, start, k_n, k_d, rows, columns, prefix, N, D, WIDTH, BLOCK, KIND)
         values = load_tokens(v, start, v_n, v_d, N, D, WIDTH, BLOCK)
+        keys = load_prepared(k, table, index, start, k_n, k_d, rows, columns, prefix, N, D, WIDTH, BLOCK, KIND)
         z1, z2 = _dot(keys, w1), _dot(keys, w2)
         r = _dot(values, tl.trans(w3))
         gate, slope, _ = _silu(z1, dtype)
@@ -200,8 +200,8 @@ def apply_backward_kernel(
         u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, HIDDEN)
         s1, s2, s3 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN)
         for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
-            queries = load_prepared(q, table, index, start, q_n, q_d, rows, columns, prefix, N, D, WIDTH, BLOCK, KIND)
             grads = load_tokens(do, start, do_n, do_d, N, D, WIDTH, BLOCK)
+            queries = load_prepared(q, table, index, start, q_n, q_d, rows, columns, prefix, N, D, WIDTH, BLOCK, KIND)
             y1, y2 = _dot(queries, u1), _dot(queries, u2)
             dh = _dot(grads, tl.trans(u3))
             gate, slope, _ = _silu(y1, dtype)
@@ -243,8 +243,8 @@ def accumulate_backward_kernel(
             k_, v_ = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
             dk_, dv_ = start_of_head(dk, b, h, dk_b, dk_h), start_of_head(dv, b, h, dv_b, dv_h)
             for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
-                keys = load_prepared(k_, table, index, start, k_n, k_d, rows, columns, prefix, N, D, WIDTH, BLOCK, KIND)
                 values = load_tokens(v_, start, v_n, v_d, N, D, WIDTH, BLOCK)
+                keys = load_prepared(k_, table, index, start, k_n, k_d, rows, columns, prefix, N, D, WIDTH, BLOCK, KIND)
                 z1, z2 = _dot(keys, w1_), _dot(keys, w2_)
                 r = _dot(values, tl.trans(w3_))
                 gate, slope, bend = _silu(z1, dtype)
