@@ -18,6 +18,7 @@ TARGET = {
     "data": {"img_size": 32, "num_classes": 3, "mean": [0.5] * 3, "std": [0.25] * 3, "eval_batch_size": 10},
     "source": {"head": "fit", "finetune": TRAINED | {"epochs": 0.2}},
     "diagnose": {},
+    "evaluate": {},
     "explain": {},
     "convert": {"inner": "swiglu", "key_norm": "instance", "locality": "dwc_qk"},
     "calibrate": {},

@@ -25,6 +25,7 @@ SETTINGS = {
     "calibrate": {"steps": 40, "batch_size": 8, "warmup": 4, "pool": 2, "reuse": 2, "checkpoint_every": 8},
     "freeze": {"floor": 1.0, "train": {**TRAINED, "trainable": "new"}},
     "finetune": {**TRAINED, "distill": 0.5, "augment": {"hflip": 0.5}},
+    "evaluate": {},
 }
 TRAIN, VAL = 48, 21
 TRAINING_METRICS = {"top1", "loss", "steps", "seconds", "samples_per_second"}

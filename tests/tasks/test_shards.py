@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import tasks.shards
+import tasks.downloads
 from t5lib.errors import SourceError, T5Error
 from t5lib.files import read_json, sha256, write_json
 from t5lib.shards import ShardSet
@@ -85,8 +85,8 @@ def test_hub_shards_are_fetched_once_and_half_a_download_is_not_taken_for_all(tm
         write_tar(folder / "1.tar", first + 10, 3)
         return folder
 
-    monkeypatch.setattr(tasks.shards, "fetch", fetch)
-    monkeypatch.setattr(tasks.shards, "resolve", lambda source: source.replace("@main", "@" + "0" * 40))
+    monkeypatch.setattr(tasks.downloads, "fetch", fetch)
+    monkeypatch.setattr(tasks.downloads, "resolve", lambda source: source.replace("@main", "@" + "0" * 40))
     train, val = (f"hf:datasets/me/pictures@main#{split}-*.tar" for split in ("train", "val"))
     with pytest.raises(SourceError):
         run(tmp_path, train, val)
