@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from tasks import tracking
 
@@ -71,7 +72,14 @@ INPUTS = {"fetch": [], "convert": ["fetch"], "evaluate": ["fetch", "convert"]}
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Tests that run Prefect in process come last: its threads make DataLoader workers forked later exit with 1."""
+    """Tests that run Prefect in process come last: its threads make DataLoader workers forked later exit with 1.
+
+    Those that need a card are skipped where there is none.
+    """
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is not None)
 
 
