@@ -69,7 +69,7 @@ class Settings:
     kinds: tuple[str, ...] = KINDS
     cost: str = "time"
     budgets: int = 4
-    verify: int = 6
+    verify: int = 8
     shortlist: int = 8
     eval_batch_size: int = 64
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
@@ -139,7 +139,10 @@ def open_images(settings: Settings, model: nn.Module, device: torch.device, work
 
 
 def run(settings: Settings, seeds: list[int], out: Path, work: Path, device: torch.device) -> dict[str, Any]:
-    """Measure, calibrate, scan, choose and compare, and write `out`.json, .md and .png."""
+    """Measure, verify, calibrate, scan, choose and compare, and write `out`.json, .md and .png.
+
+    `out`.json is there from the first verified times on, without "summary" until all is done.
+    """
     work = work / _fingerprint(settings, device)
     softmax = at_resolution(t5lib.load(settings.model), settings.resolution).to(device)
     kept = _kept(work / "plan.json", lambda: to_dict(_measured(softmax, settings, device)))
@@ -147,13 +150,6 @@ def run(settings: Settings, seeds: list[int], out: Path, work: Path, device: tor
     print(planned.verdict(), flush=True)
     prices = Prices.of(settings.cost, planned, softmax)
     budgets = wanted_budgets(prices.layers, settings.budgets)
-    images = open_images(settings, softmax, device, work.parent)
-    runs = {}
-    for seed in seeds:
-        folder = work / f"seed-{seed}"
-        job = _Seed(settings, planned, prices.layers, softmax, images, seed, folder)
-        runs[str(seed)] = _kept(folder / "result.json", lambda job=job: job.run(budgets))
-    checked = to_verify(planned, next(iter(runs.values())), settings.verify)
     result = {
         "model": settings.model,
         "device": describe_device(device),
@@ -164,9 +160,23 @@ def run(settings: Settings, seeds: list[int], out: Path, work: Path, device: tor
         "rest": prices.rest,
         "softmax_cost": prices.whole(total(prices.layers, planned.uniform(SOFTMAX))),
         "budgets": [{"blocks": blocks, "cost": prices.whole(blocks)} for blocks in budgets],
-        "verified": _kept(work / "verified.json", lambda: verify(planned, softmax, checked, device)),
-        "seeds": runs,
     }
+
+    def verified(name: str, maps: list[list[str]]) -> list[dict[str, Any]]:
+        return _kept(work / f"verified-{name}.json", lambda: verify(planned, softmax, maps, device))
+
+    fixed = fixed_maps(planned)[: settings.verify]
+    result |= {"verified": verified("fixed", fixed), "seeds": {}}  # before the long work: it may be cut off
+    write_json(out.with_suffix(".json"), result)
+    images = open_images(settings, softmax, device, work.parent)
+    for seed in seeds:
+        folder = work / f"seed-{seed}"
+        job = _Seed(settings, planned, prices.layers, softmax, images, seed, folder)
+        result["seeds"][str(seed)] = _kept(folder / "result.json", lambda job=job: job.run(budgets))
+        write_json(out.with_suffix(".json"), result)
+    chosen = chosen_maps(next(iter(result["seeds"].values())), fixed)[: settings.verify - len(fixed)]
+    if chosen:  # softmax once more, to be measured beside
+        result["verified"] = result["verified"] + verified("chosen", [planned.uniform(SOFTMAX), *chosen])[1:]
     result["summary"] = plan_report.summarize(result)
     write_json(out.with_suffix(".json"), result)
     write_text(out.with_suffix(".md"), plan_report.table(result))
@@ -217,11 +227,20 @@ def wanted_budgets(costs: list[dict[str, float]], count: int) -> list[float]:
     return [total(costs, fixed_rules(depth, number, kind)["first"]) for number in converted]
 
 
-def to_verify(planned: Plan, first: dict[str, Any], limit: int) -> list[list[str]]:
-    """Assignments to measure: softmax and each kind in all layers, and what the solver chose; no two of like parts."""
-    every = [planned.uniform(kind) for kind in (SOFTMAX, *planned.kinds)] + first["chosen"]
-    different = {tuple(sorted(assignment)): assignment for assignment in reversed(every)}
-    return [assignment for assignment in every if assignment in different.values()][:limit]
+def fixed_maps(planned: Plan) -> list[list[str]]:
+    """Assignments whose time is checked whatever is chosen: softmax, each kind in all layers, one in every second."""
+    mixed = fixed_rules(planned.depth, max(1, planned.depth // 2), planned.kinds[0])["evenly spaced"]
+    return [*(planned.uniform(kind) for kind in (SOFTMAX, *planned.kinds)), mixed]
+
+
+def chosen_maps(first: dict[str, Any], known: list[list[str]]) -> list[list[str]]:
+    """What the solver chose; none of like parts twice, or like a known one."""
+    seen, found = {tuple(sorted(assignment)) for assignment in known}, []
+    for assignment in first["chosen"]:
+        if tuple(sorted(assignment)) not in seen:
+            seen.add(tuple(sorted(assignment)))
+            found.append(assignment)
+    return found
 
 
 @dataclass(frozen=True)
@@ -241,23 +260,31 @@ class _Seed:
         for kind in self.planned.kinds:
             calibrated[kind], errors[kind] = self._calibrated(kind)
         how = {"precision": "bf16" if next(self.softmax.parameters()).is_cuda else "fp32"}
-        with progress(f"seed {self.seed}: scan", self.settings.scan_images) as bar:
-            table = scan(self.softmax, calibrated, self.images.scan(), on_batch=bar.advance, **how)
+        table = _kept(self.folder / "scan.json", lambda: self._scan(calibrated, how))
         chosen, rows = [], []
         if budgets:
-            models, increase = (self.softmax, calibrated), table["increase"]
-            count = self.settings.shortlist
-            with progress(f"seed {self.seed}: choose", self.settings.scan_images) as bar:
-                batches = self.images.scan()
-                chosen = select(*models, increase, costs, budgets, batches, count=count, on_batch=bar.advance, **how)
+            increase = table["increase"]
+            chosen = _kept(self.folder / "chosen.json", lambda: self._choose(calibrated, increase, budgets, how))
             named = [
                 {SOLVER: own, BY_SUM: choose(increase, costs, budget), SOFTMAX: self.planned.uniform(SOFTMAX)}
                 for own, budget in zip(chosen, budgets, strict=True)
             ]
             with progress(f"seed {self.seed}: compare", self.settings.test_images) as bar:
-                batches = self.images.test()
+                batches, models = self.images.test(), (self.softmax, calibrated)
                 rows = compare_rules(*models, costs, budgets, named, batches, on_batch=bar.advance, **how)
         return {"calibration_error": errors, "scan": table, "chosen": chosen, "compared": rows}
+
+    def _scan(self, calibrated: dict[str, nn.Module], how: dict[str, str]) -> dict[str, Any]:
+        with progress(f"seed {self.seed}: scan", self.settings.scan_images) as bar:
+            return scan(self.softmax, calibrated, self.images.scan(), on_batch=bar.advance, **how)
+
+    def _choose(
+        self, calibrated: dict[str, nn.Module], increase: Any, budgets: list[float], how: dict[str, str]
+    ) -> list[list[str]]:
+        models, count = (self.softmax, calibrated), self.settings.shortlist
+        with progress(f"seed {self.seed}: choose", self.settings.scan_images) as bar:
+            batches = self.images.scan()
+            return select(*models, increase, self.costs, budgets, batches, count=count, on_batch=bar.advance, **how)
 
     def _calibrated(self, kind: str) -> tuple[nn.Module, dict[str, float]]:
         """The calibrated model, and the mean error of its layers before and after."""

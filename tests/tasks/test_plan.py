@@ -13,6 +13,7 @@ from t5lib import planning, racing
 from t5lib.calibration import CalibrateConfig
 from t5lib.conversion import ttt_layers
 from t5lib.errors import T5Error
+from t5lib.files import read_json
 from t5lib.layers.settings import T5Config
 from t5lib.planning import PlanConfig
 from tasks import plan as task
@@ -158,3 +159,37 @@ def test_prices_in_flops_are_those_of_whole_models_and_the_same_on_every_clock(s
         task.count_flops(alone, image) / 1e9 + near
     )
     assert prices.unit == "GFLOPs" and not task.wanted_budgets(planned.block_costs(), 2)
+
+
+def test_times_are_verified_and_written_before_the_long_work(settings, clock, tmp_path, monkeypatch):
+    clock(softmax=3.0)
+
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(task._Seed, "_calibrated", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path)
+    partial = read_json(tmp_path / "out.json")
+    assert [row["layers"] for row in partial["verified"]] == [
+        {"0-3": "softmax"},
+        {"0-3": "swiglu"},
+        {"0-3": "two_layer"},
+        {"0": "softmax", "1": "swiglu", "2": "softmax", "3": "swiglu"},
+    ]
+    assert partial["seeds"] == {} and "summary" not in partial
+
+
+def test_a_seed_that_was_cut_off_keeps_its_scan_and_its_choice(settings, clock, tmp_path, monkeypatch):
+    clock(softmax=3.0)
+
+    def cut_off(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(task, "compare_rules", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, tmp_path)
+    for done in ("scan", "select"):
+        monkeypatch.setattr(task, done, None)
+    assert run(settings, tmp_path)["summary"]["budgets"]
