@@ -147,7 +147,7 @@ def record_past_run(
 
     Args:
         tags: with "git_commit", "device", and "record": a run with the same `record` is not made again, only metrics
-            that changed are added to it.
+            that changed and its end are brought up to date.
         started, ended: seconds since 1970.
 
     Returns:
@@ -163,6 +163,7 @@ def record_past_run(
     if found:
         known, run = found[0].data.metrics, Run(client, found[0].info.run_id)
         run.log_metrics({key: value for key, value in flatten(metrics).items() if known.get(key) != value})
+        client.set_terminated(run.id, status, int(ended * 1000))  # of a whole that has grown since
         return run.id, False
     source = {"mlflow.source.git.commit": tags["git_commit"], "mlflow.user": _user()}
     made = client.create_run(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from t5lib.errors import T5Error
 from tasks import tracking
 from tasks.ablation.running import Result
 
@@ -34,8 +35,10 @@ def import_result(root: Path, result: Result) -> tuple[int, int]:
     """Record a whole result file; how many of its runs were new, and how many were there.
 
     Raises:
-        T5Error: MLflow is not installed.
+        T5Error: MLflow is not installed, or the file holds no run yet.
     """
+    if not result["records"]:
+        raise T5Error(f"the ablation '{result['ablation']}' has no result yet, so there is nothing to record")
     parent, _ = _parent(root, result)
     records = [record for seeds in result["records"].values() for record in seeds.values()]
     new = sum(_child(root, result, record, parent) for record in records)

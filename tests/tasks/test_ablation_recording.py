@@ -37,6 +37,8 @@ def test_a_result_becomes_a_parent_and_a_run_for_every_variant_and_seed_once(roo
 
     (parent,) = runs(root, stage="ablation")
     assert (parent.info.run_name, parent.data.tags["ablation"]) == ("small", "small")
+    last = max(record["ended"] for seeds in result["records"].values() for record in seeds.values())
+    assert parent.info.end_time == int(last * 1000)
     assert parent.data.metrics["mean_top1.linear.finetuned"] == 91.0
     children = runs(root, stage="variant")
     assert len(children) == 8
@@ -77,3 +79,8 @@ def test_a_broken_store_costs_the_record_and_not_the_work(root, capsys):
     for seed in ("0", "1"):
         recorder(result, result["records"]["linear"][seed])
     assert capsys.readouterr().err.count("no further result is recorded") == 1
+
+
+def test_a_file_without_runs_is_told(root):
+    with pytest.raises(T5Error, match="'small' has no result yet"):
+        recording.import_result(root, ablation.result() | {"records": {}})
