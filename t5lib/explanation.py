@@ -4,7 +4,6 @@ Shapes: B images, H heads, N tokens, D head width, C channels, Q queries.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,13 +11,12 @@ import torch
 from t5kernels import key_norm
 from torch import Tensor, nn
 
-from t5lib.diagnosis import shift_ratio
 from t5lib.errors import T5Error
 from t5lib.families import timm_vit
 from t5lib.implicit import attention_distance, implicit_attention, mixed, over_patches, projections, spread_queries
+from t5lib.layer_sums import LayerSums, evaluating, kind_of, measured
 from t5lib.layers.attention import TTTAttention
 from t5lib.layers.grid import TokenGrid
-from t5lib.similarity import CKA, RelativeError
 
 TOKENS_AT_ONCE = 4096  # of all images in a pass; every layer's inputs and outputs are held, of both models
 MAP_LAYERS, MAP_IMAGES = 4, 2  # how many are pictured
@@ -129,34 +127,17 @@ def explain(
         T5Error: models that do not belong together, or images that are none.
     """
     names = _check(softmax_model, converted_model, images)
-    with _evaluating(softmax_model), _evaluating(converted_model):
-        measured = _measure(softmax_model, converted_model, names, images)
+    with evaluating(softmax_model), evaluating(converted_model):
+        found = _measure(softmax_model, converted_model, names, images)
         seen = _look(softmax_model, converted_model, names, images[:map_images], queries, probes)
     return Explanation(
         layers=tuple(names),
-        kinds=tuple(_kind(converted_model.get_submodule(name)) for name in names),
+        kinds=tuple(kind_of(converted_model.get_submodule(name)) for name in names),
         images=len(images),
         map_images=min(map_images, len(images)),
-        **measured,
+        **found,
         **seen,
     )
-
-
-def _kind(attention: nn.Module) -> str:
-    if not isinstance(attention, TTTAttention):
-        return "softmax"
-    return f"{attention.mixer.config.inner}, {attention.mixer.config.locality}"
-
-
-class _Layer:
-    """What is summed up over the images for one layer; shift ratios as means over heads times images."""
-
-    def __init__(self):
-        self.layer_error, self.block_error, self.cka = RelativeError(), RelativeError(), CKA()
-        self.shifts: dict[str, float] = {}
-
-    def add_shift(self, name: str, keys: Tensor) -> None:
-        self.shifts[name] = self.shifts.get(name, 0.0) + shift_ratio(keys).mean().item() * len(keys)
 
 
 @torch.no_grad()
@@ -164,22 +145,23 @@ def _measure(
     softmax_model: nn.Module, converted_model: nn.Module, names: list[str], images: Tensor
 ) -> dict[str, tuple[float | None, ...]]:
     """Errors, CKA and shift ratios, by name and layer."""
-    layers = {name: _Layer() for name in names}
+    layers = {name: LayerSums() for name in names}
     for part in _parts(softmax_model, images):
         theirs, ours = _trace(softmax_model, names, part), _trace(converted_model, names, part)
         for name, layer in layers.items():
             attentions = (model.get_submodule(name) for model in (softmax_model, converted_model))
             _add(layer, *attentions, *theirs[name], *ours[name])
-    shifts = ("shift_softmax", "shift_before", "shift_after", "shift_fitted")
-    found = {name: tuple(layer.shifts.get(name) for layer in layers.values()) for name in shifts}
-    result = {name: tuple(v if v is None else v / len(images) for v in values) for name, values in found.items()}
-    for name in ("layer_error", "block_error", "cka"):
-        result[name] = tuple(getattr(layer, name).value() for layer in layers.values())
-    return result
+    return measured(layers, len(images))
 
 
 def _add(
-    layer: _Layer, softmax: nn.Module, converted: nn.Module, x: Tensor, block: Tensor, own_x: Tensor, own_block: Tensor
+    layer: LayerSums,
+    softmax: nn.Module,
+    converted: nn.Module,
+    x: Tensor,
+    block: Tensor,
+    own_x: Tensor,
+    own_block: Tensor,
 ) -> None:
     """Count some images in: x and block are the softmax model's input of the layer and output of its block, own_x and
     own_block the converted model's."""
@@ -282,16 +264,6 @@ def _trace(model: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, 
 def _parts(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
     rows, columns = model.patch_embed.dynamic_feat_size(images.shape[-2:])
     return images.split(max(1, TOKENS_AT_ONCE // (rows * columns)))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _check(softmax_model: nn.Module, converted_model: nn.Module, images: Tensor) -> list[str]:

@@ -7,7 +7,6 @@ Shapes: B latents, N image tokens, T text tokens, C channels, H heads, D head wi
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
@@ -17,16 +16,14 @@ from t5kernels import key_norm
 from torch import Tensor, nn
 
 from t5lib.batches import seeded
-from t5lib.diagnosis import shift_ratio
 from t5lib.diffusion.objectives import Batch, Objective
 from t5lib.errors import T5Error
 from t5lib.families import family_of
+from t5lib.layer_sums import SHIFTS, LayerSums, evaluating, kind_of, measured
 from t5lib.layers.attention import TTTLayer
-from t5lib.similarity import CKA, RelativeError
 
 EXPLANATION = 4  # what tells the noise of an explanation from others with the same seed
 AT_ONCE = 2  # latents in a pass; every layer's inputs and outputs are held, of both models
-SHIFTS = ("shift_softmax", "shift_before", "shift_after", "shift_fitted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,36 +86,17 @@ def explain_denoiser(
         T5Error: models that do not belong together.
     """
     family, names = family_of(softmax), _check(softmax, converted)
-    layers = {name: _Layer() for name in names}
+    layers = {name: LayerSums() for name in names}
     inputs = objective.noised(batch, seeded(seed, EXPLANATION)).inputs
     count = len(inputs["hidden_states"])
-    with _evaluating(softmax), _evaluating(converted):
+    with evaluating(softmax), evaluating(converted):
         for start in range(0, count, AT_ONCE):
             part = {name: value[start : start + AT_ONCE].to(softmax.device) for name, value in inputs.items()}
             theirs, ours = (_Trace(model, family, names, part) for model in (softmax, converted))
             for name, layer in layers.items():
                 _add(layer, name, family, theirs, ours)
-    shifts = {
-        what: tuple(None if what not in layer.shifts else layer.shifts[what] / count for layer in layers.values())
-        for what in SHIFTS
-    }
-    measured = {
-        what: tuple(getattr(layer, what).value() for layer in layers.values())
-        for what in ("layer_error", "block_error", "cka")
-    }
-    kinds = tuple(_kind(converted.get_submodule(name)) for name in names)
-    return DenoiserExplanation(layers=tuple(names), kinds=kinds, images=count, **measured, **shifts)
-
-
-class _Layer:
-    """What is summed up over the latents for one attention; shift ratios as means over heads times latents."""
-
-    def __init__(self):
-        self.layer_error, self.block_error, self.cka = RelativeError(), RelativeError(), CKA()
-        self.shifts: dict[str, float] = {}
-
-    def add_shift(self, name: str, keys: Tensor) -> None:
-        self.shifts[name] = self.shifts.get(name, 0.0) + shift_ratio(keys).mean().item() * len(keys)
+    kinds = tuple(kind_of(converted.get_submodule(name)) for name in names)
+    return DenoiserExplanation(layers=tuple(names), kinds=kinds, images=count, **measured(layers, count))
 
 
 class _Trace:
@@ -147,7 +125,7 @@ class _Trace:
         return keep
 
 
-def _add(layer: _Layer, name: str, family: ModuleType, theirs: _Trace, ours: _Trace) -> None:
+def _add(layer: LayerSums, name: str, family: ModuleType, theirs: _Trace, ours: _Trace) -> None:
     softmax, converted = (trace.model.get_submodule(name) for trace in (theirs, ours))
     layer.add_shift("shift_softmax", family.project(softmax, theirs.tokens[name])[1])
     layer.layer_error.add(_heads_of(converted, family, theirs.tokens[name]), theirs.heads[name])
@@ -174,12 +152,6 @@ def _heads_of(attention: nn.Module, family: ModuleType, tokens: tuple[Tensor, ..
     return heads["it"]
 
 
-def _kind(attention: nn.Module) -> str:
-    if not isinstance(attention, TTTLayer):
-        return "softmax"
-    return f"{attention.mixer.config.inner}, {attention.mixer.config.locality}"
-
-
 def _check(softmax: nn.Module, converted: nn.Module) -> list[str]:
     family = family_of(softmax)
     try:
@@ -191,13 +163,3 @@ def _check(softmax: nn.Module, converted: nn.Module) -> list[str]:
     if other:
         raise T5Error(f"explain: the models differ in {other[0]}; pass the softmax model and what was made of it")
     return family.attention_names(softmax)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
