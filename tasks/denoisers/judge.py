@@ -20,7 +20,6 @@ from tasks.common import device, precision
 from tasks.denoisers import pipeline, real
 from tasks.denoisers.data import LatentsConfig
 from tasks.denoisers.latents import latents, load, objective
-from tasks.denoisers.real import RealImage
 
 REAL = "real images"  # the row of a table that says what can be reached
 REFERENCES = 20  # pictures of each name that generated ones are compared with
@@ -76,7 +75,8 @@ class Judge:
         self.folder = pipeline.folder_of(fetched, root)
         self.channels = pipeline.image_channels(self.folder)
         images = {"size": config.sampling.size or pipeline.image_size(self.folder), "channels": self.channels}
-        self.asked = _evenly(real.read(shards / "images-val.json", **images), config.samples)
+        held_out = real.read(shards / "images-val.json", **images, most=config.samples)
+        self.asked = [held_out[number % len(held_out)] for number in range(config.samples)]
         self._known = lambda: real.references(shards / "images-train.json", **images, most=REFERENCES)
         self._held_out = _held_out(data, shards, source)
         self._pipe: Any = None
@@ -146,12 +146,6 @@ class Judge:
     def _references(self) -> dict[str, Tensor]:
         known = self._known()
         return scores.tokens_of(known, self._dinov2) if known else {}
-
-
-def _evenly(images: list[RealImage], number: int) -> list[RealImage]:
-    """`number` of them, spread over all; each several times where there are fewer."""
-    count = len(images)
-    return [images[i * count // number if number <= count else i % count] for i in range(number)]
 
 
 def _held_out(data: LatentsConfig, shards: Path, source: Path) -> Callable[[nn.Module], float]:

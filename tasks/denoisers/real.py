@@ -33,11 +33,12 @@ class RealImage:
     scene: Scene | None
 
 
-def read(manifest: Path, size: Size, *, channels: int, limit: int | None = None) -> list[RealImage]:
-    """The first `limit` images of a manifest that the stage `shards` wrote, or all."""
+def read(manifest: Path, size: Size, *, channels: int, most: int) -> list[RealImage]:
+    """`most` images of a manifest that the stage `shards` wrote, evenly taken, or all; no others are decoded."""
     shards = ShardSet.read(manifest)
-    samples = (sample for shard in shards.shards for sample in shard.samples())
-    return [_described(sample, shards.classes, size, channels) for sample in islice(samples, limit)]
+    wanted = {i * shards.count // most for i in range(most)} if most < shards.count else set(range(shards.count))
+    samples = enumerate(sample for shard in shards.shards for sample in shard.samples())
+    return [_described(sample, shards.classes, size, channels) for number, sample in samples if number in wanted]
 
 
 def references(manifest: Path, size: Size, *, channels: int, most: int, look_at: int = 50_000) -> dict[str, Tensor]:
