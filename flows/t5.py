@@ -24,9 +24,10 @@ from t5lib.errors import T5Error
 from t5lib.files import read_json
 from tasks import params, tracking
 
-# What DVC says that a reader of the log need not know.
+# What DVC and the loading of pipelines say that a reader of the log need not know.
 DVC_NOISE = re.compile(
     r"Running stage |> python -m |(Updating|Generating) lock file|To track the changes|\tgit add "
+    r"|Loading (weights|pipeline components|checkpoint shards)|\s*deprecate\(|.*FutureWarning: `torch_dtype`"
     r"|To enable auto staging|WARNING: .* is empty|\tdvc config |Use `dvc push`|Data and pipelines are up to date"
 )
 DVC_SKIPPED = re.compile(r"Stage '.*' (didn't change, skipping|is cached - skipping run)")
