@@ -95,7 +95,8 @@ def html(data: ReportData) -> str:
 def summary(data: ReportData) -> str:
     """The table and a few lines, in Markdown."""
     quality = quality_of(data)
-    columns = [title.replace("\n", " ").lower() for title in quality.columns]
+    titles = [title.replace("\n", " ") for title in quality.columns]
+    columns = [title[:1].lower() + title[1:] if title[1:2].islower() else title for title in titles]  # FD stays FD
     lines = [
         f"# {data.target}: {data.description['architecture']} with linear-cost attention",
         "",
