@@ -27,7 +27,7 @@ def sample_grid(models: dict[str, Tensor], prompts: Sequence[str]) -> Figure:
     for column, (label, images) in enumerate(models.items()):
         title = _wrapped(label, round(LETTERS * 4 / max(4, len(models))))
         colour = SOFTMAX if label in SOFTMAX_MODELS else T5
-        panels[0][column].set_title(title, loc="center", pad=5, fontsize=8, color=colour)
+        panels[0][column].set_title(title, loc="center", pad=5, fontsize=8 if len(models) < 6 else 7, color=colour)
         for axes, image in zip(panels[:, column], images, strict=True):
             pixels = image.movedim(0, -1).numpy()
             axes.imshow(pixels.squeeze(-1) if image.shape[0] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
