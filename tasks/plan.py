@@ -31,7 +31,7 @@ from t5lib.calibration import CalibrateConfig
 from t5lib.config import from_dict, one_of, to_dict
 from t5lib.conversion import convert
 from t5lib.errors import T5Error
-from t5lib.files import read_json, write_json, write_text
+from t5lib.files import read_json, sha256, write_json, write_text
 from t5lib.layers.settings import SOFTMAX, T5Config
 from t5lib.planning import KINDS, Plan, PlanConfig, plan, verify
 from t5lib.progress import progress
@@ -321,8 +321,8 @@ def _kept(file: Path, make: Callable[[], Any]) -> Any:
 
 
 def _fingerprint(settings: Settings, device: torch.device) -> str:
-    description = read_json(Path(settings.model) / "t5.json")
-    about = [to_dict(settings), description, describe_device(device), torch.__version__]
+    weights = sha256(Path(settings.model) / "model.safetensors")  # a source may be trained anew at the same place
+    about = [to_dict(settings), weights, describe_device(device), torch.__version__]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -193,3 +193,15 @@ def test_a_seed_that_was_cut_off_keeps_its_scan_and_its_choice(settings, clock, 
     for done in ("scan", "select"):
         monkeypatch.setattr(task, done, None)
     assert run(settings, tmp_path)["summary"]["budgets"]
+
+
+def test_other_weights_at_the_same_place_start_afresh(settings, tmp_path):
+    model = tmp_path / "model"
+    before, after = (timm.create_model("vit_tiny_patch16_224", **TINY) for _ in range(2))
+    named = dataclasses.replace(settings, model=str(model))
+    t5lib.save(before, model)
+    first = task._fingerprint(named, torch.device("cpu"))
+    t5lib.save(after, model)
+    assert task._fingerprint(named, torch.device("cpu")) != first
+    t5lib.save(before, model)
+    assert task._fingerprint(named, torch.device("cpu")) == first
