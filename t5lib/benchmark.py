@@ -29,7 +29,7 @@ from t5lib.errors import T5Error
 # Relative error allowed against the model's own float64 output: round-off that grows through all layers, no more.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 CHECKED_IMAGES = 2
-MOST_IN_FLOAT64 = 8192  # tokens
+MOST_IN_FLOAT64 = 8192  # tokens of a denoiser
 KINDS_OF_BLOCKS = 64  # that torch.compile may meet in one model
 
 
@@ -84,12 +84,13 @@ def benchmark(
         JSON-ready: device, dtype, torch, compile, threads, batch, warmup, repeats; `rows`, one a resolution and
         model ("softmax" or "t5"), with resolution, tokens, batch, ms (median of ms_runs), images_per_second,
         peak_mib (weights and activations of one pass, None off CUDA), gflops (a pass of the whole batch; one
-        multiply-add counts as 2, matrix products and convolutions only) and relative_error; break_even_tokens and
-        break_even_tokens_flops (see `break_even_tokens`); `checked`, what relative_error was measured against.
+        multiply-add counts as 2, matrix products and convolutions only), relative_error and reference (the precision
+        it is against); break_even_tokens and break_even_tokens_flops (see `break_even_tokens`); `checked`, what
+        relative_error was measured against.
 
     Raises:
         T5Error: a resolution that is no multiple of the patch size, or a model whose output in this dtype is not
-            finite or is further than the tolerance from its own float64 output: no speed is given for wrong results.
+            finite or is further than the tolerance from its own in `reference_dtype`: wrong results get no speed.
     """
     config, device = config or BenchmarkConfig(), torch.device(device)
     dtype = choose_dtype(config.dtype, device)
@@ -284,8 +285,9 @@ def attention_choice(device: torch.device) -> AbstractContextManager:
 
 
 def reference_dtype(model: nn.Module, inputs: Inputs) -> torch.dtype:
-    """float64; in float32 for more tokens than float64 attention, which keeps its N × N maps, has memory for."""
-    return torch.float64 if num_tokens(model, inputs) <= MOST_IN_FLOAT64 else torch.float32
+    """float64; float32 for a denoiser on so many tokens that float64 attention, with its N × N maps, has no room."""
+    large = isinstance(inputs, dict) and num_tokens(model, inputs) > MOST_IN_FLOAT64
+    return torch.float32 if large else torch.float64
 
 
 def check_output(runnable: Callable[..., Any], model: nn.Module, inputs: Inputs, where: str) -> float:

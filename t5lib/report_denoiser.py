@@ -45,7 +45,7 @@ def _sentences(evaluated: dict[str, Any], main: list[dict[str, Any]]) -> list[st
     other = "the softmax original, fine-tuned with the same budget," if against == "control" else "the softmax source"
     distance = next(row for row in main if row["metric"] in ("fid", "fd_dinov2"))
     sentences = [
-        f"Fine-tuned, the converted model has a {distance['label']} of {_text(distance, 'finetuned')} to real images; "
+        f"Fine-tuned, the converted model has an {distance['label']} of {_text(distance, 'finetuned')} to real images; "
         f"{other} {_text(distance, against)} (lower is better)."
     ]
     if "retrieval_r1" in evaluated["finetuned"]:

@@ -34,7 +34,7 @@ def run(stage: Stage) -> dict[str, Any]:
 def _tell(row: dict[str, Any]) -> None:
     print(
         f"{row['resolution']} px, {row['tokens']} tokens, {row['model']}: {row['ms']:.1f} ms, "
-        f"{row['gflops']:.2f} GFLOPs (checked: {row['relative_error']:.1e} from float64)",
+        f"{row['gflops']:.2f} GFLOPs (checked: {row['relative_error']:.1e} from {row['reference']})",
         flush=True,
     )
 

@@ -29,6 +29,7 @@ class Row:
     records: dict[str, dict[str, Any]]
     controls: dict[str, dict[str, Any]]
     paper: dict[str, Any]
+    seeds: int
 
     def top1(self, model: str) -> dict[str, float] | None:
         """Mean and standard deviation over the seeds that have it. "calibrated" is "converted" where there is none."""
@@ -39,8 +40,7 @@ class Row:
         values, problems = self.top1(model), [p for record in self.records.values() if (p := _problem(record, model))]
         if values is None:
             return ", ".join(dict.fromkeys(problems)) or ("–" if self.records else "not run")
-        share = f" ({len(self.records) - len(problems)} of {len(self.records)} seeds)" if problems else ""
-        return _spelled(values, len(self.records) - len(problems)) + share
+        return self._told(values, len(self.records) - len(problems))
 
     def gap(self) -> str:
         """Fine-tuned minus control, seed by seed."""
@@ -49,7 +49,11 @@ class Row:
             ours, theirs = _score(record, "finetuned"), _score(self.controls.get(seed, {"models": {}}), "control")
             if ours and theirs:
                 gaps.append(ours["top1"] - theirs["top1"])
-        return _spelled(spread(gaps), len(gaps)) if gaps else "–"
+        return self._told(spread(gaps), len(gaps)) if gaps else "–"
+
+    def _told(self, values: dict[str, float], count: int) -> str:
+        """Mean and spread, with the number of seeds where that is not all."""
+        return _spelled(values, count) + (f" ({count} of {self.seeds} seeds)" if count < self.seeds else "")
 
     def error(self) -> str:
         """Calibration error: mean over layers and seeds, as a share of the variance."""
@@ -87,12 +91,14 @@ def write(result: Result, out: Path) -> list[Path]:
 
 def rows_of(result: Result, table: Table) -> list[Row]:
     controls = result["records"].get(result["control"], {})
+    seeds = len({seed for records in result["records"].values() for seed in records})
     return [
         Row(
             label=label,
             records=result["records"].get(variant, {}),
             controls=controls,
             paper=table.paper.get(label, {}),
+            seeds=seeds,
         )
         for label, variant in table.rows.items()
     ]

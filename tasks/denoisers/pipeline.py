@@ -79,7 +79,7 @@ def folder_of(fetched: Path, root: Path) -> Path:
         size = path.stat().st_size if path.is_file() else None
         if size != file["bytes"]:
             state = "does not exist" if size is None else f"has {size} bytes, not {file['bytes']}"
-            raise T5Error(f"{path} {state}, as it had when it was fetched; run `dvc repro -f fetch@TARGET`")
+            raise T5Error(f"{path} {state}, as when it was fetched; put it back, or {_again(fetched)}")
     return folder
 
 
@@ -91,9 +91,13 @@ def transformer(fetched: Path, root: Path) -> "nn.Module":
     folder = folder_of(fetched, root)
     for name, file in read_json(fetched / NOTE)["files"].items():
         if name.startswith("transformer/") and sha256(folder / name) != file["sha256"]:
-            raise T5Error(f"{folder / name} is not the file that was fetched; run `dvc repro -f fetch@TARGET`")
+            raise T5Error(f"{folder / name} is not the file that was fetched; put that back, or {_again(fetched)}")
     kind = getattr(diffusers, read_json(folder / "model_index.json")["transformer"][1])
     return kind.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32).eval()
+
+
+def _again(fetched: Path) -> str:
+    return f"take it as it is now: `dvc repro -f fetch@{fetched.parent.name}`"
 
 
 def image_vae(folder: Path) -> "nn.Module | None":

@@ -118,6 +118,16 @@ def test_denoisers_are_measured_on_latents_of_the_size_asked_for(make):
         benchmark(softmax, converted, BenchmarkConfig(resolutions=(18,), pixels_per_latent=2))
 
 
+def test_only_denoisers_of_many_tokens_are_checked_against_float32(pair, monkeypatch):
+    denoiser = tiny_sd3()
+    inputs = bench.random_inputs(denoiser, 16, 1, pixels_per_latent=2)
+    monkeypatch.setattr(bench, "MOST_IN_FLOAT64", 3)
+    assert bench.reference_dtype(denoiser, inputs) == torch.float32
+    assert bench.reference_dtype(pair[0], torch.zeros(1, 3, 28, 28)) == torch.float64
+    monkeypatch.undo()
+    assert bench.reference_dtype(denoiser, inputs) == torch.float64
+
+
 def test_a_denoiser_whose_positions_end_is_told():
     model = tiny_sd3()
     with pytest.raises(T5Error, match=r"latents of 64, .* end at 32; measure up to 64 pixels"):

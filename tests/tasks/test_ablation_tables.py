@@ -25,9 +25,17 @@ def test_a_row_holds_means_spreads_the_gap_to_control_seed_by_seed_and_the_paper
 
 def test_what_diverged_or_was_not_possible_or_not_run_is_told(written):
     rows = {line.split("|")[1].strip(): line for line in lines(written) if line.startswith("| ")}
-    assert "| 91.00 (1 of 2 seeds) | -2.00 | 69.25 (best) |" in rows["swiglu"]
+    assert "| 91.00 (1 of 2 seeds) | -2.00 (1 of 2 seeds) | 69.25 (best) |" in rows["swiglu"]
     assert rows["nat5"].startswith("| nat5 | not possible | not possible | – |")
     assert "not" not in rows  # a table of which nothing was run is left out
+
+
+def test_a_row_with_fewer_seeds_than_the_head_names_says_so(tmp_path):
+    result = ablation.result()
+    del result["records"]["linear"]["1"]
+    tables.write(result, tmp_path / "small")
+    (row,) = [line for line in lines(tmp_path) if line.startswith("| linear")]
+    assert row.count("(1 of 2 seeds)") == 3 and "±" not in row
 
 
 def test_the_head_tells_references_budget_and_where_it_ran(written):
