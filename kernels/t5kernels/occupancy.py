@@ -59,8 +59,7 @@ def compiled(kernel: str, tile: Tile, head_dim: int, kind: str = "convolved") ->
             constant[(place,)] = constants[name]
         elif name in FLOAT | HALF or "_" in name:  # pointers and strides
             aligned[(place,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    made = triton.compile(ASTSource(function, signature, constant, aligned), target=TARGET, options=options)
+    made = triton.compile(ASTSource(function, signature, constant, aligned), target=TARGET, options=tile.options)
     registers, spilled = _resources(made.asm["cubin"])
     return Compiled(kernel, registers, spilled, made.metadata.shared)
 

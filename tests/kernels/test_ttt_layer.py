@@ -52,7 +52,7 @@ SMALL = [
     Case(text=7, after=2),
     Case(text=7, settings=Settings(norm_scope="modality")),
     Case(text=3, conv=False, settings=BARE),
-    Case(images=1, rows=1, columns=1, prefix=0, width=32, settings=BARE),
+    Case(rows=1, columns=1, prefix=4, width=32, settings=BARE),
     Case(images=1, heads=1, rows=9, columns=8, prefix=5, width=72),
     Case(images=3, heads=1, rows=2, columns=33, prefix=0, width=8),
 ]

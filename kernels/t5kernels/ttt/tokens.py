@@ -47,22 +47,33 @@ def token_mask(there, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def token_pointers(x, token, stride_n, stride_d, WIDTH: tl.constexpr):
-    return x + token.to(tl.int64)[:, None] * stride_n + tl.arange(0, WIDTH)[None, :] * stride_d
+def token_pointers(x, start, stride_n, stride_d, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """To the tokens from `start` on, (BLOCK, WIDTH). 64 bits for the first alone: the others are near it."""
+    near = tl.arange(0, BLOCK)[:, None] * stride_n + tl.arange(0, WIDTH)[None, :] * stride_d
+    return x + tl.cast(start, tl.int64) * stride_n + near
 
 
 @triton.jit
 def load_tokens(x, start, stride_n, stride_d, N, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Tokens from `start` on, (BLOCK, WIDTH), 0 beyond N and D."""
-    token = start + tl.arange(0, BLOCK)
-    return tl.load(token_pointers(x, token, stride_n, stride_d, WIDTH), token_mask(token < N, D, WIDTH), other=0.0)
+    mask = token_mask(start + tl.arange(0, BLOCK) < N, D, WIDTH)
+    return tl.load(token_pointers(x, start, stride_n, stride_d, WIDTH, BLOCK), mask, other=0.0)
 
 
 @triton.jit
 def store_tokens(x, y, start, stride_n, stride_d, N, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     token = start + tl.arange(0, BLOCK)
     mask = token_mask(token < N, D, WIDTH)
-    tl.store(token_pointers(x, token, stride_n, stride_d, WIDTH), y.to(x.dtype.element_ty), mask)
+    tl.store(token_pointers(x, start, stride_n, stride_d, WIDTH, BLOCK), y.to(x.dtype.element_ty), mask)
+
+
+@triton.jit
+def prefetch_tokens(x, start, stride_n, N, BLOCK: tl.constexpr):
+    """Ask for tokens that will be read soon. Only what the hardware runs: the interpreter knows no such instruction."""
+    if x.dtype.element_ty == tl.bfloat16:
+        token = tl.minimum(start + tl.arange(0, BLOCK), N - 1)
+        at = x + token.to(tl.int64) * stride_n
+        tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
 
 
 @triton.jit
@@ -96,27 +107,26 @@ def load_prepared(
     if KIND == PLAIN:
         return load_tokens(x, start, stride_n, stride_d, N, D, WIDTH, BLOCK)
     token = start + tl.arange(0, BLOCK)
-    at = token_pointers(x, token, stride_n, stride_d, WIDTH)
+    at = token_pointers(x, start, stride_n, stride_d, WIDTH, BLOCK)
     table += index.to(tl.int64) * (ROWS * D)
     here = token_mask(token < N, D, WIDTH)
     own = tl.load(at, here, other=0.0).to(tl.float32)
-    y = own * load_row(table, SCALE, D, WIDTH)
+    scale = load_row(table, SCALE, D, WIDTH)
     if KIND == NORMALIZED:
-        y += load_row(table, OUTSIDE, D, WIDTH)
-    else:
-        row, column, inside = on_grid(token, N, rows, columns, prefix)
-        above, below, left, right = neighbors(row, column, rows, columns, inside)
-        for down in tl.range(0, 3, disable_licm=True):
-            there = inside & (row + down > 0) & (row + down <= rows)
-            line, weights = at + ((down - 1) * columns).to(tl.int64) * stride_n, WEIGHTS + 3 * down
-            near = tl.load(line - stride_n, token_mask(there & left, D, WIDTH), other=0.0).to(tl.float32)
-            y += near * load_row(table, weights, D, WIDTH)
-            near = tl.load(line, token_mask(there, D, WIDTH), other=0.0).to(tl.float32)
-            y += near * load_row(table, weights + 1, D, WIDTH)
-            near = tl.load(line + stride_n, token_mask(there & right, D, WIDTH), other=0.0).to(tl.float32)
-            y += near * load_row(table, weights + 2, D, WIDTH)
-        kind = above.to(tl.int32) + 2 * below.to(tl.int32) + 4 * left.to(tl.int32) + 8 * right.to(tl.int32)
-        kind = tl.where(inside, CONSTANTS + kind, OUTSIDE)
-        channel = tl.arange(0, WIDTH)[None, :]
-        y += tl.load(table + kind[:, None] * D + channel, here, other=0.0)
-    return tl.where(here, y, 0.0).to(x.dtype.element_ty)
+        return tl.where(here, own * scale + load_row(table, OUTSIDE, D, WIDTH), 0.0).to(x.dtype.element_ty)
+    row, column, inside = on_grid(token, N, rows, columns, prefix)
+    above, below, left, right = neighbors(row, column, rows, columns, inside)
+    kind = above.to(tl.int32) + 2 * below.to(tl.int32) + 4 * left.to(tl.int32) + 8 * right.to(tl.int32)
+    kind = tl.where(inside, CONSTANTS + kind, OUTSIDE)
+    # 0 beyond N and D, as everything that is added to it: no mask is needed at the end.
+    y = tl.load(table + kind[:, None] * D + tl.arange(0, WIDTH)[None, :], here, other=0.0) + own * scale
+    for down in tl.range(0, 3, disable_licm=True):
+        there = inside & (row + down > 0) & (row + down <= rows)
+        line, weights = at + ((down - 1) * columns).to(tl.int64) * stride_n, WEIGHTS + 3 * down
+        near = tl.load(line - stride_n, token_mask(there & left, D, WIDTH), other=0.0).to(tl.float32)
+        y += near * load_row(table, weights, D, WIDTH)
+        near = tl.load(line, token_mask(there, D, WIDTH), other=0.0).to(tl.float32)
+        y += near * load_row(table, weights + 1, D, WIDTH)
+        near = tl.load(line + stride_n, token_mask(there & right, D, WIDTH), other=0.0).to(tl.float32)
+        y += near * load_row(table, weights + 2, D, WIDTH)
+    return y.to(x.dtype.element_ty)

@@ -30,7 +30,8 @@ INTERPRETED_PROGRAMS = 8
 class Tile:
     """How a kernel is cut: `block` tokens at a time, `hidden` columns of the inner model (0 where it has none).
 
-    `resident` programs are held by a multiprocessor at once; more would only mean more partial sums.
+    `resident` programs are held by a multiprocessor at once; more would only mean more partial sums. `registers` a
+    thread are the most that the compiler may use, where it would otherwise take a few too many for them.
     """
 
     hidden: int = 0
@@ -38,6 +39,12 @@ class Tile:
     warps: int
     stages: int = 1
     resident: int = 2
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """As Triton calls them."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 # By kernel, then by the head width padded to a power of two; 16-bit tokens on a card of the H100's size.
@@ -49,7 +56,7 @@ TILES = {
     },
     "apply": {
         32: Tile(hidden=32, block=64, warps=4, resident=4),
-        64: Tile(hidden=64, block=64, warps=4, resident=3),
+        64: Tile(hidden=64, block=64, warps=4, resident=4, registers=128),
         128: Tile(hidden=64, block=64, warps=8, resident=1),
     },
     "apply_backward": {
@@ -123,8 +130,7 @@ def launch_accumulate(k: Tensor, v: Tensor, weights: list[Tensor], scale: float,
             *(*k.stride(), *v.stride(), *reading.place),
             *(H, N, chunk, scale),
             *(D, width, tile.hidden, tile.block, reading.kind),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.options,
         )
     return added(sums).view(B, H, 3, D, D)
 
@@ -141,8 +147,7 @@ def launch_apply(q: Tensor, weights: list[Tensor], step: Tensor, reading: Readin
             *(*q.stride(), *out.stride(), *reading.place),
             *(H, N, chunk),
             *(D, width, tile.hidden, tile.block, reading.kind, slices),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.options,
         )
     return out
 
@@ -162,8 +167,7 @@ def launch_apply_backward(
             *(*d_out.stride(), *q.stride(), *dq.stride(), *reading.place),
             *(H, N, chunk),
             *(D, width, tile.hidden, tile.block, reading.kind, slices),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.options,
         )
     return dq, added(sums).view(B, H, 3, D, D)
 
@@ -175,7 +179,7 @@ def launch_accumulate_backward(
     B, H, N, D = k.shape
     width, tile, slices = _cut("accumulate_backward", k)
     chunk, chunks, images = chunks_of(k, tile, H, B)
-    groups = triton_package.cdiv(B, images)
+    groups = ceil_div(B, images)
     dk, dv = like_tokens(k), like_tokens(v)
     sums = k.new_empty(groups * H, chunks, 3, D, D, dtype=torch.float32)
     with torch.cuda.device_of(k):
@@ -184,8 +188,7 @@ def launch_accumulate_backward(
             *(*k.stride(), *v.stride(), *dk.stride(), *dv.stride(), *reading.place),
             *(B, H, N, images, chunk, scale),
             *(D, width, tile.hidden, tile.block, reading.kind, slices),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.options,
         )
     return dk, dv, sums.view(groups, H, chunks, 3, D, D).sum((0, 2)).transpose(0, 1).contiguous()
 
@@ -271,7 +274,12 @@ def _in_dtypes(gradients: Tensor, weights: list[Tensor]) -> list[Tensor]:
 
 def padded_width(head_dim: int) -> int:
     """Head width as the kernels see it, a key of each of TILES."""
-    return max(32, triton_package.next_power_of_2(head_dim))
+    return max(32, 1 << (head_dim - 1).bit_length())
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own takes microseconds, which a launch has few of."""
+    return -(-a // b)
 
 
 def _cut(kernel: str, x: Tensor) -> tuple[int, Tile, int]:
@@ -279,29 +287,32 @@ def _cut(kernel: str, x: Tensor) -> tuple[int, Tile, int]:
     D = x.shape[3]
     width = padded_width(D)
     tile = SAFE_TILE if x.dtype == torch.float32 or _small(x) else TILES[kernel][width]
-    return width, tile, triton_package.cdiv(D, tile.hidden)
+    return width, tile, ceil_div(D, tile.hidden)
 
 
 def _small(x: Tensor) -> bool:
     """Whether x is on a card whose programs have less on chip than TILES are made for (or that does not say)."""
-    if not x.is_cuda:
-        return False
-    properties = torch.cuda.get_device_properties(x.device)
-    return getattr(properties, "shared_memory_per_block_optin", 0) < LEAST_SHARED
+    return x.is_cuda and getattr(_card(x.device), "shared_memory_per_block_optin", 0) < LEAST_SHARED
+
+
+@functools.cache
+def _card(device: torch.device):
+    """What the driver says of a card; asked once, since every launch wants to know."""
+    return torch.cuda.get_device_properties(device)
 
 
 def _programs(x: Tensor, tile: Tile) -> int:
     """How many programs the device holds at once."""
     if not x.is_cuda:
         return INTERPRETED_PROGRAMS
-    return tile.resident * torch.cuda.get_device_properties(x.device).multi_processor_count
+    return tile.resident * _card(x.device).multi_processor_count
 
 
 def chunks_of(x: Tensor, tile: Tile, heads: int, images: int = 1) -> tuple[int, int, int]:
     """Tokens a chunk, chunks, and how many of the `images` a program takes, for so many `heads`."""
-    blocks = triton_package.cdiv(x.shape[2], tile.block)
+    blocks = ceil_div(x.shape[2], tile.block)
     blocks_a_chunk, images = _shares(blocks, heads, images, _programs(x, tile))
-    return blocks_a_chunk * tile.block, triton_package.cdiv(blocks, blocks_a_chunk), images
+    return blocks_a_chunk * tile.block, ceil_div(blocks, blocks_a_chunk), images
 
 
 @functools.cache
@@ -309,10 +320,10 @@ def _shares(blocks: int, heads: int, images: int, programs: int) -> tuple[int, i
     """Blocks of tokens and images a program takes, so that the last one is done soonest; in doubt few programs."""
 
     def finished(share: tuple[int, int]) -> tuple[int, int]:
-        count = heads * triton_package.cdiv(blocks, share[0]) * triton_package.cdiv(images, share[1])
-        return triton_package.cdiv(count, programs) * (share[0] * share[1] + OVERHEAD), count
+        count = heads * ceil_div(blocks, share[0]) * ceil_div(images, share[1])
+        return ceil_div(count, programs) * (share[0] * share[1] + OVERHEAD), count
 
-    at_once = {triton_package.cdiv(blocks, chunks) for chunks in range(1, min(blocks, MOST_CHUNKS) + 1)}
+    at_once = {ceil_div(blocks, chunks) for chunks in range(1, min(blocks, MOST_CHUNKS) + 1)}
     return min(itertools.product(at_once, range(1, images + 1)), key=finished)
 
 

@@ -8,7 +8,6 @@ the inputs and O(H·D²). Tokens of two modalities are two runs of the same kern
 from typing import NamedTuple
 
 import torch
-import triton as triton_package
 from torch import Tensor
 
 from t5kernels.ttt import triton as ttt
@@ -18,9 +17,9 @@ from t5kernels.ttt_layer import triton_kernels as kernels
 
 # By kernel, then by the head width padded to a power of two. Their sums stay in registers, apart by thread.
 TILES = {
-    "key_sums": {width: Tile(block=4096 // width, warps=4, resident=4) for width in (32, 64, 128)},
+    "key_sums": {width: Tile(block=4096 // width, warps=8, resident=4) for width in (32, 64, 128)},
     "read_backward": {width: Tile(block=512 // width, warps=4, resident=3) for width in (32, 64, 128)},
-    "norm_backward": {width: Tile(block=4096 // width, warps=4) for width in (32, 64, 128)},
+    "norm_backward": {width: Tile(block=1024 // width, warps=4) for width in (32, 64, 128)},
 }
 EVERY_TILE = ttt.TILES | TILES  # of all kernels that the layer launches
 
@@ -160,19 +159,16 @@ def _empty_tables(q: Tensor, norm: str, convolved: bool, text: bool) -> Tensor:
 
 def _tables(k: Tensor, text_k: Tensor | None, convs, norm: str, eps: float) -> Tensor:
     """As `_empty_tables` says."""
-    q_conv, k_conv = convs
-    tables = _empty_tables(k, norm, q_conv is not None, text_k is not None)
+    tables = _empty_tables(k, norm, convs[0] is not None, text_k is not None)
     sums = None if norm == "none" else _key_sums(k, k)
     count = k.shape[2]
     if norm == "joint" and text_k is not None:
         sums = torch.cat([sums, _key_sums(text_k, k)], dim=1)
         count += text_k.shape[2]
-    if norm != "none" or k_conv is not None:
-        _fill(tables[0], k, sums, count, eps, k_conv)
-    if q_conv is not None:
-        _fill(tables[1], k, None, count, eps, q_conv)
+    if norm != "none" or convs[0] is not None:
+        _fill(tables[:2], k, sums, count, eps, convs)
     if norm == "modality" and text_k is not None:
-        _fill(tables[-1], text_k, _key_sums(text_k, text_k), text_k.shape[2], eps, None)
+        _fill(tables[-1:], text_k, _key_sums(text_k, text_k), text_k.shape[2], eps, (None, None))
     return tables
 
 
@@ -242,20 +238,24 @@ def _key_sums(k: Tensor, first: Tensor) -> Tensor:
         kernels.key_sums_kernel[B * H, chunks](
             *(k, first, sums, *k.stride(), *_first_strides(first)),
             *(H, N, chunk, D, width, tile.block),
-            num_warps=tile.warps,
+            **tile.options,
         )
     return sums
 
 
-def _fill(table: Tensor, x: Tensor, sums: Tensor | None, count: int, eps: float, conv: _Conv | None) -> None:
-    """Write the table of tokens x, which stand for what is not read. sums: over `count` tokens, of `_key_sums`."""
-    B, H, _, D = x.shape
-    weight, bias = (conv.weight, conv.bias) if conv else (x, x)
+def _fill(tables: Tensor, k: Tensor, sums: Tensor | None, count: int, eps: float, convs) -> None:
+    """Write the table of the keys and, where they are convolved, that of the queries, which have no norm.
+
+    sums: of `_key_sums`, over `count` tokens; without it no norm. k stands for what is not read.
+    """
+    B, H, _, D = k.shape
+    convolved = convs[0] is not None
+    weights = [t for conv in convs for t in ((conv.weight, conv.bias) if conv else (k, k))]
     shares = 0 if sums is None else sums.shape[1]
-    with torch.cuda.device_of(x):
-        kernels.table_kernel[B * H,](
-            *(x if sums is None else sums, x, weight, bias, table, *_first_strides(x)),
-            *(H, shares, count, eps, D, ttt.padded_width(D), sums is not None, conv is not None),
+    with torch.cuda.device_of(k):
+        kernels.table_kernel[B * H, 1 + convolved](
+            *(k if sums is None else sums, k, *weights, tables, *_first_strides(k)),
+            *(H, shares, count, eps, D, ttt.padded_width(D), sums is not None, convolved),
         )
 
 
@@ -278,7 +278,7 @@ def _read_backward(
             *(dy, x, reading.table, conv.weight if conv else x, dx, parts),
             *(*dy.stride(), *x.stride(), *dx.stride(), *reading.place),
             *(H, N, chunk, D, width, tile.block, norm, conv is not None),
-            num_warps=tile.warps,
+            **tile.options,
         )
     return dx, ttt.added(parts)
 
@@ -287,11 +287,11 @@ def _norm_backward(dn: Tensor, x: Tensor, reading: Reading, totals: Tensor, coun
     B, H, N, D = x.shape
     width, tile = _cut("norm_backward", x)
     with torch.cuda.device_of(x):
-        kernels.norm_backward_kernel[B * H, triton_package.cdiv(N, tile.block)](
+        kernels.norm_backward_kernel[B * H, ttt.ceil_div(N, tile.block)](
             *(dn, x, reading.table, totals, dn),
             *(*dn.stride(), *x.stride(), *dn.stride()),
             *(H, N, count, D, width, tile.block),
-            num_warps=tile.warps,
+            **tile.options,
         )
 
 

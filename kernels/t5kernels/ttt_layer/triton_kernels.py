@@ -87,15 +87,23 @@ def key_sums_kernel(
     _store_row(sums, 1, _over_tokens(squares), D, WIDTH)
 
 
+@triton.jit
+def _either(a, a_there, b, b_there):
+    """What stands at a or at b, whichever is there, in float32."""
+    a = tl.load(a, a_there, other=0.0).to(tl.float32)
+    return a + tl.load(b, b_there, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def table_kernel(
-    sums, first, weight, bias, table,
+    sums, first, q_weight, q_bias, k_weight, k_bias, table,
     f_b, f_h, f_d,
     H, shares, count, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B·H,). sums: (B·H, shares, 2, D) of `count` tokens; weight (H·D, 9), bias (H·D,); table (B·H, ROWS, D)."""
-    index = tl.program_id(0)
+    """Grid (B·H, tables: of the keys, of the queries). sums: (B·H, shares, 2, D) of `count` keys; weights (H·D, 9),
+    biases (H·D,); table (tables, B·H, ROWS, D)."""
+    index, which = tl.program_id(0), tl.program_id(1)
     h = index % H
     channel = tl.arange(0, WIDTH)
     inside = channel < D
@@ -108,17 +116,20 @@ def table_kernel(
             square += tl.load(sums + part * (2 * D) + D, inside, other=0.0)
         mean, square = mean / count, square / count
         scale = 1 / tl.sqrt(tl.maximum(square - mean * mean, 0.0) + eps)
-        constant = -scale * (mean + _first_token(first, index // H, h, f_b, f_h, f_d, D, WIDTH))
-    table += index.to(tl.int64) * (ROWS * D)
+        scale = tl.where(which == 0, scale, 1.0)
+        shift = mean + _first_token(first, index // H, h, f_b, f_h, f_d, D, WIDTH)
+        constant = tl.where(which == 0, -scale * shift, 0.0)
+    table += (which * tl.num_programs(0) + index).to(tl.int64) * (ROWS * D)
     _store_row(table, SCALE, scale, D, WIDTH)
     _store_row(table, OUTSIDE, constant, D, WIDTH)
     if CONV:
-        weight += (h * D + channel) * 9
-        offset = tl.load(bias + h * D + channel, inside, other=0.0).to(tl.float32)
+        at = h * D + channel
+        q_there, k_there = channel < D * which, channel < D * (1 - which)
+        offset = _either(q_bias + at, q_there, k_bias + at, k_there)
         kind = tl.arange(0, 16)[:, None]
         met = tl.full((16, WIDTH), 1.0, tl.float32)
         for place in tl.static_range(9):
-            w = tl.load(weight + place, inside, other=0.0).to(tl.float32)
+            w = _either(q_weight + at * 9 + place, q_there, k_weight + at * 9 + place, k_there)
             _store_row(table, WEIGHTS + place, w * scale, D, WIDTH)
             needed = (1 if place < 3 else 0) + (2 if place > 5 else 0)
             needed += (4 if place % 3 == 0 else 0) + (8 if place % 3 == 2 else 0)
@@ -194,7 +205,7 @@ def read_backward_kernel(
             row, column, inside = on_grid(token, N, rows, columns, prefix)
             _, _, before, after = neighbors(row, column, rows, columns, inside)
             s_bias += tl.where(inside[:, None], dn, 0.0)
-            at = token_pointers(dy, token, dy_n, dy_d, WIDTH)
+            at = token_pointers(dy, start, dy_n, dy_d, WIDTH, BLOCK)
             near, p0, p1, p2 = _row_backward(
                 at, dy_n, n, w0, w1, w2, row, inside, before, after, rows, columns, -1, D, WIDTH
             )
