@@ -53,3 +53,8 @@ def test_every_size_is_written_once_and_goes_into_the_table(told):
     assert speed.table(again).count("\n") == 9
     other = speed.run(resolutions=[32], **told | {"shape": SHAPE | {"num_layers": 5}})
     assert len(other["rows"]) == 4, "of another shape nothing is kept"
+
+
+def test_fewer_blocks_are_the_first_ones():
+    assert speed.shallower(24) == MEDIUM
+    assert speed.shallower(4) == MEDIUM | {"num_layers": 4, "dual_attention_layers": (0, 1, 2, 3)}
