@@ -4,25 +4,28 @@
 
 Every point is a training of its own with the target's recipe over so many steps, from the calibrated (or merely
 converted) model; the control is the softmax source under the same recipe. Writes OUT.json (every figure of every seed,
-settings, device), OUT.md, OUT.png (curves) and OUT-samples.png. Finished arms are not run again; --jobs shares a card.
+settings, device), OUT.md, OUT.png (curves) and OUT-samples.png, after every arm. Points that are done are not run
+again; --jobs shares a card; after --until SECONDS nothing is begun, and what is there is shown.
 """
 
 import argparse
 import multiprocessing
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from t5lib.config import from_dict
 from t5lib.errors import T5Error
 from t5lib.files import read_json, write_json, write_text
+from tasks.ablation.definition import checksum
 from tasks.compare import plus_minus, spread, with_seed, workspace
-from tasks.params import kind, resolve
+from tasks.params import kind, resolve_with
 from tasks.stage import run_stage
 
 SHARED = ("fetch", "shards", "source")  # stages that are the same for all arms and seeds
@@ -44,7 +47,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Job:
-    """An arm and a seed: what one process does. `settings` are the target's, resolved."""
+    """An arm and a seed: what one process does. `settings` are the target's, resolved; `until` is a time.time()."""
 
     target: str
     arm: Arm
@@ -52,18 +55,34 @@ class Job:
     steps: tuple[int, ...]
     settings: dict[str, Any]
     work: Path
+    until: float = float("inf")
 
     @property
     def root(self) -> Path:
-        return self.work / f"{self.arm.name.replace(', ', '-').replace(' ', '-')}--seed-{self.seed}"
+        """Of these settings alone: pictures that lie there are not drawn again."""
+        name = self.arm.name.replace(", ", "-").replace(" ", "-")
+        return self.work / f"{name}--seed-{self.seed}--{checksum(self.settings)}"
+
+    @property
+    def shared(self) -> Path:
+        """Where what all arms and seeds share is made."""
+        return self.work / f"shared-{checksum(_common(self.settings))}"
 
     @property
     def result(self) -> Path:
         return self.root / "result.json"
 
+    def found(self) -> dict[str, Any] | None:
+        """What is known of it, with the points among `steps`, one at least."""
+        result = read_json(self.result) if self.result.is_file() else {}
+        if {"settings": self.settings, "seed": self.seed}.items() <= result.items():
+            points = sorted((p for p in result["points"] if p["steps"] in self.steps), key=lambda p: p["steps"])
+            return result | {"points": points} if points else None
+        return None
+
     def done(self) -> bool:
-        asked = {"settings": self.settings, "steps": list(self.steps), "seed": self.seed}
-        return self.result.is_file() and asked.items() <= read_json(self.result).items()
+        found = self.found()
+        return found is not None and [point["steps"] for point in found["points"]] == list(self.steps)
 
 
 def run(
@@ -75,31 +94,35 @@ def run(
     out: Path,
     work: Path,
     jobs: int,
+    seconds: float = float("inf"),
 ) -> dict[str, Any]:
-    """Run what is not done yet, and write the summary of what is.
+    """Run what is not done yet, and write the summary of what is, after every arm.
 
     Args:
         settings: of the target, resolved.
         layers: layer sets, as convert.layers takes them; steps: of the fine-tunes, 0 for none; jobs: processes.
+        seconds: after which no training and no drawing is begun.
 
     Raises:
-        T5Error: a target that is no denoiser, or an arm that broke (after the others were done).
+        T5Error: a target that is no denoiser, an arm that broke (after the others were done), or nothing done in time.
     """
     if kind(settings) != "denoiser":
         raise T5Error(f"'{target}' is a classifier; `python -m tasks.compare` and `tasks.ablate` are for those")
+    until = time.time() + seconds
     arms = [Arm(None, False), *(Arm(each, calibrated) for each in layers for calibrated in (True, False))]
     planned = [
-        Job(target, arm, seed, tuple(sorted(set(steps))), _of_arm(settings, arm, seed), work)
+        Job(target, arm, seed, tuple(sorted(set(steps))), _of_arm(settings, arm, seed), work, until)
         for seed in seeds
         for arm in arms
     ]
-    _make_shared(target, settings, work / "shared")
-    problems = _do([job for job in planned if not job.done()], jobs)
-    finished = [job for job in planned if job.done()]
-    if finished:
-        _write(target, settings, finished, out)
+    _make_shared(planned[0])
+    write = partial(_write, target, settings, planned, out)
+    problems = _do([job for job in planned if not job.done()], jobs, write)
+    written = write()
     if problems:
         raise T5Error(f"{len(problems)} of {len(planned)} arms broke: {'; '.join(problems)}")
+    if not written:
+        raise T5Error(f"no point was done within {seconds:.0f} s; give it more time")
     return read_json(out.with_suffix(".json"))
 
 
@@ -112,34 +135,45 @@ def _of_arm(settings: dict[str, Any], arm: Arm, seed: int) -> dict[str, Any]:
     return own
 
 
-def _make_shared(target: str, settings: dict[str, Any], root: Path) -> None:
+def _common(settings: dict[str, Any]) -> dict[str, Any]:
+    return with_seed({name: settings[name] for name in (*SHARED, "data", "evaluate")}, 0)
+
+
+def _make_shared(job: Job) -> None:
     """Fetch, encode and take the source once."""
-    sections = {name: settings[name] for name in (*SHARED, "data")}
-    note = root / "made.json"
-    if note.is_file() and read_json(note) == sections:
+    note = job.shared / "made.json"
+    if note.is_file():
         return
     for name in SHARED:
-        run_stage(name, target, params=settings, root=workspace(root))
-    write_json(note, sections)
+        run_stage(name, job.target, params=with_seed(job.settings, 0), root=workspace(job.shared))
+    write_json(note, _common(job.settings))
 
 
-def _do(jobs: list[Job], at_once: int) -> list[str]:
-    """Do the jobs; what broke, by name."""
+def _do(jobs: list[Job], at_once: int, write: Callable[[], Any]) -> list[str]:
+    """Do the jobs, and `write` after each; what broke, by name."""
+    problems = []
+    for problem in _attempts(jobs, at_once):
+        problems += [problem] if problem else []
+        write()
+    return problems
+
+
+def _attempts(jobs: list[Job], at_once: int) -> Iterator[str | None]:
     if at_once == 1:
-        return [problem for job in jobs if (problem := attempt(job))]
+        yield from map(attempt, jobs)
+        return
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))  # torch reads it at start
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(at_once, mp_context=context) as pool:
-        return [
-            problem for each in as_completed(pool.submit(attempt, job) for job in jobs) if (problem := each.result())
-        ]
+        for each in as_completed([pool.submit(attempt, job) for job in jobs]):
+            yield each.result()
 
 
 def attempt(job: Job) -> str | None:
     """Do one; what broke, or None."""
     try:
         _points(job)
-        print(f"{job.arm.name}, seed {job.seed}: done", flush=True)
+        print(f"{job.arm.name}, seed {job.seed}: {'done' if job.done() else 'out of time'}", flush=True)
     except Exception as error:
         print(f"{job.arm.name}, seed {job.seed}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return f"{job.arm.name}, seed {job.seed}: {error}"
@@ -147,7 +181,7 @@ def attempt(job: Job) -> str | None:
 
 
 def _points(job: Job) -> None:
-    """Convert, calibrate, then train and score once for every number of steps."""
+    """Convert, calibrate, then train and score once for every number of steps that is missing, noting each."""
     import torch
 
     from t5lib.benchmark import describe_device
@@ -155,30 +189,36 @@ def _points(job: Job) -> None:
 
     out = workspace(job.root) / f"data/out/{job.target}"
     _link(job, out)
-    stages = {} if job.arm.layers is None else {name: _stage(job, name) for name in ("convert", "calibrate")}
+    known = job.found() or {"points": []}
+    stages = _start(job, out, known)
     start, training = ("source", "control") if job.arm.layers is None else ("calibrate", "finetune")
-    judge, points = _judge(job, out), []
-    drawn = {"source": judge.draw("source", out / "source", job.work / "shared/images")}
+    judge, points = _judge(job, out), known["points"]
+    drawn = {"source": judge.draw("source", out / "source", job.shared / "images")}
     for steps in job.steps:
+        if steps in [point["steps"] for point in points]:
+            continue
+        if time.time() > job.until:
+            return
         metrics, model = {"seconds": 0.0}, out / start
         if steps:
-            metrics, model = (
-                _stage(job, training, finetune={**job.settings["finetune"], "steps": steps}),
-                out / training,
-            )
+            changes = {"finetune": {**job.settings["finetune"], "steps": steps}}
+            metrics, model = _stage(job, training, **changes), out / training
             torch.compiler.reset()  # every training compiles new modules
         drawn["model"] = judge.draw(job.arm.name, model, job.root / f"images/{steps}")
         found = judge.scores(drawn)
         points.append({"steps": steps, "seconds": metrics["seconds"], **found["model"]})
-    result = {"arm": job.arm.name, "seed": job.seed, "steps": list(job.steps), "settings": job.settings}
-    result |= {
-        "stages": stages,
-        "points": points,
-        "source": found["source"],
-        "real": found["real images"],
-        "prompts": judge.prompts,
-    }
-    write_json(job.result, result | {"device": describe_device(device()), "torch": torch.__version__})
+        result = {"arm": job.arm.name, "seed": job.seed, "settings": job.settings, "stages": stages, "points": points}
+        result |= {"source": found["source"], "real": found["real images"], "prompts": judge.prompts}
+        write_json(job.result, result | {"device": describe_device(device()), "torch": torch.__version__})
+
+
+def _start(job: Job, out: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """The model that the trainings start from, made unless it is there; what the stages said."""
+    if job.arm.layers is None:
+        return {}
+    if "stages" in known and (out / "calibrate").is_dir():
+        return known["stages"]
+    return {name: _stage(job, name) for name in ("convert", "calibrate")}
 
 
 def _stage(job: Job, name: str, **changes: Any) -> dict[str, Any]:
@@ -190,7 +230,7 @@ def _link(job: Job, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in SHARED:
         if not (out / name).exists():
-            (out / name).symlink_to((job.work / f"shared/data/out/{job.target}/{name}").resolve())
+            (out / name).symlink_to((job.shared / f"data/out/{job.target}/{name}").resolve())
 
 
 def _judge(job: Job, out: Path) -> Any:
@@ -205,11 +245,14 @@ def _judge(job: Job, out: Path) -> Any:
     return Judge(config, data, **made, root=job.root)
 
 
-def _write(target: str, settings: dict[str, Any], finished: list[Job], out: Path) -> None:
+def _write(target: str, settings: dict[str, Any], planned: list[Job], out: Path) -> bool:
+    """The summary of all points that are done; False where there is none."""
     from t5lib import plots
     from tasks.curves_pictures import curves_of, samples_of
 
-    runs = [read_json(job.result) for job in finished]
+    runs = [found for job in planned if (found := job.found())]
+    if not runs:
+        return False
     shown = {key: value for key, value in settings.items() if key not in ("explain", "benchmark", "diagnose", "freeze")}
     arms: dict[str, dict[str, Any]] = {}
     for each in runs:
@@ -219,7 +262,8 @@ def _write(target: str, settings: dict[str, Any], finished: list[Job], out: Path
     write_json(out.with_suffix(".json"), result)
     write_text(out.with_suffix(".md"), table(result))
     plots.save(curves_of(result, CURVES), out.with_suffix(".png"))
-    plots.save(samples_of(finished), out.with_name(f"{out.stem}-samples.png"))
+    plots.save(samples_of(planned), out.with_name(f"{out.stem}-samples.png"))
+    return True
 
 
 def at(arm: dict[str, Any], steps: int, metric: str) -> dict[str, float] | None:
@@ -232,10 +276,10 @@ def table(result: dict[str, Any]) -> str:
     """The result as Markdown: a row a model, a column a score."""
     from t5lib.diffusion.score_table import METRICS
 
-    arms, final = result["arms"], max(p["steps"] for run in result["arms"][CONTROL].values() for p in run["points"])
-    metrics = [name for name in METRICS if any(at(arm, final, name) for arm in arms.values())]
+    arms, points = result["arms"], [p for arm in result["arms"].values() for run in arm.values() for p in run["points"]]
+    final, models = max(point["steps"] for point in points), points[-1]
+    metrics = [name for name in METRICS if any(name in point for point in points)]
     seeds = sorted({seed for arm in arms.values() for seed in arm})
-    models = next(iter(result["arms"][CONTROL].values()))["points"][-1]
     lines = [
         f"# {result['target']}",
         "",
@@ -249,7 +293,8 @@ def table(result: dict[str, Any]) -> str:
         _row("source", [_plain(result["source"].get(name), METRICS[name][2]) for name in metrics], ""),
     ]
     for name, arm in arms.items():
-        for steps in sorted({0, final} & {p["steps"] for run in arm.values() for p in run["points"]}):
+        own = {point["steps"] for run in arm.values() for point in run["points"]}
+        for steps in sorted({0, final, max(own)} & own):
             if name == CONTROL and not steps:
                 continue  # that is the source
             cells = [found and plus_minus(found, METRICS[m][2]) for m in metrics for found in [at(arm, steps, m)]]
@@ -280,15 +325,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the device")
     parser.add_argument("--out", type=Path, required=True, help="where the .json, .md and .png go, without ending")
     parser.add_argument("--work", type=Path, default=Path("data/scratch/curves"))
+    parser.add_argument("--until", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing later")
     parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="settings to replace")
     args = parser.parse_args()
     try:
-        settings = resolve(Path("."), args.target)
-        for key, _, value in (item.partition("=") for item in args.set):
-            section, _, name = key.partition(".")
-            settings[section][name] = yaml.safe_load(value)
-        work = args.work / args.target
-        result = run(args.target, settings, args.layers, args.steps, args.seeds, args.out, work, args.jobs)
+        settings = resolve_with(Path("."), args.target, args.set)
+        work, until = args.work / args.target, args.until
+        result = run(args.target, settings, args.layers, args.steps, args.seeds, args.out, work, args.jobs, until)
     except T5Error as error:
         sys.exit(f"curves: {error}")
     print(table(result))

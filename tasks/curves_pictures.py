@@ -9,7 +9,6 @@ from t5lib import plots
 from t5lib.diffusion.generation import read_images
 from t5lib.diffusion.grids import sample_grid
 from t5lib.diffusion.score_table import METRICS
-from t5lib.files import read_json
 from tasks.curves import CONTROL, Job, at
 
 SHOWN = 6  # rows of samples
@@ -19,8 +18,9 @@ SHOWN = 6  # rows of samples
 def curves_of(result: dict[str, Any], metrics: tuple[str, ...]) -> Figure:
     """A panel a score: means over the seeds with their standard deviation; the source as a dotted line."""
     arms = result["arms"]
-    steps = sorted({point["steps"] for arm in arms.values() for run in arm.values() for point in run["points"]})
-    shown = [name for name in metrics if any(at(arm, steps[-1], name) for arm in arms.values())]
+    points = [point for arm in arms.values() for run in arm.values() for point in run["points"]]
+    steps = sorted({point["steps"] for point in points})
+    shown = [name for name in metrics if any(name in point for point in points)]
     figure = Figure(figsize=(plots.WIDTH, 2.3 * len(shown)), layout="constrained")
     panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
     for axes, metric in zip(panels, shown, strict=True):
@@ -62,12 +62,16 @@ def _look(name: str, arms: list[str]) -> tuple[str, str]:
 
 
 def samples_of(jobs: list[Job]) -> Figure:
-    """Rows of prompts, a column for the source and one for every arm after its longest fine-tune, of one seed."""
-    prompts, shared = read_json(jobs[0].result)["prompts"], jobs[0].work / "shared/images"
+    """Rows of prompts, a column for the source and one for every arm after its longest fine-tune, of one seed: that of
+    the first arm that has any."""
+    found = [(job, result) for job in jobs if (result := job.found())]
+    (first, told), *_ = found
+    prompts, shared = told["prompts"], first.shared / "images"
     rows = range(0, len(prompts), max(1, len(prompts) // SHOWN))[:SHOWN]
     names = [f"{row:05}.png" for row in rows]
     pictures = {"source": read_images([shared / name for name in names])}
-    for job in jobs:
-        if job.seed == jobs[0].seed:
-            pictures[job.arm.name] = read_images([job.root / f"images/{job.steps[-1]}/{name}" for name in names])
+    for job, result in found:
+        if job.seed == first.seed:
+            folder = job.root / f"images/{result['points'][-1]['steps']}"
+            pictures[job.arm.name] = read_images([folder / name for name in names])
     return sample_grid(pictures, [prompts[row] for row in rows])

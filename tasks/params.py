@@ -69,6 +69,27 @@ def checked(root: Path | str, settings: dict[str, Any], where: str) -> dict[str,
     return {name: to_dict(from_dict(classes[name], settings[name], f"{where}.{name}")) for name in settings}
 
 
+def resolve_with(root: Path | str, target: str, changes: list[str]) -> dict[str, Any]:
+    """`resolve`, with values replaced by command line words such as `evaluate.sampling.steps=20`; values are YAML.
+
+    Raises:
+        T5Error: as `resolve`, and for a word without "=" or a setting inside of what is no section.
+    """
+    settings = resolve(root, target)
+    for word in changes:
+        path, equals, value = word.partition("=")
+        *sections, name = path.split(".")
+        if not equals or not sections:
+            raise T5Error(f"--set {word}: expected SECTION.NAME=VALUE, such as finetune.steps=100")
+        section = settings
+        for key in sections:
+            section = section.get(key)
+            if not isinstance(section, dict):
+                raise T5Error(f"--set {word}: '{key}' is no section of {target}; expected SECTION.NAME=VALUE")
+        section[name] = yaml.safe_load(value)
+    return checked(root, settings, f"{target} with --set")
+
+
 def kind(settings: dict[str, Any]) -> str:
     """What a target's model is, which its fetch section tells: a diffusers pipeline's "denoiser", or a "classifier"."""
     return "denoiser" if (settings.get("fetch") or {}).get("format") == "pipeline" else "classifier"

@@ -269,6 +269,41 @@ def test_curves_of_every_arm_and_seed_are_drawn_once(root, kind, tmp_path, monke
     assert curves.run(**told, out=out, work=tmp_path / "work", jobs=1) == result
 
 
+def test_curves_go_on_from_the_points_that_are_done_and_show_what_there_is(root, kind, tmp_path, monkeypatch):
+    from tasks import curves
+
+    text = json.dumps(settings(kind)).replace("{root}", str(root))
+    told = {"target": "tiny", "settings": json.loads(text), "layers": ["all"], "seeds": [0], "jobs": 1}
+    told |= {"out": tmp_path / "tiny", "work": tmp_path / "work"}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(T5Error, match="no point was done within 0 s"):
+        curves.run(**told, steps=[0, 2], seconds=0)
+    first = curves.run(**told, steps=[0])
+    run_stage, asked = curves.run_stage, []
+
+    def counted(name, *args, **kwargs):
+        asked.append(name)
+        if len(asked) == 3:
+            raise RuntimeError("out of memory")
+        return run_stage(name, *args, **kwargs)
+
+    monkeypatch.setattr(curves, "run_stage", counted)
+    with pytest.raises(T5Error, match="1 of 3 arms broke: all, not calibrated, seed 0: out of memory"):
+        curves.run(**told, steps=[0, 2])
+    assert asked == ["control", "finetune", "finetune"]  # what was converted, calibrated and drawn is kept
+    both = read_json(tmp_path / "tiny.json")["arms"]
+    assert [len(arm["0"]["points"]) for arm in both.values()] == [2, 2, 1]
+    assert all(arm["0"]["points"][0] == first["arms"][name]["0"]["points"][0] for name, arm in both.items())
+    for file in (tmp_path / "work").glob("control*/result.json"):
+        file.unlink()
+    planned = curves.run(**told, steps=[0, 2], seconds=0)
+    assert list(planned["arms"]) == ["all", "all, not calibrated"]
+    told["settings"]["evaluate"]["sampling"]["steps"] = 3  # nothing of other settings is taken for these
+    with pytest.raises(T5Error, match="no point was done"):
+        curves.run(**told, steps=[0, 2], seconds=0)
+
+
 def test_the_result_is_exported_as_a_pipeline_with_its_figures(built, root, kind, tmp_path):
     from t5lib.pipelines import load_pipeline
     from tasks.export import export

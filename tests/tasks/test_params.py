@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +71,19 @@ def test_check_names_a_slip_in_any_section(small_repo, old, new, message):
 def test_outside_the_repository_the_message_says_where_to_go(tmp_path):
     with pytest.raises(T5Error, match="run this from the repository's folder"):
         params.read(tmp_path)
+
+
+def test_settings_are_replaced_by_words_at_any_depth_and_checked():
+    root = Path(__file__).parents[2]
+    words = ["evaluate.sampling.steps=3", "shards.train=file:elsewhere.json", "convert.layers={0-1: softmax}"]
+    found = params.resolve_with(root, "sd35-micro", words)
+    assert found["evaluate"]["sampling"] == params.resolve(root, "sd35-micro")["evaluate"]["sampling"] | {"steps": 3}
+    assert found["shards"]["train"] == "file:elsewhere.json" and found["convert"]["layers"] == {"0-1": "softmax"}
+    for word, message in (
+        ("evaluate.sampling.stepps=3", "unknown setting 'stepps'; did you mean 'steps'"),
+        ("evaluate.samples.steps=3", "'samples' is no section of sd35-micro"),
+        ("steps=3", "expected SECTION.NAME=VALUE"),
+        ("finetune.steps", "expected SECTION.NAME=VALUE"),
+    ):
+        with pytest.raises(T5Error, match=message):
+            params.resolve_with(root, "sd35-micro", [word])
