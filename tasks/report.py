@@ -2,7 +2,7 @@
 
 import platform
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from t5lib import report
@@ -78,8 +78,15 @@ def _provenance(stage: Stage, benchmark: dict[str, Any] | None) -> dict[str, str
         "Made on": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "Device": benchmark["device"] if benchmark else describe_device("cpu"),
         "Python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "timm", "t5-ttt")},
+        **{name: _version(name) for name in ("torch", "timm", "t5-ttt")},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # ours, run from its folder
+        return "not installed"
 
 
 if __name__ == "__main__":

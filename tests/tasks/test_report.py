@@ -287,3 +287,9 @@ def test_numbers_read_alike_everywhere(shown, expected):
 
 def test_standard_error_is_the_binomial_one():
     assert standard_error({"top1": 85.8, "n": 1000}) == pytest.approx(1.104, abs=1e-3)
+
+
+def test_the_code_need_not_be_installed_to_write_a_report():
+    from tasks.report import _version
+
+    assert _version("a-package-that-is-not-there") == "not installed" and _version("torch")[0].isdigit()
