@@ -1,10 +1,11 @@
 """Write a Stable Diffusion 3.5 Medium pipeline with random weights: the gated one's shapes, none of its skill.
 
-    python data/sd35-random/make.py OUT [--text-encoders none|clip|all] [--tiny] [--seed 0]
+    python data/sd35-random/make.py OUT [--text-encoders none|clip|all] [--blocks N] [--tiny] [--seed 0]
 
 Its images mean nothing. It is for trying a whole run (converting, training, timing, memory) at full size where the
 weights cannot be had: a `file:` source takes the folder. In bf16 the transformer and the VAE are 5.1 GB, both CLIP
-encoders 1.6 GB, T5-XXL 9.5 GB, in files and, while they are made, in memory. `--tiny` has the same parts, small.
+encoders 1.6 GB, T5-XXL 9.5 GB, in files and, while they are made, in memory. `--blocks` takes fewer than the 24
+blocks, with the same share of dual attention; `--tiny` has the same parts, small.
 
 Shapes: the published configurations of stabilityai/stable-diffusion-3.5-medium, openai/clip-vit-large-patch14,
 laion/CLIP-ViT-bigG-14-laion2B-39B-b160k and google/t5-v1_1-xxl. The tokenizers are small ones of our own.
@@ -75,40 +76,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--text-encoders", choices=ENCODERS, default="all")
+    parser.add_argument("--blocks", type=int, help="of the transformer; default: all")
     parser.add_argument("--tiny", action="store_true", help="the same parts, small enough for a test")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    write(given.out, text_encoders=given.text_encoders, size="tiny" if given.tiny else "medium", seed=given.seed)
+    size = "tiny" if given.tiny else "medium"
+    write(given.out, text_encoders=given.text_encoders, size=size, seed=given.seed, blocks=given.blocks)
     print(f"{given.out}: random weights, whose images mean nothing")
 
 
-def write(out: Path, *, text_encoders: str = "all", size: str = "medium", seed: int = 0) -> None:
+def write(
+    out: Path, *, text_encoders: str = "all", size: str = "medium", seed: int = 0, blocks: int | None = None
+) -> None:
     """Write the pipeline's folder; the same seed writes the same bytes.
 
     Args:
         text_encoders: "none": prompts must come as embeddings; "clip": T5's part of the prompt is zeros; "all".
+        blocks: of the transformer, None for all of that size.
 
     Raises:
-        T5Error: the folder exists.
+        T5Error: the folder exists, or more blocks than there are.
     """
     if out.exists():
         raise T5Error(f"{out} exists; pass a new folder, or delete it")
-    pipe = build(text_encoders, size, seed)
+    pipe = build(text_encoders, size, seed, blocks)
     with atomic_dir(out) as folder:
         pipe.save_pretrained(folder)
-        notice = NOTICE.format(size="" if size == "medium" else " in kind, not in size", seed=seed)
+        part = f", but for its depth of {blocks} blocks" if blocks else ""
+        notice = NOTICE.format(size=part if size == "medium" else " in kind, not in size", seed=seed)
         write_text(folder / "README.md", notice)
 
 
-def build(text_encoders: str = "all", size: str = "medium", seed: int = 0) -> StableDiffusion3Pipeline:
+def build(
+    text_encoders: str = "all", size: str = "medium", seed: int = 0, blocks: int | None = None
+) -> StableDiffusion3Pipeline:
     """The pipeline, in bf16 and eval mode."""
     sizes, parts = SIZES[size], {}
+    shape = shallow(sizes["transformer"], blocks) if blocks else sizes["transformer"]
     before = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         torch.set_default_dtype(torch.bfloat16)  # never a wider copy: it would take twice the memory
         try:
-            parts |= {"transformer": SD3Transformer2DModel(**sizes["transformer"]), "vae": build_vae(sizes["vae"])}
+            parts |= {"transformer": SD3Transformer2DModel(**shape), "vae": build_vae(sizes["vae"])}
             parts |= _encoders(sizes, text_encoders)
         finally:
             torch.set_default_dtype(before)
@@ -116,6 +126,19 @@ def build(text_encoders: str = "all", size: str = "medium", seed: int = 0) -> St
         if isinstance(part, torch.nn.Module):
             part.to(torch.bfloat16).eval()
     return StableDiffusion3Pipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts)
+
+
+def shallow(shape: dict, blocks: int) -> dict:
+    """`shape` with fewer blocks, the same share of them with dual attention, rounded, and these first.
+
+    Raises:
+        T5Error: not as many blocks.
+    """
+    most = shape["num_layers"]
+    if not 1 <= blocks <= most:
+        raise T5Error(f"blocks {blocks}: expected 1 to {most}")
+    dual = round(blocks * len(shape["dual_attention_layers"]) / most)
+    return shape | {"num_layers": blocks, "dual_attention_layers": tuple(range(dual))}
 
 
 def build_vae(sizes: dict) -> AutoencoderKL:

@@ -53,6 +53,16 @@ def test_the_seed_decides_every_byte(make, tmp_path):
     assert {name for name in a if a[name] != b[name]} == {n for n in a if n.endswith(".safetensors")} | {"README.md"}
 
 
+def test_fewer_blocks_keep_width_and_share_of_dual_attention(make, tmp_path):
+    make.write(tmp_path / "a", text_encoders="none", size="tiny", blocks=2)
+    blocks = t5lib.load_pipeline(tmp_path / "a").transformer.transformer_blocks
+    assert [block.use_dual_attention for block in blocks] == [True, False] and blocks[-1].context_pre_only
+    found = make.shallow(make.MEDIUM, 8)
+    assert len(found["dual_attention_layers"]) == 4 and found["num_attention_heads"] == 24
+    with pytest.raises(T5Error, match="blocks 25: expected 1 to 24"):
+        make.shallow(make.MEDIUM, 25)
+
+
 def test_a_folder_that_exists_is_left_alone(make, tmp_path):
     with pytest.raises(T5Error, match="exists; pass a new folder, or delete it"):
         make.write(tmp_path, size="tiny")
