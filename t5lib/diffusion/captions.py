@@ -66,6 +66,7 @@ def caption_of(sample: Sample) -> str:
 
 def image_of(sample: Sample, channels: int = 3) -> Image.Image:
     """The decoded image: RGB, or grey for `channels` 1; upright as its EXIF entry says, transparent parts on white.
+    With `channels` 4 RGBA, as it is.
 
     Raises:
         T5Error: it cannot be read.
@@ -73,6 +74,8 @@ def image_of(sample: Sample, channels: int = 3) -> Image.Image:
     field = _field(sample, IMAGE_FIELDS, "image")
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(sample[field])))
+        if channels == 4:
+            return image.convert("RGBA")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)

@@ -168,7 +168,7 @@ def colours_of(images: Tensor, scenes: Sequence[Scene]) -> dict[str, np.ndarray]
     """The backgrounds of real images: name to mean colour (3,), 0 to 1."""
     grounds: dict[str, list[np.ndarray]] = {}
     for image, scene in zip(images, scenes, strict=True):
-        grounds.setdefault(scene.colour, []).append(_ground(image))
+        grounds.setdefault(scene.colour, []).append(ground_of(image))
     return {name: np.mean(found, axis=0) for name, found in grounds.items()}
 
 
@@ -200,27 +200,33 @@ def follow_scenes(
 
 def background(image: Tensor, colours: dict[str, np.ndarray]) -> str:
     """The name of the colour nearest to the median of the pixels along the border of (C, H, W)."""
-    ground = _ground(image)
+    ground = ground_of(image)
     return min(colours, key=lambda name: float(np.linalg.norm(ground - colours[name])))
 
 
 def count_things(image: Tensor, config: CountConfig = CountConfig()) -> int:
     """Connected parts that stand out from the background of (C, H, W)."""
+    return len(parts_of(image, config))
+
+
+def parts_of(image: Tensor, config: CountConfig = CountConfig()) -> list[tuple[tuple[slice, slice], int]]:
+    """The parts that count_things counts: rows and columns of each, and its area in pixels."""
     from scipy import ndimage
 
     pixels = image.expand(3, -1, -1).numpy() / 255
-    distance = np.linalg.norm(pixels - _ground(image)[:, None, None], axis=0)
+    distance = np.linalg.norm(pixels - ground_of(image)[:, None, None], axis=0)
     things = distance > config.contrast
     gap = round(config.join * min(things.shape) / 64)
     grown = ndimage.binary_dilation(things, np.ones((1 + gap, 1 + gap))) if gap else things
     parts, number = ndimage.label(grown, np.ones((3, 3)))
     if not number:
-        return 0
+        return []
     areas = np.bincount(parts[things], minlength=number + 1)[1:]
-    return int((areas >= max(config.least * things.size, config.relative * areas.max())).sum())
+    least = max(config.least * things.size, config.relative * areas.max())
+    return [(box, int(area)) for box, area in zip(ndimage.find_objects(parts), areas, strict=True) if area >= least]
 
 
-def _ground(image: Tensor) -> np.ndarray:
+def ground_of(image: Tensor) -> np.ndarray:
     """Median colour (3,), 0 to 1, of the outermost pixels (a 32nd of the side)."""
     pixels = image.expand(3, -1, -1).float() / 255
     edge = max(1, min(pixels.shape[1:]) // 32)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t5lib.diffusion import features, scores
+from t5lib.diffusion import features, scores, subjects
 from t5lib.diffusion.generation import GenerateConfig, generate, read_images
 from t5lib.diffusion.prompts import Job, seed_of
 from t5lib.diffusion.training import validation_loss
@@ -34,11 +34,14 @@ class EvaluateConfig:
             real images as there are, up to this number, stand beside them.
         shown: how many of them the picture of samples shows.
         sampling: steps, guidance, size (default: the pipeline's).
+        cutouts: file:MANIFEST.json of RGBA pictures of all that can be asked for, one a name; for things on plain
+            backgrounds. Then they tell what a picture shows (t5lib.diffusion.subjects), and not training images.
     """
 
     samples: int = 1000
     shown: int = 8
     sampling: GenerateConfig = field(default_factory=GenerateConfig)
+    cutouts: str | None = None
 
     def __post_init__(self) -> None:
         if self.samples < scores.LEAST or not 1 <= self.shown <= self.samples:
@@ -46,6 +49,8 @@ class EvaluateConfig:
                 f"evaluate: samples {self.samples}, shown {self.shown}; expected at least {scores.LEAST} samples, and "
                 "1 or more of them shown"
             )
+        if self.cutouts is not None and not self.cutouts.startswith("file:"):
+            raise T5Error(f"evaluate.cutouts is '{self.cutouts}'; expected file:MANIFEST.json")
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Judge:
         images = {"size": config.sampling.size or pipeline.image_size(self.folder), "channels": self.channels}
         held_out = real.read(shards / "images-val.json", **images, most=config.samples)
         self.asked = [held_out[number % len(held_out)] for number in range(config.samples)]
+        self._root = root
         self._known = lambda: real.references(shards / "images-train.json", **images, most=REFERENCES)
         self._held_out = _held_out(data, shards, source)
         self._pipe: Any = None
@@ -117,10 +123,14 @@ class Judge:
     def _following(self, pictures: Tensor) -> dict[str, Any]:
         """Whether pictures show what was asked for, where the real images say what that is."""
         result: dict[str, Any] = {}
-        named = [number for number, image in enumerate(self.asked) if image.name in self._references]
+        names = self._cutouts.names if self._cutouts else self._references
+        named = [number for number, image in enumerate(self.asked) if image.name in names]
         if named:
-            names = [self.asked[number].name for number in named]
-            result |= scores.retrieval(pictures[named], names, self._references, self._dinov2)
+            wanted = [self.asked[number].name for number in named]
+            if self._cutouts:
+                result |= subjects.retrieval(pictures[named], wanted, self._cutouts)
+            else:
+                result |= scores.retrieval(pictures[named], wanted, self._references, self._dinov2)
         scenes = [image.scene for image in self.asked]
         if all(scenes):
             colours = scores.colours_of(real.stacked(self.asked), scenes)
@@ -141,6 +151,11 @@ class Judge:
     @cached_property
     def _dinov2(self) -> features.Dinov2:
         return features.Dinov2.load(self.fetched / "features", device())
+
+    @cached_property
+    def _cutouts(self) -> subjects.Cutouts | None:
+        given = self.config.cutouts
+        return subjects.cutouts_of(real.cutouts(self._root / given.removeprefix("file:"))) if given else None
 
     @cached_property
     def _references(self) -> dict[str, Tensor]:

@@ -51,6 +51,12 @@ def references(manifest: Path, size: Size, *, channels: int, most: int, look_at:
     return {name: torch.stack(pictures) for name, pictures in found.items()}
 
 
+def cutouts(manifest: Path) -> dict[str, Tensor]:
+    """The pictures (4, h, w) of a manifest, RGBA, by the entry "name" of each .json."""
+    samples = (sample for shard in ShardSet.read(manifest).shards for sample in shard.samples())
+    return {_about(sample)["name"]: pil_to_tensor(image_of(sample, 4)) for sample in samples}
+
+
 def stacked(images: list[RealImage]) -> Tensor:
     """(n, C, H, W) uint8."""
     return torch.stack([image.pixels for image in images])

@@ -81,6 +81,17 @@ def test_committed_pictures_show_their_background(micro):
         assert list(micro.captions.COLOURS)[micro.card.backgrounds(picture)] == about["background"]
 
 
+def test_real_pictures_show_what_they_say():
+    """The ceiling of the score that generated ones get."""
+    from t5lib.diffusion import subjects
+    from tasks.denoisers import real
+
+    val = real.read(FOLDER / "val.json", (64, 64), channels=3, most=100)
+    cutouts = subjects.cutouts_of(real.cutouts(FOLDER / "sprites.json"))
+    found = subjects.retrieval(real.stacked(val), [image.name for image in val], cutouts)
+    assert found["retrieval_r1"] > 0.9 and found["retrieval_names"] == 358
+
+
 def test_a_picture_holds_as_many_copies_as_its_scene(micro, sprites):
     square = torch.ones(1, 4, 8, 8)  # a full white sprite
     for count in (1, 2, 3, 4):
