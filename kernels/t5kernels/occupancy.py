@@ -1,6 +1,6 @@
 """What the compiler makes of the kernels: registers, spilled bytes and shared memory, by tile; needs no card.
 
-    python -m t5kernels.occupancy [--width D ...] [--kernel NAME ...] [--kind plain|normalized|convolved]
+    python -m t5kernels.occupancy [--width D ...] [--kernel NAME ...]
 
 Compiles for the H100 (sm_90) in bfloat16 with the Triton that is installed. What is spilled goes through memory in
 every turn of a loop; registers and shared memory say how many programs a multiprocessor holds.
@@ -17,18 +17,37 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from t5kernels.ttt import tokens, triton_kernels
 from t5kernels.ttt import triton as ttt
+from t5kernels.ttt import triton_kernels
 from t5kernels.ttt.triton import Tile
 from t5kernels.ttt_layer import triton as layer
 from t5kernels.ttt_layer import triton_kernels as layer_kernels
 from t5kernels.ttt_layer.triton import EVERY_TILE
 
 TARGET = GPUTarget("cuda", 90, 32)
-KINDS = {"plain": tokens.PLAIN.value, "normalized": tokens.NORMALIZED.value, "convolved": tokens.CONVOLVED.value}
 # Arguments that are pointers to float32, and to tokens or weights in bfloat16; the rest are strides and counts.
-FLOAT = {"table", "step", "d_step", "sums", "parts", "totals"}
-HALF = {"q", "k", "v", "w1", "w2", "w3", "out", "do", "dq", "dk", "dv", "first", "weight", "x", "dx", "dy", "dn"}
+FLOAT = {"norm", "step", "d_step", "sums", "parts", "totals"}
+HALF = {
+    "q",
+    "k",
+    "v",
+    "w1",
+    "w2",
+    "w3",
+    "out",
+    "do",
+    "dq",
+    "dk",
+    "dv",
+    "first",
+    "weight",
+    "bias",
+    "x",
+    "y",
+    "dx",
+    "dy",
+    "dn",
+}
 
 
 @dataclass(frozen=True)
@@ -44,12 +63,13 @@ class Compiled:
         return f"{self.kernel:<20} registers {self.registers:>3}  spilled {self.spilled:>4}  shared {self.shared:>6}"
 
 
-def compiled(kernel: str, tile: Tile, head_dim: int, kind: str = "convolved") -> Compiled:
+def compiled(kernel: str, tile: Tile, head_dim: int) -> Compiled:
     """`kernel`: a key of EVERY_TILE; `tile`: how it is cut."""
     function = getattr(layer_kernels if kernel in layer.TILES else triton_kernels, f"{kernel}_kernel")
-    constants = {"D": head_dim, "WIDTH": ttt.padded_width(head_dim), "BLOCK": tile.block, "NORM": True, "CONV": True}
+    constants = {"D": head_dim, "WIDTH": ttt.padded_width(head_dim), "BLOCK": tile.block}
+    constants |= {"STAGES": tile.stages, "NORM": True, "CONV": True}
     if tile.hidden:
-        constants |= {"HIDDEN": tile.hidden, "KIND": KINDS[kind], "SLICES": triton.cdiv(head_dim, tile.hidden)}
+        constants |= {"HIDDEN": tile.hidden, "SLICES": triton.cdiv(head_dim, tile.hidden)}
     # Tokens have channels side by side, which Triton takes for a constant.
     constants |= {name: 1 for name in function.arg_names if name.endswith("_d")}
     signature, constant, aligned = {}, {}, {}
@@ -57,7 +77,7 @@ def compiled(kernel: str, tile: Tile, head_dim: int, kind: str = "convolved") ->
         signature[name] = _type(name, constants)
         if name in constants:
             constant[(place,)] = constants[name]
-        elif name in FLOAT | HALF or "_" in name:  # pointers and strides
+        elif name in FLOAT | HALF or (name[:-1].endswith("_") and name[-1] in "bhn"):  # pointers and strides
             aligned[(place,)] = [["tt.divisibility", 16]]
     made = triton.compile(ASTSource(function, signature, constant, aligned), target=TARGET, options=tile.options)
     registers, spilled = _resources(made.asm["cubin"])
@@ -87,12 +107,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", nargs="*", type=int, default=[32, 64, 72, 128], help="head widths")
     parser.add_argument("--kernel", nargs="*", choices=list(EVERY_TILE), default=list(EVERY_TILE), help="these only")
-    parser.add_argument("--kind", choices=list(KINDS), default="convolved", help="how tokens are read")
     options = parser.parse_args(arguments)
     for head_dim in options.width:
         for kernel in options.kernel:
             tile = EVERY_TILE[kernel][ttt.padded_width(head_dim)]
-            print(f"{head_dim:>3}  {compiled(kernel, tile, head_dim, options.kind)}  {tile}", flush=True)
+            print(f"{head_dim:>3}  {compiled(kernel, tile, head_dim)}  {tile}", flush=True)
 
 
 if __name__ == "__main__":

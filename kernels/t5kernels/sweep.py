@@ -30,11 +30,13 @@ Call = Callable[[], tuple[Tensor, ...]]
 def candidates(kernel: str, width: int) -> Iterator[Tile]:
     """Tiles for heads of a padded width."""
     if kernel in layer.TILES:
-        for numbers, warps, resident in itertools.product((512, 1024, 2048, 4096), (2, 4, 8), (2, 3, 4, 6)):
-            yield Tile(block=max(1, numbers // width), warps=warps, resident=resident)
+        stages = (1, 2, 3) if kernel.startswith("prepare") else (1,)
+        sizes = itertools.product((512, 1024, 2048, 4096), (2, 4, 8), stages, (2, 3, 4, 6))
+        for numbers, warps, stages, resident in sizes:
+            yield Tile(block=max(1, numbers // width), warps=warps, stages=stages, resident=resident)
         return
     hidden = sorted({min(width, 64), 32})
-    for columns, block, warps, stages in itertools.product(hidden, (32, 64, 128), (4, 8), (1, 2)):
+    for columns, block, warps, stages in itertools.product(hidden, (32, 64, 128), (4, 8), (1, 2, 3)):
         for resident in range(1, 1 + 16 // warps):
             yield Tile(hidden=columns, block=block, warps=warps, stages=stages, resident=resident)
 
@@ -48,25 +50,28 @@ def calls(case: Case) -> dict[str, Call]:
     scale, d_out = case.width**-0.5 / case.tokens, inputs.d_outs[0]
     convs = (leaves[name] for name in ("q_weight", "q_bias", "k_weight", "k_bias"))
     convs = layer._convs(*convs, (case.rows, case.columns, case.prefix))
-    tables = layer._tables(k, None, convs, SETTINGS.norm_scope, SETTINGS.eps)
-    (part,) = layer._parts(q, k, v, None, None, None, convs, SETTINGS.norm_scope, tables)
-    step = ttt.launch_accumulate(k, v, weights, scale, part.k_reading)
-    _, d_step = ttt.launch_apply_backward(d_out, q, weights, step, part.q_reading)
-    dk = ttt.launch_accumulate_backward(d_step, k, v, weights, scale, part.k_reading)[0]
-    totals = layer._read_backward(dk, k, part.k_reading, part.k_conv, norm=True)[1][:, 10:].contiguous()
+    norms = layer._norms(k, None, SETTINGS.norm_scope, SETTINGS.eps)
+    (part,) = layer._parts(q, k, v, None, None, None, convs, norms)
+    queries, keys = layer._prepared(q, part.of_q), layer._prepared(k, part.of_k)
+    step = ttt.launch_accumulate(keys, v, weights, scale)
+    _, d_step = ttt.launch_apply_backward(d_out, queries, weights, step)
+    dk = ttt.launch_accumulate_backward(d_step, keys, v, weights, scale)[0]
+    dn, sums = layer._prepare_backward(dk, k, part.of_k)
+    totals = sums[:, 10:].contiguous()
 
     def norm_backward() -> tuple[Tensor]:
-        out = dk.clone()  # a pass more than the kernel itself takes, the same for every tile
-        layer._norm_backward(out, k, part.k_reading, totals, case.tokens)
+        out = dn.clone()  # a pass more than the kernel itself takes, the same for every tile
+        layer._norm_backward(out, k, part.of_k.norm, totals, case.tokens)
         return (out,)
 
     return {
         "key_sums": lambda: (layer._key_sums(k, k).sum(1),),
-        "accumulate": lambda: (ttt.launch_accumulate(k, v, weights, scale, part.k_reading),),
-        "apply": lambda: (ttt.launch_apply(q, weights, step, part.q_reading),),
-        "apply_backward": lambda: ttt.launch_apply_backward(d_out, q, weights, step, part.q_reading),
-        "accumulate_backward": lambda: ttt.launch_accumulate_backward(d_step, k, v, weights, scale, part.k_reading),
-        "read_backward": lambda: layer._read_backward(dk, k, part.k_reading, part.k_conv, norm=True),
+        "prepare": lambda: (layer._prepared(k, part.of_k),),
+        "accumulate": lambda: (ttt.launch_accumulate(keys, v, weights, scale),),
+        "apply": lambda: (ttt.launch_apply(queries, weights, step),),
+        "apply_backward": lambda: ttt.launch_apply_backward(d_out, queries, weights, step),
+        "accumulate_backward": lambda: ttt.launch_accumulate_backward(d_step, keys, v, weights, scale),
+        "prepare_backward": lambda: layer._prepare_backward(dk, k, part.of_k),
         "norm_backward": norm_backward,
     }
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 # Bytes a thread: what the present tiles take with the compilers that were tried, and a little more.
-SPILLED = {"accumulate_backward": 512, "apply_backward": 128}
+SPILLED = {"accumulate": 16, "accumulate_backward": 512, "apply_backward": 128}
 LINE = re.compile(r"(\d+)  (\w+) +registers +(\d+)  spilled +(\d+)  shared +(\d+)")
 
 
@@ -23,14 +23,8 @@ def told(*arguments):
 @pytest.mark.slow
 def test_no_kernel_spills_more_than_it_did_and_all_fit_a_multiprocessor():
     found = told("--width", "64", "72")
-    assert len(found) == 14
+    assert len(found) == 16
     for (width, kernel), (registers, spilled, shared) in found.items():
         assert 0 < registers <= 255
         assert spilled <= SPILLED.get(kernel, 0), (width, kernel)
         assert shared <= 227 * 1024
-
-
-def test_tokens_that_are_read_as_they_are_take_fewer_registers():
-    (plain,) = told("--width", "32", "--kernel", "apply", "--kind", "plain").values()
-    (convolved,) = told("--width", "32", "--kernel", "apply").values()
-    assert plain[0] < convolved[0]

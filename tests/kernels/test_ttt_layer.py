@@ -219,7 +219,7 @@ def test_the_backward_keeps_the_inputs_and_little_more():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         call(case, leaves, "triton")
     extra = sorted(size for pointer, size in kept.items() if pointer not in own)
-    assert extra == [2 * 4 * 27 * 32, 4 * 3 * 32 * 32]  # tables of keys and queries, and the step
+    assert extra == [4 * 2 * 32, 4 * 3 * 32 * 32]  # the norm's factors and summands, and the step
 
 
 @pytest.mark.slow
@@ -250,10 +250,10 @@ def test_the_custom_ops_keep_what_pytorch_asks_of_them(case):
     rest = (case.rows, case.columns, case.prefix, norm, 1.0, 0.1)
     arguments = [leaves.get(name) for name in names]
     torch.library.opcheck(kernels._layer, (*arguments, *rest))
-    *_, step, tables = kernels._layer(*(given.leaves.get(name) for name in names), *rest)
+    *_, step, norms = kernels._layer(*(given.leaves.get(name) for name in names), *rest)
     d_text = given.d_outs[1] if case.text else torch.empty(0, device=DEVICE)
     plain = [given.leaves.get(name) for name in names]
-    torch.library.opcheck(kernels._layer_backward, (given.d_outs[0], d_text, step, tables, *plain, *rest[:4], rest[5]))
+    torch.library.opcheck(kernels._layer_backward, (given.d_outs[0], d_text, step, norms, *plain, *rest[:4], rest[5]))
 
 
 def test_autocast_is_followed_and_weights_may_stay_in_float32():

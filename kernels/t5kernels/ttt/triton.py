@@ -8,14 +8,12 @@ Results are the same from run to run: partial sums of programs are added in a fi
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton as triton_package
 from torch import Tensor
 
 from t5kernels.transforms import transformed
-from t5kernels.ttt import tokens
 from t5kernels.ttt import triton_kernels as kernels
 
 LARGEST_HEAD = 128
@@ -50,18 +48,18 @@ class Tile:
 # By kernel, then by the head width padded to a power of two; 16-bit tokens on a card of the H100's size.
 TILES = {
     "accumulate": {
-        32: Tile(hidden=32, block=64, warps=4, resident=3),
-        64: Tile(hidden=64, block=64, warps=4, resident=2),
+        32: Tile(hidden=32, block=64, warps=4, stages=2, resident=3),
+        64: Tile(hidden=64, block=64, warps=4, stages=2, resident=2),
         128: Tile(hidden=64, block=64, warps=8, resident=1),
     },
     "apply": {
         32: Tile(hidden=32, block=64, warps=4, resident=4),
-        64: Tile(hidden=64, block=64, warps=4, resident=4, registers=128),
+        64: Tile(hidden=64, block=64, warps=4, stages=2, resident=4),
         128: Tile(hidden=64, block=64, warps=8, resident=1),
     },
     "apply_backward": {
-        32: Tile(hidden=32, block=64, warps=4, resident=2),
-        64: Tile(hidden=64, block=64, warps=4, resident=2),
+        32: Tile(hidden=32, block=64, warps=4, stages=2, resident=2),
+        64: Tile(hidden=64, block=64, warps=4, stages=2, resident=2),
         128: Tile(hidden=64, block=32, warps=8, resident=1),
     },
     "accumulate_backward": {
@@ -76,17 +74,6 @@ LEAST_SHARED = 160 * 1024  # bytes a program may have on chip, for TILES
 # What a program costs beside its blocks of tokens, in blocks: it loads weights and writes sums that are added later.
 OVERHEAD = 3
 MOST_CHUNKS = 32
-
-
-class Reading(NamedTuple):
-    """How a kernel reads tokens, a `kind` of tokens.py; the grid's place is (rows, columns, prefix tokens)."""
-
-    kind: int
-    table: Tensor | None
-    place: tuple[int, int, int]
-
-
-PLAIN = Reading(tokens.PLAIN.value, None, (0, 0, 0))
 
 
 def check(op: str, given: list[Tensor], weights: tuple[Tensor, ...]) -> None:
@@ -118,44 +105,42 @@ def apply(q: Tensor, weights: tuple[Tensor, ...], step: Tensor) -> Tensor:
     return _apply(q, *weights, step.float())
 
 
-def launch_accumulate(k: Tensor, v: Tensor, weights: list[Tensor], scale: float, reading: Reading = PLAIN) -> Tensor:
-    """The step (B, H, 3, D, D) in float32. k is read as `reading` says."""
+def launch_accumulate(k: Tensor, v: Tensor, weights: list[Tensor], scale: float) -> Tensor:
+    """The step (B, H, 3, D, D) in float32."""
     B, H, N, D = k.shape
     width, tile, slices = _cut("accumulate", k)
     chunk, chunks, _ = chunks_of(k, tile, B * H * slices)
     sums = k.new_empty(B * H, chunks, 3, D, D, dtype=torch.float32)
     with torch.cuda.device_of(k):
         kernels.accumulate_kernel[B * H, chunks, slices](
-            *(k, v, _table(reading, k), *_contiguous(*weights), sums),
-            *(*k.stride(), *v.stride(), *reading.place),
+            *(k, v, *_contiguous(*weights), sums),
+            *(*k.stride(), *v.stride()),
             *(H, N, chunk, scale),
-            *(D, width, tile.hidden, tile.block, reading.kind),
+            *(D, width, tile.hidden, tile.block),
             **tile.options,
         )
     return added(sums).view(B, H, 3, D, D)
 
 
-def launch_apply(q: Tensor, weights: list[Tensor], step: Tensor, reading: Reading = PLAIN) -> Tensor:
-    """The output (B, H, N, D) for queries read as `reading` says."""
+def launch_apply(q: Tensor, weights: list[Tensor], step: Tensor) -> Tensor:
+    """The output (B, H, N, D)."""
     B, H, N, D = q.shape
     width, tile, slices = _cut("apply", q)
     chunk, chunks, _ = chunks_of(q, tile, B * H)
     out = like_tokens(q)
     with torch.cuda.device_of(q):
         kernels.apply_kernel[B * H, chunks](
-            *(q, _table(reading, q), *_contiguous(*weights, step), out),
-            *(*q.stride(), *out.stride(), *reading.place),
+            *(q, *_contiguous(*weights, step), out),
+            *(*q.stride(), *out.stride()),
             *(H, N, chunk),
-            *(D, width, tile.hidden, tile.block, reading.kind, slices),
+            *(D, width, tile.hidden, tile.block, slices),
             **tile.options,
         )
     return out
 
 
-def launch_apply_backward(
-    d_out: Tensor, q: Tensor, weights: list[Tensor], step: Tensor, reading: Reading = PLAIN
-) -> tuple[Tensor, Tensor]:
-    """The gradients of q as it was read, and of the step (B, H, 3, D, D), float32."""
+def launch_apply_backward(d_out: Tensor, q: Tensor, weights: list[Tensor], step: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of q and of the step (B, H, 3, D, D), float32."""
     B, H, N, D = q.shape
     width, tile, slices = _cut("apply_backward", q)
     chunk, chunks, _ = chunks_of(q, tile, B * H)
@@ -163,19 +148,19 @@ def launch_apply_backward(
     sums = q.new_empty(B * H, chunks, 3, D, D, dtype=torch.float32)
     with torch.cuda.device_of(q):
         kernels.apply_backward_kernel[B * H, chunks](
-            *(d_out, q, _table(reading, q), *_contiguous(*weights, step), dq, sums),
-            *(*d_out.stride(), *q.stride(), *dq.stride(), *reading.place),
+            *(d_out, q, *_contiguous(*weights, step), dq, sums),
+            *(*d_out.stride(), *q.stride(), *dq.stride()),
             *(H, N, chunk),
-            *(D, width, tile.hidden, tile.block, reading.kind, slices),
+            *(D, width, tile.hidden, tile.block, slices),
             **tile.options,
         )
     return dq, added(sums).view(B, H, 3, D, D)
 
 
 def launch_accumulate_backward(
-    d_step: Tensor, k: Tensor, v: Tensor, weights: list[Tensor], scale: float, reading: Reading = PLAIN
+    d_step: Tensor, k: Tensor, v: Tensor, weights: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of k as it was read and of v, and in float32 those of the weights, (3, H, D, D)."""
+    """The gradients of k and v, and in float32 those of the weights, (3, H, D, D)."""
     B, H, N, D = k.shape
     width, tile, slices = _cut("accumulate_backward", k)
     chunk, chunks, images = chunks_of(k, tile, H, B)
@@ -184,10 +169,10 @@ def launch_accumulate_backward(
     sums = k.new_empty(groups * H, chunks, 3, D, D, dtype=torch.float32)
     with torch.cuda.device_of(k):
         kernels.accumulate_backward_kernel[groups * H, chunks](
-            *(*_contiguous(d_step), k, v, _table(reading, k), *_contiguous(*weights), dk, dv, sums),
-            *(*k.stride(), *v.stride(), *dk.stride(), *dv.stride(), *reading.place),
+            *(*_contiguous(d_step), k, v, *_contiguous(*weights), dk, dv, sums),
+            *(*k.stride(), *v.stride(), *dk.stride(), *dv.stride()),
             *(B, H, N, images, chunk, scale),
-            *(D, width, tile.hidden, tile.block, reading.kind, slices),
+            *(D, width, tile.hidden, tile.block, slices),
             **tile.options,
         )
     return dk, dv, sums.view(groups, H, chunks, 3, D, D).sum((0, 2)).transpose(0, 1).contiguous()
@@ -315,6 +300,11 @@ def chunks_of(x: Tensor, tile: Tile, heads: int, images: int = 1) -> tuple[int, 
     return blocks_a_chunk * tile.block, ceil_div(blocks, blocks_a_chunk), images
 
 
+def blocks_of(x: Tensor, tile: Tile, heads: int, blocks: int) -> int:
+    """How many of the `blocks` of each of so many `heads` a program takes."""
+    return _shares(blocks, heads, 1, _programs(x, tile))[0]
+
+
 @functools.cache
 def _shares(blocks: int, heads: int, images: int, programs: int) -> tuple[int, int]:
     """Blocks of tokens and images a program takes, so that the last one is done soonest; in doubt few programs."""
@@ -325,11 +315,6 @@ def _shares(blocks: int, heads: int, images: int, programs: int) -> tuple[int, i
 
     at_once = {ceil_div(blocks, chunks) for chunks in range(1, min(blocks, MOST_CHUNKS) + 1)}
     return min(itertools.product(at_once, range(1, images + 1)), key=finished)
-
-
-def _table(reading: Reading, x: Tensor) -> Tensor:
-    """x stands for the table that is not read."""
-    return x if reading.table is None else reading.table
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:

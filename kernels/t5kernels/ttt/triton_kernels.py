@@ -1,8 +1,7 @@
 """The Triton kernels of swiglu with the dot loss, one program for some tokens of one head. triton.py launches them.
 
-Notation, for one image and head, row vectors: q, k, v the tokens as the inner model gets them (tokens.py makes them of
-those in memory), W1 W2 W3 the inner weights, s the inner learning rate, G the step, U = W - G. g = silu(z1), g' and g''
-its derivatives by z1; * is elementwise; sums run over tokens.
+Notation, for one image and head, row vectors: q, k, v the tokens, W1 W2 W3 the inner weights, s the inner learning
+rate, G the step, U = W - G. g = silu(z1), g' and g'' its derivatives by z1; * is elementwise; sums run over tokens.
 
 Forward, keys and values (`accumulate_kernel`). z1 = k W1, z2 = k W2, r = v W3^T, and the step is
     G1 = -s sum k^T (r * z2 * g'),   G2 = -s sum k^T (r * g),   G3 = -s sum (g * z2)^T v.
@@ -35,7 +34,7 @@ WIDTH is D padded to a power of two; what lies outside D or N is read as 0, whic
 import triton
 import triton.language as tl
 
-from t5kernels.ttt.tokens import COUNTS, load_prepared, load_tokens, prefetch_tokens, start_of_head, store_tokens
+from t5kernels.ttt.tokens import COUNTS, load_tokens, start_of_head, store_tokens
 
 
 @triton.jit
@@ -130,10 +129,10 @@ def _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D: tl.constexpr, WIDT
 
 @triton.jit(do_not_specialize=COUNTS)
 def accumulate_kernel(
-    k, v, table, w1, w2, w3, sums,
-    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, rows, columns, prefix,
+    k, v, w1, w2, w3, sums,
+    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
     H, N, chunk, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (B·H, chunks of `chunk` tokens, slices). sums: (B·H, chunks, 3, D, D) float32."""
     index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -143,10 +142,8 @@ def accumulate_kernel(
     k, v = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
     s1, s2, s3 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN)
     for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
-        prefetch_tokens(v, start + BLOCK, v_n, N, BLOCK)
-        prefetch_tokens(k, start + BLOCK + columns, k_n, N, BLOCK)
         values = load_tokens(v, start, v_n, v_d, N, D, WIDTH, BLOCK)
-        keys = load_prepared(k, table, index, start, k_n, k_d, rows, columns, prefix, N, D, WIDTH, BLOCK, KIND)
+        keys = load_tokens(k, start, k_n, k_d, N, D, WIDTH, BLOCK)
         z1, z2 = _dot(keys, w1), _dot(keys, w2)
         r = _dot(values, tl.trans(w3))
         gate, slope, _ = _silu(z1, dtype)
@@ -163,10 +160,10 @@ def accumulate_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def apply_kernel(
-    q, table, w1, w2, w3, step, out,
-    q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d, rows, columns, prefix,
+    q, w1, w2, w3, step, out,
+    q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d,
     H, N, chunk,
-    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     SLICES: tl.constexpr,
 ):  # fmt: skip
     """Grid (B·H, chunks of `chunk` tokens). step: (B·H, 3, D, D) float32. A program goes through all SLICES itself."""
@@ -177,24 +174,23 @@ def apply_kernel(
     if SLICES == 1:
         u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, 0, dtype, D, WIDTH, HIDDEN)
     for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
-        prefetch_tokens(q, start + BLOCK + columns, q_n, N, BLOCK)
-        queries = load_prepared(q, table, index, start, q_n, q_d, rows, columns, prefix, N, D, WIDTH, BLOCK, KIND)
+        queries = load_tokens(q, start, q_n, q_d, N, D, WIDTH, BLOCK)
         o = _zeros(BLOCK, WIDTH)
         for tile in tl.static_range(SLICES):
             if SLICES > 1:
                 u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, HIDDEN)
-            y1 = _dot(queries, u1)
-            hidden = y1 * _sigmoid(y1, dtype) * _dot(queries, u2)
+            y1, y2 = _dot(queries, u1), _dot(queries, u2)
+            hidden = y1 * _sigmoid(y1, dtype) * y2
             o = _add_dot(o, hidden.to(dtype), u3)
         store_tokens(out, o, start, o_n, o_d, N, D, WIDTH, BLOCK)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def apply_backward_kernel(
-    do, q, table, w1, w2, w3, step, dq, sums,
-    do_b, do_h, do_n, do_d, q_b, q_h, q_n, q_d, dq_b, dq_h, dq_n, dq_d, rows, columns, prefix,
+    do, q, w1, w2, w3, step, dq, sums,
+    do_b, do_h, do_n, do_d, q_b, q_h, q_n, q_d, dq_b, dq_h, dq_n, dq_d,
     H, N, chunk,
-    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     SLICES: tl.constexpr,
 ):  # fmt: skip
     """Grid (B·H, chunks). dq: (B, H, N, D); sums: (B·H, chunks, 3, D, D) of -dU = dG, float32."""
@@ -208,7 +204,7 @@ def apply_backward_kernel(
         s1, s2, s3 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN)
         for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
             grads = load_tokens(do, start, do_n, do_d, N, D, WIDTH, BLOCK)
-            queries = load_prepared(q, table, index, start, q_n, q_d, rows, columns, prefix, N, D, WIDTH, BLOCK, KIND)
+            queries = load_tokens(q, start, q_n, q_d, N, D, WIDTH, BLOCK)
             y1, y2 = _dot(queries, u1), _dot(queries, u2)
             dh = _dot(grads, tl.trans(u3))
             gate, slope, _ = _silu(y1, dtype)
@@ -227,10 +223,10 @@ def apply_backward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def accumulate_backward_kernel(
-    d_step, k, v, table, w1, w2, w3, dk, dv, sums,
-    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d, rows, columns, prefix,
+    d_step, k, v, w1, w2, w3, dk, dv, sums,
+    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
     B, H, N, images, chunk, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     SLICES: tl.constexpr,
 ):  # fmt: skip
     """Grid (H · groups of `images` images, chunks): dW is summed over a group of images before it is written.
@@ -251,7 +247,7 @@ def accumulate_backward_kernel(
             dk_, dv_ = start_of_head(dk, b, h, dk_b, dk_h), start_of_head(dv, b, h, dv_b, dv_h)
             for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
                 values = load_tokens(v_, start, v_n, v_d, N, D, WIDTH, BLOCK)
-                keys = load_prepared(k_, table, index, start, k_n, k_d, rows, columns, prefix, N, D, WIDTH, BLOCK, KIND)
+                keys = load_tokens(k_, start, k_n, k_d, N, D, WIDTH, BLOCK)
                 z1, z2 = _dot(keys, w1_), _dot(keys, w2_)
                 r = _dot(values, tl.trans(w3_))
                 gate, slope, bend = _silu(z1, dtype)

@@ -1,8 +1,8 @@
 """The layer by kernels: one differentiable custom op around those of triton_kernels.py and of `ttt`.
 
-Forward: sums of the keys; a table by which tokens are normalized and convolved as they are read; `accumulate`; `apply`.
-Nothing of the size of the tokens is written but the output. The backward reads the same way, so that what is kept is
-the inputs and O(H·D²). Tokens of two modalities are two runs of the same kernels whose steps add up.
+Forward: sums of the keys; keys prepared (normalized and convolved); `accumulate`; queries prepared; `apply`. Prepared
+tokens live until they were read; the backward prepares them once more, so that what is kept is the inputs and O(H·D²).
+Tokens of two modalities are two runs of the same kernels whose steps add up.
 """
 
 from typing import NamedTuple
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from t5kernels.ttt import triton as ttt
-from t5kernels.ttt.tokens import CONVOLVED, NORMALIZED, ROWS
-from t5kernels.ttt.triton import PLAIN, Reading, Tile
+from t5kernels.ttt.triton import Tile
 from t5kernels.ttt_layer import triton_kernels as kernels
 
-# By kernel, then by the head width padded to a power of two. Their sums stay in registers, apart by thread.
+# By kernel, then by the head width padded to a power of two. `prepare` and its backward take blocks of columns.
 TILES = {
     "key_sums": {width: Tile(block=4096 // width, warps=8, resident=4) for width in (32, 64, 128)},
-    "read_backward": {width: Tile(block=512 // width, warps=4, resident=3) for width in (32, 64, 128)},
-    "norm_backward": {width: Tile(block=1024 // width, warps=4) for width in (32, 64, 128)},
+    "prepare": {width: Tile(block=1024 // width, warps=4, resident=3) for width in (32, 64, 128)},
+    "prepare_backward": {width: Tile(block=512 // width, warps=4, resident=3) for width in (32, 64, 128)},
+    "norm_backward": {width: Tile(block=2048 // width, warps=4, resident=6) for width in (32, 64, 128)},
 }
 EVERY_TILE = ttt.TILES | TILES  # of all kernels that the layer launches
 
@@ -32,16 +32,25 @@ class _Conv(NamedTuple):
     place: tuple[int, int, int]
 
 
+class _Preparation(NamedTuple):
+    """What is done to queries or keys: a norm by its factors and summands (B·H, 2, D), and a convolution."""
+
+    norm: Tensor | None
+    conv: _Conv | None
+
+    @property
+    def any(self) -> bool:
+        return self.norm is not None or self.conv is not None
+
+
 class _Part(NamedTuple):
-    """The tokens of one modality, and how queries and keys are read."""
+    """The tokens of one modality, and what is done to queries and keys."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    q_reading: Reading
-    k_reading: Reading
-    q_conv: _Conv | None
-    k_conv: _Conv | None
+    of_q: _Preparation
+    of_k: _Preparation
 
 
 def layer(image, text, weights, q_conv, k_conv, grid, norm: str, eps: float, scale: float) -> tuple[Tensor, Tensor]:
@@ -59,14 +68,14 @@ def _layer(
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
     rows: int, columns: int, prefix: int, norm: str, eps: float, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The two outputs; and for the backward the step and the tables, (tables, B·H, ROWS, D)."""
+    """The two outputs; and for the backward the step and the norms, (norms, B·H, 2, D)."""
     weights = [w1, w2, w3]
     convs = _convs(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
-    tables = _tables(k, text_k, convs, norm, eps)
-    parts = _parts(q, k, v, text_q, text_k, text_v, convs, norm, tables)
-    step = _total(ttt.launch_accumulate(part.k, part.v, weights, scale, part.k_reading) for part in parts)
-    outs = [ttt.launch_apply(part.q, weights, step, part.q_reading) for part in parts]
-    return outs[0], outs[1] if text_q is not None else q.new_empty(0), step, tables
+    norms = _norms(k, text_k, norm, eps)
+    parts = _parts(q, k, v, text_q, text_k, text_v, convs, norms)
+    step = _total(ttt.launch_accumulate(_prepared(part.k, part.of_k), part.v, weights, scale) for part in parts)
+    outs = [ttt.launch_apply(_prepared(part.q, part.of_q), weights, step) for part in parts]
+    return outs[0], outs[1] if text_q is not None else q.new_empty(0), step, norms
 
 
 @_layer.register_fake
@@ -77,12 +86,12 @@ def _(
     B, H, _, D = q.shape
     text_o = q.new_empty(0) if text_q is None else ttt.like_tokens(text_q)
     step = q.new_empty(B, H, 3, D, D, dtype=torch.float32)
-    return ttt.like_tokens(q), text_o, step, _empty_tables(q, norm, q_weight is not None, text_q is not None)
+    return ttt.like_tokens(q), text_o, step, _empty_norms(q, norm, text_q is not None)
 
 
 @torch.library.custom_op("t5kernels::ttt_layer_backward", mutates_args=())
 def _layer_backward(
-    d_out: Tensor, d_text: Tensor, step: Tensor, tables: Tensor,
+    d_out: Tensor, d_text: Tensor, step: Tensor, norms: Tensor,
     q: Tensor, k: Tensor, v: Tensor, text_q: Tensor | None, text_k: Tensor | None, text_v: Tensor | None,
     w1: Tensor, w2: Tensor, w3: Tensor,
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
@@ -92,7 +101,7 @@ def _layer_backward(
     of q and k, (H, 10, D): nine places and the bias (empty for none)."""
     weights = [w1, w2, w3]
     convs = _convs(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
-    parts = _parts(q, k, v, text_q, text_k, text_v, convs, norm, tables)
+    parts = _parts(q, k, v, text_q, text_k, text_v, convs, norms)
     dq, d_steps, q_sums = _apply_backward(parts, (d_out, d_text), weights, step)
     d_step = _total(d_steps)
     dk, dv, d_weights, k_sums = _accumulate_backward(parts, d_step, weights, scale)
@@ -106,7 +115,7 @@ def _layer_backward(
 
 @_layer_backward.register_fake
 def _(
-    d_out, d_text, step, tables, q, k, v, text_q, text_k, text_v, w1, w2, w3, q_weight, q_bias, k_weight, k_bias,
+    d_out, d_text, step, norms, q, k, v, text_q, text_k, text_v, w1, w2, w3, q_weight, q_bias, k_weight, k_bias,
     rows, columns, prefix, norm, scale,
 ):  # fmt: skip
     _, H, _, D = q.shape
@@ -121,9 +130,9 @@ def _keep(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors, *output[2:])
 
 
-def _differentiate(ctx, d_out, d_text, _d_step, _d_tables):
-    *tensors, step, tables = ctx.saved_tensors
-    found = _layer_backward(d_out, d_text, step, tables, *tensors, *ctx.rest, ctx.scale)
+def _differentiate(ctx, d_out, d_text, _d_step, _d_norms):
+    *tensors, step, norms = ctx.saved_tensors
+    found = _layer_backward(d_out, d_text, step, norms, *tensors, *ctx.rest, ctx.scale)
     weights, convs = tensors[6:9], tensors[9:13]
     d_tokens = found[:3] if tensors[3] is None else found[:6]
     d_tokens = (*d_tokens, *(None,) * (6 - len(d_tokens)))
@@ -150,49 +159,37 @@ def _convs(q_weight, q_bias, k_weight, k_bias, place) -> tuple[_Conv | None, _Co
     return tuple(_Conv(weight.contiguous(), bias.contiguous(), place) for weight, bias in pairs)
 
 
-def _empty_tables(q: Tensor, norm: str, convolved: bool, text: bool) -> Tensor:
-    """Room for a table of the keys, one of the queries if convolved, one of the text's keys if normalized apart."""
+def _empty_norms(q: Tensor, norm: str, text: bool) -> Tensor:
+    """Room for factors and summands of the keys' norm, and for those of the text's keys if normalized apart."""
     B, H, _, D = q.shape
-    count = (norm != "none" or convolved) + convolved + (norm == "modality" and text)
-    return q.new_empty(count, B * H, ROWS.value, D, dtype=torch.float32)
+    count = {"none": 0, "joint": 1, "modality": 1 + text}[norm]
+    return q.new_empty(count, B * H, 2, D, dtype=torch.float32)
 
 
-def _tables(k: Tensor, text_k: Tensor | None, convs, norm: str, eps: float) -> Tensor:
-    """As `_empty_tables` says."""
-    tables = _empty_tables(k, norm, convs[0] is not None, text_k is not None)
-    sums = None if norm == "none" else _key_sums(k, k)
-    count = k.shape[2]
-    if norm == "joint" and text_k is not None:
-        sums = torch.cat([sums, _key_sums(text_k, k)], dim=1)
-        count += text_k.shape[2]
-    if norm != "none" or convs[0] is not None:
-        _fill(tables[:2], k, sums, count, eps, convs)
-    if norm == "modality" and text_k is not None:
-        _fill(tables[-1:], text_k, _key_sums(text_k, text_k), text_k.shape[2], eps, (None, None))
-    return tables
+def _norms(k: Tensor, text_k: Tensor | None, norm: str, eps: float) -> Tensor:
+    """As `_empty_norms` says."""
+    norms = _empty_norms(k, norm, text_k is not None)
+    keys = [k] if text_k is None else [k, text_k]
+    for into, together in zip(norms, [keys] if norm == "joint" else [[each] for each in keys], strict=False):
+        _fill(into, together, eps)
+    return norms
 
 
-def _parts(q, k, v, text_q, text_k, text_v, convs, norm: str, tables: Tensor) -> list[_Part]:
+def _parts(q, k, v, text_q, text_k, text_v, convs, norms: Tensor) -> list[_Part]:
     q_conv, k_conv = convs
-    q_reading = k_reading = text_reading = PLAIN
-    if norm != "none":
-        k_reading = Reading(NORMALIZED.value, tables[0], (0, 0, 0))
-        text_reading = Reading(NORMALIZED.value, tables[-1 if norm == "modality" else 0], (0, 0, 0))
-    if q_conv is not None:
-        q_reading = Reading(CONVOLVED.value, tables[1], q_conv.place)
-        k_reading = Reading(CONVOLVED.value, tables[0], k_conv.place)
-    image = _Part(q, k, v, q_reading, k_reading, q_conv, k_conv)
+    first, last = (norms[0], norms[-1]) if len(norms) else (None, None)
+    image = _Part(q, k, v, _Preparation(None, q_conv), _Preparation(first, k_conv))
     if text_q is None:
         return [image]
-    return [image, _Part(text_q, text_k, text_v, PLAIN, text_reading, None, None)]
+    return [image, _Part(text_q, text_k, text_v, _Preparation(None, None), _Preparation(last, None))]
 
 
 def _apply_backward(parts, d_outs, weights, step) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
     """By part dq and the gradient of the step; the convolution's sums."""
     dq, d_steps, sums = [], [], []
     for part, d_out in zip(parts, d_outs, strict=False):
-        grad, d_step = ttt.launch_apply_backward(d_out, part.q, weights, step, part.q_reading)
-        grad, own = _read_backward(grad, part.q, part.q_reading, part.q_conv, norm=False)
+        grad, d_step = ttt.launch_apply_backward(d_out, _prepared(part.q, part.of_q), weights, step)
+        grad, own = _prepare_backward(grad, part.q, part.of_q)
         dq.append(grad)
         d_steps.append(d_step)
         sums.append(own)
@@ -203,8 +200,10 @@ def _accumulate_backward(parts, d_step, weights, scale) -> tuple[list[Tensor], l
     """By part the gradient of normalized keys, and dv; the gradient of the weights; by part the keys' sums."""
     dk, dv, d_weights, sums = [], [], [], []
     for part in parts:
-        grad, d_values, d_own = ttt.launch_accumulate_backward(d_step, part.k, part.v, weights, scale, part.k_reading)
-        grad, own = _read_backward(grad, part.k, part.k_reading, part.k_conv, norm=True)
+        keys = _prepared(part.k, part.of_k)
+        grad, d_values, d_own = ttt.launch_accumulate_backward(d_step, keys, part.v, weights, scale)
+        del keys
+        grad, own = _prepare_backward(grad, part.k, part.of_k)
         dk.append(grad)
         dv.append(d_values)
         d_weights.append(d_own)
@@ -218,7 +217,7 @@ def _norms_backward(dn: list[Tensor], parts: list[_Part], sums: list[Tensor], no
     if norm == "joint":
         totals, counts = [_total(totals)] * len(parts), [sum(counts)] * len(parts)
     for grad, part, total, count in zip(dn, parts, totals, counts, strict=True):
-        _norm_backward(grad, part.k, part.k_reading, total.contiguous(), count)
+        _norm_backward(grad, part.k, part.of_k.norm, total.contiguous(), count)
 
 
 def _of_convolution(conv: _Conv | None, sums: Tensor | None, q: Tensor) -> Tensor:
@@ -243,54 +242,79 @@ def _key_sums(k: Tensor, first: Tensor) -> Tensor:
     return sums
 
 
-def _fill(tables: Tensor, k: Tensor, sums: Tensor | None, count: int, eps: float, convs) -> None:
-    """Write the table of the keys and, where they are convolved, that of the queries, which have no norm.
-
-    sums: of `_key_sums`, over `count` tokens; without it no norm. k stands for what is not read.
-    """
-    B, H, _, D = k.shape
-    convolved = convs[0] is not None
-    weights = [t for conv in convs for t in ((conv.weight, conv.bias) if conv else (k, k))]
-    shares = 0 if sums is None else sums.shape[1]
-    with torch.cuda.device_of(k):
-        kernels.table_kernel[B * H, 1 + convolved](
-            *(k if sums is None else sums, k, *weights, tables, *_first_strides(k)),
-            *(H, shares, count, eps, D, ttt.padded_width(D), sums is not None, convolved),
+def _fill(norm: Tensor, keys: list[Tensor], eps: float) -> None:
+    """Write the factors and summands (B·H, 2, D) of the norm over all these keys."""
+    first = keys[0]
+    B, H, _, D = first.shape
+    sums = [_key_sums(k, first) for k in keys]
+    sums = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
+    with torch.cuda.device_of(first):
+        kernels.norm_kernel[B * H,](
+            *(sums, first, norm, *_first_strides(first)),
+            *(H, sums.shape[1], sum(k.shape[2] for k in keys), eps, D, ttt.padded_width(D), 16),
         )
 
 
-def _read_backward(
-    dy: Tensor, x: Tensor, reading: Reading, conv: _Conv | None, norm: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient of what is convolved (dy itself without a convolution), and sums (B·H, SUMS, D) over the tokens.
-
-    norm: the tokens are keys, whose norm needs two of the sums.
-    """
-    if reading.kind == PLAIN.kind:
-        return dy, None
-    B, H, N, D = x.shape
-    dx = dy if conv is None else ttt.like_tokens(x)
-    width, tile = _cut("read_backward", x)
-    chunk, chunks, _ = ttt.chunks_of(x, tile, B * H)
-    parts = x.new_empty(B * H, chunks, kernels.SUMS.value, D, dtype=torch.float32)
+def _prepared(x: Tensor, how: _Preparation) -> Tensor:
+    """Tokens as the inner model gets them; x itself where nothing is done to it."""
+    if not how.any:
+        return x
+    y = ttt.like_tokens(x)
     with torch.cuda.device_of(x):
-        kernels.read_backward_kernel[B * H, chunks](
-            *(dy, x, reading.table, conv.weight if conv else x, dx, parts),
-            *(*dy.stride(), *x.stride(), *dx.stride(), *reading.place),
-            *(H, N, chunk, D, width, tile.block, norm, conv is not None),
+        tile, programs, numbers = _programs("prepare", x, how)
+        kernels.prepare_kernel[programs](
+            *(x, *_tensors(x, how), y),
+            *(*x.stride(), *y.stride(), *numbers),
+            *(tile.stages, how.norm is not None, how.conv is not None),
+            **tile.options,
+        )
+    return y
+
+
+def _prepare_backward(dy: Tensor, x: Tensor, how: _Preparation) -> tuple[Tensor, Tensor | None]:
+    """The gradient of what is convolved (dy itself without a convolution), and sums (B·H, SUMS, D) over the tokens."""
+    if not how.any:
+        return dy, None
+    dx = dy if how.conv is None else ttt.like_tokens(x)
+    with torch.cuda.device_of(x):
+        tile, programs, numbers = _programs("prepare_backward", x, how)
+        parts = x.new_empty(*programs, kernels.SUMS.value, x.shape[3], dtype=torch.float32)
+        norm, weight, _ = _tensors(x, how)
+        kernels.prepare_backward_kernel[programs](
+            *(dy, x, norm, weight, dx, parts),
+            *(*dy.stride(), *x.stride(), *dx.stride(), *numbers),
+            *(tile.stages, how.norm is not None, how.conv is not None),
             **tile.options,
         )
     return dx, ttt.added(parts)
 
 
-def _norm_backward(dn: Tensor, x: Tensor, reading: Reading, totals: Tensor, count: int) -> None:
+def _programs(kernel: str, x: Tensor, how: _Preparation) -> tuple[Tile, tuple[int, int], tuple[int, ...]]:
+    """Tile, launch grid, and the kernel's numbers from `rows` to BLOCK, for tokens x (B, H, N, D)."""
+    B, H, N, D = x.shape
+    width, tile = _cut(kernel, x)
+    rows, columns, prefix = how.conv.place if how.conv else (0, 0, 0)
+    segments, outside = ttt.ceil_div(columns, tile.block), ttt.ceil_div(N - rows * columns, tile.block)
+    chunk = ttt.blocks_of(x, tile, B * H * (segments or 1), rows or outside)
+    on_grid = segments * ttt.ceil_div(rows, chunk)
+    programs = (B * H, on_grid + ttt.ceil_div(outside, chunk))
+    return tile, programs, (rows, columns, prefix, H, N, chunk, segments or 1, on_grid, D, width, tile.block)
+
+
+def _tensors(x: Tensor, how: _Preparation) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, weight and bias; x stands for what is not read."""
+    return x if how.norm is None else how.norm, *((how.conv.weight, how.conv.bias) if how.conv else (x, x))
+
+
+def _norm_backward(dn: Tensor, x: Tensor, norm: Tensor, totals: Tensor, count: int) -> None:
     B, H, N, D = x.shape
     width, tile = _cut("norm_backward", x)
+    chunk, chunks, _ = ttt.chunks_of(x, tile, B * H)
     with torch.cuda.device_of(x):
-        kernels.norm_backward_kernel[B * H, ttt.ceil_div(N, tile.block)](
-            *(dn, x, reading.table, totals, dn),
+        kernels.norm_backward_kernel[B * H, chunks](
+            *(dn, x, norm, totals, dn),
             *(*dn.stride(), *x.stride(), *dn.stride()),
-            *(H, N, count, D, width, tile.block),
+            *(H, N, chunk, count, D, width, tile.block),
             **tile.options,
         )
 

@@ -1,34 +1,28 @@
-"""Triton kernels of what stands before `ttt`: the table by which tokens are read (ttt/tokens.py), and its backward.
+"""Triton kernels of what stands before `ttt`: key norm and 3×3 convolution of tokens over the image's grid, and back.
 
-Notation as there. Backward, given dy, the gradient of the tokens as they were read:
+For one image, head and channel, x the tokens in memory, r and c the norm's factor and summand (1 and 0 without one),
+n = r x + c, and for a token p with a place in the grid
+
+    y[p] = n[p] + bias + sum_o w[o] n[p + o],    o over the 9 places around p, n = 0 outside the grid;
+
+y = n for tokens before and after the grid. Backward, given dy:
 
     dn[p] = dy[p] + sum_o w[o] dy[p - o],    dw[o] = sum_p n[p] dy[p - o],    dbias = sum_p dy[p],
     dx[p] = r (dn[p] - sum dn / N - n[p] sum (dn n) / N),
 
 p over the grid in what belongs to the convolution. Mean and variance come from sums of x - f and (x - f)², f the first
-token: a shift of all keys, which is what the norm is there to remove, costs no digits. Programs write their sums side
-by side and the caller adds them: no atomics, and results are the same from run to run.
+token: a shift of all keys, which is what the norm is there to remove, costs no digits.
+
+A program of a convolution has BLOCK columns of the grid and goes down its rows. A row is read once, with its left and
+right neighbors, and gives what it has for three rows of the result: the one above, which is then complete, its own, and
+the one below. Further programs take the tokens without a place. Programs write their sums side by side and the caller
+adds them: no atomics, and results are the same from run to run.
 """
 
 import triton
 import triton.language as tl
 
-from t5kernels.ttt.tokens import (
-    CONSTANTS,
-    COUNTS,
-    OUTSIDE,
-    ROWS,
-    SCALE,
-    WEIGHTS,
-    load_row,
-    load_tokens,
-    neighbors,
-    on_grid,
-    start_of_head,
-    store_tokens,
-    token_mask,
-    token_pointers,
-)
+from t5kernels.ttt.tokens import COUNTS, load_tokens, start_of_head, store_tokens, token_mask, token_pointers
 
 # Rows of a program's partial sums: nine of dw, then dbias, sum dn, sum dn n.
 BIAS_SUM = tl.constexpr(9)
@@ -46,6 +40,13 @@ def _add(a, b):
 def _over_tokens(x):
     """Sum over the first axis. Not tl.sum: Triton's own functions are interpreted only if Triton was imported so."""
     return tl.reduce(x, 0, _add)
+
+
+@triton.jit
+def _load_row(x, row, D: tl.constexpr, WIDTH: tl.constexpr):
+    """A row of a matrix of D columns, (1, WIDTH), float32."""
+    channel = tl.arange(0, WIDTH)
+    return tl.load(x + row * D + channel, channel < D, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -87,55 +88,47 @@ def key_sums_kernel(
     _store_row(sums, 1, _over_tokens(squares), D, WIDTH)
 
 
-@triton.jit
-def _either(a, a_there, b, b_there):
-    """What stands at a or at b, whichever is there, in float32."""
-    a = tl.load(a, a_there, other=0.0).to(tl.float32)
-    return a + tl.load(b, b_there, other=0.0).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=COUNTS)
-def table_kernel(
-    sums, first, q_weight, q_bias, k_weight, k_bias, table,
+def norm_kernel(
+    sums, first, norm,
     f_b, f_h, f_d,
     H, shares, count, eps,
-    D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B·H, tables: of the keys, of the queries). sums: (B·H, shares, 2, D) of `count` keys; weights (H·D, 9),
-    biases (H·D,); table (tables, B·H, ROWS, D)."""
-    index, which = tl.program_id(0), tl.program_id(1)
-    h = index % H
-    channel = tl.arange(0, WIDTH)
-    inside = channel < D
-    scale, constant = tl.full((WIDTH,), 1.0, tl.float32), tl.full((WIDTH,), 0.0, tl.float32)
+    """Grid (B·H,). sums: (B·H, shares, 2, D) of `count` keys; norm: (B·H, 2, D), r and c."""
+    index = tl.program_id(0)
+    channel, row = tl.arange(0, WIDTH)[None, :], tl.arange(0, ROWS)[:, None]
+    sums += index.to(tl.int64) * shares * (2 * D)
+    mean, square = tl.full((WIDTH,), 0.0, tl.float32), tl.full((WIDTH,), 0.0, tl.float32)
+    for start in range(0, shares, ROWS):
+        there = (start + row < shares) & (channel < D)
+        at = sums + (start + row) * (2 * D) + channel
+        mean += _over_tokens(tl.load(at, there, other=0.0))
+        square += _over_tokens(tl.load(at + D, there, other=0.0))
+    mean, square = mean / count, square / count
+    scale = 1 / tl.sqrt(tl.maximum(square - mean * mean, 0.0) + eps)
+    mean += _first_token(first, index // H, index % H, f_b, f_h, f_d, D, WIDTH)
+    norm += index * (2 * D)
+    _store_row(norm, 0, scale, D, WIDTH)
+    _store_row(norm, 1, -scale * mean, D, WIDTH)
+
+
+@triton.jit
+def _load_norm(norm, index, D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr):
+    """r and c, each (1, WIDTH)."""
     if NORM:
-        sums += index.to(tl.int64) * shares * (2 * D) + channel
-        mean, square = tl.full((WIDTH,), 0.0, tl.float32), tl.full((WIDTH,), 0.0, tl.float32)
-        for part in range(shares):
-            mean += tl.load(sums + part * (2 * D), inside, other=0.0)
-            square += tl.load(sums + part * (2 * D) + D, inside, other=0.0)
-        mean, square = mean / count, square / count
-        scale = 1 / tl.sqrt(tl.maximum(square - mean * mean, 0.0) + eps)
-        scale = tl.where(which == 0, scale, 1.0)
-        shift = mean + _first_token(first, index // H, h, f_b, f_h, f_d, D, WIDTH)
-        constant = tl.where(which == 0, -scale * shift, 0.0)
-    table += (which * tl.num_programs(0) + index).to(tl.int64) * (ROWS * D)
-    _store_row(table, SCALE, scale, D, WIDTH)
-    _store_row(table, OUTSIDE, constant, D, WIDTH)
-    if CONV:
-        at = h * D + channel
-        q_there, k_there = channel < D * which, channel < D * (1 - which)
-        offset = _either(q_bias + at, q_there, k_bias + at, k_there)
-        kind = tl.arange(0, 16)[:, None]
-        met = tl.full((16, WIDTH), 1.0, tl.float32)
-        for place in tl.static_range(9):
-            w = _either(q_weight + at * 9 + place, q_there, k_weight + at * 9 + place, k_there)
-            _store_row(table, WEIGHTS + place, w * scale, D, WIDTH)
-            needed = (1 if place < 3 else 0) + (2 if place > 5 else 0)
-            needed += (4 if place % 3 == 0 else 0) + (8 if place % 3 == 2 else 0)
-            met += tl.where((kind & needed) == needed, w[None, :], 0.0)
-        constants = table + (CONSTANTS + kind) * D + channel[None, :]
-        tl.store(constants, offset[None, :] + constant[None, :] * met, inside[None, :])
+        norm += index * (2 * D)
+        return _load_row(norm, 0, D, WIDTH), _load_row(norm, 1, D, WIDTH)
+    return tl.full((1, WIDTH), 1.0, tl.float32), tl.full((1, WIDTH), 0.0, tl.float32)
+
+
+@triton.jit
+def _load_normalized(at, there, scale, offset, NORM: tl.constexpr):
+    """n of the tokens `at` some pointers, 0 where they are not `there`."""
+    n = tl.load(at, there, other=0.0).to(tl.float32)
+    if NORM:
+        n = tl.where(there, n * scale + offset, 0.0)
+    return n
 
 
 @triton.jit
@@ -151,34 +144,136 @@ def _places(weight, h, row: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _row_backward(
-    dy, dy_n, n, w_left, w_middle, w_right, row, inside, before, after, rows, columns, down: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """What three places of one row of the window add to dn, and n dy of each. `dy`: pointers to the tokens' own dy.
+def _of_row(row, first, last, columns):
+    """How many columns a row has: none if it is not one of those from `first` to before `last`."""
+    return tl.where((row >= first) & (last > row), columns, 0)
 
-    Place (down, right) of the window: w there, and the dy of the token that saw this one there. `before` and `after`:
-    which tokens have a neighbor at their left and right.
-    """
-    in_rows = inside & (row - down >= 0) & (row - down < rows)
-    dy -= down * columns * dy_n
-    left = tl.load(dy + dy_n, token_mask(in_rows & after, D, WIDTH), other=0.0).to(tl.float32)
-    middle = tl.load(dy, token_mask(in_rows, D, WIDTH), other=0.0).to(tl.float32)
-    right = tl.load(dy - dy_n, token_mask(in_rows & before, D, WIDTH), other=0.0).to(tl.float32)
-    return left * w_left + middle * w_middle + right * w_right, n * left, n * middle, n * right
+
+@triton.jit
+def _load_three(at, stride_n, column, columns, D: tl.constexpr, WIDTH: tl.constexpr):
+    """A row's tokens and those at their left and right, float32, 0 outside its `columns`. `at`: their pointers."""
+    inside = column < columns
+    left = tl.load(at - stride_n, token_mask(inside & (column > 0), D, WIDTH), other=0.0)
+    own = tl.load(at, token_mask(inside, D, WIDTH), other=0.0)
+    right = tl.load(at + stride_n, token_mask(column + 1 < columns, D, WIDTH), other=0.0)
+    return left.to(tl.float32), own.to(tl.float32), right.to(tl.float32)
+
+
+@triton.jit
+def _weighed(total, a, b, c, w_a, w_b, w_c):
+    """total + a w_a + b w_b + c w_c, in an order that takes three instructions."""
+    return total + a * w_a + b * w_b + c * w_c
+
+
+@triton.jit
+def _outside(start, prefix, gridded, BLOCK: tl.constexpr):
+    """Numbers of the tokens without a place in the grid of `gridded`, of which the first is the `start`-th."""
+    token = start + tl.arange(0, BLOCK)
+    return tl.where(token < prefix, token, token + gridded)
+
+
+@triton.jit
+def _at(x, token, stride_n, stride_d, WIDTH: tl.constexpr):
+    """Pointers (BLOCK, WIDTH) to tokens by their numbers."""
+    return x + token.to(tl.int64)[:, None] * stride_n + tl.arange(0, WIDTH)[None, :] * stride_d
+
+
+@triton.jit
+def _convolve(
+    x, weight, bias, y, h, scale, offset, segment, first, last,
+    x_n, x_d, y_n, y_d, rows, columns, prefix,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """y of a segment's rows from `first` to before `last`. x and y: pointers to the first token of a head."""
+    w0, w1, w2 = _places(weight, h, 0, D, WIDTH)
+    w3, w4, w5 = _places(weight, h, 1, D, WIDTH)
+    w6, w7, w8 = _places(weight, h, 2, D, WIDTH)
+    w4 += 1
+    column = segment * BLOCK + tl.arange(0, BLOCK)
+    # c comes in by way of a constant: that of a place with rows above and below, less those that it does not have.
+    at_left, at_right = (column > 0).to(tl.float32)[:, None], (column + 1 < columns).to(tl.float32)[:, None]
+    top = offset * (w1 + at_left * w0 + at_right * w2)
+    bottom = offset * (w7 + at_left * w6 + at_right * w8)
+    constant = _load_row(bias, h, D, WIDTH) + offset * (w4 + at_left * w3 + at_right * w5) + top + bottom
+    w0, w1, w2 = w0 * scale, w1 * scale, w2 * scale
+    w3, w4, w5 = w3 * scale, w4 * scale, w5 * scale
+    w6, w7, w8 = w6 * scale, w7 * scale, w8 * scale
+    origin = prefix + segment * BLOCK + (first - 1) * columns
+    x = token_pointers(x, origin, x_n, x_d, WIDTH, BLOCK)
+    y = token_pointers(y, origin - columns, y_n, y_d, WIDTH, BLOCK)
+    above, own = constant, constant
+    for row in tl.range(first - 1, last + 1, 2, num_stages=STAGES):
+        # Two rows are asked for before anything is written, which would hold up what is read.
+        l0, m0, r0 = _load_three(x, x_n, column, _of_row(row, 0, rows, columns), D, WIDTH)
+        x += columns * x_n
+        l1, m1, r1 = _load_three(x, x_n, column, _of_row(row + 1, 0, rows, columns), D, WIDTH)
+        x += columns * x_n
+        ready = _weighed(above, l0, m0, r0, w6, w7, w8)
+        above = _weighed(own, l0, m0, r0, w3, w4, w5)
+        own = _weighed(constant, l0, m0, r0, w0, w1, w2)
+        _store_row_of_grid(y, ready, top, bottom, column, row - 1, first, last, rows, columns, D, WIDTH, NORM)
+        y += columns * y_n
+        ready = _weighed(above, l1, m1, r1, w6, w7, w8)
+        above = _weighed(own, l1, m1, r1, w3, w4, w5)
+        own = _weighed(constant, l1, m1, r1, w0, w1, w2)
+        _store_row_of_grid(y, ready, top, bottom, column, row, first, last, rows, columns, D, WIDTH, NORM)
+        y += columns * y_n
+
+
+@triton.jit
+def _store_row_of_grid(
+    y, ready, top, bottom, column, row, first, last, rows, columns,
+    D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Write a row if it is one from `first` to before `last`, without the share in c of rows that the grid lacks."""
+    if NORM:
+        if row == 0:
+            ready -= top
+        if row + 1 == rows:
+            ready -= bottom
+    tl.store(y, ready.to(y.dtype.element_ty), token_mask(column < _of_row(row, first, last, columns), D, WIDTH))
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def read_backward_kernel(
-    dy, x, table, weight, dx, parts,
-    dy_b, dy_h, dy_n, dy_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d, rows, columns, prefix,
-    H, N, chunk,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr,
+def prepare_kernel(
+    x, norm, weight, bias, y,
+    x_b, x_h, x_n, x_d, y_b, y_h, y_n, y_d, rows, columns, prefix,
+    H, N, chunk, segments, on_grid,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, CONV: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B·H, chunks). dx: dn, written with a convolution only (else it is dy); parts: (B·H, chunks, SUMS, D).
+    """Grid (B·H, programs): `on_grid` programs, each with `chunk` rows of one of the grid's `segments`, then those with
+    `chunk` blocks of tokens that have no place in it. norm: (B·H, 2, D) float32; weight (H·D, 9), bias (H·D,)."""
+    index, part = tl.program_id(0), tl.program_id(1)
+    b, h = index // H, index % H
+    x, y = start_of_head(x, b, h, x_b, x_h), start_of_head(y, b, h, y_b, y_h)
+    scale, offset = _load_norm(norm, index, D, WIDTH, NORM)
+    if part >= on_grid:
+        begin = (part - on_grid) * chunk * BLOCK
+        for start in range(begin, begin + chunk * BLOCK, BLOCK):
+            token = _outside(start, prefix, rows * columns, BLOCK)
+            there = token_mask(token < N, D, WIDTH)
+            n = _load_normalized(_at(x, token, x_n, x_d, WIDTH), there, scale, offset, NORM)
+            tl.store(_at(y, token, y_n, y_d, WIDTH), n.to(y.dtype.element_ty), there)
+    elif CONV:
+        segment, first = part % segments, (part // segments) * chunk
+        last = tl.minimum(first + chunk, rows)
+        _convolve(
+            x, weight, bias, y, h, scale, offset, segment, first, last,
+            x_n, x_d, y_n, y_d, rows, columns, prefix, D, WIDTH, BLOCK, STAGES, NORM,
+        )  # fmt: skip
 
-    Sums stay apart by thread until the end, so a block is small.
-    """
+
+@triton.jit(do_not_specialize=COUNTS)
+def prepare_backward_kernel(
+    dy, x, norm, weight, dx, parts,
+    dy_b, dy_h, dy_n, dy_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d, rows, columns, prefix,
+    H, N, chunk, segments, on_grid,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, CONV: tl.constexpr,
+):  # fmt: skip
+    """Grid as in `prepare_kernel`. dx: dn, written with a convolution only (else it is dy); parts: (B·H, programs,
+    SUMS, D). Sums stay apart by thread until the end, so a block is small."""
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
     x, dy, dx = (
@@ -186,45 +281,56 @@ def read_backward_kernel(
         start_of_head(dy, b, h, dy_b, dy_h),
         start_of_head(dx, b, h, dx_b, dx_h),
     )
-    table += index.to(tl.int64) * (ROWS * D)
-    scale, constant = load_row(table, SCALE, D, WIDTH), load_row(table, OUTSIDE, D, WIDTH)
-    if CONV:
-        w0, w1, w2 = _places(weight, h, 0, D, WIDTH)
-        w3, w4, w5 = _places(weight, h, 1, D, WIDTH)
-        w6, w7, w8 = _places(weight, h, 2, D, WIDTH)
+    scale, offset = _load_norm(norm, index, D, WIDTH, NORM)
     zero = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
     s0, s1, s2, s3, s4, s5, s6, s7, s8 = zero, zero, zero, zero, zero, zero, zero, zero, zero
     s_bias, s_plain, s_product = zero, zero, zero
-    for start in range(part * chunk, part * chunk + chunk, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        here = token_mask(token < N, D, WIDTH)
-        n = load_tokens(x, start, x_n, x_d, N, D, WIDTH, BLOCK).to(tl.float32)
-        n = tl.where(here, n * scale + constant, 0.0)
-        dn = load_tokens(dy, start, dy_n, dy_d, N, D, WIDTH, BLOCK).to(tl.float32)
-        if CONV:
-            row, column, inside = on_grid(token, N, rows, columns, prefix)
-            _, _, before, after = neighbors(row, column, rows, columns, inside)
-            s_bias += tl.where(inside[:, None], dn, 0.0)
-            at = token_pointers(dy, start, dy_n, dy_d, WIDTH, BLOCK)
-            near, p0, p1, p2 = _row_backward(
-                at, dy_n, n, w0, w1, w2, row, inside, before, after, rows, columns, -1, D, WIDTH
-            )
-            dn += near
-            s0, s1, s2 = s0 + p0, s1 + p1, s2 + p2
-            near, p0, p1, p2 = _row_backward(
-                at, dy_n, n, w3, w4, w5, row, inside, before, after, rows, columns, 0, D, WIDTH
-            )
-            dn += near
-            s3, s4, s5 = s3 + p0, s4 + p1, s5 + p2
-            near, p0, p1, p2 = _row_backward(
-                at, dy_n, n, w6, w7, w8, row, inside, before, after, rows, columns, 1, D, WIDTH
-            )
-            dn += near
-            s6, s7, s8 = s6 + p0, s7 + p1, s8 + p2
-            store_tokens(dx, dn, start, dx_n, dx_d, N, D, WIDTH, BLOCK)
-        if NORM:
-            s_plain += dn
-            s_product += dn * n
+    if part >= on_grid:
+        begin = (part - on_grid) * chunk * BLOCK
+        for start in range(begin, begin + chunk * BLOCK, BLOCK):
+            token = _outside(start, prefix, rows * columns, BLOCK)
+            there = token_mask(token < N, D, WIDTH)
+            grad = tl.load(_at(dy, token, dy_n, dy_d, WIDTH), there, other=0.0)
+            if CONV:
+                tl.store(_at(dx, token, dx_n, dx_d, WIDTH), grad, there)
+            if NORM:
+                n = _load_normalized(_at(x, token, x_n, x_d, WIDTH), there, scale, offset, NORM)
+                s_plain += grad.to(tl.float32)
+                s_product += grad.to(tl.float32) * n
+    elif CONV:
+        w0, w1, w2 = _places(weight, h, 0, D, WIDTH)
+        w3, w4, w5 = _places(weight, h, 1, D, WIDTH)
+        w6, w7, w8 = _places(weight, h, 2, D, WIDTH)
+        w4 += 1
+        segment, first = part % segments, (part // segments) * chunk
+        last = tl.minimum(first + chunk, rows)
+        column = segment * BLOCK + tl.arange(0, BLOCK)
+        origin = prefix + segment * BLOCK + (first - 1) * columns
+        dy_at = token_pointers(dy, origin, dy_n, dy_d, WIDTH, BLOCK)
+        x_at = token_pointers(x, origin + columns, x_n, x_d, WIDTH, BLOCK)
+        dx_at = token_pointers(dx, origin - columns, dx_n, dx_d, WIDTH, BLOCK)
+        # Of the rows above, here and below: what is known of dn, and n if the row is this program's.
+        above, own, n_above, n_own = zero, zero, zero, zero
+        for row in tl.range(first - 1, last + 1, num_stages=STAGES):
+            left, mid, right = _load_three(dy_at, dy_n, column, _of_row(row, 0, rows, columns), D, WIDTH)
+            below = token_mask(column < _of_row(row + 1, first, last, columns), D, WIDTH)
+            n_below = _load_normalized(x_at, below, scale, offset, NORM)
+            ready = _weighed(above, right, mid, left, w0, w1, w2)
+            above = _weighed(own, right, mid, left, w3, w4, w5)
+            own = _weighed(zero, right, mid, left, w6, w7, w8)
+            inside = token_mask(column < _of_row(row - 1, first, last, columns), D, WIDTH)
+            tl.store(dx_at, ready.to(dx.dtype.element_ty), inside)
+            if NORM:
+                s_plain += tl.where(inside, ready, 0.0)
+                s_product += ready * n_above
+            s0, s1, s2 = s0 + n_above * right, s1 + n_above * mid, s2 + n_above * left
+            s3, s4, s5 = s3 + n_own * right, s4 + n_own * mid, s5 + n_own * left
+            s6, s7, s8 = s6 + n_below * right, s7 + n_below * mid, s8 + n_below * left
+            s_bias += tl.where((column < _of_row(row, first, last, columns))[:, None], mid, 0.0)
+            n_above, n_own = n_own, n_below
+            dy_at += columns * dy_n
+            x_at += columns * x_n
+            dx_at += columns * dx_n
     parts += (index.to(tl.int64) * tl.num_programs(1) + part) * (SUMS * D)
     if CONV:
         _store_row(parts, 0, _over_tokens(s0), D, WIDTH)
@@ -244,24 +350,23 @@ def read_backward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def norm_backward_kernel(
-    dn, x, table, totals, dx,
+    dn, x, norm, totals, dx,
     dn_b, dn_h, dn_n, dn_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d,
-    H, N, count,
+    H, N, chunk, count,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B·H, blocks of tokens). totals: (B·H, 2, D), sum dn and sum dn n. dx may be dn itself."""
-    index = tl.program_id(0)
+    """Grid (B·H, chunks of `chunk` tokens). totals: (B·H, 2, D), sum dn and sum dn n. dx may be dn itself."""
+    index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
     x, dn, dx = (
         start_of_head(x, b, h, x_b, x_h),
         start_of_head(dn, b, h, dn_b, dn_h),
         start_of_head(dx, b, h, dx_b, dx_h),
     )
-    table += index.to(tl.int64) * (ROWS * D)
     totals += index.to(tl.int64) * (2 * D)
-    scale, constant = load_row(table, SCALE, D, WIDTH), load_row(table, OUTSIDE, D, WIDTH)
-    plain, product = load_row(totals, 0, D, WIDTH) / count, load_row(totals, 1, D, WIDTH) / count
-    start = tl.program_id(1) * BLOCK
-    n = load_tokens(x, start, x_n, x_d, N, D, WIDTH, BLOCK).to(tl.float32) * scale + constant
-    grad = load_tokens(dn, start, dn_n, dn_d, N, D, WIDTH, BLOCK).to(tl.float32)
-    store_tokens(dx, scale * (grad - plain - n * product), start, dx_n, dx_d, N, D, WIDTH, BLOCK)
+    scale, offset = _load_norm(norm, index, D, WIDTH, True)
+    plain, product = _load_row(totals, 0, D, WIDTH) / count, _load_row(totals, 1, D, WIDTH) / count
+    for start in range(part * chunk, part * chunk + chunk, BLOCK):
+        n = load_tokens(x, start, x_n, x_d, N, D, WIDTH, BLOCK).to(tl.float32) * scale + offset
+        grad = load_tokens(dn, start, dn_n, dn_d, N, D, WIDTH, BLOCK).to(tl.float32)
+        store_tokens(dx, scale * (grad - plain - n * product), start, dx_n, dx_d, N, D, WIDTH, BLOCK)
