@@ -52,15 +52,20 @@ HALF = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """Of one kernel: registers a thread, bytes a thread spills, bytes of shared memory a program."""
+    """Of one kernel: registers a thread, bytes a thread spills, bytes of shared memory a program, and how many values
+    the loop that carries most hands from turn to turn."""
 
     kernel: str
     registers: int
     spilled: int
     shared: int
+    carried: int
 
     def __str__(self) -> str:
-        return f"{self.kernel:<20} registers {self.registers:>3}  spilled {self.spilled:>4}  shared {self.shared:>6}"
+        return (
+            f"{self.kernel:<20} registers {self.registers:>3}  spilled {self.spilled:>4}  shared {self.shared:>6}  "
+            f"carried {self.carried:>2}"
+        )
 
 
 def compiled(kernel: str, tile: Tile, head_dim: int) -> Compiled:
@@ -81,7 +86,7 @@ def compiled(kernel: str, tile: Tile, head_dim: int) -> Compiled:
             aligned[(place,)] = [["tt.divisibility", 16]]
     made = triton.compile(ASTSource(function, signature, constant, aligned), target=TARGET, options=tile.options)
     registers, spilled = _resources(made.asm["cubin"])
-    return Compiled(kernel, registers, spilled, made.metadata.shared)
+    return Compiled(kernel, registers, spilled, made.metadata.shared, _carried(made.asm["ttir"]))
 
 
 def _type(name: str, constants: dict) -> str:
@@ -90,6 +95,11 @@ def _type(name: str, constants: dict) -> str:
     if name in ("scale", "eps"):
         return "fp32"
     return "*fp32" if name in FLOAT else "*bf16" if name in HALF else "i32"
+
+
+def _carried(code: str) -> int:
+    loops = re.findall(r"scf\.for .* iter_args\((.*?)\) ->", code)
+    return max((loop.count("=") for loop in loops), default=0)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -48,23 +48,23 @@ class Tile:
 # By kernel, then by the head width padded to a power of two; 16-bit tokens on a card of the H100's size.
 TILES = {
     "accumulate": {
-        32: Tile(hidden=32, block=64, warps=4, stages=2, resident=3),
-        64: Tile(hidden=64, block=64, warps=4, stages=2, resident=2),
+        32: Tile(hidden=32, block=64, warps=4, stages=3, resident=3),
+        64: Tile(hidden=64, block=64, warps=4, stages=3, resident=2),
         128: Tile(hidden=64, block=64, warps=8, resident=1),
     },
     "apply": {
-        32: Tile(hidden=32, block=64, warps=4, resident=4),
-        64: Tile(hidden=64, block=64, warps=4, stages=2, resident=4),
-        128: Tile(hidden=64, block=64, warps=8, resident=1),
+        32: Tile(hidden=32, block=64, warps=4, stages=2, resident=4),
+        64: Tile(hidden=64, block=128, warps=8, stages=3, resident=2),
+        128: Tile(hidden=128, block=64, warps=4, stages=2, resident=1),
     },
     "apply_backward": {
         32: Tile(hidden=32, block=64, warps=4, stages=2, resident=2),
-        64: Tile(hidden=64, block=64, warps=4, stages=2, resident=2),
+        64: Tile(hidden=64, block=64, warps=4, stages=3, resident=2),
         128: Tile(hidden=64, block=32, warps=8, resident=1),
     },
     "accumulate_backward": {
         32: Tile(hidden=32, block=64, warps=4, resident=2),
-        64: Tile(hidden=64, block=128, warps=8, resident=1),
+        64: Tile(hidden=64, block=128, warps=8, stages=2, resident=1),
         128: Tile(hidden=32, block=32, warps=8, resident=1),
     },
 }

@@ -16,10 +16,18 @@ from t5kernels.ttt_layer import triton_kernels as kernels
 
 # By kernel, then by the head width padded to a power of two. `prepare` and its backward take blocks of columns.
 TILES = {
-    "key_sums": {width: Tile(block=4096 // width, warps=8, resident=4) for width in (32, 64, 128)},
-    "prepare": {width: Tile(block=1024 // width, warps=4, resident=3) for width in (32, 64, 128)},
-    "prepare_backward": {width: Tile(block=512 // width, warps=4, resident=3) for width in (32, 64, 128)},
-    "norm_backward": {width: Tile(block=2048 // width, warps=4, resident=6) for width in (32, 64, 128)},
+    "key_sums": {width: Tile(block=8192 // width, warps=8, stages=3, resident=2) for width in (32, 64, 128)},
+    "prepare": {
+        32: Tile(block=32, warps=4, stages=3, resident=3),
+        64: Tile(block=16, warps=4, stages=3, resident=3),
+        128: Tile(block=4, warps=4, resident=3),
+    },
+    "prepare_backward": {
+        32: Tile(block=8, warps=2, stages=3, resident=6),
+        64: Tile(block=4, warps=2, stages=3, resident=6),
+        128: Tile(block=4, warps=4, resident=3),
+    },
+    "norm_backward": {width: Tile(block=4096 // width, warps=8, stages=2, resident=4) for width in (32, 64, 128)},
 }
 EVERY_TILE = ttt.TILES | TILES  # of all kernels that the layer launches
 
@@ -236,7 +244,7 @@ def _key_sums(k: Tensor, first: Tensor) -> Tensor:
     with torch.cuda.device_of(k):
         kernels.key_sums_kernel[B * H, chunks](
             *(k, first, sums, *k.stride(), *_first_strides(first)),
-            *(H, N, chunk, D, width, tile.block),
+            *(H, N, chunk, D, width, tile.block, tile.stages),
             **tile.options,
         )
     return sums
@@ -314,7 +322,7 @@ def _norm_backward(dn: Tensor, x: Tensor, norm: Tensor, totals: Tensor, count: i
         kernels.norm_backward_kernel[B * H, chunks](
             *(dn, x, norm, totals, dn),
             *(*dn.stride(), *x.stride(), *dn.stride()),
-            *(H, N, chunk, count, D, width, tile.block),
+            *(H, N, chunk, count, D, width, tile.block, tile.stages),
             **tile.options,
         )
 

@@ -68,7 +68,7 @@ def key_sums_kernel(
     k, first, sums,
     k_b, k_h, k_n, k_d, f_b, f_h, f_d,
     H, N, chunk,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (B·H, chunks of `chunk` tokens). sums: (B·H, chunks, 2, D) float32."""
     index, part = tl.program_id(0), tl.program_id(1)
@@ -77,7 +77,7 @@ def key_sums_kernel(
     k = start_of_head(k, b, h, k_b, k_h)
     total = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
     squares = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
-    for start in range(part * chunk, part * chunk + chunk, BLOCK):
+    for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, num_stages=STAGES):
         inside = token_mask(start + tl.arange(0, BLOCK) < N, D, WIDTH)
         keys = load_tokens(k, start, k_n, k_d, N, D, WIDTH, BLOCK).to(tl.float32)
         keys = tl.where(inside, keys - shift, 0.0)
@@ -327,7 +327,9 @@ def prepare_backward_kernel(
             s3, s4, s5 = s3 + n_own * right, s4 + n_own * mid, s5 + n_own * left
             s6, s7, s8 = s6 + n_below * right, s7 + n_below * mid, s8 + n_below * left
             s_bias += tl.where((column < _of_row(row, first, last, columns))[:, None], mid, 0.0)
-            n_above, n_own = n_own, n_below
+            # The sum makes it a value of this turn. A name that just takes another's would not be carried to the next
+            # turn at all where both begin as the same zero, and loads are not made ahead of their turn with one.
+            n_above, n_own = n_own + 0.0, n_below
             dy_at += columns * dy_n
             x_at += columns * x_n
             dx_at += columns * dx_n
@@ -353,7 +355,7 @@ def norm_backward_kernel(
     dn, x, norm, totals, dx,
     dn_b, dn_h, dn_n, dn_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d,
     H, N, chunk, count,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (B·H, chunks of `chunk` tokens). totals: (B·H, 2, D), sum dn and sum dn n. dx may be dn itself."""
     index, part = tl.program_id(0), tl.program_id(1)
@@ -366,7 +368,7 @@ def norm_backward_kernel(
     totals += index.to(tl.int64) * (2 * D)
     scale, offset = _load_norm(norm, index, D, WIDTH, True)
     plain, product = _load_row(totals, 0, D, WIDTH) / count, _load_row(totals, 1, D, WIDTH) / count
-    for start in range(part * chunk, part * chunk + chunk, BLOCK):
+    for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, num_stages=STAGES):
         n = load_tokens(x, start, x_n, x_d, N, D, WIDTH, BLOCK).to(tl.float32) * scale + offset
         grad = load_tokens(dn, start, dn_n, dn_d, N, D, WIDTH, BLOCK).to(tl.float32)
         store_tokens(dx, scale * (grad - plain - n * product), start, dx_n, dx_d, N, D, WIDTH, BLOCK)
