@@ -38,7 +38,7 @@ from t5lib.shards import ShardSet
 FOLDER = Path(__file__).parent
 SIDE = 32
 CLASSES = 10
-SAMPLING = GenerateConfig(steps=50, guidance=2.0, batch_size=250)
+SAMPLING = GenerateConfig(steps=50, guidance=1.5, batch_size=250)  # 2.0 saturates: less is of the right class
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -210,6 +210,16 @@ def _check_classes(pipeline: Any, labels: Sequence[int], classes: int, config: G
     side = pipeline.transformer.config.sample_size * scale
     if config.size not in (None, (side, side)):
         raise T5Error(f"size {config.size}: this DiT makes images of ({side}, {side}); leave size out")
+    _check_steps(pipeline.scheduler, config.steps)
+
+
+def _check_steps(scheduler: Any, steps: int) -> None:
+    """diffusers' DDIM goes back `total // steps` a step whatever the spacing: the rest stays in the image as noise."""
+    total = scheduler.config.get("num_train_timesteps", steps)
+    trailing = scheduler.config.get("timestep_spacing") == "trailing"
+    if trailing and type(scheduler).__name__ == "DDIMScheduler" and total % steps:
+        best = next((number for number in range(steps, total) if total % number == 0), total)
+        raise T5Error(f"steps {steps}: this scheduler leaves noise unless they divide its {total}, as {best} do")
 
 
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -109,6 +109,21 @@ def test_classes_that_are_none(dit, wrong):
         sample(dit, [0, wrong], [0, 1], GenerateConfig(**QUICK))
 
 
+def test_a_scheduler_that_would_leave_noise_is_given_steps_that_suit_or_refused(dit):
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    trailing = DDIMScheduler(timestep_spacing="trailing")
+    assert sample(_with(dit, trailing), [0], [0], GenerateConfig(steps=2)).shape[0] == 1
+    with pytest.raises(T5Error, match=r"steps 3: .* divide its 1000, as 4 do"):
+        sample(_with(dit, trailing), [0], [0], GenerateConfig(steps=3))
+    for other in (DDIMScheduler(), DPMSolverMultistepScheduler(timestep_spacing="trailing")):
+        sample(_with(dit, other), [0], [0], GenerateConfig(steps=3))
+
+
+def _with(dit, scheduler):
+    return type(dit)(**{**dit.components, "scheduler": scheduler})
+
+
 def test_what_does_not_suit_the_pipeline_is_refused(sd3, dit):
     with pytest.raises(T5Error, match="draws from text"):
         sample(sd3, [3], [0], GenerateConfig(**QUICK))
