@@ -9,6 +9,7 @@ from torch import nn
 from t5lib.errors import T5Error
 from t5lib.families import family_of
 from t5lib.layers.attention import TTTLayer
+from t5lib.layers.mixers import check_window
 from t5lib.layers.settings import T5Config
 
 
@@ -43,7 +44,8 @@ def convert(model: nn.Module, config: T5Config | None = None, *, inplace: bool =
         config: what the new layers are; the default is the method's (swiglu, instance key norm, dwc_qk, all layers).
 
     Raises:
-        T5Error: a part of the model cannot be converted (named), or a layer index does not exist.
+        T5Error: a part of the model cannot be converted (named), a layer index does not exist, or a neighborhood is
+            larger than the grid of a model whose images have one size.
     """
     config = config or T5Config()
     family = family_of(model)
@@ -51,6 +53,9 @@ def convert(model: nn.Module, config: T5Config | None = None, *, inplace: bool =
     names = family.attention_names(model)
     kinds = config.of_layers(len(names), family.layer_sets(model))
     chosen = {name: own for name, own in zip(names, kinds, strict=True) if own}
+    if fixed := family.fixed_grid(model):
+        for own in chosen.values():
+            check_window(own, fixed)
     if not inplace:
         model = copy.deepcopy(model)
     before = model.state_dict()

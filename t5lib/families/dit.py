@@ -144,6 +144,10 @@ def layer_sets(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {"all": everything, "paper": everything}
 
 
+def fixed_grid(model: nn.Module) -> None:
+    """None: the model takes latents of any size."""
+
+
 def make_grid(model: nn.Module) -> SquareLatentGrid:
     """A grid that follows the size of every latent `model` sees."""
     grid = SquareLatentGrid(model.pos_embed.height, model.pos_embed.width)

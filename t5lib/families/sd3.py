@@ -148,6 +148,10 @@ def layer_sets(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {"all": tuple(range(count)), "paper": tuple(range(max(0, depth - LAST_JOINT), count))}
 
 
+def fixed_grid(model: nn.Module) -> None:
+    """None: the model takes latents of any size."""
+
+
 def make_grid(model: nn.Module) -> LatentGrid:
     """A LatentGrid that follows the size of every latent `model` sees."""
     grid = LatentGrid(model.pos_embed.height, model.pos_embed.width)

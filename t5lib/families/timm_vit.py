@@ -52,6 +52,13 @@ def layer_sets(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {"all": everything, "paper": everything}
 
 
+def fixed_grid(model: nn.Module) -> TokenGrid | None:
+    """The grid of a model that takes images of one size, None of one that takes any."""
+    if not getattr(model.patch_embed, "strict_img_size", False):
+        return None
+    return TokenGrid(*model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens)
+
+
 def make_grid(model: nn.Module) -> TokenGrid:
     """A TokenGrid that follows the size of every image `model` sees."""
     grid = TokenGrid(*model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens)

@@ -123,11 +123,7 @@ class Mixer(nn.Module):
 
     def _with_neighborhood(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
         """Half `o`, half neighborhood attention of the projections as they come; only the grid has neighborhoods."""
-        if min(grid.rows, grid.columns) < self.config.window:
-            raise T5Error(
-                f"locality '{self.config.locality}' looks at {self.config.window}×{self.config.window} tokens, more "
-                f"than the grid of {grid.rows}×{grid.columns} holds; use larger images, '+nat3', or no neighborhood"
-            )
+        check_window(self.config, grid)
         own = grid.patches
         q, k, v = (t[:, :, own] for t in (q, k, v))
         near = neighborhood_attention(q, k, v, rows=grid.rows, columns=grid.columns, window=self.config.window)
@@ -167,6 +163,15 @@ def make_mixer(num_heads: int, head_dim: int, config: T5Config, layers: int = 1)
     from t5lib.layers.rivals import RIVAL_MIXERS
 
     return RIVAL_MIXERS[config.inner](num_heads, head_dim, config, layers)
+
+
+def check_window(config: T5Config, grid: TokenGrid) -> None:
+    """Raises T5Error when the neighborhood of `config` is larger than `grid`."""
+    if config.window and min(grid.rows, grid.columns) < config.window:
+        raise T5Error(
+            f"locality '{config.locality}' looks at {config.window}×{config.window} tokens, more than the grid of "
+            f"{grid.rows}×{grid.columns} holds; use larger images, '+nat3', or no neighborhood"
+        )
 
 
 def convolved(x: Tensor, conv: nn.Conv2d, grid: TokenGrid) -> Tensor:
