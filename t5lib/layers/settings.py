@@ -97,6 +97,8 @@ class T5Config:
             one_of(self.layers, LAYER_SETS, "layers")
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
+        if self.layers is not None and not isinstance(self.layers, str | tuple | dict):
+            raise T5Error(f"layers is {self.layers!r}; expected indices such as [3], a map, or one of {LAYER_SETS}")
         if isinstance(self.layers, dict):
             object.__setattr__(self, "layers", {str(key): what for key, what in self.layers.items()})
             for what in self.layers.values():
@@ -122,10 +124,14 @@ class T5Config:
         Raises:
             T5Error: it is neither.
         """
-        base, _, nat = (what, "", "") if what in PRESETS else what.partition("+")
-        one_of(base, {SOFTMAX: 0, **dict.fromkeys(INNERS), **PRESETS}, "layer")
-        one_of(nat, NEIGHBORHOODS, "neighborhood")
+        known = {SOFTMAX: 0, **dict.fromkeys(INNERS), **PRESETS}
+        base, plus, nat = (what, "", "") if what in known else str(what).partition("+")
+        one_of(base, known, "layer")
+        if plus:
+            one_of(nat, [name for name in NEIGHBORHOODS if name], f"layer '{what}': neighborhood")
         if base == SOFTMAX:
+            if nat:
+                raise T5Error(f"layer '{what}': softmax attention takes no neighborhood; write 'softmax'")
             return None
         changed = dataclasses.replace(self, layers=None, **PRESETS.get(base, {"inner": base}))
         if not nat:

@@ -53,6 +53,12 @@ def test_a_map_takes_other_settings_from_the_config_and_those_of_a_preset_from_t
     [
         ({"0": "swigloo"}, "did you mean 'swiglu'"),
         ({"0": "swiglu+nat7"}, "neighborhood 'nat7'"),
+        ({"0": "t5++nat3"}, r"neighborhood '\+nat3' is unknown; expected one of nat3, nat5"),
+        ({"0": "softmax+nat3", "1": "swiglu"}, "softmax attention takes no neighborhood; write 'softmax'"),
+        ({"0": "swiglu+"}, "neighborhood '' is unknown; expected one of nat3, nat5"),
+        ({"0": 3}, "layer '3' is unknown"),
+        ({"0": None}, "layer 'None' is unknown"),
+        (3, r"layers is 3; expected indices such as \[3\]"),
         ({"0-1": "softmax"}, "nothing to convert"),
         ({"0-6": "swiglu"}, "expected different indices from 0 to 5"),
         ({"0-2": "swiglu", "2": "softmax"}, "expected different indices"),
