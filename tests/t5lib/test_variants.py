@@ -58,7 +58,7 @@ def test_one_step_of_training_changes_every_new_parameter(variant):
     assert converted(images_for()).isfinite().all()
 
 
-@pytest.mark.parametrize("variant", ["swiglu", "linear_proj_qk", "cpe", "dwc_v+nat3", "hedgehog", "vit3", "map"])
+@every_variant
 def test_compiled_in_one_graph_it_computes_the_same(variant):
     converted = t5lib.convert(tiny_vit(**WIDE), VARIANTS[variant])
     torch._dynamo.reset()
@@ -137,6 +137,16 @@ def test_a_window_larger_than_the_grid_is_refused_with_both_sizes():
     converted = t5lib.convert(tiny_vit(**WIDE), T5Config(locality="none+nat5"))
     with pytest.raises(T5Error, match="5×5 tokens, more than the grid of 4×4"):
         converted(random_images(2, 32, 32))
+
+
+def test_a_model_of_one_size_with_too_large_a_window_is_refused_before_anything_changes():
+    model = tiny_vit(num_heads=2)  # 4×4 patches, no other size
+    before = list(model.state_dict())
+    for config in (T5Config(locality="none+nat5"), T5Config(layers={"0": "swiglu", "1": "clear+nat5"})):
+        with pytest.raises(T5Error, match="5×5 tokens, more than the grid of 4×4"):
+            t5lib.convert(model, config, inplace=True)
+    assert list(model.state_dict()) == before and not model.patch_embed._forward_pre_hooks
+    assert t5lib.convert(model, T5Config(locality="none+nat3"))(random_images(2)).isfinite().all()
 
 
 @pytest.mark.parametrize(("inherit", "fresh"), [("mlp", "attn.qkv"), ("attention", "mlp.fc1")])
