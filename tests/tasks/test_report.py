@@ -195,6 +195,14 @@ def test_page_says_plainly_when_softmax_is_faster(root):
     assert page.count("<img") == 12, "every picture"
 
 
+def test_page_tells_a_layer_map(root):
+    file = root / f"data/out/{TARGET}/finetune/t5.json"
+    described = json.loads(file.read_text(encoding="utf-8"))
+    described["t5"]["layers"] = {"0": "softmax", "1": "swiglu+nat3"}
+    write(file, described)
+    assert "by layer: 0 <code>softmax</code>, 1 <code>swiglu+nat3</code>)" in " ".join(build(root)[0].split())
+
+
 def test_page_tells_what_the_new_layers_do_with_maps_over_images(root):
     page = build(root)[0]
     text = text_of(page)
