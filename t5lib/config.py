@@ -94,14 +94,14 @@ def _convert_union(hint: Any, value: Any, where: str) -> Any:
     options = typing.get_args(hint)
     if value is None and type(None) in options:  # first: a missing section would otherwise mean its defaults
         return None
-    problems = []
+    problems: dict[bool, str] = {}  # the first of each; of an option of the value's own kind says more
     for option in options:
         if option is not type(None):
             try:
                 return _convert(option, value, where)
             except T5Error as error:
-                problems.append(str(error))
-    raise T5Error(problems[0])
+                problems.setdefault(type(value) is (typing.get_origin(option) or option), str(error))
+    raise T5Error(problems.get(True) or problems[False])
 
 
 def _number_hint(expected: Any, value: Any) -> str:

@@ -93,6 +93,8 @@ class T5Config:
             raise T5Error(f"radius is {self.radius}; expected 1 or more patches, as in CLEAR: 8")
         if self.init_std is not None and self.init_std <= 0:
             raise T5Error(f"init_std is {self.init_std}; expected a positive number, or null for head_dim**-0.5")
+        if isinstance(self.layers, str) and self.layers[:1].isdigit():  # as on the command line
+            raise T5Error(f"layers '{self.layers}' is text; write indices, [0, 1], or a map, {{'0-5': 'softmax'}}")
         if isinstance(self.layers, str):
             one_of(self.layers, LAYER_SETS, "layers")
         if isinstance(self.layers, list):

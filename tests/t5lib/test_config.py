@@ -27,6 +27,7 @@ class Config:
     ema: float | None = None
     inner: Inner = field(default_factory=Inner)
     maybe: Inner | None = None
+    places: tuple[int, ...] | dict[str, str] | str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -70,6 +71,8 @@ def test_an_optional_section_may_be_null_or_given():
         ("{steps: 1, inner: {names: a}}", "inner.names: expected tuple, got 'a'"),
         ("{steps: 1, inner: 3}", "train.inner must be a mapping of settings, got 3"),
         ("{steps: 1, maybe: {depht: 2}}", "train.maybe: unknown setting 'depht'"),
+        ("{steps: 1, places: {a: null}}", "places.a: expected str, got None"),
+        ("{steps: 1, places: [x]}", "places: expected int, got 'x'"),
         ("[1]", r"targets.x.train must be a mapping of settings, got \[1\]"),
     ],
 )

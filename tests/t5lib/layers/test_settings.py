@@ -58,6 +58,7 @@ def test_a_map_takes_other_settings_from_the_config_and_those_of_a_preset_from_t
         ({"0": "swiglu+"}, "neighborhood '' is unknown; expected one of nat3, nat5"),
         ({"0": 3}, "layer '3' is unknown"),
         ({"0": None}, "layer 'None' is unknown"),
+        ("0-5=softmax", r"is text; write indices, \[0, 1\], or a map"),
         (3, r"layers is 3; expected indices such as \[3\]"),
         ({"0-1": "softmax"}, "nothing to convert"),
         ({"0-6": "swiglu"}, "expected different indices from 0 to 5"),
