@@ -5,7 +5,8 @@
 Every point is a training of its own with the target's recipe over so many steps, from the calibrated (or merely
 converted) model; the control is the softmax source under the same recipe. Writes OUT.json (every figure of every seed,
 settings, device), OUT.md, OUT.png (curves) and OUT-samples.png, after every arm. Points that are done are not run
-again; --jobs shares a card; after --until SECONDS nothing is begun, and what is there is shown.
+again; --jobs share the card, or all cards that are seen; after --until SECONDS nothing is begun, and what is there
+is shown.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -164,14 +166,32 @@ def _attempts(jobs: list[Job], at_once: int) -> Iterator[str | None]:
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))  # torch reads it at start
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(at_once, mp_context=context) as pool:
+    cards = context.SimpleQueue()
+    for card in islice(cycle(_cards()), at_once):
+        cards.put(card)
+    with ProcessPoolExecutor(at_once, mp_context=context, initializer=_take_card, initargs=(cards,)) as pool:
         for each in as_completed([pool.submit(attempt, job) for job in jobs]):
             yield each.result()
 
 
+def _cards() -> list[str]:
+    """The cards that are seen, as CUDA_VISIBLE_DEVICES names them; [""] where there are none."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())] or [""]
+
+
+def _take_card(cards: Any) -> None:
+    """Each process sees one card, before CUDA starts in it."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = cards.get()
+
+
 def attempt(job: Job) -> str | None:
-    """Do one; what broke, or None."""
+    """Do one, unless it is too late to begin; what broke, or None."""
     try:
+        if time.time() > job.until:
+            return None
         _points(job)
         print(f"{job.arm.name}, seed {job.seed}: {'done' if job.done() else 'out of time'}", flush=True)
     except Exception as error:
@@ -322,7 +342,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, nargs="+", required=True, help="of the fine-tunes; 0: none")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share the device")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the card, or the cards")
     parser.add_argument("--out", type=Path, required=True, help="where the .json, .md and .png go, without ending")
     parser.add_argument("--work", type=Path, default=Path("data/scratch/curves"))
     parser.add_argument("--until", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing later")

@@ -269,6 +269,18 @@ def test_curves_of_every_arm_and_seed_are_drawn_once(root, kind, tmp_path, monke
     assert curves.run(**told, out=out, work=tmp_path / "work", jobs=1) == result
 
 
+def test_curves_take_all_cards_that_are_seen(monkeypatch):
+    from tasks import curves
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert curves._cards() == ["2", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert curves._cards() == ["0", "1"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert curves._cards() == [""]  # none is hidden
+
+
 def test_curves_go_on_from_the_points_that_are_done_and_show_what_there_is(root, kind, tmp_path, monkeypatch):
     from tasks import curves
 
