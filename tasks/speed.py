@@ -45,7 +45,9 @@ BATCH = 2  # guidance: with and without the prompt
 
 
 class Unmixed(nn.Module):
-    """In a mixer's place: nothing is mixed, and no projection is idle."""
+    """In a mixer's place: nothing is mixed, and no projection or norm is idle."""
+
+    takes_norms = False
 
     def prepare(self, x: Tensor, grid: Any) -> Tensor:
         return x

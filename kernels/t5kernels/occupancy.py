@@ -1,6 +1,6 @@
 """What the compiler makes of the kernels: registers, spilled bytes and shared memory, by tile; needs no card.
 
-    python -m t5kernels.occupancy [--width D ...] [--kernel NAME ...]
+    python -m t5kernels.occupancy [--width D ...] [--kernel NAME ...] [--rms]
 
 Compiles for the H100 (sm_90) in bfloat16 with the Triton that is installed. What is spilled goes through memory in
 every turn of a loop; registers and shared memory say how many programs a multiprocessor holds.
@@ -26,28 +26,9 @@ from t5kernels.ttt_layer.triton import EVERY_TILE
 
 TARGET = GPUTarget("cuda", 90, 32)
 # Arguments that are pointers to float32, and to tokens or weights in bfloat16; the rest are strides and counts.
-FLOAT = {"norm", "step", "d_step", "sums", "parts", "totals"}
-HALF = {
-    "q",
-    "k",
-    "v",
-    "w1",
-    "w2",
-    "w3",
-    "out",
-    "do",
-    "dq",
-    "dk",
-    "dv",
-    "first",
-    "weight",
-    "bias",
-    "x",
-    "y",
-    "dx",
-    "dy",
-    "dn",
-}
+FLOAT = {"step", "d_step", "sums", "parts", "totals", "factors"}
+TOKENS = {"q", "k", "v", "out", "do", "dq", "dk", "dv", "first", "x", "y", "dx", "dy", "dn"}
+HALF = TOKENS | {"w1", "w2", "w3", "weight", "bias", "gain", "first_gain"}
 
 
 @dataclass(frozen=True)
@@ -68,11 +49,11 @@ class Compiled:
         )
 
 
-def compiled(kernel: str, tile: Tile, head_dim: int) -> Compiled:
-    """`kernel`: a key of EVERY_TILE; `tile`: how it is cut."""
+def compiled(kernel: str, tile: Tile, head_dim: int, rms: bool = False) -> Compiled:
+    """`kernel`: a key of EVERY_TILE; `tile`: how it is cut; `rms`: with RMS norms of q and k."""
     function = getattr(layer_kernels if kernel in layer.TILES else triton_kernels, f"{kernel}_kernel")
     constants = {"D": head_dim, "WIDTH": ttt.padded_width(head_dim), "BLOCK": tile.block}
-    constants |= {"STAGES": tile.stages, "NORM": True, "CONV": True}
+    constants |= {"STAGES": tile.stages, "NORM": True, "CONV": True, "RMS": rms, "EARLY": True}
     if tile.hidden:
         constants |= {"HIDDEN": tile.hidden, "SLICES": triton.cdiv(head_dim, tile.hidden)}
     # Tokens have channels side by side, which Triton takes for a constant.
@@ -117,11 +98,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", nargs="*", type=int, default=[32, 64, 72, 128], help="head widths")
     parser.add_argument("--kernel", nargs="*", choices=list(EVERY_TILE), default=list(EVERY_TILE), help="these only")
+    parser.add_argument("--rms", action="store_true", help="with RMS norms of q and k")
     options = parser.parse_args(arguments)
     for head_dim in options.width:
         for kernel in options.kernel:
             tile = EVERY_TILE[kernel][ttt.padded_width(head_dim)]
-            print(f"{head_dim:>3}  {compiled(kernel, tile, head_dim)}  {tile}", flush=True)
+            print(f"{head_dim:>3}  {compiled(kernel, tile, head_dim, options.rms)}  {tile}", flush=True)
 
 
 if __name__ == "__main__":

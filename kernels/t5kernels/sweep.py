@@ -50,8 +50,11 @@ def calls(case: Case) -> dict[str, Call]:
     scale, d_out = case.width**-0.5 / case.tokens, inputs.d_outs[0]
     convs = (leaves[name] for name in ("q_weight", "q_bias", "k_weight", "k_bias"))
     convs = layer._convs(*convs, (case.rows, case.columns, case.prefix))
-    norms = layer._norms(k, None, SETTINGS.norm_scope, SETTINGS.eps)
-    (part,) = layer._parts(q, k, v, None, None, None, convs, norms)
+    sums, none = layer._empty_sums(k, None, SETTINGS.norm_scope), (None, None)
+    (part,) = layer._parts(
+        (q, k, v), (None, None, None), convs, (none, none), sums, k, SETTINGS.norm_scope, SETTINGS.eps
+    )
+    layer._take_statistics([part], sums, SETTINGS.norm_scope, 0.0)
     queries, keys = layer._prepared(q, part.of_q), layer._prepared(k, part.of_k)
     step = ttt.launch_accumulate(keys, v, weights, scale)
     _, d_step = ttt.launch_apply_backward(d_out, queries, weights, step)
@@ -61,11 +64,15 @@ def calls(case: Case) -> dict[str, Call]:
 
     def norm_backward() -> tuple[Tensor]:
         out = dn.clone()  # a pass more than the kernel itself takes, the same for every tile
-        layer._norm_backward(out, k, part.of_k.norm, totals, case.tokens)
+        layer._norm_backward(out, k, part.of_k, totals)
         return (out,)
 
+    def statistics() -> tuple[Tensor]:
+        layer._take_statistics([part], sums, SETTINGS.norm_scope, 0.0)
+        return (sums.sum(1),)
+
     return {
-        "key_sums": lambda: (layer._key_sums(k, k).sum(1),),
+        "statistics": statistics,
         "prepare": lambda: (layer._prepared(k, part.of_k),),
         "accumulate": lambda: (ttt.launch_accumulate(keys, v, weights, scale),),
         "apply": lambda: (ttt.launch_apply(queries, weights, step),),

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import RMSNorm
+from t5kernels import RmsNorms
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -75,13 +77,26 @@ class DiffusersTTTAttention(TTTLayer):
                 f"a TTT layer's new weights are on {away.pop()}, its input on {hidden_states.device}: offloading part "
                 "by part leaves them behind; use enable_model_cpu_offload, or group offloading of whole blocks"
             )
-        text = None if encoder_hidden_states is None else _project(self, encoder_hidden_states, TEXT)
-        image = _project(self, self.mixer.prepare(hidden_states, self.grid), IMAGE)
-        o, text_o = self.mixer.joint(image, text, self.grid)
+        norms = self._norms(encoder_hidden_states is not None)
+        hidden_states = self.mixer.prepare(hidden_states, self.grid)
+        image, text = (
+            None if x is None else _project(self, x, names[:3] if norms else names)
+            for x, names in ((hidden_states, IMAGE), (encoder_hidden_states, TEXT))
+        )
+        o, text_o = self.mixer.joint(image, text, self.grid, **norms)
         o = self._out(_merged(o))
         if text is None:
             return o
         return o, _merged(text_o) if self.to_add_out is None else self.to_add_out(_merged(text_o))
+
+    def _norms(self, text: bool) -> dict[str, RmsNorms]:
+        """The q and k norms where the mixer does them, of image and text; nothing where modules do."""
+        norms = [[getattr(self, name) for name in names[3:]] for names in (IMAGE, TEXT)[: 1 + text]]
+        every = [norm for pair in norms for norm in pair]
+        alike = all(type(norm) is RMSNorm and norm.bias is None and norm.eps == every[0].eps for norm in every)
+        if not alike or not self.mixer.takes_norms or every[0].weight is None:
+            return {}
+        return {"norms": RmsNorms(*[(q.weight, k.weight) for q, k in norms], eps=every[0].eps)}
 
     def _out(self, o: Tensor) -> Tensor:
         for module in self.to_out:  # projection, dropout
@@ -216,7 +231,9 @@ def _merged(o: Tensor) -> Tensor:
 
 
 def _project(attention: nn.Module, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    to_q, to_k, to_v, norm_q, norm_k = (getattr(attention, name) for name in names)
+    """`names`: of the projections, and of the norms unless those come later."""
+    to_q, to_k, to_v, *norms = (getattr(attention, name) for name in names)
+    norm_q, norm_k = norms or (None, None)
     heads = getattr(attention, "heads", None) or attention.num_heads
     q, k, v = (to(x).unflatten(-1, (heads, -1)).transpose(1, 2) for to in (to_q, to_k, to_v))
     return q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v

@@ -9,7 +9,7 @@ Shapes: B images, H heads, N image tokens, T text tokens, D head width. Several 
 
 import t5kernels
 import torch
-from t5kernels import INNER_WEIGHTS, key_norm, neighborhood_attention, ttt_layer
+from t5kernels import INNER_WEIGHTS, RmsNorms, key_norm, neighborhood_attention, ttt_layer
 from torch import Tensor, nn
 
 from t5lib.errors import T5Error
@@ -59,11 +59,19 @@ class Mixer(nn.Module):
         image, text = zip(*(t.tensor_split((grid.patches.stop,), dim=2) for t in (q, k, v)), strict=True)
         return torch.cat(self.joint(image, text, grid.with_suffix(0)), dim=2)
 
-    def joint(self, image: Tokens, text: Tokens | None, grid: TokenGrid) -> tuple[Tensor, Tensor | None]:
+    @property
+    def takes_norms(self) -> bool:
+        """Whether `joint` can do the pretrained RMS norms of q and k itself."""
+        return False
+
+    def joint(
+        self, image: Tokens, text: Tokens | None, grid: TokenGrid, **norms: RmsNorms
+    ) -> tuple[Tensor, Tensor | None]:
         """`forward` for tokens that lie apart in memory: `grid` is the image's, text has no place in it.
 
         Args:
             image, text: q, k and v, each (B, H, N, D) and (B, H, T, D).
+            norms: nothing, or `norms` of q and k where they are still to be done (`takes_norms`).
 
         Returns:
             The outputs of both, (B, H, N, D) and (B, H, T, D); None without text.
@@ -72,7 +80,7 @@ class Mixer(nn.Module):
             T5Error: the image's tokens do not fit the grid.
         """
         self._check(grid, image[0].shape[2])
-        o, text_o = self.attend(image, text, grid)
+        o, text_o = self.attend(image, text, grid, **norms)
         if self.config.convolution == "dwc_v":
             o = o + convolved(image[2], self.v_conv, grid)
         return self._with_neighborhood(o, *image, grid) if self.config.window else o, text_o
@@ -147,13 +155,19 @@ class TTTMixer(Mixer):
             norm_scope=config.key_norm_scope,
         )
 
-    def attend(self, image: Tokens, text: Tokens | None, grid: TokenGrid) -> tuple[Tensor, Tensor | None]:
+    @property
+    def takes_norms(self) -> bool:
+        return not self.config.rescale and not self.config.window  # both want normalized q and k themselves
+
+    def attend(
+        self, image: Tokens, text: Tokens | None, grid: TokenGrid, norms: RmsNorms | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         image, text = ((*self.rescaled(*part[:2]), part[2]) if part else None for part in (image, text))
         weights = tuple(getattr(self, name) for name in self.weight_names)
         convs = {}
         if self.config.convolution == "dwc_qk":
             convs = {name: (getattr(self, name).weight, getattr(self, name).bias) for name in ("q_conv", "k_conv")}
-        return ttt_layer(image, weights, self.settings, grid=grid, text=text, **convs)
+        return ttt_layer(image, weights, self.settings, grid=grid, text=text, norms=norms, **convs)
 
 
 def make_mixer(num_heads: int, head_dim: int, config: T5Config, layers: int = 1) -> Mixer:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from exactness import assert_as_exact_as_plain
 from t5kernels.ttt_layer import api, reference
-from t5kernels.ttt_layer.api import Grid, Settings, ttt_layer
+from t5kernels.ttt_layer.api import Grid, RmsNorms, Settings, ttt_layer
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -37,10 +37,18 @@ class Case:
     width: int = 16
     text: int = 0
     conv: bool = True
+    rms: bool = False
+    rms_eps: float = 1e-6
     settings: Settings = USUAL
+
+    @property
+    def sides(self):
+        """What names of leaves begin with: nothing for the image's."""
+        return ["", "text_"] if self.text else [""]
 
     def __str__(self):
         kind = f"{self.settings.key_norm}-{self.settings.norm_scope}" + ("" if self.conv else "-no conv")
+        kind += "-rms" if self.rms else ""
         size = f"B{self.images}-{self.rows}x{self.columns}+{self.prefix}+{self.after}-H{self.heads}-D{self.width}"
         return f"{size}-T{self.text}-{kind}"
 
@@ -55,15 +63,21 @@ SMALL = [
     Case(rows=1, columns=1, prefix=4, width=32, settings=BARE),
     Case(images=1, heads=1, rows=9, columns=8, prefix=5, width=72),
     Case(images=3, heads=1, rows=2, columns=33, prefix=0, width=8),
+    Case(images=1, text=7, after=2, width=24, rms=True),
+    Case(text=7, rms=True, rms_eps=0.1, settings=Settings(norm_scope="modality")),
+    Case(images=1, rows=2, text=3, conv=False, rms=True, settings=BARE),
+    Case(images=1, heads=1, rows=9, columns=8, prefix=5, width=72, rms=True),
 ]
 LARGE = [
     Case(images=2, heads=24, rows=64, columns=64, prefix=0, width=64),
     Case(images=2, heads=24, rows=32, columns=48, prefix=0, width=64, text=333),
+    Case(images=2, heads=24, rows=32, columns=48, prefix=0, width=64, text=333, rms=True),
     Case(images=64, heads=6, rows=14, columns=14, prefix=1, width=64),
     Case(images=2, heads=16, rows=33, columns=31, prefix=0, width=72),
     Case(images=1, heads=10, rows=40, columns=41, prefix=0, width=128),
 ]
 TINY = Case(images=1, rows=3, columns=4, text=3)
+RMS = replace(TINY, rms=True)
 
 
 @dataclass
@@ -98,6 +112,9 @@ def draw(case, dtype=torch.float32, seed=0):
         for name in ("q", "k"):
             leaves[f"{name}_weight"] = (normal(H * D, 1, 3, 3) * 0.2).to(dtype)
             leaves[f"{name}_bias"] = (normal(H * D) * 0.2).to(dtype)
+    if case.rms:
+        for side in case.sides:
+            leaves |= {f"{side}{name}_gain": (1 + 0.3 * normal(D)).to(dtype) for name in "qk"}
     d_outs = tuple(normal(B, n, H, D).to(dtype).transpose(1, 2) for n in (count, case.text) if n)
     return Inputs(leaves, d_outs)
 
@@ -106,9 +123,11 @@ def call(case, leaves, impl, op=ttt_layer):
     tokens = tuple(leaves[name] for name in "qkv")
     text = tuple(leaves[f"text_{name}"] for name in "qkv") if case.text else None
     convs = {f"{n}_conv": (leaves[f"{n}_weight"], leaves[f"{n}_bias"]) for n in "qk"} if case.conv else {}
+    gains = [tuple(leaves[f"{side}{n}_gain"] for n in "qk") for side in case.sides if case.rms]
+    norms = RmsNorms(*gains, eps=case.rms_eps) if case.rms else None
     grid = Grid(rows=case.rows, columns=case.columns, num_prefix_tokens=case.prefix)
     weights = tuple(leaves[f"w{i}"] for i in (1, 2, 3))
-    outs = op(tokens, weights, case.settings, grid=grid, text=text, impl=impl, **convs)
+    outs = op(tokens, weights, case.settings, grid=grid, text=text, impl=impl, norms=norms, **convs)
     return outs if case.text else outs[:1]
 
 
@@ -169,6 +188,22 @@ def test_the_text_is_not_convolved_and_is_fitted_on():
     assert not torch.equal(call(TINY, other, "triton")[0], before[0])
 
 
+def test_rms_norms_are_those_of_diffusers_and_come_before_the_key_norm():
+    from diffusers.models.normalization import RMSNorm
+
+    given = draw(RMS, torch.float16)
+    norms = {}
+    for name in ("q_gain", "k_gain", "text_q_gain", "text_k_gain"):
+        norms[name] = RMSNorm(16, eps=1e-6)
+        norms[name].weight.data = given.leaves[name]
+    normed = dict(given.leaves)
+    for side in ("", "text_"):
+        normed |= {f"{side}{n}": norms[f"{side}{n}_gain"](given.leaves[f"{side}{n}"]) for n in "qk"}
+    expected, found = call(TINY, normed, "reference"), call(RMS, given.leaves, "reference")
+    for name in (0, 1):
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+
+
 def test_a_convolution_is_that_of_pytorch_on_a_grid_that_is_not_square():
     x = torch.randn(2, 3, 2 + 3 * 5, 4)
     conv = torch.nn.Conv2d(12, 12, 3, padding=1, groups=12)
@@ -180,7 +215,7 @@ def test_a_convolution_is_that_of_pytorch_on_a_grid_that_is_not_square():
 
 
 def test_memory_outside_the_tokens_is_not_read_and_all_results_are_written():
-    case = Case(images=1, rows=3, columns=7, text=5, width=24)
+    case = Case(images=1, rows=3, columns=7, text=5, width=24, rms=True)
     given = draw(case, torch.float16)
     expected = results(case, given, "triton")
 
@@ -207,7 +242,7 @@ def test_runs_are_bit_equal():
 
 
 def test_the_backward_keeps_the_inputs_and_little_more():
-    case = Case(rows=10, columns=10, prefix=0, text=9, width=32)
+    case = Case(rows=10, columns=10, prefix=0, text=9, width=32, rms=True)
     leaves = {n: t.detach().requires_grad_() for n, t in draw(case).leaves.items()}
     own = {t.untyped_storage().data_ptr() for t in leaves.values()}
     kept = {}
@@ -219,13 +254,14 @@ def test_the_backward_keeps_the_inputs_and_little_more():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         call(case, leaves, "triton")
     extra = sorted(size for pointer, size in kept.items() if pointer not in own)
-    assert extra == [4 * 2 * 32, 4 * 3 * 32 * 32]  # the norm's factors and summands, and the step
+    # A number a token and head of q and of k for the RMS norms; the step; and the sums of at most 2 · 32 programs.
+    assert extra == [4 * 2 * 109, 4 * 3 * 32 * 32, 4 * 64 * 3 * 32]
 
 
 @pytest.mark.slow
 def test_it_compiles_as_one_graph():
     compiled = torch.compile(ttt_layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for case in (TINY, replace(TINY, rows=5, text=4)):
+    for case in (RMS, replace(RMS, rows=5, text=4)):
         given = draw(case)
         eager, found = results(case, given, "triton"), results(case, given, "triton", op=compiled)
         for name, result in eager.items():
@@ -241,19 +277,21 @@ def test_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [TINY, replace(TINY, text=0, conv=False, settings=BARE)], ids=str)
+@pytest.mark.parametrize("case", [RMS, replace(TINY, text=0, conv=False, settings=BARE)], ids=str)
 def test_the_custom_ops_keep_what_pytorch_asks_of_them(case):
     given = draw(case)
     leaves = {n: t.detach().requires_grad_() for n, t in given.leaves.items()}
     names = ("q", "k", "v", "text_q", "text_k", "text_v", "w1", "w2", "w3", "q_weight", "q_bias", "k_weight", "k_bias")
+    names += ("q_gain", "k_gain", "text_q_gain", "text_k_gain")
     norm = "none" if case.settings.key_norm == "none" else case.settings.norm_scope
-    rest = (case.rows, case.columns, case.prefix, norm, 1.0, 0.1)
+    rest = (case.rows, case.columns, case.prefix, norm, 1.0, 1e-6, 0.1)
     arguments = [leaves.get(name) for name in names]
     torch.library.opcheck(kernels._layer, (*arguments, *rest))
-    *_, step, norms = kernels._layer(*(given.leaves.get(name) for name in names), *rest)
+    *_, step, sums, factors = kernels._layer(*(given.leaves.get(name) for name in names), *rest)
     d_text = given.d_outs[1] if case.text else torch.empty(0, device=DEVICE)
     plain = [given.leaves.get(name) for name in names]
-    torch.library.opcheck(kernels._layer_backward, (given.d_outs[0], d_text, step, norms, *plain, *rest[:4], rest[5]))
+    known = (step, sums, factors)
+    torch.library.opcheck(kernels._layer_backward, (given.d_outs[0], d_text, *known, *plain, *rest[:5], rest[6]))
 
 
 def test_autocast_is_followed_and_weights_may_stay_in_float32():
@@ -304,6 +342,8 @@ def test_other_inner_models_and_norms_run_by_the_reference_unless_kernels_are_as
             "expected .B, H, N, D",
         ),
         ({"q_conv": (torch.zeros(4, 1, 3, 3), torch.zeros(4))}, "expected twice"),
+        ({"norms": RmsNorms((torch.ones(16), torch.ones(8)))}, "expected one for q and one for k, .16,. each"),
+        ({"norms": RmsNorms(*[(torch.ones(16), torch.ones(16))] * 2)}, "of the text if there is any"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

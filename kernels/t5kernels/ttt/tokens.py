@@ -2,9 +2,22 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 # Arguments of kernels that are counts: one compilation serves them all (Triton would make others for 1 and for 16 n).
-COUNTS = ("B", "H", "N", "chunk", "images", "rows", "columns", "prefix", "count", "shares", "segments", "on_grid")
+COUNTS = (
+    *("B", "H", "N", "chunk", "images", "count", "shares", "held", "free"),
+    *("rows", "columns", "prefix", "segments", "on_grid"),
+)
+
+
+@triton.jit
+def after_previous(EARLY: tl.constexpr):
+    """First in every kernel, above all that it reads or writes. EARLY: its programs come up while the kernel before
+    still runs, and wait here until that has written everything; then those of the next kernel may come up."""
+    if EARLY:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -68,9 +68,11 @@ TILES = {
         128: Tile(hidden=32, block=32, warps=8, resident=1),
     },
 }
+ADDING = Tile(block=1024, warps=4)  # of partial sums, numbers at a time
 # float32 has no tensor cores without losing digits, and small cards hold less on chip: there it is to be right.
 SAFE_TILE = Tile(hidden=32, block=32, warps=8, resident=1)
 LEAST_SHARED = 160 * 1024  # bytes a program may have on chip, for TILES
+FIRST_EARLY = 9  # the first major version of cards whose kernels may come up before the one ahead of them is done
 # What a program costs beside its blocks of tokens, in blocks: it loads weights and writes sums that are added later.
 OVERHEAD = 3
 MOST_CHUNKS = 32
@@ -117,7 +119,7 @@ def launch_accumulate(k: Tensor, v: Tensor, weights: list[Tensor], scale: float)
             *(*k.stride(), *v.stride()),
             *(H, N, chunk, scale),
             *(D, width, tile.hidden, tile.block),
-            **tile.options,
+            **launch_options(k, tile),
         )
     return added(sums).view(B, H, 3, D, D)
 
@@ -134,7 +136,7 @@ def launch_apply(q: Tensor, weights: list[Tensor], step: Tensor) -> Tensor:
             *(*q.stride(), *out.stride()),
             *(H, N, chunk),
             *(D, width, tile.hidden, tile.block, slices),
-            **tile.options,
+            **launch_options(q, tile),
         )
     return out
 
@@ -152,7 +154,7 @@ def launch_apply_backward(d_out: Tensor, q: Tensor, weights: list[Tensor], step:
             *(*d_out.stride(), *q.stride(), *dq.stride()),
             *(H, N, chunk),
             *(D, width, tile.hidden, tile.block, slices),
-            **tile.options,
+            **launch_options(q, tile),
         )
     return dq, added(sums).view(B, H, 3, D, D)
 
@@ -173,7 +175,7 @@ def launch_accumulate_backward(
             *(*k.stride(), *v.stride(), *dk.stride(), *dv.stride()),
             *(B, H, N, images, chunk, scale),
             *(D, width, tile.hidden, tile.block, slices),
-            **tile.options,
+            **launch_options(k, tile),
         )
     return dk, dv, sums.view(groups, H, chunks, 3, D, D).sum((0, 2)).transpose(0, 1).contiguous()
 
@@ -257,6 +259,12 @@ def _in_dtypes(gradients: Tensor, weights: list[Tensor]) -> list[Tensor]:
     return [g.to(w.dtype) for g, w in zip(gradients.unbind(0), weights, strict=True)]
 
 
+def launch_options(x: Tensor, tile: Tile) -> dict[str, int | None]:
+    """What a kernel on x is called with beside its arguments. From the H100 on launches overlap (after_previous)."""
+    early = x.is_cuda and _card(x.device).major >= FIRST_EARLY
+    return tile.options | {"EARLY": early} | ({"launch_pdl": True} if early else {})
+
+
 def padded_width(head_dim: int) -> int:
     """Head width as the kernels see it, a key of each of TILES."""
     return max(32, 1 << (head_dim - 1).bit_length())
@@ -321,9 +329,17 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
     return [t.contiguous() for t in tensors]
 
 
-def added(sums: Tensor) -> Tensor:
+def added(parts: Tensor) -> Tensor:
     """Partial sums (programs, chunks, ...) added over the chunks."""
-    return sums.squeeze(1) if sums.shape[1] == 1 else sums.sum(1)
+    if parts.shape[1] == 1:
+        return parts.squeeze(1)
+    sums = parts.new_empty(parts.shape[0], *parts.shape[2:])
+    numbers = sums[0].numel()
+    with torch.cuda.device_of(parts):
+        kernels.add_kernel[parts.shape[0], ceil_div(numbers, ADDING.block)](
+            *(parts, sums, parts.shape[1], numbers, ADDING.block), **launch_options(parts, ADDING)
+        )
+    return sums
 
 
 def like_tokens(x: Tensor) -> Tensor:

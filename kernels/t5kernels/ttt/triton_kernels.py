@@ -34,7 +34,7 @@ WIDTH is D padded to a power of two; what lies outside D or N is read as 0, whic
 import triton
 import triton.language as tl
 
-from t5kernels.ttt.tokens import COUNTS, load_tokens, start_of_head, store_tokens
+from t5kernels.ttt.tokens import COUNTS, after_previous, load_tokens, start_of_head, store_tokens
 
 
 @triton.jit
@@ -133,8 +133,10 @@ def accumulate_kernel(
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
     H, N, chunk, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (B·H, chunks of `chunk` tokens, slices). sums: (B·H, chunks, 3, D, D) float32."""
+    after_previous(EARLY)
     index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = index // H, index % H
     dtype = k.dtype.element_ty
@@ -164,9 +166,10 @@ def apply_kernel(
     q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d,
     H, N, chunk,
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
-    SLICES: tl.constexpr,
+    SLICES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (B·H, chunks of `chunk` tokens). step: (B·H, 3, D, D) float32. A program goes through all SLICES itself."""
+    after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
     dtype = q.dtype.element_ty
@@ -191,9 +194,10 @@ def apply_backward_kernel(
     do_b, do_h, do_n, do_d, q_b, q_h, q_n, q_d, dq_b, dq_h, dq_n, dq_d,
     H, N, chunk,
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
-    SLICES: tl.constexpr,
+    SLICES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (B·H, chunks). dq: (B, H, N, D); sums: (B·H, chunks, 3, D, D) of -dU = dG, float32."""
+    after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
     dtype = q.dtype.element_ty
@@ -227,12 +231,13 @@ def accumulate_backward_kernel(
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
     B, H, N, images, chunk, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
-    SLICES: tl.constexpr,
+    SLICES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (H · groups of `images` images, chunks): dW is summed over a group of images before it is written.
 
     d_step: (B·H, 3, D, D) float32; dk, dv: (B, H, N, D); sums: (groups·H, chunks, 3, D, D) of dW, float32.
     """
+    after_previous(EARLY)
     part, group, h = tl.program_id(1), tl.program_id(0) // H, tl.program_id(0) % H
     dtype = k.dtype.element_ty
     for tile in range(SLICES):
@@ -279,3 +284,17 @@ def accumulate_backward_kernel(
                 s2 = _add_dot(s2, keys, dz2)
         _store_triple(sums, tl.program_id(0) * tl.num_programs(1) + part, tile, s1, s2, s3, D, WIDTH, HIDDEN)
         tl.debug_barrier()  # the next slice adds to dk and dv, perhaps by other threads
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def add_kernel(parts, sums, count, numbers, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """Grid (programs, blocks of `numbers`). sums: (programs, numbers), of parts (programs, count, numbers) in order."""
+    after_previous(EARLY)
+    program = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    parts += program * count * numbers + number
+    total = tl.full((BLOCK,), 0.0, tl.float32)
+    for _ in tl.range(count, num_stages=4):
+        total += tl.load(parts, number < numbers, other=0.0)
+        parts += numbers
+    tl.store(sums + program * numbers + number, total, number < numbers)

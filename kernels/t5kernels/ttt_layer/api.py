@@ -1,12 +1,13 @@
 """`ttt_layer`: key norm, convolution of queries and keys, and `ttt`, as one op that keeps its inputs and little more.
 
 "reference" is plain PyTorch and runs anywhere; "triton" are fused kernels (swiglu with the dot loss, key norm
-"instance" or "none"). Without a wish the op picks "triton" where it is what the kernels are made for: 16-bit tokens on
-CUDA, outside of torch.func. A wish that cannot be met is an error.
+"instance" or "none", RMS norms of q and k). Without a wish the op picks "triton" where it is what the kernels are made
+for: 16-bit tokens on CUDA, outside of torch.func. A wish that cannot be met is an error.
 """
 
 import importlib.util
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,21 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 NORM_SCOPES = ("joint", "modality")
 Tokens = tuple[Tensor, Tensor, Tensor]
 Conv = tuple[Tensor, Tensor]
+Gains = tuple[Tensor, Tensor]
+
+
+class RmsNorms(NamedTuple):
+    """Pretrained RMS norms of q and k, as SD3.5 has them: every token is divided by the root mean square (of `eps` more
+    than its square) of its D channels, and multiplied by a gain.
+
+    Attributes:
+        image: gains of q and of k, (D,) each.
+        text: likewise, where there is text.
+    """
+
+    image: Gains
+    text: Gains | None = None
+    eps: float = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +81,7 @@ def ttt_layer(
     q_conv: Conv | None = None,
     k_conv: Conv | None = None,
     text: Tokens | None = None,
+    norms: RmsNorms | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One TTT layer between the projections: normalize keys, convolve q and k, fit the inner model, apply it.
@@ -76,6 +93,7 @@ def ttt_layer(
         q_conv, k_conv: weight (H·D, 1, 3, 3) and bias (H·D,) of depthwise convolutions, both or neither.
         text: q, k and v (B, H, T, D) of more tokens of the same sequence, which are not convolved. The inner model is
             fitted on all N + T tokens; nothing is concatenated by the kernels.
+        norms: of q and k, which come before everything else.
         impl: one of IMPLS, or None: see above.
 
     Returns:
@@ -88,15 +106,19 @@ def ttt_layer(
     """
     _check_tokens(image, text)
     _check_conv(image[0], grid, q_conv, k_conv)
+    _check_norms(image[0], text, norms)
     impl = _choose(image[0], settings, impl)
     tokens = image[0].shape[2] + (text[0].shape[2] if text else 0)
     scale = image[0].shape[3] ** -0.5 / tokens
     if impl == "triton":
-        return _fused(image, weights, settings, grid, q_conv, k_conv, text, scale)
+        return _fused(image, weights, settings, grid, q_conv, k_conv, text, norms, scale)
+    if norms:
+        image = reference.rms_normalized(image, norms.image, norms.eps)
+        text = text and reference.rms_normalized(text, norms.text, norms.eps)
     return reference.layer(image, text, weights, q_conv, k_conv, grid, settings, scale)
 
 
-def _fused(image, weights, settings, grid, q_conv, k_conv, text, scale) -> tuple[Tensor, Tensor | None]:
+def _fused(image, weights, settings, grid, q_conv, k_conv, text, norms, scale) -> tuple[Tensor, Tensor | None]:
     unfit = _unfit(settings)
     if unfit:
         raise ValueError(f"ttt_layer: impl='triton' {unfit}; use 'reference'")
@@ -108,7 +130,8 @@ def _fused(image, weights, settings, grid, q_conv, k_conv, text, scale) -> tuple
     check("ttt_layer", [*image, *text], weights)
     norm = "none" if settings.key_norm == "none" else settings.norm_scope
     grid = grid or Grid(rows=0, columns=0)
-    o, text_o = triton.layer(image, text, weights, q_conv, k_conv, grid, norm, settings.eps, scale)
+    rms = norms or (None, None, 0.0)
+    o, text_o = triton.layer(image, text, weights, q_conv, k_conv, grid, norm, settings.eps, scale, rms)
     return o.to(dtype), text_o.to(dtype) if text else None
 
 
@@ -140,6 +163,17 @@ def _check_tokens(image: Tokens, text: Tokens | None) -> None:
     fits = all(len(shape) == 4 for shape in shapes) and len(set(shapes[:3])) == 1 and len(set(shapes[3:])) <= 1
     if not fits or (text and (shapes[0][:2], shapes[0][3]) != (shapes[3][:2], shapes[3][3])):
         raise ValueError(f"ttt_layer: q, k, v of image and text are {shapes}; expected (B, H, N, D), and (B, H, T, D)")
+
+
+def _check_norms(q: Tensor, text: Tokens | None, norms: RmsNorms | None) -> None:
+    if norms is None:
+        return
+    shapes = [[tuple(gain.shape) for gain in part] for part in norms[:2] if part is not None]
+    if shapes != [[q.shape[3:]] * 2] * (1 if text is None else 2):
+        raise ValueError(
+            f"ttt_layer: norms with gains of {shapes}; expected one for q and one for k, {tuple(q.shape[3:])} each, of "
+            "the image, and of the text if there is any"
+        )
 
 
 def _check_conv(q: Tensor, grid: Grid | None, q_conv: Conv | None, k_conv: Conv | None) -> None:

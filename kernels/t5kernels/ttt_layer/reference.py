@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from t5kernels.ttt.api import ttt
 from t5kernels.ttt_layer.key_norm import key_norm
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 def layer(image, text, weights, q_conv, k_conv, grid, settings, scale: float) -> tuple[Tensor, Tensor | None]:
     """As `ttt_layer` takes and gives it."""
@@ -29,6 +31,19 @@ def layer(image, text, weights, q_conv, k_conv, grid, settings, scale: float) ->
         q, k, v = (torch.cat(pair, dim=2) for pair in ((q, text[0]), (k, text_k), (v, text[2])))
     o = ttt(q, k, v, weights, inner=settings.inner, loss=settings.loss, scale=scale, impl="reference")
     return (o, None) if text is None else (o[:, :, :count], o[:, :, count:])
+
+
+def rms_normalized(tokens, gains, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v with the RMS norms of q and k (B, H, N, D). gains: (D,) of each."""
+    q, k, v = tokens
+    return _rms(q, gains[0], eps), _rms(k, gains[1], eps), v
+
+
+def _rms(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """Rounded as diffusers' RMSNorm does."""
+    wide = x.float() if x.dtype in HALF else x
+    x = x * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (x.to(gain.dtype) if gain.dtype in HALF else x) * gain
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor, grid) -> Tensor:

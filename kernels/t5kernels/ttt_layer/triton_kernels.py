@@ -1,17 +1,20 @@
-"""Triton kernels of what stands before `ttt`: key norm and 3×3 convolution of tokens over the image's grid, and back.
+"""Triton kernels of what stands before `ttt`: norms and 3×3 convolution of tokens over the image's grid, and back.
 
-For one image, head and channel, x the tokens in memory, r and c the norm's factor and summand (1 and 0 without one),
-n = r x + c, and for a token p with a place in the grid
+For one image, head and channel, x the tokens in memory, u = f g x with the RMS norm's factor f of each token (over its
+D channels) and its gain g of the channel (1 and 1 without one), r and c the key norm's factor and summand (1 and 0
+without one), n = r u + c, and for a token p with a place in the grid
 
     y[p] = n[p] + bias + sum_o w[o] n[p + o],    o over the 9 places around p, n = 0 outside the grid;
 
 y = n for tokens before and after the grid. Backward, given dy:
 
     dn[p] = dy[p] + sum_o w[o] dy[p - o],    dw[o] = sum_p n[p] dy[p - o],    dbias = sum_p dy[p],
-    dx[p] = r (dn[p] - sum dn / N - n[p] sum (dn n) / N),
+    du[p] = r (dn[p] - sum dn / N - n[p] sum (dn n) / N),
+    dx[p] = f (g du[p] - f x[p] mean (g du[p] f x[p])),    dg = sum_p du[p] f x[p],
 
-p over the grid in what belongs to the convolution. Mean and variance come from sums of x - f and (x - f)², f the first
-token: a shift of all keys, which is what the norm is there to remove, costs no digits.
+p over the grid in what belongs to the convolution, the mean over channels. Mean and variance of the key norm come from
+sums of u - s and (u - s)², s the first token's u: a shift of all keys, which is what the norm is there to remove, costs
+no digits.
 
 A program of a convolution has BLOCK columns of the grid and goes down its rows. A row is read once, with its left and
 right neighbors, and gives what it has for three rows of the result: the one above, which is then complete, its own, and
@@ -22,13 +25,24 @@ adds them: no atomics, and results are the same from run to run.
 import triton
 import triton.language as tl
 
-from t5kernels.ttt.tokens import COUNTS, load_tokens, start_of_head, store_tokens, token_mask, token_pointers
+from t5kernels.ttt.tokens import (
+    COUNTS,
+    after_previous,
+    load_tokens,
+    start_of_head,
+    store_tokens,
+    token_mask,
+    token_pointers,
+)
 
 # Rows of a program's partial sums: nine of dw, then dbias, sum dn, sum dn n.
 BIAS_SUM = tl.constexpr(9)
 PLAIN_SUM = tl.constexpr(10)
 PRODUCT_SUM = tl.constexpr(11)
 SUMS = tl.constexpr(12)
+# Rows of what a program of the statistics writes: sums of u - s and of (u - s)², and s.
+STATISTICS = tl.constexpr(3)
+AT_ONCE = tl.constexpr(16)  # programs' statistics that are added at a time
 
 
 @triton.jit
@@ -43,10 +57,10 @@ def _over_tokens(x):
 
 
 @triton.jit
-def _load_row(x, row, D: tl.constexpr, WIDTH: tl.constexpr):
+def _load_row(x, row, D: tl.constexpr, WIDTH: tl.constexpr, stride=1):
     """A row of a matrix of D columns, (1, WIDTH), float32."""
     channel = tl.arange(0, WIDTH)
-    return tl.load(x + row * D + channel, channel < D, other=0.0).to(tl.float32)[None, :]
+    return tl.load(x + row * D + channel * stride, channel < D, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -56,79 +70,122 @@ def _store_row(x, row, values, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _first_token(x, b, h, stride_b, stride_h, stride_d, D: tl.constexpr, WIDTH: tl.constexpr):
-    """The first token of a head, (WIDTH,), float32."""
-    channel = tl.arange(0, WIDTH)
-    x = start_of_head(x, b, h, stride_b, stride_h)
-    return tl.load(x + channel * stride_d, channel < D, other=0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def key_sums_kernel(
-    k, first, sums,
-    k_b, k_h, k_n, k_d, f_b, f_h, f_d,
-    H, N, chunk,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Grid (B·H, chunks of `chunk` tokens). sums: (B·H, chunks, 2, D) float32."""
-    index, part = tl.program_id(0), tl.program_id(1)
-    b, h = index // H, index % H
-    shift = _first_token(first, b, h, f_b, f_h, f_d, D, WIDTH)[None, :]
-    k = start_of_head(k, b, h, k_b, k_h)
-    total = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
-    squares = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
-    for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, num_stages=STAGES):
-        inside = token_mask(start + tl.arange(0, BLOCK) < N, D, WIDTH)
-        keys = load_tokens(k, start, k_n, k_d, N, D, WIDTH, BLOCK).to(tl.float32)
-        keys = tl.where(inside, keys - shift, 0.0)
-        total += keys
-        squares += keys * keys
-    sums += (index.to(tl.int64) * tl.num_programs(1) + part) * (2 * D)
-    _store_row(sums, 0, _over_tokens(total), D, WIDTH)
-    _store_row(sums, 1, _over_tokens(squares), D, WIDTH)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def norm_kernel(
-    sums, first, norm,
-    f_b, f_h, f_d,
-    H, shares, count, eps,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Grid (B·H,). sums: (B·H, shares, 2, D) of `count` keys; norm: (B·H, 2, D), r and c."""
-    index = tl.program_id(0)
-    channel, row = tl.arange(0, WIDTH)[None, :], tl.arange(0, ROWS)[:, None]
-    sums += index.to(tl.int64) * shares * (2 * D)
-    mean, square = tl.full((WIDTH,), 0.0, tl.float32), tl.full((WIDTH,), 0.0, tl.float32)
-    for start in range(0, shares, ROWS):
-        there = (start + row < shares) & (channel < D)
-        at = sums + (start + row) * (2 * D) + channel
-        mean += _over_tokens(tl.load(at, there, other=0.0))
-        square += _over_tokens(tl.load(at + D, there, other=0.0))
-    mean, square = mean / count, square / count
-    scale = 1 / tl.sqrt(tl.maximum(square - mean * mean, 0.0) + eps)
-    mean += _first_token(first, index // H, index % H, f_b, f_h, f_d, D, WIDTH)
-    norm += index * (2 * D)
-    _store_row(norm, 0, scale, D, WIDTH)
-    _store_row(norm, 1, -scale * mean, D, WIDTH)
+def _over_channels(x):
+    """Sum over the second axis."""
+    return tl.reduce(x, 1, _add)
 
 
 @triton.jit
-def _load_norm(norm, index, D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr):
-    """r and c, each (1, WIDTH)."""
+def _rms_factor(x, eps, D: tl.constexpr):
+    """f of tokens x (BLOCK, WIDTH): (BLOCK,)."""
+    return 1 / tl.sqrt(_over_channels(x * x) / D + eps)
+
+
+@triton.jit
+def _first_token(
+    x, gain, b, h, stride_b, stride_h, stride_d, eps, D: tl.constexpr, WIDTH: tl.constexpr, RMS: tl.constexpr
+):  # fmt: skip
+    """u of the first token of a head, (1, WIDTH), float32."""
+    x = _load_row(start_of_head(x, b, h, stride_b, stride_h), 0, D, WIDTH, stride_d)
+    if RMS:
+        x = x * _rms_factor(x, eps, D)[:, None] * _load_row(gain, 0, D, WIDTH)
+    return x
+
+
+@triton.jit
+def _store_statistics(sums, place, total, squares, shift, D: tl.constexpr, WIDTH: tl.constexpr):
+    sums += place * (STATISTICS * D)
+    _store_row(sums, 0, total, D, WIDTH)
+    _store_row(sums, 1, squares, D, WIDTH)
+    _store_row(sums, 2, shift, D, WIDTH)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def statistics_kernel(
+    x, gain, first, first_gain, sums, factors,
+    x_b, x_h, x_n, x_d, f_b, f_h, f_d, factors_h,
+    H, N, chunk, held, free, eps,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    RMS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """What must be known of all tokens before one is prepared. Grid (B·H, chunks of `chunk` tokens). factors: of the
+    RMS norm, float32, heads `factors_h` apart; sums: (B·H, `held`, STATISTICS, D) float32, s of `first`'s first token;
+    0 in those of the `free` places that are not used.
+    """
+    after_previous(EARLY)
+    index, part = tl.program_id(0), tl.program_id(1)
+    b, h = index // H, index % H
+    x = start_of_head(x, b, h, x_b, x_h)
+    if RMS:
+        gains = _load_row(gain, 0, D, WIDTH)
+        factors += index.to(tl.int64) * factors_h
     if NORM:
-        norm += index * (2 * D)
-        return _load_row(norm, 0, D, WIDTH), _load_row(norm, 1, D, WIDTH)
+        shift = _first_token(first, first_gain, b, h, f_b, f_h, f_d, eps, D, WIDTH, RMS)
+        total = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
+        squares = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
+    for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, num_stages=STAGES):
+        token = start + tl.arange(0, BLOCK)
+        u = load_tokens(x, start, x_n, x_d, N, D, WIDTH, BLOCK).to(tl.float32)
+        if RMS:
+            factor = _rms_factor(u, eps, D)
+            tl.store(factors + token, factor, token < N)
+            u = u * factor[:, None] * gains
+        if NORM:
+            u = tl.where(token_mask(token < N, D, WIDTH), u - shift, 0.0)
+            total += u
+            squares += u * u
+    if NORM:
+        sums += index.to(tl.int64) * held * (STATISTICS * D)
+        _store_statistics(sums, part, _over_tokens(total), _over_tokens(squares), _over_tokens(shift), D, WIDTH)
+        nothing = tl.full((WIDTH,), 0.0, tl.float32)
+        for unused in range(part + tl.num_programs(1), free, tl.num_programs(1)):
+            _store_statistics(sums, unused, nothing, nothing, nothing, D, WIDTH)
+
+
+@triton.jit
+def _load_norm(
+    sums, index, held, shares, count, eps, D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr
+):  # fmt: skip
+    """r and c, each (1, WIDTH), of `count` tokens whose sums lie in the first `shares` of `held` places."""
+    if NORM:
+        channel, row = tl.arange(0, WIDTH)[None, :], tl.arange(0, AT_ONCE)[:, None]
+        sums += index.to(tl.int64) * held * (STATISTICS * D)
+        mean, square = tl.full((WIDTH,), 0.0, tl.float32), tl.full((WIDTH,), 0.0, tl.float32)
+        for start in range(0, shares, AT_ONCE):
+            there = (start + row < shares) & (channel < D)
+            at = sums + (start + row) * (STATISTICS * D) + channel
+            mean += _over_tokens(tl.load(at, there, other=0.0))
+            square += _over_tokens(tl.load(at + D, there, other=0.0))
+        mean, square = mean / count, square / count
+        scale = (1 / tl.sqrt(tl.maximum(square - mean * mean, 0.0) + eps))[None, :]
+        return scale, -scale * (mean[None, :] + _load_row(sums, 2, D, WIDTH))
     return tl.full((1, WIDTH), 1.0, tl.float32), tl.full((1, WIDTH), 0.0, tl.float32)
 
 
 @triton.jit
-def _load_normalized(at, there, scale, offset, NORM: tl.constexpr):
-    """n of the tokens `at` some pointers, 0 where they are not `there`."""
+def _load_normalized(at, there, factor_at, here, scale, offset, RMS: tl.constexpr, NORM: tl.constexpr):
+    """n of the tokens `at` some pointers, 0 where they are not `there`. scale: r g; `factor_at` and `here`: pointers
+    and mask of the tokens' f, (BLOCK,)."""
     n = tl.load(at, there, other=0.0).to(tl.float32)
+    if RMS:
+        n = n * tl.load(factor_at, here, other=0.0)[:, None] * scale
+    elif NORM:
+        n = n * scale
     if NORM:
-        n = tl.where(there, n * scale + offset, 0.0)
+        n = tl.where(there, n + offset, 0.0)
     return n
+
+
+@triton.jit
+def _load_scales(
+    gain, sums, index, held, shares, count, eps,
+    D: tl.constexpr, WIDTH: tl.constexpr, RMS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """r g and c, each (1, WIDTH)."""
+    scale, offset = _load_norm(sums, index, held, shares, count, eps, D, WIDTH, NORM)
+    if RMS:
+        scale *= _load_row(gain, 0, D, WIDTH)
+    return scale, offset
 
 
 @triton.jit
@@ -150,13 +207,18 @@ def _of_row(row, first, last, columns):
 
 
 @triton.jit
-def _load_three(at, stride_n, column, columns, D: tl.constexpr, WIDTH: tl.constexpr):
-    """A row's tokens and those at their left and right, float32, 0 outside its `columns`. `at`: their pointers."""
+def _load_three(at, stride_n, factor_at, column, columns, D: tl.constexpr, WIDTH: tl.constexpr, RMS: tl.constexpr):
+    """A row's f x, and those at their left and right, float32, 0 outside its `columns`. `at`, `factor_at`: pointers."""
     inside = column < columns
     left = tl.load(at - stride_n, token_mask(inside & (column > 0), D, WIDTH), other=0.0)
     own = tl.load(at, token_mask(inside, D, WIDTH), other=0.0)
     right = tl.load(at + stride_n, token_mask(column + 1 < columns, D, WIDTH), other=0.0)
-    return left.to(tl.float32), own.to(tl.float32), right.to(tl.float32)
+    left, own, right = left.to(tl.float32), own.to(tl.float32), right.to(tl.float32)
+    if RMS:
+        left *= tl.load(factor_at - 1, inside & (column > 0), other=0.0)[:, None]
+        own *= tl.load(factor_at, inside, other=0.0)[:, None]
+        right *= tl.load(factor_at + 1, column + 1 < columns, other=0.0)[:, None]
+    return left, own, right
 
 
 @triton.jit
@@ -180,11 +242,12 @@ def _at(x, token, stride_n, stride_d, WIDTH: tl.constexpr):
 
 @triton.jit
 def _convolve(
-    x, weight, bias, y, h, scale, offset, segment, first, last,
+    x, factors, weight, bias, y, h, scale, offset, segment, first, last,
     x_n, x_d, y_n, y_d, rows, columns, prefix,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    RMS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """y of a segment's rows from `first` to before `last`. x and y: pointers to the first token of a head."""
+    """y of a segment's rows from `first` to before `last`. x, factors and y: pointers to a head's first token."""
     w0, w1, w2 = _places(weight, h, 0, D, WIDTH)
     w3, w4, w5 = _places(weight, h, 1, D, WIDTH)
     w6, w7, w8 = _places(weight, h, 2, D, WIDTH)
@@ -201,13 +264,18 @@ def _convolve(
     origin = prefix + segment * BLOCK + (first - 1) * columns
     x = token_pointers(x, origin, x_n, x_d, WIDTH, BLOCK)
     y = token_pointers(y, origin - columns, y_n, y_d, WIDTH, BLOCK)
+    factors += origin + tl.arange(0, BLOCK)
     above, own = constant, constant
     for row in tl.range(first - 1, last + 1, 2, num_stages=STAGES):
         # Two rows are asked for before anything is written, which would hold up what is read.
-        l0, m0, r0 = _load_three(x, x_n, column, _of_row(row, 0, rows, columns), D, WIDTH)
+        l0, m0, r0 = _load_three(x, x_n, factors, column, _of_row(row, 0, rows, columns), D, WIDTH, RMS)
         x += columns * x_n
-        l1, m1, r1 = _load_three(x, x_n, column, _of_row(row + 1, 0, rows, columns), D, WIDTH)
+        if RMS:
+            factors += columns
+        l1, m1, r1 = _load_three(x, x_n, factors, column, _of_row(row + 1, 0, rows, columns), D, WIDTH, RMS)
         x += columns * x_n
+        if RMS:
+            factors += columns
         ready = _weighed(above, l0, m0, r0, w6, w7, w8)
         above = _weighed(own, l0, m0, r0, w3, w4, w5)
         own = _weighed(constant, l0, m0, r0, w0, w1, w2)
@@ -236,44 +304,50 @@ def _store_row_of_grid(
 
 @triton.jit(do_not_specialize=COUNTS)
 def prepare_kernel(
-    x, norm, weight, bias, y,
-    x_b, x_h, x_n, x_d, y_b, y_h, y_n, y_d, rows, columns, prefix,
+    x, gain, factors, sums, weight, bias, y,
+    x_b, x_h, x_n, x_d, y_b, y_h, y_n, y_d, factors_h, held, shares, count, eps, rows, columns, prefix,
     H, N, chunk, segments, on_grid,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, CONV: tl.constexpr,
+    RMS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (B·H, programs): `on_grid` programs, each with `chunk` rows of one of the grid's `segments`, then those with
-    `chunk` blocks of tokens that have no place in it. norm: (B·H, 2, D) float32; weight (H·D, 9), bias (H·D,)."""
+    `chunk` blocks of tokens that have no place in it. gain (D,), weight (H·D, 9), bias (H·D,); factors and sums as in
+    `statistics_kernel`."""
+    after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
     x, y = start_of_head(x, b, h, x_b, x_h), start_of_head(y, b, h, y_b, y_h)
-    scale, offset = _load_norm(norm, index, D, WIDTH, NORM)
+    factors += index.to(tl.int64) * factors_h
+    scale, offset = _load_scales(gain, sums, index, held, shares, count, eps, D, WIDTH, RMS, NORM)
     if part >= on_grid:
         begin = (part - on_grid) * chunk * BLOCK
         for start in range(begin, begin + chunk * BLOCK, BLOCK):
             token = _outside(start, prefix, rows * columns, BLOCK)
             there = token_mask(token < N, D, WIDTH)
-            n = _load_normalized(_at(x, token, x_n, x_d, WIDTH), there, scale, offset, NORM)
+            at = _at(x, token, x_n, x_d, WIDTH)
+            n = _load_normalized(at, there, factors + token, token < N, scale, offset, RMS, NORM)
             tl.store(_at(y, token, y_n, y_d, WIDTH), n.to(y.dtype.element_ty), there)
     elif CONV:
         segment, first = part % segments, (part // segments) * chunk
         last = tl.minimum(first + chunk, rows)
         _convolve(
-            x, weight, bias, y, h, scale, offset, segment, first, last,
-            x_n, x_d, y_n, y_d, rows, columns, prefix, D, WIDTH, BLOCK, STAGES, NORM,
+            x, factors, weight, bias, y, h, scale, offset, segment, first, last,
+            x_n, x_d, y_n, y_d, rows, columns, prefix, D, WIDTH, BLOCK, STAGES, RMS, NORM,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def prepare_backward_kernel(
-    dy, x, norm, weight, dx, parts,
-    dy_b, dy_h, dy_n, dy_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d, rows, columns, prefix,
+    dy, x, gain, factors, sums, weight, dx, parts,
+    dy_b, dy_h, dy_n, dy_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d,
+    factors_h, held, shares, count, eps, rows, columns, prefix,
     H, N, chunk, segments, on_grid,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, CONV: tl.constexpr,
+    RMS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid as in `prepare_kernel`. dx: dn, written with a convolution only (else it is dy); parts: (B·H, programs,
     SUMS, D). Sums stay apart by thread until the end, so a block is small."""
+    after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
     x, dy, dx = (
@@ -281,7 +355,8 @@ def prepare_backward_kernel(
         start_of_head(dy, b, h, dy_b, dy_h),
         start_of_head(dx, b, h, dx_b, dx_h),
     )
-    scale, offset = _load_norm(norm, index, D, WIDTH, NORM)
+    factors += index.to(tl.int64) * factors_h
+    scale, offset = _load_scales(gain, sums, index, held, shares, count, eps, D, WIDTH, RMS, NORM)
     zero = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
     s0, s1, s2, s3, s4, s5, s6, s7, s8 = zero, zero, zero, zero, zero, zero, zero, zero, zero
     s_bias, s_plain, s_product = zero, zero, zero
@@ -294,7 +369,8 @@ def prepare_backward_kernel(
             if CONV:
                 tl.store(_at(dx, token, dx_n, dx_d, WIDTH), grad, there)
             if NORM:
-                n = _load_normalized(_at(x, token, x_n, x_d, WIDTH), there, scale, offset, NORM)
+                at = _at(x, token, x_n, x_d, WIDTH)
+                n = _load_normalized(at, there, factors + token, token < N, scale, offset, RMS, NORM)
                 s_plain += grad.to(tl.float32)
                 s_product += grad.to(tl.float32) * n
     elif CONV:
@@ -309,12 +385,15 @@ def prepare_backward_kernel(
         dy_at = token_pointers(dy, origin, dy_n, dy_d, WIDTH, BLOCK)
         x_at = token_pointers(x, origin + columns, x_n, x_d, WIDTH, BLOCK)
         dx_at = token_pointers(dx, origin - columns, dx_n, dx_d, WIDTH, BLOCK)
+        factor_at = factors + (prefix + column)
         # Of the rows above, here and below: what is known of dn, and n if the row is this program's.
         above, own, n_above, n_own = zero, zero, zero, zero
         for row in tl.range(first - 1, last + 1, num_stages=STAGES):
-            left, mid, right = _load_three(dy_at, dy_n, column, _of_row(row, 0, rows, columns), D, WIDTH)
-            below = token_mask(column < _of_row(row + 1, first, last, columns), D, WIDTH)
-            n_below = _load_normalized(x_at, below, scale, offset, NORM)
+            left, mid, right = _load_three(dy_at, dy_n, dy, column, _of_row(row, 0, rows, columns), D, WIDTH, False)
+            below = column < _of_row(row + 1, first, last, columns)
+            n_below = _load_normalized(
+                x_at, token_mask(below, D, WIDTH), factor_at + (row + 1) * columns, below, scale, offset, RMS, NORM
+            )  # fmt: skip
             ready = _weighed(above, right, mid, left, w0, w1, w2)
             above = _weighed(own, right, mid, left, w3, w4, w5)
             own = _weighed(zero, right, mid, left, w6, w7, w8)
@@ -352,12 +431,16 @@ def prepare_backward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def norm_backward_kernel(
-    dn, x, norm, totals, dx,
+    dn, x, gain, factors, sums, totals, dx, parts,
     dn_b, dn_h, dn_n, dn_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d,
-    H, N, chunk, count,
+    factors_h, held, shares, count, eps,
+    H, N, chunk,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    RMS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B·H, chunks of `chunk` tokens). totals: (B·H, 2, D), sum dn and sum dn n. dx may be dn itself."""
+    """Grid (B·H, chunks of `chunk` tokens). totals: (B·H, 2, D), sum dn and sum dn n; dx may be dn itself; parts: (B·H,
+    chunks, D) of dg, float32."""
+    after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
     x, dn, dx = (
@@ -365,10 +448,29 @@ def norm_backward_kernel(
         start_of_head(dn, b, h, dn_b, dn_h),
         start_of_head(dx, b, h, dx_b, dx_h),
     )
-    totals += index.to(tl.int64) * (2 * D)
-    scale, offset = _load_norm(norm, index, D, WIDTH, True)
-    plain, product = _load_row(totals, 0, D, WIDTH) / count, _load_row(totals, 1, D, WIDTH) / count
+    if NORM:
+        scale, offset = _load_norm(sums, index, held, shares, count, eps, D, WIDTH, NORM)
+        totals += index.to(tl.int64) * (2 * D)
+        plain, product = _load_row(totals, 0, D, WIDTH) / count, _load_row(totals, 1, D, WIDTH) / count
+    if RMS:
+        gains = _load_row(gain, 0, D, WIDTH)
+        factors += index.to(tl.int64) * factors_h
+        d_gain = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
     for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, num_stages=STAGES):
-        n = load_tokens(x, start, x_n, x_d, N, D, WIDTH, BLOCK).to(tl.float32) * scale + offset
+        u = load_tokens(x, start, x_n, x_d, N, D, WIDTH, BLOCK).to(tl.float32)
         grad = load_tokens(dn, start, dn_n, dn_d, N, D, WIDTH, BLOCK).to(tl.float32)
-        store_tokens(dx, scale * (grad - plain - n * product), start, dx_n, dx_d, N, D, WIDTH, BLOCK)
+        if RMS:
+            token = start + tl.arange(0, BLOCK)
+            factor = tl.load(factors + token, token < N, other=0.0)[:, None]
+            fx = u * factor
+            u = fx * gains
+        if NORM:
+            grad = scale * (grad - plain - (u * scale + offset) * product)
+        if RMS:
+            d_gain += grad * fx
+            grad *= gains
+            grad = factor * (grad - fx * (_over_channels(grad * fx) / D)[:, None])
+        store_tokens(dx, grad, start, dx_n, dx_d, N, D, WIDTH, BLOCK)
+    if RMS:
+        parts += (index.to(tl.int64) * tl.num_programs(1) + part) * D
+        _store_row(parts, 0, _over_tokens(d_gain), D, WIDTH)
