@@ -297,7 +297,8 @@ def table(result: dict[str, Any]) -> str:
     from t5lib.diffusion.score_table import METRICS
 
     arms, points = result["arms"], [p for arm in result["arms"].values() for run in arm.values() for p in run["points"]]
-    final, models = max(point["steps"] for point in points), points[-1]
+    ends = {0, *(max(p["steps"] for run in arm.values() for p in run["points"]) for arm in arms.values())}
+    models = points[-1]
     metrics = [name for name in METRICS if any(name in point for point in points)]
     seeds = sorted({seed for arm in arms.values() for seed in arm})
     lines = [
@@ -314,7 +315,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     for name, arm in arms.items():
         own = {point["steps"] for run in arm.values() for point in run["points"]}
-        for steps in sorted({0, final, max(own)} & own):
+        for steps in sorted(ends & own):
             if name == CONTROL and not steps:
                 continue  # that is the source
             cells = [found and plus_minus(found, METRICS[m][2]) for m in metrics for found in [at(arm, steps, m)]]

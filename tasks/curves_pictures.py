@@ -4,6 +4,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from t5lib import plots
 from t5lib.diffusion.generation import read_images
@@ -12,6 +13,7 @@ from t5lib.diffusion.score_table import METRICS
 from tasks.curves import CONTROL, Job, at
 
 SHOWN = 6  # rows of samples
+LOGARITHMIC = 5  # a score whose largest value is so many times its smallest
 
 
 @plots.styled
@@ -30,8 +32,13 @@ def curves_of(result: dict[str, Any], metrics: tuple[str, ...]) -> Figure:
         axes.set_title(f"{METRICS[metric][0]} ({METRICS[metric][1]} is better)")
         axes.set_xscale("symlog", linthresh=max(1, steps[1] if len(steps) > 1 else 1))
         axes.set_xticks(steps, [f"{number:,}" for number in steps])
+        low, high = axes.dataLim.intervaly
+        if METRICS[metric][1] == "lower" and high > LOGARITHMIC * low > 0:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.minorticks_off()
-    panels[0].legend(fontsize=8, ncols=2)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, handlelength=3.5)
     panels[-1].set_xlabel("fine-tune steps (dotted: the source)")
     return figure
 
@@ -62,8 +69,8 @@ def _look(name: str, arms: list[str]) -> tuple[str, str]:
 
 
 def samples_of(jobs: list[Job]) -> Figure:
-    """Rows of prompts, a column for the source and one for every arm after its longest fine-tune, of one seed: that of
-    the first arm that has any."""
+    """Rows of prompts, a column for the source and one for every arm after its longest fine-tune (which its title
+    tells), of one seed: that of the first arm that has any."""
     found = [(job, result) for job in jobs if (result := job.found())]
     (first, told), *_ = found
     prompts, shared = told["prompts"], first.shared / "images"
@@ -72,6 +79,7 @@ def samples_of(jobs: list[Job]) -> Figure:
     pictures = {"source": read_images([shared / name for name in names])}
     for job, result in found:
         if job.seed == first.seed:
-            folder = job.root / f"images/{result['points'][-1]['steps']}"
-            pictures[job.arm.name] = read_images([folder / name for name in names])
+            steps = result["points"][-1]["steps"]
+            folder = job.root / f"images/{steps}"
+            pictures[f"{job.arm.name}, {steps:,} steps"] = read_images([folder / name for name in names])
     return sample_grid(pictures, [prompts[row] for row in rows])

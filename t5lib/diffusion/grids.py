@@ -16,7 +16,8 @@ def sample_grid(models: dict[str, Tensor], prompts: Sequence[str]) -> Figure:
     """A column a model, a row a prompt; the same seed in a row.
 
     Args:
-        models: label to images (n, C, H, W) uint8; source and control, which are softmax, in blue.
+        models: label (a model's name, and what follows a comma) to images (n, C, H, W) uint8; source and control,
+            which are softmax, in blue.
         prompts: n texts or class names, written beside the rows.
     """
     first = next(iter(models.values()))
@@ -26,7 +27,7 @@ def sample_grid(models: dict[str, Tensor], prompts: Sequence[str]) -> Figure:
     panels = figure.subplots(len(prompts), len(models), squeeze=False)
     for column, (label, images) in enumerate(models.items()):
         title = _wrapped(label, round(LETTERS * 4 / max(4, len(models))))
-        colour = SOFTMAX if label in SOFTMAX_MODELS else T5
+        colour = SOFTMAX if label.partition(",")[0] in SOFTMAX_MODELS else T5
         panels[0][column].set_title(title, loc="center", pad=5, fontsize=8 if len(models) < 6 else 7, color=colour)
         for axes, image in zip(panels[:, column], images, strict=True):
             pixels = image.movedim(0, -1).numpy()

@@ -57,6 +57,36 @@ def test_convert_and_revert_give_the_original_back_bit_for_bit(kind):
     assert not back.pos_embed._forward_pre_hooks and not hasattr(back, "t5_report")
 
 
+def test_the_mixer_does_the_q_and_k_norms_unless_it_needs_normalized_tokens_itself(monkeypatch):
+    import t5kernels
+
+    from t5lib.layers import mixers
+
+    given = []
+
+    def watched(*args, norms=None, **rest):
+        given.append(norms is not None)
+        return t5kernels.ttt_layer(*args, norms=norms, **rest)
+
+    monkeypatch.setattr(mixers, "ttt_layer", watched)
+    source = tiny_sd3()
+    with torch.no_grad():
+        for name, gain in source.named_parameters():
+            if "norm_q" in name or "norm_k" in name or "norm_added" in name:
+                gain.normal_(1, 0.5)
+    model = t5lib.convert(source, T5Config())
+    out = run(model)
+    assert given == [True] * 5
+    for layer in ttt_layers(model).values():
+        layer._norms = lambda text: {}
+    torch.testing.assert_close(run(model), out)
+    given.clear()
+    run(t5lib.convert(source, T5Config(rescale=True)))
+    run(t5lib.convert(source, CONFIG))
+    run(t5lib.convert(tiny_sd3(qk_norm=None)))
+    assert given == [False] * 15
+
+
 @every_kind
 def test_converting_in_place_shares_every_storage_and_accounts_for_all(kind):
     model = tiny_sd3(**KINDS[kind])
