@@ -1,5 +1,6 @@
 """A small pipeline in a git repository of its own, with the real flow, DVC and tasks/ machinery and stand-in stages."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ import torch
 from tasks import tracking
 
 ROOT = Path(__file__).resolve().parents[1]
+# pytest gives loggers that do not propagate its handler, and with any handler torch writes out all that it traces.
+logging.getLogger("torch.__trace").propagate = True
 
 # What a stage of the stand-in does is a setting: `fail` is the message it fails with, `seconds` how long it takes.
 STAGE = """
