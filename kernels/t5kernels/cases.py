@@ -16,9 +16,9 @@ class Case:
 
     Attributes:
         text: tokens beside the image, as in joint attention.
-        targets: what must be reached on one H100 in bfloat16 and what is aimed at (None: no more than that), by what is
-            measured: milliseconds, and for "memory" the peak of a training step beyond inputs and outputs, in tensors of
-            the tokens' size.
+        targets: what must be reached on one H100 in bfloat16 and what is aimed at (None: no more than that), by what
+            is measured: milliseconds, and for "memory" the peak of a training step beyond inputs and outputs, in
+            tensors of the tokens' size.
     """
 
     name: str
