@@ -50,11 +50,11 @@ def calls(case: Case) -> dict[str, Call]:
     scale, d_out = case.width**-0.5 / case.tokens, inputs.d_outs[0]
     convs = (leaves[name] for name in ("q_weight", "q_bias", "k_weight", "k_bias"))
     convs = layer._convs(*convs, (case.rows, case.columns, case.prefix))
-    sums, none = layer._empty_sums(k, None, SETTINGS.norm_scope), (None, None)
+    key_sums, none = layer._empty_sums(k, None, SETTINGS.norm_scope), (None, None)
     (part,) = layer._parts(
-        (q, k, v), (None, None, None), convs, (none, none), sums, k, SETTINGS.norm_scope, SETTINGS.eps
+        (q, k, v), (None, None, None), convs, (none, none), key_sums, k, SETTINGS.norm_scope, SETTINGS.eps
     )
-    layer._take_statistics([part], sums, SETTINGS.norm_scope, 0.0)
+    layer._take_statistics([part], key_sums, SETTINGS.norm_scope, 0.0)
     queries, keys = layer._prepared(q, part.of_q), layer._prepared(k, part.of_k)
     step = ttt.launch_accumulate(keys, v, weights, scale)
     _, d_step = ttt.launch_apply_backward(d_out, queries, weights, step)
@@ -68,8 +68,8 @@ def calls(case: Case) -> dict[str, Call]:
         return (out,)
 
     def statistics() -> tuple[Tensor]:
-        layer._take_statistics([part], sums, SETTINGS.norm_scope, 0.0)
-        return (sums.sum(1),)
+        layer._take_statistics([part], key_sums, SETTINGS.norm_scope, 0.0)
+        return (key_sums[:, :, :2].sum(1),)  # not s, which every program has for itself
 
     return {
         "statistics": statistics,

@@ -78,6 +78,7 @@ LARGE = [
 ]
 TINY = Case(images=1, rows=3, columns=4, text=3)
 RMS = replace(TINY, rms=True)
+LEAST = Case(images=1, heads=1, rows=2, columns=2, text=2, width=8, rms=True)  # for what takes many runs
 
 
 @dataclass
@@ -261,7 +262,7 @@ def test_the_backward_keeps_the_inputs_and_little_more():
 @pytest.mark.slow
 def test_it_compiles_as_one_graph():
     compiled = torch.compile(ttt_layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for case in (RMS, replace(RMS, rows=5, text=4)):
+    for case in (LEAST, replace(LEAST, rows=5, text=4)):
         given = draw(case)
         eager, found = results(case, given, "triton"), results(case, given, "triton", op=compiled)
         for name, result in eager.items():
@@ -277,7 +278,7 @@ def test_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [RMS, replace(TINY, text=0, conv=False, settings=BARE)], ids=str)
+@pytest.mark.parametrize("case", [LEAST, replace(LEAST, text=0, rms=False, conv=False, settings=BARE)], ids=str)
 def test_the_custom_ops_keep_what_pytorch_asks_of_them(case):
     given = draw(case)
     leaves = {n: t.detach().requires_grad_() for n, t in given.leaves.items()}
