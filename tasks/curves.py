@@ -190,9 +190,8 @@ def _take_card(cards: Any) -> None:
 def attempt(job: Job) -> str | None:
     """Do one, unless it is too late to begin; what broke, or None."""
     try:
-        if time.time() > job.until:
-            return None
-        _points(job)
+        if time.time() <= job.until:
+            _points(job)
         print(f"{job.arm.name}, seed {job.seed}: {'done' if job.done() else 'out of time'}", flush=True)
     except Exception as error:
         print(f"{job.arm.name}, seed {job.seed}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -93,8 +93,8 @@ class DiffusersTTTAttention(TTTLayer):
         """The q and k norms where the mixer does them, of image and text; nothing where modules do."""
         norms = [[getattr(self, name) for name in names[3:]] for names in (IMAGE, TEXT)[: 1 + text]]
         every = [norm for pair in norms for norm in pair]
-        alike = all(type(norm) is RMSNorm and norm.bias is None and norm.eps == every[0].eps for norm in every)
-        if not alike or not self.mixer.takes_norms or every[0].weight is None:
+        alike = all(type(norm) is RMSNorm and norm.eps == every[0].eps for norm in every)
+        if not (alike and self.mixer.takes_norms and all(n.weight is not None and n.bias is None for n in every)):
             return {}
         return {"norms": RmsNorms(*[(q.weight, k.weight) for q, k in norms], eps=every[0].eps)}
 

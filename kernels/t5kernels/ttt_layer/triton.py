@@ -75,18 +75,6 @@ class _Part(NamedTuple):
     of_k: _Preparation
 
 
-class _Known(NamedTuple):
-    """What the forward finds out and the backward needs, beside the inputs.
-
-    step (B, H, 3, D, D); sums (B·H, held, STATISTICS, D) of the image's keys and then of the text's; factors
-    (2, B·H, N + T) of the RMS norms of q and k. All float32; empty where there is no such norm.
-    """
-
-    step: Tensor
-    sums: Tensor
-    factors: Tensor
-
-
 def layer(image, text, weights, q_conv, k_conv, grid, norm: str, eps: float, scale: float, rms) -> tuple:
     """The outputs of image and text, each (B, H, N, D); that of no text is empty.
 
@@ -111,7 +99,9 @@ def _layer(
     q_gain: Tensor | None, k_gain: Tensor | None, text_q_gain: Tensor | None, text_k_gain: Tensor | None,
     rows: int, columns: int, prefix: int, norm: str, eps: float, rms_eps: float, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The two outputs, and what is _Known."""
+    """The two outputs; and in float32 what the backward needs beside the inputs: the step (B, H, 3, D, D), the sums
+    (B·H, held, STATISTICS, D) of the image's keys and then of the text's, and the factors (2, B·H, N + T) of the RMS
+    norms of q and k (empty where there is no such norm)."""
     weights = [w1, w2, w3]
     convs = _convs(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
     gains = ((q_gain, k_gain), (text_q_gain, text_k_gain))
@@ -211,7 +201,7 @@ def _convs(q_weight, q_bias, k_weight, k_bias, place) -> tuple[_Conv | None, _Co
 
 
 def _empty_sums(k: Tensor, text_k: Tensor | None, norm: str) -> Tensor:
-    """Room for what programs say of the keys of image and text."""
+    """Room for the sums of the keys of image and text, a place for each program."""
     B, H, _, D = k.shape
     held = 0 if norm == "none" else ttt.MOST_CHUNKS * (1 if text_k is None else 2)
     return k.new_empty(B * H, held, kernels.STATISTICS.value, D, dtype=torch.float32)
