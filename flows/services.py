@@ -25,7 +25,7 @@ HOW_TO_TRIGGER = """\
 Prefect is up: http://127.0.0.1:{port}   (logs: {home}, stop: make down)
 Start a run:   .venv/bin/prefect deployment run t5/convert-vit --watch
 Another one:   .venv/bin/prefect deployment run t5/convert-vit --watch --param target=deit-tiny
-What it said:  .venv/bin/prefect flow-run logs UUID   (--watch prints the UUID, but neither progress nor what is missing)"""
+What it said:  .venv/bin/prefect flow-run logs UUID   (--watch prints the UUID, not the reasons)"""
 
 
 def up(root: Path, port: int, *, patience: float = 120.0) -> None:
