@@ -6,12 +6,14 @@
     pipe = t5lib.load_pipeline("sd35-t5", torch_dtype=torch.bfloat16)
 
 What diffusers offers works on them: schedulers, offloading, LoRA. Other pipelines of the same parts are made by
-StableDiffusion3Img2ImgPipeline(**pipe.components), since diffusers' from_pipe wants parts of the very class it names.
+AutoPipelineForImage2Image.from_pipe(pipe) or StableDiffusion3Img2ImgPipeline(**pipe.components); the latter's from_pipe
+wants `transformer=pipe.transformer` as well, since it takes parts of the very classes it names.
 Once this module is imported, DiffusionPipeline.from_pretrained loads such folders too.
 """
 
 import copy
 import re
+import shutil
 import tempfile
 import textwrap
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from typing import Any
 
 import yaml
 from diffusers import DiffusionPipeline
+from huggingface_hub import metadata_load
 
 from t5lib.config import to_dict
 from t5lib.conversion import convert
@@ -49,6 +52,32 @@ class Figures:
             raise T5Error(f"the rows of a model card's figures differ in columns: {[list(row) for row in self.rows]}")
 
 
+@dataclass(frozen=True)
+class License:
+    """Under which terms weights came, and go on.
+
+    Attributes:
+        header: entries of a model card's header: license, and license_name and license_link where it is "other".
+        files: the text, where it came along.
+    """
+
+    header: dict[str, str]
+    files: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(cls, folder: Path) -> "License | None":
+        """What the card and the LICENSE files in a folder say; None where there are neither."""
+        card = folder / "README.md"
+        told = (metadata_load(card) if card.is_file() else None) or {}
+        header = {name: told[name] for name in ("license", "license_name", "license_link") if name in told}
+        files = tuple(sorted(path for path in folder.glob("LICENSE*") if path.is_file()))
+        return cls(header, files) if header or files else None
+
+    def copy_to(self, folder: Path) -> None:
+        for file in self.files:
+            shutil.copyfile(file, folder / file.name)
+
+
 def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
     """The pipeline in a folder, or in a repository of the Hugging Face Hub, converted or not.
 
@@ -65,7 +94,13 @@ def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
     if folder.is_dir() and not (folder / "model_index.json").exists():
         raise T5Error(f"{source} has no model_index.json; expected a folder written by pipe.save_pretrained")
     # diffusers does not know by itself that a part is left out: a DiT on pixels has no VAE
-    index = DiffusionPipeline.load_config(source, **options)
+    try:
+        index = DiffusionPipeline.load_config(source, **options)
+    except OSError as error:
+        raise T5Error(
+            f"{source} is no folder here, and no pipeline was had from the hub under that name "
+            f"({str(error).splitlines()[0]}); check the path, or the name, the network and HF_TOKEN"
+        ) from error
     left_out = {name: None for name, value in index.items() if value in ([None, None], (None, None))}
     return DiffusionPipeline.from_pretrained(source, **left_out | options)
 
@@ -97,7 +132,7 @@ def push_to_hub(
     figures: Figures,
     *,
     base_model: str | None = None,
-    license: str | None = None,
+    license: "str | License | None" = None,
     private: bool = True,
     token: str | None = None,
 ) -> str:
@@ -106,7 +141,7 @@ def push_to_hub(
     Args:
         repo_id: "owner/name"; made if it does not exist.
         base_model: repository of the softmax pipeline, for the card.
-        license: of the weights, as the hub spells it.
+        license: of the weights, as the hub spells it, or License.of the folder they came in.
         token: of the hub; None uses the one that is logged in.
 
     Returns:
@@ -127,12 +162,14 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(folder)
         (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+        if isinstance(license, License):
+            license.copy_to(Path(folder))
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Converted by t5"))
 
 
 def model_card(
-    pipe: DiffusionPipeline, repo_id: str, figures: Figures, *, base_model: str | None, license: str | None
+    pipe: DiffusionPipeline, repo_id: str, figures: Figures, *, base_model: str | None, license: "str | License | None"
 ) -> str:
     """The card (README.md) of a converted pipeline, in the hub's form.
 
@@ -144,7 +181,7 @@ def model_card(
         raise T5Error(
             "this pipeline is not converted, so there is nothing to publish; call t5lib.convert_pipeline first"
         )
-    told = {"base_model": base_model, "license": license}
+    told = {"base_model": base_model, **(license.header if isinstance(license, License) else {"license": license})}
     header = {name: value for name, value in told.items() if value} | {
         "library_name": "diffusers",
         "tags": ["t5", "test-time-training", "linear-attention"],

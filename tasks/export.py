@@ -1,6 +1,8 @@
 """A target's fine-tuned denoiser as a diffusers pipeline, in a folder or on the hub, with its measured figures.
 
 python -m tasks.export sd35-medium --out sd35-medium-t5 [--dtype bf16] [--push OWNER/NAME [--public]]
+
+The licence of the original weights, in their card and LICENSE files, goes along.
 """
 
 import argparse
@@ -23,7 +25,7 @@ def export(target: str, out: Path, *, root: Path = Path("."), model: str = "fine
     import torch
 
     import t5lib
-    from t5lib.pipelines import load_pipeline, model_card
+    from t5lib.pipelines import License, load_pipeline, model_card
     from tasks.denoisers import pipeline
 
     if out.exists():
@@ -35,10 +37,13 @@ def export(target: str, out: Path, *, root: Path = Path("."), model: str = "fine
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     transformer = t5lib.load(made / model).to(kind)
     pipe = load_pipeline(pipeline.folder_of(made / "fetch", root), transformer=transformer, torch_dtype=kind)
-    card = model_card(pipe, out.name, figures(target, made), base_model=_base(made), license=None)
+    license = License.of(pipeline.folder_of(made / "fetch", root))
+    card = model_card(pipe, out.name, figures(target, made), base_model=_base(made), license=license)
     with atomic_dir(out) as folder:
         pipe.save_pretrained(folder)
         write_text(folder / "README.md", card)
+        if license:
+            license.copy_to(folder)
     return pipe
 
 
@@ -88,10 +93,10 @@ def main() -> None:
         pipe = export(args.target, args.out, model=args.model, dtype=args.dtype)
         print(f'{args.out}: t5lib.load_pipeline("{args.out}")')
         if args.push:
-            from t5lib.pipelines import push_to_hub
+            from t5lib.pipelines import License, push_to_hub
 
             made = Path(f"data/out/{args.target}")
-            told = {"base_model": _base(made), "private": not args.public}
+            told = {"base_model": _base(made), "license": License.of(args.out), "private": not args.public}
             print(push_to_hub(pipe, args.push, figures(args.target, made), **told))
     except T5Error as error:
         sys.exit(f"export: {error}")

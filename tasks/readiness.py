@@ -1,6 +1,7 @@
 """Is all that a target needs within reach? Asked before a flow starts, so that everything missing is named at once."""
 
 import glob
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,34 @@ def check(root: Path, target: str, settings: dict[str, Any]) -> None:
             continue
         if section == "shards" and "encode" in settings["shards"]:
             remedy += CAPTIONED
-        if problem := _problem(
-            root, source, f"{remedy}, or name yours: params.yaml, targets.{target}.{section}.{name}"
-        ):
+        own = f"name yours: params.yaml, targets.{target}.{section}.{name}"
+        if problem := _problem(root, source, remedy, own):
             missing.append(f"  {what}: {problem}")
+    if "adamw8bit" in _optimizers(settings) and not importlib.util.find_spec("bitsandbytes"):
+        missing.append("  bitsandbytes: adamw8bit needs it; pip install bitsandbytes, or set optimizer: adamw")
     if missing:
         raise T5Error("\n".join([f"'{target}' cannot be built yet. Missing:", *missing]))
 
 
-def _problem(root: Path, source: str, remedy: str) -> str | None:
+def _optimizers(settings: Any) -> set[str]:
+    """Every `optimizer` in a target's settings, however deep."""
+    if not isinstance(settings, dict):
+        return set()
+    return {settings["optimizer"]} if "optimizer" in settings else set().union(*map(_optimizers, settings.values()))
+
+
+def _problem(root: Path, source: str, remedy: str, own: str) -> str | None:
     scheme, _, rest = source.partition(":")
     if scheme == "file" and not glob.glob(str(root / Path(rest).expanduser())):
-        return f"{source} is not there; {remedy}"
+        return f"{source} is not there; {remedy}, or {own}"
     try:
         if scheme == "hf":
             hub.check_access(rest)
     except SourceError as error:
         from huggingface_hub import get_token
 
-        token = "" if "HF_TOKEN" in str(error) or get_token() else "; no token is set, and gated repos need HF_TOKEN"
-        return f"{error}{token}"
+        page = f"https://huggingface.co/{rest.partition('@')[0]}"
+        token = f"; no token is set: if its page asks for it, accept the conditions on {page} and set HF_TOKEN"
+        told = "" if "HF_TOKEN" in str(error) or get_token() else token
+        return f"{error}{told}; or {own} (file:FOLDER for what you have)"
     return None

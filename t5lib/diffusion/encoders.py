@@ -28,23 +28,30 @@ class ImageEncoder:
     Args:
         vae: diffusers' AutoencoderKL, moved to `device`; None: the pixels themselves are the latents.
         channels: of the images where there is no VAE, 1 (grey) or 3 (RGB).
+        patch: latents a token of the denoiser is wide, 2 for SD3 and DiT.
         dtype: fp32, bf16 or fp16. A VAE whose config says `force_upcast`, as that of SD3 does, stays in fp32.
+
+    Attributes:
+        multiple: pixels a token is wide, of which the sides of images must be multiples.
     """
 
-    def __init__(self, vae: nn.Module | None, *, channels: int = 3, dtype: str = "bf16", device: str = "cpu"):
+    def __init__(
+        self, vae: nn.Module | None, *, channels: int = 3, patch: int = 2, dtype: str = "bf16", device: str = "cpu"
+    ):
         one_of(dtype, DTYPES, "dtype")
         if channels not in (1, 3) or (vae is not None and channels != vae.config.in_channels):
             raise T5Error(f"images of {channels} channels: expected 1 or 3, and what the VAE takes where there is one")
         self.channels, self.device, self.dtype = channels, torch.device(device), DTYPES[dtype]
-        self.vae, self.factor = vae, 1
+        self.vae, factor = vae, 1
         if vae is not None:
             self.dtype = torch.float32 if vae.config.force_upcast else self.dtype
             self.vae = vae.to(self.device, self.dtype).eval().requires_grad_(False)
-            self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels a latent is wide
+            factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels a latent is wide
+        self.multiple = factor * patch
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, channels, H, W) → (B, C, H / factor, W / factor) float32, on the device."""
+        """(B, channels, H, W) → (B, C, h, w) float32, on the device."""
         pixels = pixels.to(self.device)
         if self.vae is None:
             return pixels.float()

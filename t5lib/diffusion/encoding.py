@@ -116,9 +116,9 @@ class _Work:
     classes: int
 
     def check(self, shards: ShardSet) -> None:
-        wrong = [size for size in self.sizes if any(side % self.images.factor for side in size)]
+        wrong = [size for size in self.sizes if any(side % self.images.multiple for side in size)]
         if wrong:
-            raise T5Error(f"sizes {wrong}: expected multiples of {self.images.factor} pixels, as wide as one latent is")
+            raise T5Error(f"sizes {wrong}: expected multiples of {self.images.multiple} pixels, as wide as a token is")
         if not self.text and not shards.classes:
             raise T5Error(f"{shards.name} has no classes; give a text encoder for its captions, or labelled shards")
 
@@ -184,7 +184,10 @@ class _Work:
         for name, value in tensors.items():
             if not value.isfinite().all():
                 keys = ", ".join(decoded.key for decoded in batch)
-                raise T5Error(f"{name} of one of {keys} is not finite in fp16; encode with dtype bf16 or fp32")
+                raise T5Error(
+                    f"{name} of one of {keys} is not finite in fp16, as it is stored: leave that out, or "
+                    "encode with dtype bf16 or fp32 if it was fp16 and the encoder's own arithmetic overflows"
+                )
         for position, decoded in enumerate(batch):
             own = {name: value[position].contiguous() for name, value in tensors.items()}
             yield decoded, save(own), tuple(own["latent"].shape[1:])

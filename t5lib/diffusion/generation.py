@@ -26,6 +26,7 @@ from t5lib.progress import progress
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+T5_TOKENS = 512  # the most that diffusers' SD3 pipelines take
 RECIPE = "t5"  # the key of a PNG's text
 
 
@@ -133,6 +134,7 @@ def _from_text(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], conf
     wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
     if wrong:
         raise T5Error(f"prompt {wrong[0]!r}: {type(pipeline).__name__} draws from text; expected a string")
+    _check_text(pipeline, config)
     height, width = config.size or (None, None)
     length = {} if config.max_sequence_length is None else {"max_sequence_length": config.max_sequence_length}
     images = pipeline(
@@ -146,6 +148,16 @@ def _from_text(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], conf
         **length,
     ).images
     return _bytes(images.float())
+
+
+def _check_text(pipeline: Any, config: GenerateConfig) -> None:
+    """What diffusers' SD3 pipelines refuse, with the setting's name."""
+    step = pipeline.vae_scale_factor * pipeline.patch_size
+    most = step * pipeline.transformer.config.pos_embed_max_size
+    if config.size and (any(side % step for side in config.size) or max(config.size) > most):
+        raise T5Error(f"size {config.size}: expected multiples of {step} pixels up to {most}")
+    if (config.max_sequence_length or 0) > T5_TOKENS:
+        raise T5Error(f"max_sequence_length {config.max_sequence_length}: expected {T5_TOKENS} at most")
 
 
 def _from_classes(pipeline: Any, labels: Sequence[int], seeds: Sequence[int], config: GenerateConfig) -> Tensor:

@@ -134,11 +134,6 @@ class LatentShards(LatentSet):
                     raise T5Error(f"{shard.path} has sha256 {found}, its manifest says {shard.sha256}; encode it again")
                 bar.advance(done)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all samples, about what `resident` takes on its device."""
-        return int(sum(places[:, 2].sum() for places in self._places))
-
     def resident(self, device: str | torch.device) -> "ResidentLatents":
         """All samples read into the memory of `device`."""
         groups, done = [], 0

@@ -2,7 +2,7 @@
 
 import t5lib
 from tasks.denoisers.data import LatentsConfig
-from tasks.denoisers.latents import latents, load, objective
+from tasks.denoisers.latents import load, objective, some
 from tasks.diagnose import DiagnoseConfig, write
 from tasks.stage import Stage
 
@@ -13,6 +13,6 @@ def run(stage: Stage) -> dict[str, float]:
     """On training images of one size, each at one noise level."""
     config, data = stage.params(DiagnoseConfig), stage.params(LatentsConfig, "data")
     source, shards = stage.input("source"), stage.input("shards")
-    batch = next(latents(shards, "train", data).batches(config.images, seed=config.seed)(0))
+    batch = some(shards, "train", data, config.images, config.seed, "diagnose.images")
     found = t5lib.diagnose(load(source), batch, objective=objective(source, data), seed=config.seed)
     return write(stage, found, config)

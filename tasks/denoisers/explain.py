@@ -6,7 +6,7 @@ from t5lib import explanation_plots, files, plots
 from t5lib.diffusion.explanation import explain_denoiser
 from t5lib.errors import T5Error
 from tasks.denoisers.data import LatentsConfig
-from tasks.denoisers.latents import latents, load, objective
+from tasks.denoisers.latents import load, objective, some
 from tasks.stage import Stage
 
 
@@ -29,7 +29,7 @@ def run(stage: Stage) -> dict[str, float]:
     """Write explanation.json and the pictures; every attention's numbers become curves over the layers."""
     config, data = stage.params(ExplainConfig), stage.params(LatentsConfig, "data")
     source, converted, shards = (stage.input(name) for name in ("source", "finetune", "shards"))
-    batch = next(latents(shards, "val", data).batches(config.images, seed=config.seed)(0))
+    batch = some(shards, "val", data, config.images, config.seed, "explain.images")
     found = explain_denoiser(load(source), load(converted), batch, objective=objective(source, data), seed=config.seed)
     files.write_json(stage.out / "explanation.json", found.as_dict())
     stage.artifact(stage.out / "explanation.json")

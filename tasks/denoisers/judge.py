@@ -81,6 +81,8 @@ class Judge:
         self.channels = pipeline.image_channels(self.folder)
         images = {"size": config.sampling.size or pipeline.image_size(self.folder), "channels": self.channels}
         held_out = real.read(shards / "images-val.json", **images, most=config.samples)
+        if len(held_out) < scores.LEAST:
+            raise T5Error(f"evaluate: shards.val holds {len(held_out)} images; expected at least {scores.LEAST}")
         self.asked = [held_out[number % len(held_out)] for number in range(config.samples)]
         self._root = root
         self._known = lambda: real.references(shards / "images-train.json", **images, most=REFERENCES)

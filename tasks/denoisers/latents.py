@@ -8,8 +8,9 @@ from torch import nn
 import t5lib
 from t5lib.batches import Batches
 from t5lib.diffusion.latents import LatentSet, LatentShards
-from t5lib.diffusion.objectives import Objective, objective_of
+from t5lib.diffusion.objectives import Batch, Objective, objective_of
 from t5lib.diffusion.stored import MANIFEST
+from t5lib.errors import T5Error
 from t5lib.files import read_json
 from tasks.common import device
 from tasks.denoisers.data import LatentsConfig
@@ -34,6 +35,14 @@ def stream(shards: Path, data: LatentsConfig, batch_size: int, seed: int) -> Bat
         rank=state.process_index,
         world_size=state.num_processes,
     )
+
+
+def some(shards: Path, split: str, data: LatentsConfig, images: int, seed: int, setting: str) -> Batch:
+    """So many encoded images of one size. `setting`: what asks for them, for the error where they are not there."""
+    found = latents(shards, split, data)
+    if images > max(found.counts):
+        raise T5Error(f"{setting} is {images}; the {split} images have at most {max(found.counts)} of one size")
+    return next(found.batches(images, seed=seed)(0))
 
 
 def objective(source: Path, data: LatentsConfig) -> Objective:

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 NOTE, SCORERS = "pipeline.json", "scorers.json"
 TRANSFORMERS = ("SD3Transformer2DModel", "DiTTransformer2DModel")
-# Of a hub repo: diffusers' own folders in full precision, without single-file checkpoints and half-precision copies.
+# Of a hub repo: diffusers' own folders in full precision, without single-file checkpoints and half-precision copies;
+# and the licence.
 HUB_FILES = ",".join(
     (
+        *("README.md", "LICENSE*"),
         *("*.json", "*/*.txt", "*/*.model", "*/model.safetensors", "*/model-0*.safetensors"),
         *("*/diffusion_pytorch_model.safetensors", "*/diffusion_pytorch_model-0*.safetensors"),
         "*/diffusion_pytorch_model.bin",
@@ -126,6 +128,11 @@ def image_size(folder: Path) -> tuple[int, int]:
     if (folder / "vae").is_dir():
         side *= 2 ** (len(read_json(folder / "vae/config.json")["block_out_channels"]) - 1)
     return side, side
+
+
+def patch(folder: Path) -> int:
+    """Latents a token is wide."""
+    return read_json(folder / "transformer/config.json")["patch_size"]
 
 
 def image_channels(folder: Path) -> int:

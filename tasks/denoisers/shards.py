@@ -69,8 +69,9 @@ def _open(source: str, split: str, stage: Stage, folder: Path) -> ShardSet:
 
 def _encoders(folder: Path, config: ShardsConfig) -> tuple[ImageEncoder, TextEncoder | None]:
     options = {"dtype": config.dtype, "device": str(device())}
+    image_options = options | {"channels": pipeline.image_channels(folder), "patch": pipeline.patch(folder)}
     if not pipeline.takes_text(folder):
-        return ImageEncoder(pipeline.image_vae(folder), channels=pipeline.image_channels(folder), **options), None
+        return ImageEncoder(pipeline.image_vae(folder), **image_options), None
     parts = encoding_pipeline(folder, config.dtype)
     text = TextEncoder(parts, max_sequence_length=config.max_sequence_length, **options)
-    return ImageEncoder(parts.vae, **options), text
+    return ImageEncoder(parts.vae, **image_options), text

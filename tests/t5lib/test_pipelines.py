@@ -31,7 +31,7 @@ import t5lib
 from t5lib.conversion import ttt_layers
 from t5lib.errors import T5Error
 from t5lib.layers.settings import T5Config
-from t5lib.pipelines import Figures, model_card, push_to_hub
+from t5lib.pipelines import Figures, License, model_card, push_to_hub
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = T5Config(locality="dwc_qk+nat3")
@@ -319,7 +319,8 @@ class Hub:
         loaded = t5lib.load_pipeline(folder_path)
         loaded.set_progress_bar_config(disable=True)
         card = (Path(folder_path) / "README.md").read_text(encoding="utf-8")
-        Hub.asked |= {"repo": repo_id, "card": card, "image": image(loaded)}
+        licences = [file.read_text() for file in Path(folder_path).glob("LICENSE*")]
+        Hub.asked |= {"repo": repo_id, "card": card, "image": image(loaded), "licences": licences}
         return f"https://hub/{repo_id}/commit/1"
 
 
@@ -369,6 +370,31 @@ def test_what_cannot_be_published_is_refused(tmp_path):
         Figures(rows=(), setting="x", command="y")
     with pytest.raises(T5Error, match=r"differ in columns: \[\['a'\], \['b'\]\]"):
         Figures(rows=({"a": 1}, {"b": 1}), setting="x", command="y")
+
+
+def test_the_licence_of_the_original_goes_along(monkeypatch, tmp_path):
+    assert License.of(tmp_path) is None
+    header = {"license": "other", "license_name": "some-licence", "license_link": "LICENSE.md"}
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(header | {'tags': ['x']})}---\n\n# Original\n")
+    (tmp_path / "LICENSE.md").write_text("the terms")
+    found = License.of(tmp_path)
+    assert found.header == header
+    card = model_card(converted(), "me/sd35-t5", FIGURES, base_model="maker/sd35", license=found)
+    assert header.items() <= yaml.safe_load(card.split("---\n", 2)[1]).items()
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    push_to_hub(converted(), "me/sd35-t5", FIGURES, base_model="maker/sd35", license=found)
+    assert Hub.asked["card"] == card and Hub.asked["licences"] == ["the terms"]
+
+
+def test_a_mistyped_folder_that_looks_like_a_repository_is_told(monkeypatch):
+    def unknown(*_, **__):
+        raise OSError("out/sd35 does not appear to have a file named model_index.json.\nMore about that")
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", unknown)
+    with pytest.raises(
+        T5Error, match=r"out/sd35 is no folder here, and no pipeline was had from the hub .*named model"
+    ):
+        t5lib.load_pipeline("out/sd35")
 
 
 def test_what_is_no_pipeline_to_load_or_convert_is_refused(tmp_path):

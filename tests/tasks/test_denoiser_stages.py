@@ -210,6 +210,24 @@ def test_the_gate_stops_what_does_not_stand_in_for_attention(built, root, kind):
     stage(root, kind, "freeze")
 
 
+def test_more_images_than_there_are_are_refused_by_the_settings_name(built, root, kind):
+    for name, split in (("diagnose", "train"), ("explain", "val")):
+        with pytest.raises(T5Error, match=rf"{name}\.images is 99; the {split} images have at most 24 of one size"):
+            stage(root, kind, name, **{name: {"images": 99}})
+        stage(root, kind, name)
+
+
+def test_too_few_validation_images_are_told_before_anything_is_drawn(built, root, kind, monkeypatch):
+    from tasks.denoisers import judge
+    from tasks.denoisers.data import LatentsConfig
+
+    monkeypatch.setattr(judge.scores, "LEAST", 25)
+    where = {"fetched": "fetch", "shards": "shards", "source": "source"}
+    made = {name: root / f"data/out/tiny/{stage}" for name, stage in where.items()}
+    with pytest.raises(T5Error, match=r"evaluate: shards\.val holds 24 images; expected at least 25"):
+        judge.Judge(judge.EvaluateConfig(samples=25), LatentsConfig(), **made, root=root)
+
+
 def test_a_pipeline_that_changed_after_it_was_fetched_is_told(built, root, kind):
     file = root / kind / "scheduler/scheduler_config.json"
     whole = file.read_text()
@@ -321,6 +339,8 @@ def test_the_result_is_exported_as_a_pipeline_with_its_figures(built, root, kind
     from tasks.export import export
 
     out = tmp_path / "tiny-t5"
+    (root / kind / "LICENSE.md").write_text("the terms")
+    (root / kind / "README.md").write_text("---\nlicense: other\nlicense_name: some-licence\n---\n")
     export("tiny", out, root=root, dtype="fp32")
     pipe = load_pipeline(out)
     ours = made(root, "finetune").state_dict()
@@ -328,6 +348,7 @@ def test_the_result_is_exported_as_a_pipeline_with_its_figures(built, root, kind
     card = (out / "README.md").read_text()
     loss = built["evaluate"]["models"]["finetuned"]["loss"]
     assert f"{loss:.4f}" in card and "FD-DINOv2" in card and "python -m flows.t5 tiny" in card
+    assert "license_name: some-licence" in card and (out / "LICENSE.md").read_text() == "the terms"
     with pytest.raises(T5Error, match="exists already"):
         export("tiny", out, root=root)
     with pytest.raises(T5Error, match="does not exist; run"):

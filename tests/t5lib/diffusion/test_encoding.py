@@ -36,7 +36,7 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def images(pipeline):
-    return ImageEncoder(pipeline.vae)
+    return ImageEncoder(pipeline.vae, patch=1)
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +275,9 @@ def test_what_cannot_work_is_refused_before_any_work(captions, images, text, tmp
     odd = EncodingConfig(buckets=BucketConfig(sizes=((16, 18),)))
     with pytest.raises(T5Error, match=r"sizes \[\(16, 18\)\]: expected multiples of 4 pixels"):
         encode(captions, tmp_path / "out", images=images, text=text, config=odd)
+    of_two = ImageEncoder(tiny_vae(), patch=2)  # the denoiser's tokens are as wide as two latents
+    with pytest.raises(T5Error, match=r"sizes \[\(12, 20\), \(20, 12\)\]: expected multiples of 8 pixels"):
+        encode(captions, tmp_path / "out", images=of_two, text=text, config=ASPECTS)
     with pytest.raises(T5Error, match="pictures has no classes"):
         encode(captions, tmp_path / "out", images=images, text=None, config=ASPECTS)
     with pytest.raises(T5Error, match="in is not empty, and its files are not encoded images"):
