@@ -5,6 +5,7 @@ What an adapter offers (timm_vit, sd3, dit):
     check_convertible(model)             T5Error that names what cannot be converted
     attention_names(model)               names of all attentions; position i is layer i of T5Config.layers
     layer_sets(model)                    what the names in T5Config.layers mean here: {"all": (0, 1, …), "paper": …}
+    fixed_grid(model)                    the grid of a model that takes images of one size, None of one that takes any
     make_grid(model)                     a TokenGrid that follows the size of every input
     follow_inputs(model, grid)           let `grid` be that of every input; a handle that ends it
     remove_grid(model)                   undo make_grid

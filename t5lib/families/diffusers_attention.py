@@ -6,12 +6,14 @@ Shapes: B latents, N image tokens, T text tokens, C channels, H heads, D head wi
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import RMSNorm
 from t5kernels import RmsNorms
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from t5lib.config import to_dict
 from t5lib.errors import T5Error
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.grid import TokenGrid
@@ -120,6 +122,27 @@ def check_attention(attention: nn.Module, name: str, processors: tuple[type, ...
             f"{name} has the processor {type(attention.processor).__name__}, whose attention a TTT layer has no "
             f"counterpart for; expected {expected}: take adapters (IP-Adapter, PAG, …) off first"
         )
+
+
+def fixed_grid(model: nn.Module) -> None:
+    """None: the model takes latents of any size."""
+
+
+def new_layer(attention: nn.Module, config: T5Config, grid: LatentGrid) -> DiffusersTTTAttention:
+    """The TTT layer that takes the place of `attention`."""
+    return DiffusersTTTAttention(attention, config, grid)
+
+
+def mark_as(model: ModelMixin, kind: type, config: T5Config) -> None:
+    """Make `model` one of the class `kind`, in place, whose config.json will tell its layers."""
+    model.__class__ = kind
+    model.register_to_config(t5_config=to_dict(config))
+    model.t5_config = config
+
+
+def softmax_arguments(model: ModelMixin) -> dict[str, Any]:
+    """The arguments that rebuild `model` as it was before conversion, weights aside."""
+    return {n: value for n, value in model.config.items() if not n.startswith("_") and n != "t5_config"}
 
 
 def softmax_attention(layer: DiffusersTTTAttention) -> Attention:

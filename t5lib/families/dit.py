@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from t5lib.config import from_dict, to_dict
 from t5lib.errors import T5Error
 from t5lib.families.diffusers_attention import (
-    DiffusersTTTAttention,
     LatentGrid,
     check_attention,
+    fixed_grid,
     follow_inputs,
+    mark_as,
+    new_layer,
     project,
     projections,
     remove_grid,
     reset_left_out,
+    softmax_arguments,
     softmax_attention,
     watch,
 )
@@ -35,6 +38,7 @@ __all__ = [
     "build",
     "check_convertible",
     "describe",
+    "fixed_grid",
     "follow_inputs",
     "layer_sets",
     "make_grid",
@@ -144,10 +148,6 @@ def layer_sets(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {"all": everything, "paper": everything}
 
 
-def fixed_grid(model: nn.Module) -> None:
-    """None: the model takes latents of any size."""
-
-
 def make_grid(model: nn.Module) -> SquareLatentGrid:
     """A grid that follows the size of every latent `model` sees."""
     grid = SquareLatentGrid(model.pos_embed.height, model.pos_embed.width)
@@ -155,16 +155,9 @@ def make_grid(model: nn.Module) -> SquareLatentGrid:
     return grid
 
 
-def new_layer(attention: nn.Module, config: T5Config, grid: LatentGrid) -> DiffusersTTTAttention:
-    """The TTT layer that takes the place of `attention`."""
-    return DiffusersTTTAttention(attention, config, grid)
-
-
 def mark(model: DiTTransformer2DModel, config: T5Config) -> None:
     """Make `model` a T5DiTTransformer2DModel, in place, whose config.json will tell its layers."""
-    model.__class__ = T5DiTTransformer2DModel
-    model.register_to_config(t5_config=to_dict(config))
-    model.t5_config = config
+    mark_as(model, T5DiTTransformer2DModel, config)
 
 
 def unmark(model: T5DiTTransformer2DModel) -> None:
@@ -179,9 +172,7 @@ def unmark(model: T5DiTTransformer2DModel) -> None:
 
 def describe(model: DiTTransformer2DModel) -> tuple[str, dict[str, Any]]:
     """The name of diffusers' class and the arguments that rebuild `model` (weights aside)."""
-    arguments = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    arguments.pop("t5_config", None)
-    return "DiTTransformer2DModel", arguments
+    return "DiTTransformer2DModel", softmax_arguments(model)
 
 
 def build(architecture: str, arguments: dict[str, Any], config: T5Config | None) -> DiTTransformer2DModel:

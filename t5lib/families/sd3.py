@@ -20,14 +20,17 @@ from torch import nn
 from t5lib.config import from_dict, to_dict
 from t5lib.errors import T5Error
 from t5lib.families.diffusers_attention import (
-    DiffusersTTTAttention,
     LatentGrid,
     check_attention,
+    fixed_grid,
     follow_inputs,
+    mark_as,
+    new_layer,
     project,
     projections,
     remove_grid,
     reset_left_out,
+    softmax_arguments,
     softmax_attention,
     watch,
 )
@@ -42,6 +45,7 @@ __all__ = [
     "build",
     "check_convertible",
     "describe",
+    "fixed_grid",
     "follow_inputs",
     "layer_sets",
     "make_grid",
@@ -148,10 +152,6 @@ def layer_sets(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {"all": tuple(range(count)), "paper": tuple(range(max(0, depth - LAST_JOINT), count))}
 
 
-def fixed_grid(model: nn.Module) -> None:
-    """None: the model takes latents of any size."""
-
-
 def make_grid(model: nn.Module) -> LatentGrid:
     """A LatentGrid that follows the size of every latent `model` sees."""
     grid = LatentGrid(model.pos_embed.height, model.pos_embed.width)
@@ -159,16 +159,9 @@ def make_grid(model: nn.Module) -> LatentGrid:
     return grid
 
 
-def new_layer(attention: nn.Module, config: T5Config, grid: LatentGrid) -> DiffusersTTTAttention:
-    """The TTT layer that takes the place of `attention`."""
-    return DiffusersTTTAttention(attention, config, grid)
-
-
 def mark(model: SD3Transformer2DModel, config: T5Config) -> None:
     """Make `model` a T5SD3Transformer2DModel, in place, whose config.json will tell its layers."""
-    model.__class__ = T5SD3Transformer2DModel
-    model.register_to_config(t5_config=to_dict(config))
-    model.t5_config = config
+    mark_as(model, T5SD3Transformer2DModel, config)
 
 
 def unmark(model: T5SD3Transformer2DModel) -> None:
@@ -179,9 +172,7 @@ def unmark(model: T5SD3Transformer2DModel) -> None:
 
 def describe(model: SD3Transformer2DModel) -> tuple[str, dict[str, Any]]:
     """The name of diffusers' class and the arguments that rebuild `model` (weights aside)."""
-    arguments = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    arguments.pop("t5_config", None)
-    return "SD3Transformer2DModel", arguments
+    return "SD3Transformer2DModel", softmax_arguments(model)
 
 
 def build(architecture: str, arguments: dict[str, Any], config: T5Config | None) -> SD3Transformer2DModel:
