@@ -97,9 +97,12 @@ def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
     try:
         index = DiffusionPipeline.load_config(source, **options)
     except OSError as error:
+        reason = str(error).splitlines()[0]
+        if folder.is_dir():
+            raise T5Error(f"{source} cannot be read ({reason}); save or fetch the pipeline again") from error
         raise T5Error(
-            f"{source} is no folder here, and no pipeline was had from the hub under that name "
-            f"({str(error).splitlines()[0]}); check the path, or the name, the network and HF_TOKEN"
+            f"{source} is no folder here, and no pipeline was had from the hub under that name ({reason}); check the "
+            "path, or the name, the network and HF_TOKEN"
         ) from error
     left_out = {name: None for name, value in index.items() if value in ([None, None], (None, None))}
     return DiffusionPipeline.from_pretrained(source, **left_out | options)
@@ -132,7 +135,7 @@ def push_to_hub(
     figures: Figures,
     *,
     base_model: str | None = None,
-    license: "str | License | None" = None,
+    license: str | License | None = None,
     private: bool = True,
     token: str | None = None,
 ) -> str:
@@ -169,7 +172,7 @@ def push_to_hub(
 
 
 def model_card(
-    pipe: DiffusionPipeline, repo_id: str, figures: Figures, *, base_model: str | None, license: "str | License | None"
+    pipe: DiffusionPipeline, repo_id: str, figures: Figures, *, base_model: str | None, license: str | License | None
 ) -> str:
     """The card (README.md) of a converted pipeline, in the hub's form.
 

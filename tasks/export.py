@@ -36,8 +36,9 @@ def export(target: str, out: Path, *, root: Path = Path("."), model: str = "fine
             raise T5Error(f"{made / name} does not exist; run `python -m flows.t5 {target}`")
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     transformer = t5lib.load(made / model).to(kind)
-    pipe = load_pipeline(pipeline.folder_of(made / "fetch", root), transformer=transformer, torch_dtype=kind)
-    license = License.of(pipeline.folder_of(made / "fetch", root))
+    original = pipeline.folder_of(made / "fetch", root)
+    pipe = load_pipeline(original, transformer=transformer, torch_dtype=kind)
+    license = License.of(original)
     card = model_card(pipe, out.name, figures(target, made), base_model=_base(made), license=license)
     with atomic_dir(out) as folder:
         pipe.save_pretrained(folder)

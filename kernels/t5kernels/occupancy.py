@@ -20,8 +20,7 @@ from triton.compiler import ASTSource
 from t5kernels.ttt import triton as ttt
 from t5kernels.ttt import triton_kernels
 from t5kernels.ttt.triton import Tile
-from t5kernels.ttt_layer import triton as layer
-from t5kernels.ttt_layer import triton_kernels as layer_kernels
+from t5kernels.ttt_layer import triton_norms, triton_prepare
 from t5kernels.ttt_layer.triton import EVERY_TILE
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -51,7 +50,8 @@ class Compiled:
 
 def compiled(kernel: str, tile: Tile, head_dim: int, rms: bool = False) -> Compiled:
     """`kernel`: a key of EVERY_TILE; `tile`: how it is cut; `rms`: with RMS norms of q and k."""
-    function = getattr(layer_kernels if kernel in layer.TILES else triton_kernels, f"{kernel}_kernel")
+    modules = (triton_kernels, triton_norms, triton_prepare)
+    function = next(vars(module)[f"{kernel}_kernel"] for module in modules if f"{kernel}_kernel" in vars(module))
     constants = {"D": head_dim, "WIDTH": ttt.padded_width(head_dim), "BLOCK": tile.block}
     constants |= {"STAGES": tile.stages, "NORM": True, "CONV": True, "RMS": rms, "EARLY": True}
     if tile.hidden:

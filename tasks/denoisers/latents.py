@@ -40,8 +40,8 @@ def stream(shards: Path, data: LatentsConfig, batch_size: int, seed: int) -> Bat
 def some(shards: Path, split: str, data: LatentsConfig, images: int, seed: int, setting: str) -> Batch:
     """So many encoded images of one size. `setting`: what asks for them, for the error where they are not there."""
     found = latents(shards, split, data)
-    if images > max(found.counts):
-        raise T5Error(f"{setting} is {images}; the {split} images have at most {max(found.counts)} of one size")
+    if images > len(found):
+        raise T5Error(f"{setting} is {images}; there are {len(found)} {split} images")
     return next(found.batches(images, seed=seed)(0))
 
 

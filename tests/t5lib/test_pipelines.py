@@ -402,6 +402,9 @@ def test_what_is_no_pipeline_to_load_or_convert_is_refused(tmp_path):
         t5lib.load_pipeline(tmp_path / "none")
     with pytest.raises(T5Error, match=r"has no model_index\.json; expected a folder written by pipe\.save_pretrained"):
         t5lib.load_pipeline(tmp_path)
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(T5Error, match=r"cannot be read .*; save or fetch the pipeline again"):
+        t5lib.load_pipeline(tmp_path)
     with pytest.raises(T5Error, match="has no transformer to convert; expected Stable Diffusion 3 or a DiT"):
         t5lib.convert_pipeline(sd3_pipeline(transformer=None))
     with pytest.raises(T5Error, match=r"is converted already; call t5lib\.revert first"):

@@ -212,7 +212,7 @@ def test_the_gate_stops_what_does_not_stand_in_for_attention(built, root, kind):
 
 def test_more_images_than_there_are_are_refused_by_the_settings_name(built, root, kind):
     for name, split in (("diagnose", "train"), ("explain", "val")):
-        with pytest.raises(T5Error, match=rf"{name}\.images is 99; the {split} images have at most 24 of one size"):
+        with pytest.raises(T5Error, match=rf"{name}\.images is 99; there are 24 {split} images"):
             stage(root, kind, name, **{name: {"images": 99}})
         stage(root, kind, name)
 

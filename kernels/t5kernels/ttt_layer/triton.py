@@ -1,4 +1,4 @@
-"""The layer by kernels: one differentiable custom op around those of triton_kernels.py and of `ttt`.
+"""The layer by kernels: one differentiable custom op around those of triton_norms.py, triton_prepare.py and `ttt`.
 
 Forward: statistics of the keys; keys prepared (normalized and convolved); `accumulate`; queries prepared; `apply`.
 Prepared tokens live until they were read; the backward prepares them once more, so that what is kept is the inputs and
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from t5kernels.ttt import triton as ttt
 from t5kernels.ttt.triton import Tile
-from t5kernels.ttt_layer import triton_kernels as kernels
+from t5kernels.ttt_layer import triton_norms as norms
+from t5kernels.ttt_layer import triton_prepare as prepare
 
 # By kernel, then by the head width padded to a power of two. `prepare` and its backward take blocks of columns.
 TILES = {
@@ -204,7 +205,7 @@ def _empty_sums(k: Tensor, text_k: Tensor | None, norm: str) -> Tensor:
     """Room for the sums of the keys of image and text, a place for each program."""
     B, H, _, D = k.shape
     held = 0 if norm == "none" else ttt.MOST_CHUNKS * (1 if text_k is None else 2)
-    return k.new_empty(B * H, held, kernels.STATISTICS.value, D, dtype=torch.float32)
+    return k.new_empty(B * H, held, norms.STATISTICS.value, D, dtype=torch.float32)
 
 
 def _empty_factors(q: Tensor, text_q: Tensor | None, gain: Tensor | None) -> Tensor:
@@ -310,7 +311,7 @@ def _launch_statistics(x: Tensor, how: _Preparation, leader: _Part, sums: Tensor
     leading_gain = leader.of_k.rms.gain if leader.of_k.rms else x
     b, h, _, d = leader.k.stride()
     with torch.cuda.device_of(x):
-        kernels.statistics_kernel[B * H, chunks](
+        norms.statistics_kernel[B * H, chunks](
             *(x, gain, leader.k, leading_gain, sums, factors),
             *(*x.stride(), b, h, d, factors.stride(0)),
             *(H, N, chunk, _held(sums), sums.shape[1], rms_eps),
@@ -322,7 +323,7 @@ def _launch_statistics(x: Tensor, how: _Preparation, leader: _Part, sums: Tensor
 
 def _held(sums: Tensor) -> int:
     """For how many programs a head there is room in the tensor that `sums` is of."""
-    return sums.stride(0) // (kernels.STATISTICS.value * sums.shape[3])
+    return sums.stride(0) // (norms.STATISTICS.value * sums.shape[3])
 
 
 def _prepared(x: Tensor, how: _Preparation) -> Tensor:
@@ -334,7 +335,7 @@ def _prepared(x: Tensor, how: _Preparation) -> Tensor:
         tile, programs, numbers = _programs("prepare", x, how)
         tensors, of_norms = _norm_arguments(x, how)
         weight, bias = how.conv[:2] if how.conv else (x, x)
-        kernels.prepare_kernel[programs](
+        prepare.prepare_kernel[programs](
             *(x, *tensors, weight, bias, y),
             *(*x.stride(), *y.stride(), *of_norms, *numbers),
             *(tile.stages, how.rms is not None, how.norm is not None, how.conv is not None),
@@ -350,9 +351,9 @@ def _prepare_backward(dy: Tensor, x: Tensor, how: _Preparation) -> tuple[Tensor,
     dx = dy if how.conv is None else ttt.like_tokens(x)
     with torch.cuda.device_of(x):
         tile, programs, numbers = _programs("prepare_backward", x, how)
-        parts = x.new_empty(*programs, kernels.SUMS.value, x.shape[3], dtype=torch.float32)
+        parts = x.new_empty(*programs, prepare.SUMS.value, x.shape[3], dtype=torch.float32)
         tensors, of_norms = _norm_arguments(x, how)
-        kernels.prepare_backward_kernel[programs](
+        prepare.prepare_backward_kernel[programs](
             *(dy, x, *tensors, how.conv.weight if how.conv else x, dx, parts),
             *(*dy.stride(), *x.stride(), *dx.stride(), *of_norms, *numbers),
             *(tile.stages, how.rms is not None, how.norm is not None, how.conv is not None),
@@ -390,7 +391,7 @@ def _norm_backward(dn: Tensor, x: Tensor, how: _Preparation, totals: Tensor | No
     parts = x.new_empty(B * H, chunks, D, dtype=torch.float32) if how.rms else x
     tensors, of_norms = _norm_arguments(x, how)
     with torch.cuda.device_of(x):
-        kernels.norm_backward_kernel[B * H, chunks](
+        norms.norm_backward_kernel[B * H, chunks](
             *(dn, x, *tensors, x if totals is None else totals.contiguous(), dn, parts),
             *(*dn.stride(), *x.stride(), *dn.stride(), *of_norms),
             *(H, N, chunk, D, width, tile.block, tile.stages, how.rms is not None, how.norm is not None),

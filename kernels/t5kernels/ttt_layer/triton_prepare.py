@@ -1,20 +1,15 @@
-"""Triton kernels of what stands before `ttt`: norms and 3×3 convolution of tokens over the image's grid, and back.
+"""Triton kernels that prepare tokens for `ttt`: normalized, and convolved 3×3 over the image's grid; and back.
 
-For one image, head and channel, x the tokens in memory, u = f g x with the RMS norm's factor f of each token (over its
-D channels) and its gain g of the channel (1 and 1 without one), r and c the key norm's factor and summand (1 and 0
-without one), n = r u + c, and for a token p with a place in the grid
+For one image, head and channel, n the normalized tokens (triton_norms.py says how), and for a token p with a place in
+the grid
 
     y[p] = n[p] + bias + sum_o w[o] n[p + o],    o over the 9 places around p, n = 0 outside the grid;
 
 y = n for tokens before and after the grid. Backward, given dy:
 
     dn[p] = dy[p] + sum_o w[o] dy[p - o],    dw[o] = sum_p n[p] dy[p - o],    dbias = sum_p dy[p],
-    du[p] = r (dn[p] - sum dn / N - n[p] sum (dn n) / N),
-    dx[p] = f (g du[p] - f x[p] mean (g du[p] f x[p])),    dg = sum_p du[p] f x[p],
 
-p over the grid in what belongs to the convolution, the mean over channels. Mean and variance of the key norm come from
-sums of u - s and (u - s)², s the first token's u: a shift of all keys, which is what the norm is there to remove, costs
-no digits.
+p over the grid in what belongs to the convolution.
 
 A program of a convolution has BLOCK columns of the grid and goes down its rows. A row is read once, with its left and
 right neighbors, and gives what it has for three rows of the result: the one above, which is then complete, its own, and
@@ -25,141 +20,14 @@ adds them: no atomics, and results are the same from run to run.
 import triton
 import triton.language as tl
 
-from t5kernels.ttt.tokens import (
-    COUNTS,
-    after_previous,
-    load_tokens,
-    start_of_head,
-    store_tokens,
-    token_mask,
-    token_pointers,
-)
+from t5kernels.ttt.tokens import COUNTS, after_previous, start_of_head, token_mask, token_pointers
+from t5kernels.ttt_layer.triton_norms import load_norm, load_row, over_tokens, store_row
 
 # Rows of a program's partial sums: nine of dw, then dbias, sum dn, sum dn n.
 BIAS_SUM = tl.constexpr(9)
 PLAIN_SUM = tl.constexpr(10)
 PRODUCT_SUM = tl.constexpr(11)
 SUMS = tl.constexpr(12)
-# Rows of what a program of the statistics writes: sums of u - s and of (u - s)², and s.
-STATISTICS = tl.constexpr(3)
-AT_ONCE = tl.constexpr(16)  # programs' statistics that are added at a time
-
-
-@triton.jit
-def _add(a, b):
-    return a + b
-
-
-@triton.jit
-def _over_tokens(x):
-    """Sum over the first axis. Not tl.sum: Triton's own functions are interpreted only if Triton was imported so."""
-    return tl.reduce(x, 0, _add)
-
-
-@triton.jit
-def _load_row(x, row, D: tl.constexpr, WIDTH: tl.constexpr, stride=1):
-    """A row of a matrix of D columns, (1, WIDTH), float32."""
-    channel = tl.arange(0, WIDTH)
-    return tl.load(x + row * D + channel * stride, channel < D, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _store_row(x, row, values, D: tl.constexpr, WIDTH: tl.constexpr):
-    channel = tl.arange(0, WIDTH)
-    tl.store(x + row * D + channel, values, channel < D)
-
-
-@triton.jit
-def _over_channels(x):
-    """Sum over the second axis."""
-    return tl.reduce(x, 1, _add)
-
-
-@triton.jit
-def _rms_factor(x, eps, D: tl.constexpr):
-    """f of tokens x (BLOCK, WIDTH): (BLOCK,)."""
-    return 1 / tl.sqrt(_over_channels(x * x) / D + eps)
-
-
-@triton.jit
-def _first_token(
-    x, gain, b, h, stride_b, stride_h, stride_d, eps, D: tl.constexpr, WIDTH: tl.constexpr, RMS: tl.constexpr
-):  # fmt: skip
-    """u of the first token of a head, (1, WIDTH), float32."""
-    x = _load_row(start_of_head(x, b, h, stride_b, stride_h), 0, D, WIDTH, stride_d)
-    if RMS:
-        x = x * _rms_factor(x, eps, D)[:, None] * _load_row(gain, 0, D, WIDTH)
-    return x
-
-
-@triton.jit
-def _store_statistics(sums, place, total, squares, shift, D: tl.constexpr, WIDTH: tl.constexpr):
-    sums += place * (STATISTICS * D)
-    _store_row(sums, 0, total, D, WIDTH)
-    _store_row(sums, 1, squares, D, WIDTH)
-    _store_row(sums, 2, shift, D, WIDTH)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def statistics_kernel(
-    x, gain, first, first_gain, sums, factors,
-    x_b, x_h, x_n, x_d, f_b, f_h, f_d, factors_h,
-    H, N, chunk, held, free, eps,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    RMS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """What must be known of all tokens before one is prepared. Grid (B·H, chunks of `chunk` tokens). factors: of the
-    RMS norm, float32, heads `factors_h` apart; sums: (B·H, `held`, STATISTICS, D) float32, s of `first`'s first token;
-    0 in those of the `free` places that are not used.
-    """
-    after_previous(EARLY)
-    index, part = tl.program_id(0), tl.program_id(1)
-    b, h = index // H, index % H
-    x = start_of_head(x, b, h, x_b, x_h)
-    if RMS:
-        gains = _load_row(gain, 0, D, WIDTH)
-        factors += index.to(tl.int64) * factors_h
-    if NORM:
-        shift = _first_token(first, first_gain, b, h, f_b, f_h, f_d, eps, D, WIDTH, RMS)
-        total = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
-        squares = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
-    for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, num_stages=STAGES):
-        token = start + tl.arange(0, BLOCK)
-        u = load_tokens(x, start, x_n, x_d, N, D, WIDTH, BLOCK).to(tl.float32)
-        if RMS:
-            factor = _rms_factor(u, eps, D)
-            tl.store(factors + token, factor, token < N)
-            u = u * factor[:, None] * gains
-        if NORM:
-            u = tl.where(token_mask(token < N, D, WIDTH), u - shift, 0.0)
-            total += u
-            squares += u * u
-    if NORM:
-        sums += index.to(tl.int64) * held * (STATISTICS * D)
-        _store_statistics(sums, part, _over_tokens(total), _over_tokens(squares), _over_tokens(shift), D, WIDTH)
-        nothing = tl.full((WIDTH,), 0.0, tl.float32)
-        for unused in range(part + tl.num_programs(1), free, tl.num_programs(1)):
-            _store_statistics(sums, unused, nothing, nothing, nothing, D, WIDTH)
-
-
-@triton.jit
-def _load_norm(
-    sums, index, held, shares, count, eps, D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr
-):  # fmt: skip
-    """r and c, each (1, WIDTH), of `count` tokens whose sums lie in the first `shares` of `held` places."""
-    if NORM:
-        channel, row = tl.arange(0, WIDTH)[None, :], tl.arange(0, AT_ONCE)[:, None]
-        sums += index.to(tl.int64) * held * (STATISTICS * D)
-        mean, square = tl.full((WIDTH,), 0.0, tl.float32), tl.full((WIDTH,), 0.0, tl.float32)
-        for start in range(0, shares, AT_ONCE):
-            there = (start + row < shares) & (channel < D)
-            at = sums + (start + row) * (STATISTICS * D) + channel
-            mean += _over_tokens(tl.load(at, there, other=0.0))
-            square += _over_tokens(tl.load(at + D, there, other=0.0))
-        mean, square = mean / count, square / count
-        scale = (1 / tl.sqrt(tl.maximum(square - mean * mean, 0.0) + eps))[None, :]
-        return scale, -scale * (mean[None, :] + _load_row(sums, 2, D, WIDTH))
-    return tl.full((1, WIDTH), 1.0, tl.float32), tl.full((1, WIDTH), 0.0, tl.float32)
 
 
 @triton.jit
@@ -182,9 +50,9 @@ def _load_scales(
     D: tl.constexpr, WIDTH: tl.constexpr, RMS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """r g and c, each (1, WIDTH)."""
-    scale, offset = _load_norm(sums, index, held, shares, count, eps, D, WIDTH, NORM)
+    scale, offset = load_norm(sums, index, held, shares, count, eps, D, WIDTH, NORM)
     if RMS:
-        scale *= _load_row(gain, 0, D, WIDTH)
+        scale *= load_row(gain, 0, D, WIDTH)
     return scale, offset
 
 
@@ -257,7 +125,7 @@ def _convolve(
     at_left, at_right = (column > 0).to(tl.float32)[:, None], (column + 1 < columns).to(tl.float32)[:, None]
     top = offset * (w1 + at_left * w0 + at_right * w2)
     bottom = offset * (w7 + at_left * w6 + at_right * w8)
-    constant = _load_row(bias, h, D, WIDTH) + offset * (w4 + at_left * w3 + at_right * w5) + top + bottom
+    constant = load_row(bias, h, D, WIDTH) + offset * (w4 + at_left * w3 + at_right * w5) + top + bottom
     w0, w1, w2 = w0 * scale, w1 * scale, w2 * scale
     w3, w4, w5 = w3 * scale, w4 * scale, w5 * scale
     w6, w7, w8 = w6 * scale, w7 * scale, w8 * scale
@@ -414,63 +282,16 @@ def prepare_backward_kernel(
             dx_at += columns * dx_n
     parts += (index.to(tl.int64) * tl.num_programs(1) + part) * (SUMS * D)
     if CONV:
-        _store_row(parts, 0, _over_tokens(s0), D, WIDTH)
-        _store_row(parts, 1, _over_tokens(s1), D, WIDTH)
-        _store_row(parts, 2, _over_tokens(s2), D, WIDTH)
-        _store_row(parts, 3, _over_tokens(s3), D, WIDTH)
-        _store_row(parts, 4, _over_tokens(s4), D, WIDTH)
-        _store_row(parts, 5, _over_tokens(s5), D, WIDTH)
-        _store_row(parts, 6, _over_tokens(s6), D, WIDTH)
-        _store_row(parts, 7, _over_tokens(s7), D, WIDTH)
-        _store_row(parts, 8, _over_tokens(s8), D, WIDTH)
-        _store_row(parts, BIAS_SUM, _over_tokens(s_bias), D, WIDTH)
+        store_row(parts, 0, over_tokens(s0), D, WIDTH)
+        store_row(parts, 1, over_tokens(s1), D, WIDTH)
+        store_row(parts, 2, over_tokens(s2), D, WIDTH)
+        store_row(parts, 3, over_tokens(s3), D, WIDTH)
+        store_row(parts, 4, over_tokens(s4), D, WIDTH)
+        store_row(parts, 5, over_tokens(s5), D, WIDTH)
+        store_row(parts, 6, over_tokens(s6), D, WIDTH)
+        store_row(parts, 7, over_tokens(s7), D, WIDTH)
+        store_row(parts, 8, over_tokens(s8), D, WIDTH)
+        store_row(parts, BIAS_SUM, over_tokens(s_bias), D, WIDTH)
     if NORM:
-        _store_row(parts, PLAIN_SUM, _over_tokens(s_plain), D, WIDTH)
-        _store_row(parts, PRODUCT_SUM, _over_tokens(s_product), D, WIDTH)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def norm_backward_kernel(
-    dn, x, gain, factors, sums, totals, dx, parts,
-    dn_b, dn_h, dn_n, dn_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d,
-    factors_h, held, shares, count, eps,
-    H, N, chunk,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    RMS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """Grid (B·H, chunks of `chunk` tokens). totals: (B·H, 2, D), sum dn and sum dn n; dx may be dn itself; parts: (B·H,
-    chunks, D) of dg, float32."""
-    after_previous(EARLY)
-    index, part = tl.program_id(0), tl.program_id(1)
-    b, h = index // H, index % H
-    x, dn, dx = (
-        start_of_head(x, b, h, x_b, x_h),
-        start_of_head(dn, b, h, dn_b, dn_h),
-        start_of_head(dx, b, h, dx_b, dx_h),
-    )
-    if NORM:
-        scale, offset = _load_norm(sums, index, held, shares, count, eps, D, WIDTH, NORM)
-        totals += index.to(tl.int64) * (2 * D)
-        plain, product = _load_row(totals, 0, D, WIDTH) / count, _load_row(totals, 1, D, WIDTH) / count
-    if RMS:
-        gains = _load_row(gain, 0, D, WIDTH)
-        factors += index.to(tl.int64) * factors_h
-        d_gain = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
-    for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, num_stages=STAGES):
-        u = load_tokens(x, start, x_n, x_d, N, D, WIDTH, BLOCK).to(tl.float32)
-        grad = load_tokens(dn, start, dn_n, dn_d, N, D, WIDTH, BLOCK).to(tl.float32)
-        if RMS:
-            token = start + tl.arange(0, BLOCK)
-            factor = tl.load(factors + token, token < N, other=0.0)[:, None]
-            fx = u * factor
-            u = fx * gains
-        if NORM:
-            grad = scale * (grad - plain - (u * scale + offset) * product)
-        if RMS:
-            d_gain += grad * fx
-            grad *= gains
-            grad = factor * (grad - fx * (_over_channels(grad * fx) / D)[:, None])
-        store_tokens(dx, grad, start, dx_n, dx_d, N, D, WIDTH, BLOCK)
-    if RMS:
-        parts += (index.to(tl.int64) * tl.num_programs(1) + part) * D
-        _store_row(parts, 0, _over_tokens(d_gain), D, WIDTH)
+        store_row(parts, PLAIN_SUM, over_tokens(s_plain), D, WIDTH)
+        store_row(parts, PRODUCT_SUM, over_tokens(s_product), D, WIDTH)

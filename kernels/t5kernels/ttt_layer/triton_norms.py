@@ -1,0 +1,187 @@
+"""Triton kernels of the norms before `ttt`: what must be known of all tokens for one to be normalized; and back.
+
+For one image, head and channel, x the tokens in memory, u = f g x with the RMS norm's factor f of each token (over its
+D channels) and its gain g of the channel (1 and 1 without one), r and c the key norm's factor and summand (1 and 0
+without one), n = r u + c. Backward, given dn of all N tokens:
+
+    du[p] = r (dn[p] - sum dn / N - n[p] sum (dn n) / N),
+    dx[p] = f (g du[p] - f x[p] mean (g du[p] f x[p])),    dg = sum_p du[p] f x[p],
+
+the mean over channels. Mean and variance of the key norm come from sums of u - s and (u - s)², s the first token's u: a
+shift of all keys, which is what the norm is there to remove, costs no digits.
+
+Programs write their sums side by side and others add them: no atomics, and results are the same from run to run.
+"""
+
+import triton
+import triton.language as tl
+
+from t5kernels.ttt.tokens import COUNTS, after_previous, load_tokens, start_of_head, store_tokens, token_mask
+
+# Rows of what a program of the statistics writes: sums of u - s and of (u - s)², and s.
+STATISTICS = tl.constexpr(3)
+AT_ONCE = tl.constexpr(16)  # programs' statistics that are added at a time
+
+
+@triton.jit
+def _add(a, b):
+    return a + b
+
+
+@triton.jit
+def over_tokens(x):
+    """Sum over the first axis. Not tl.sum: Triton's own functions are interpreted only if Triton was imported so."""
+    return tl.reduce(x, 0, _add)
+
+
+@triton.jit
+def load_row(x, row, D: tl.constexpr, WIDTH: tl.constexpr, stride=1):
+    """A row of a matrix of D columns, (1, WIDTH), float32."""
+    channel = tl.arange(0, WIDTH)
+    return tl.load(x + row * D + channel * stride, channel < D, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def store_row(x, row, values, D: tl.constexpr, WIDTH: tl.constexpr):
+    channel = tl.arange(0, WIDTH)
+    tl.store(x + row * D + channel, values, channel < D)
+
+
+@triton.jit
+def _over_channels(x):
+    """Sum over the second axis."""
+    return tl.reduce(x, 1, _add)
+
+
+@triton.jit
+def _rms_factor(x, eps, D: tl.constexpr):
+    """f of tokens x (BLOCK, WIDTH): (BLOCK,)."""
+    return 1 / tl.sqrt(_over_channels(x * x) / D + eps)
+
+
+@triton.jit
+def _first_token(
+    x, gain, b, h, stride_b, stride_h, stride_d, eps, D: tl.constexpr, WIDTH: tl.constexpr, RMS: tl.constexpr
+):  # fmt: skip
+    """u of the first token of a head, (1, WIDTH), float32."""
+    x = load_row(start_of_head(x, b, h, stride_b, stride_h), 0, D, WIDTH, stride_d)
+    if RMS:
+        x = x * _rms_factor(x, eps, D)[:, None] * load_row(gain, 0, D, WIDTH)
+    return x
+
+
+@triton.jit
+def _store_statistics(sums, place, total, squares, shift, D: tl.constexpr, WIDTH: tl.constexpr):
+    sums += place * (STATISTICS * D)
+    store_row(sums, 0, total, D, WIDTH)
+    store_row(sums, 1, squares, D, WIDTH)
+    store_row(sums, 2, shift, D, WIDTH)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def statistics_kernel(
+    x, gain, first, first_gain, sums, factors,
+    x_b, x_h, x_n, x_d, f_b, f_h, f_d, factors_h,
+    H, N, chunk, held, free, eps,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    RMS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """What must be known of all tokens before one is prepared. Grid (B·H, chunks of `chunk` tokens). factors: of the
+    RMS norm, float32, heads `factors_h` apart; sums: (B·H, `held`, STATISTICS, D) float32, s of `first`'s first token;
+    0 in those of the `free` places that are not used.
+    """
+    after_previous(EARLY)
+    index, part = tl.program_id(0), tl.program_id(1)
+    b, h = index // H, index % H
+    x = start_of_head(x, b, h, x_b, x_h)
+    if RMS:
+        gains = load_row(gain, 0, D, WIDTH)
+        factors += index.to(tl.int64) * factors_h
+    if NORM:
+        shift = _first_token(first, first_gain, b, h, f_b, f_h, f_d, eps, D, WIDTH, RMS)
+        total = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
+        squares = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
+    for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, num_stages=STAGES):
+        token = start + tl.arange(0, BLOCK)
+        u = load_tokens(x, start, x_n, x_d, N, D, WIDTH, BLOCK).to(tl.float32)
+        if RMS:
+            factor = _rms_factor(u, eps, D)
+            tl.store(factors + token, factor, token < N)
+            u = u * factor[:, None] * gains
+        if NORM:
+            u = tl.where(token_mask(token < N, D, WIDTH), u - shift, 0.0)
+            total += u
+            squares += u * u
+    if NORM:
+        sums += index.to(tl.int64) * held * (STATISTICS * D)
+        _store_statistics(sums, part, over_tokens(total), over_tokens(squares), over_tokens(shift), D, WIDTH)
+        nothing = tl.full((WIDTH,), 0.0, tl.float32)
+        for unused in range(part + tl.num_programs(1), free, tl.num_programs(1)):
+            _store_statistics(sums, unused, nothing, nothing, nothing, D, WIDTH)
+
+
+@triton.jit
+def load_norm(
+    sums, index, held, shares, count, eps, D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr
+):  # fmt: skip
+    """r and c, each (1, WIDTH), of `count` tokens whose sums lie in the first `shares` of `held` places."""
+    if NORM:
+        channel, row = tl.arange(0, WIDTH)[None, :], tl.arange(0, AT_ONCE)[:, None]
+        sums += index.to(tl.int64) * held * (STATISTICS * D)
+        mean, square = tl.full((WIDTH,), 0.0, tl.float32), tl.full((WIDTH,), 0.0, tl.float32)
+        for start in range(0, shares, AT_ONCE):
+            there = (start + row < shares) & (channel < D)
+            at = sums + (start + row) * (STATISTICS * D) + channel
+            mean += over_tokens(tl.load(at, there, other=0.0))
+            square += over_tokens(tl.load(at + D, there, other=0.0))
+        mean, square = mean / count, square / count
+        scale = (1 / tl.sqrt(tl.maximum(square - mean * mean, 0.0) + eps))[None, :]
+        return scale, -scale * (mean[None, :] + load_row(sums, 2, D, WIDTH))
+    return tl.full((1, WIDTH), 1.0, tl.float32), tl.full((1, WIDTH), 0.0, tl.float32)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def norm_backward_kernel(
+    dn, x, gain, factors, sums, totals, dx, parts,
+    dn_b, dn_h, dn_n, dn_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d,
+    factors_h, held, shares, count, eps,
+    H, N, chunk,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    RMS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Grid (B·H, chunks of `chunk` tokens). totals: (B·H, 2, D), sum dn and sum dn n; dx may be dn itself; parts: (B·H,
+    chunks, D) of dg, float32."""
+    after_previous(EARLY)
+    index, part = tl.program_id(0), tl.program_id(1)
+    b, h = index // H, index % H
+    x, dn, dx = (
+        start_of_head(x, b, h, x_b, x_h),
+        start_of_head(dn, b, h, dn_b, dn_h),
+        start_of_head(dx, b, h, dx_b, dx_h),
+    )
+    if NORM:
+        scale, offset = load_norm(sums, index, held, shares, count, eps, D, WIDTH, NORM)
+        totals += index.to(tl.int64) * (2 * D)
+        plain, product = load_row(totals, 0, D, WIDTH) / count, load_row(totals, 1, D, WIDTH) / count
+    if RMS:
+        gains = load_row(gain, 0, D, WIDTH)
+        factors += index.to(tl.int64) * factors_h
+        d_gain = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
+    for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, num_stages=STAGES):
+        u = load_tokens(x, start, x_n, x_d, N, D, WIDTH, BLOCK).to(tl.float32)
+        grad = load_tokens(dn, start, dn_n, dn_d, N, D, WIDTH, BLOCK).to(tl.float32)
+        if RMS:
+            token = start + tl.arange(0, BLOCK)
+            factor = tl.load(factors + token, token < N, other=0.0)[:, None]
+            fx = u * factor
+            u = fx * gains
+        if NORM:
+            grad = scale * (grad - plain - (u * scale + offset) * product)
+        if RMS:
+            d_gain += grad * fx
+            grad *= gains
+            grad = factor * (grad - fx * (_over_channels(grad * fx) / D)[:, None])
+        store_tokens(dx, grad, start, dx_n, dx_d, N, D, WIDTH, BLOCK)
+    if RMS:
+        parts += (index.to(tl.int64) * tl.num_programs(1) + part) * D
+        store_row(parts, 0, over_tokens(d_gain), D, WIDTH)
