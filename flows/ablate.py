@@ -17,9 +17,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
 from flows.process import environment, stream
-from t5lib.errors import T5Error
+from t5lib.utils.errors import T5Error
 
-TASK = [sys.executable, "-m", "tasks.ablate"]
+TASK = [sys.executable, "-m", "tasks.studies.ablation"]
 SAID_AT_MOST = 15  # lines of a broken command that its error shows
 
 
@@ -63,7 +63,7 @@ def _task(name: str) -> Task:
 
 
 def run_command(root: str, arguments: list[str]) -> State:
-    """Run `python -m tasks.ablate ARGUMENTS` in `root`; the state carries its last lines."""
+    """Run `python -m tasks.studies.ablation ARGUMENTS` in `root`; the state carries its last lines."""
     log, said = get_run_logger(), []
 
     def on_line(line: str) -> None:

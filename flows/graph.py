@@ -6,7 +6,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 from flows.process import environment
-from t5lib.errors import T5Error
+from t5lib.utils.errors import T5Error
 
 EDGE = re.compile(r'^"(?P<before>[^"]+)" -> "(?P<after>[^"]+)";$')
 NODE = re.compile(r'^"(?P<name>[^"]+)";$')

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 
 from flows.process import environment, stream
-from t5lib.errors import T5Error
-from t5lib.files import write_text
-from tasks import tracking
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import write_text
+from tasks.runtime import tracking
 
 HOME = Path("data/prefect")
 PROFILE = '# written by `make up`, removed by `make down`\nactive = "t5"\n\n[profiles.t5]\nPREFECT_API_URL = "{url}"\n'

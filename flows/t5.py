@@ -20,9 +20,11 @@ from prefect.states import Completed, Failed, State
 
 from flows import graph
 from flows.process import environment, stream
-from t5lib.errors import T5Error
-from t5lib.files import read_json
-from tasks import params, tracking
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json
+
+# What DVC and the loading of pipelines say that a reader of the log need not know.
+from tasks.runtime import params, tracking
 
 # What DVC and the loading of pipelines say that a reader of the log need not know.
 DVC_NOISE = re.compile(
@@ -145,7 +147,7 @@ def _checked_settings(root: Path, target: str) -> dict[str, Any]:
     In a process of its own, which loads the stages' modules.
     """
     params.read_target(root, target)
-    command = [sys.executable, "-m", "tasks.params", target, "--ready"]
+    command = [sys.executable, "-m", "tasks.runtime.params", target, "--ready"]
     run = subprocess.run(command, cwd=root, env=environment({}), capture_output=True, text=True)
     if run.returncode:
         raise T5Error(run.stderr.strip())
@@ -163,7 +165,7 @@ def show(root: Path, target: str) -> None:
     for what, where in {
         "report": out.relative_to(root) / "report/report.html",
         "model": out.relative_to(root) / "finetune",
-        **({"as a pipeline": f"python -m tasks.export {target} --out {target}-t5"} if pipeline else {}),
+        **({"as a pipeline": f"python -m tasks.studies.export {target} --out {target}-t5"} if pipeline else {}),
         "runs compared": "make ui",
     }.items():
         console.print(f"[bold]{what:>14}[/]  {where}", soft_wrap=True)

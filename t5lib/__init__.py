@@ -10,28 +10,28 @@
     pipe = t5lib.load_pipeline("sd35-t5")
 
 Names are imported when first used, so that `import t5lib` costs nothing. It makes timm know our models' names, now or
-when timm is imported (t5lib.timm_plugin): timm.create_model("t5_deit_tiny_patch16_224").
+when timm is imported (t5lib.weights.timm_registry): timm.create_model("t5_deit_tiny_patch16_224").
 """
 
 from importlib import import_module
 from typing import Any
 
-from t5lib import timm_plugin
+from t5lib.weights import timm_registry
 
 _HOMES = {
-    "T5Config": "layers.settings",
+    "TTTConfig": "layers.config",
     "TTTAttention": "layers.attention",
-    "T5Error": "errors",
+    "T5Error": "utils.errors",
     "convert": "conversion",
     "revert": "conversion",
-    "diagnose": "diagnosis",
-    "explain": "explanation",
-    "implicit_attention": "implicit",
-    "calibrate": "calibration",
-    "CalibrateConfig": "calibration",
-    "train": "training",
-    "TrainConfig": "training",
-    "evaluate": "evaluation",
+    "diagnose": "analysis.key_shift",
+    "explain": "analysis.explanation",
+    "implicit_attention": "analysis.attention_maps",
+    "calibrate": "training.calibration",
+    "CalibrateConfig": "training.calibration",
+    "train": "training.classifier",
+    "TrainConfig": "training.classifier",
+    "evaluate": "evaluation.classifier",
     "save": "checkpoint",
     "load": "checkpoint",
     "load_pipeline": "pipelines",
@@ -40,7 +40,7 @@ _HOMES = {
 _MODULES = ("official",)
 __all__ = sorted((*_HOMES, *_MODULES))
 
-timm_plugin.install()
+timm_registry.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from t5lib.config import from_dict, to_dict
-from t5lib.errors import T5Error
 from t5lib.families import adapter, family_of
-from t5lib.files import atomic_dir, read_json, write_json
-from t5lib.layers.settings import T5Config
+from t5lib.layers.config import TTTConfig
+from t5lib.utils.config import from_dict, to_dict
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import atomic_dir, read_json, write_json
 
 FORMAT = 1
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what a tag of timm's weights decides
@@ -62,7 +62,7 @@ def load(folder: Path | str, device: str | torch.device = "cpu") -> nn.Module:
     """
     folder = Path(folder)
     description = read_description(folder)
-    config = from_dict(T5Config, description["t5"], f"{folder}/t5.json: t5") if description["t5"] else None
+    config = from_dict(TTTConfig, description["t5"], f"{folder}/t5.json: t5") if description["t5"] else None
     try:
         weights = load_file(folder / "model.safetensors", device=str(device))
     except (FileNotFoundError, SafetensorError) as error:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from t5lib.errors import T5Error
 from t5lib.families import family_of
 from t5lib.layers.attention import TTTLayer
+from t5lib.layers.config import TTTConfig
 from t5lib.layers.mixers import check_window
-from t5lib.layers.settings import T5Config
+from t5lib.utils.errors import T5Error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class ConversionReport:
     Attributes:
         layers: the attentions that were replaced.
         inherited: kept unchanged; new: added by the conversion; dropped: in the softmax model only.
-        reset: pretrained, but started afresh because T5Config.inherit leaves them out.
+        reset: pretrained, but started afresh because TTTConfig.inherit leaves them out.
         numbers: counts of single values under these four names.
     """
 
@@ -32,7 +32,7 @@ class ConversionReport:
     numbers: dict[str, int]
 
 
-def convert(model: nn.Module, config: T5Config | None = None, *, inplace: bool = False) -> nn.Module:
+def convert(model: nn.Module, config: TTTConfig | None = None, *, inplace: bool = False) -> nn.Module:
     """Return `model` with linear-cost attention and all its pretrained weights.
 
     The result keeps the interface of its kind, timm's or diffusers' (where its class becomes a subclass of ours). It
@@ -47,7 +47,7 @@ def convert(model: nn.Module, config: T5Config | None = None, *, inplace: bool =
         T5Error: a part of the model cannot be converted (named), a layer index does not exist, or a neighborhood is
             larger than the grid of a model whose images have one size.
     """
-    config = config or T5Config()
+    config = config or TTTConfig()
     family = family_of(model)
     family.check_convertible(model)
     names = family.attention_names(model)

@@ -1,7 +1,7 @@
 """Converted diffusers pipelines: ordinary folders that diffusers saves, loads and publishes.
 
     pipe = DiffusionPipeline.from_pretrained("stabilityai/stable-diffusion-3.5-medium", torch_dtype=torch.bfloat16)
-    pipe = t5lib.convert_pipeline(pipe, T5Config(layers="paper"), inplace=True)
+    pipe = t5lib.convert_pipeline(pipe, TTTConfig(layers="paper"), inplace=True)
     pipe.save_pretrained("sd35-t5")
     pipe = t5lib.load_pipeline("sd35-t5", torch_dtype=torch.bfloat16)
 
@@ -24,11 +24,11 @@ import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import metadata_load
 
-from t5lib.config import to_dict
 from t5lib.conversion import convert
-from t5lib.errors import T5Error
 from t5lib.families import dit, family_of, sd3  # noqa: F401 (the classes that saved pipelines name)
-from t5lib.layers.settings import T5Config
+from t5lib.layers.config import TTTConfig
+from t5lib.utils.config import to_dict
+from t5lib.utils.errors import T5Error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
 
 
 def convert_pipeline(
-    pipe: DiffusionPipeline, config: T5Config | None = None, *, inplace: bool = False
+    pipe: DiffusionPipeline, config: TTTConfig | None = None, *, inplace: bool = False
 ) -> DiffusionPipeline:
     """`pipe` with a converted transformer (t5lib.convert); a new pipeline that shares all else, unless `inplace`.
 
@@ -192,7 +192,7 @@ def model_card(
     columns = list(figures.rows[0])
     lines = [columns, ["---"] * len(columns), *([str(row[name]) for name in columns] for row in figures.rows)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    changed = {n: v for n, v in to_dict(pipe.transformer.t5_config).items() if v != to_dict(T5Config())[n]}
+    changed = {n: v for n, v in to_dict(pipe.transformer.t5_config).items() if v != to_dict(TTTConfig())[n]}
     settings = ", ".join(f"{name} {value}" for name, value in changed.items()) or "all as the method has them"
     source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"A {type(pipe).__name__}"
     attentions = len(family_of(pipe.transformer).attention_names(pipe.transformer))

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 import t5lib
-from t5lib import plots
-from t5lib.benchmark import BenchmarkConfig, benchmark, break_even_sentence, cost_ratios
-from t5lib.files import write_json
-from tasks.stage import Stage, main
+from t5lib.benchmarks.resolution_sweep import BenchmarkConfig, benchmark, break_even_sentence, cost_ratios
+from t5lib.report import plots
+from t5lib.utils.files import write_json
+from tasks.runtime.stage import Stage, main
 
 SECTIONS = {"benchmark": BenchmarkConfig}
 

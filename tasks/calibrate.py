@@ -3,10 +3,10 @@
 from torch import nn
 
 import t5lib
-from t5lib.calibration import CalibrateConfig, CalibrationReport
-from t5lib.data import AugmentConfig, DataConfig
-from tasks.common import device, stream
-from tasks.stage import Stage, main
+from t5lib.data.images import AugmentConfig, DataConfig
+from t5lib.training.calibration import CalibrateConfig, CalibrationReport
+from tasks.runtime.stage import Stage, main
+from tasks.targets.classifier import device, stream
 
 SECTIONS = {"calibrate": CalibrateConfig, "data": DataConfig}
 

@@ -1,15 +1,15 @@
 """Stage `convert`: softmax attention out, TTT layers in, every parameter accounted for."""
 
 import t5lib
-from t5lib import files
-from t5lib.layers.settings import T5Config
-from tasks.stage import Stage, main
+from t5lib.layers.config import TTTConfig
+from t5lib.utils import files
+from tasks.runtime.stage import Stage, main
 
-SECTIONS = {"convert": T5Config}
+SECTIONS = {"convert": TTTConfig}
 
 
 def run(stage: Stage) -> dict:
-    config = stage.params(T5Config)
+    config = stage.params(TTTConfig)
     model = t5lib.load(stage.input("source"))
     model = t5lib.convert(model, config, inplace=True)
     report = model.t5_report

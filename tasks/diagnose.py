@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 
 import t5lib
-from t5lib import files, plots
-from t5lib.data import DataConfig, ShardSet, eval_batches, transform
-from t5lib.diagnosis import Diagnosis
-from tasks.common import device
-from tasks.stage import Stage, main
+from t5lib.analysis.key_shift import Diagnosis
+from t5lib.data.images import DataConfig, ShardSet, eval_batches, transform
+from t5lib.report import plots
+from t5lib.utils import files
+from tasks.runtime.stage import Stage, main
+from tasks.targets.classifier import device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,11 @@ import os
 import re
 from pathlib import Path
 
-from t5lib.sources import fetch, resolve
+from t5lib.download import fetch, resolve
 
 
 def kept(source: str, folder: Path) -> Path:
-    """Where the files of `source` (t5lib.sources) lie; fetched into a folder of their own in `folder`, once.
+    """Where the files of `source` (t5lib.download) lie; fetched into a folder of their own in `folder`, once.
 
     The folder takes its name when it is complete. What a file: source names stays where it is.
     """

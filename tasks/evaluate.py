@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import t5lib
-from t5lib.data import DataConfig
-from tasks.common import device, evaluate_all, precision
-from tasks.stage import Stage, main
+from t5lib.data.images import DataConfig
+from tasks.runtime.stage import Stage, main
+from tasks.targets.classifier import device, evaluate_all, precision
 
 
 @dataclass(frozen=True, kw_only=True)

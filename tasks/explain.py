@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 
 import t5lib
-from t5lib import explanation_plots, files, plots
-from t5lib.data import DataConfig, ShardSet, eval_batches, transform
-from t5lib.errors import T5Error
-from tasks.common import device
-from tasks.stage import Stage, main
+from t5lib.data.images import DataConfig, ShardSet, eval_batches, transform
+from t5lib.report import explanation_plots, plots
+from t5lib.utils import files
+from t5lib.utils.errors import T5Error
+from tasks.runtime.stage import Stage, main
+from tasks.targets.classifier import device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from t5lib import files
-from t5lib.errors import T5Error
-from t5lib.sources import fetch, resolve
-from tasks.stage import Stage, main
+from t5lib.download import fetch, resolve
+from t5lib.utils import files
+from t5lib.utils.errors import T5Error
+from tasks.runtime.stage import Stage, main
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,7 +21,7 @@ class FetchConfig:
     """Where the weights come from and what they become.
 
     Attributes:
-        source: see `t5lib.sources`; sha256 is of the file it names, member a file inside that.
+        source: see `t5lib.download`; sha256 is of the file it names, member a file inside that.
         format: "timm" (safetensors or a pickle-free .bin of timm's own names) or "dinov2-onnx".
         architecture: timm's name of it.
         model_args: for timm.create_model; position tables are interpolated to its img_size, and where num_classes is
@@ -129,7 +129,7 @@ def _weights_file(fetched: Path) -> Path:
 
 def _read(weights: Path, form: str) -> "dict[str, Tensor]":
     if form == "dinov2-onnx":
-        from t5lib.families import dinov2_onnx
+        from t5lib.weights import dinov2_onnx
 
         return dinov2_onnx.read(weights)
     import pickle

@@ -1,10 +1,10 @@
 """Stage `finetune`: all weights of the calibrated model, trained a little."""
 
 import t5lib
-from t5lib.data import DataConfig
-from t5lib.training import TrainConfig
-from tasks.common import device, evaluate_one, fit, outcome
-from tasks.stage import Stage, main
+from t5lib.data.images import DataConfig
+from t5lib.training.classifier import TrainConfig
+from tasks.runtime.stage import Stage, main
+from tasks.targets.classifier import device, evaluate_one, fit, outcome
 
 SECTIONS = {"finetune": TrainConfig, "data": DataConfig}
 

@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass, field
 
 import t5lib
-from t5lib.data import DataConfig
-from t5lib.errors import T5Error
-from t5lib.training import TrainConfig
-from tasks.common import device, evaluate_one, fit, outcome
-from tasks.stage import Stage, main
+from t5lib.data.images import DataConfig
+from t5lib.training.classifier import TrainConfig
+from t5lib.utils.errors import T5Error
+from tasks.runtime.stage import Stage, main
+from tasks.targets.classifier import device, evaluate_one, fit, outcome
 
 
 @dataclass(frozen=True, kw_only=True)

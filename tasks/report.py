@@ -5,14 +5,14 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from t5lib import report
-from t5lib.benchmark import describe_device
-from t5lib.data import DataConfig
-from t5lib.errors import T5Error
-from t5lib.files import read_json, write_text
-from tasks.params import resolve
-from tasks.stage import Stage, main, read_history
-from tasks.tracking import git_commit
+from t5lib.benchmarks.resolution_sweep import describe_device
+from t5lib.data.images import DataConfig
+from t5lib.report import page
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json, write_text
+from tasks.runtime.params import resolve
+from tasks.runtime.stage import Stage, main, read_history
+from tasks.runtime.tracking import git_commit
 
 SECTIONS = {"data": DataConfig}
 REQUIRED = ("convert", "calibrate", "finetune", "evaluate")
@@ -21,20 +21,20 @@ CURVES = ("calibrate", "freeze", "finetune", "control")
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Write report.html and summary.md."""
+    """Write page.html and summary.md."""
     return write(stage, gather(stage, stage.params(DataConfig, "data")))
 
 
-def write(stage: Stage, data: report.ReportData) -> dict[str, Any]:
+def write(stage: Stage, data: page.ReportData) -> dict[str, Any]:
     """The page and the summary."""
-    write_text(stage.out / "report.html", report.html(data))
-    write_text(stage.out / "summary.md", report.summary(data))
-    for name in ("report.html", "summary.md"):
+    write_text(stage.out / "page.html", page.html(data))
+    write_text(stage.out / "summary.md", page.summary(data))
+    for name in ("page.html", "summary.md"):
         stage.artifact(stage.out / name)
     return {"sections_missing": sum(name not in data.metrics for name in OPTIONAL)}
 
 
-def gather(stage: Stage, data: DataConfig | None, samples: bytes | None = None) -> report.ReportData:
+def gather(stage: Stage, data: DataConfig | None, samples: bytes | None = None) -> page.ReportData:
     """Read what the stages of the target wrote.
 
     Args:
@@ -48,7 +48,7 @@ def gather(stage: Stage, data: DataConfig | None, samples: bytes | None = None) 
     curves = {name: stage.input(name) / "history.jsonl" for name in CURVES if name in metrics}
     benchmark = read_json(stage.input("benchmark") / "benchmark.json") if "benchmark" in metrics else None
     explained = stage.input("explain") if "explain" in metrics else None
-    return report.ReportData(
+    return page.ReportData(
         target=stage.target,
         metrics=metrics,
         histories={name: read_history(path) for name, path in curves.items() if path.is_file()},

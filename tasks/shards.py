@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from t5lib.data import DataConfig
-from t5lib.errors import T5Error
-from t5lib.shards import ShardSet, scan, tar_files
+from t5lib.data.images import DataConfig
+from t5lib.data.shards import ShardSet, scan, tar_files
+from t5lib.utils.errors import T5Error
 from tasks.downloads import kept
-from tasks.stage import Stage, main
+from tasks.runtime.stage import Stage, main
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import t5lib
-from t5lib.data import Batch, DataConfig, ShardSet, eval_batches, transform
-from t5lib.errors import T5Error
-from t5lib.progress import progress
-from t5lib.training import TrainConfig
-from tasks.common import device, evaluate_one, fit
-from tasks.stage import Stage, main
+from t5lib.data.images import Batch, DataConfig, ShardSet, eval_batches, transform
+from t5lib.training.classifier import TrainConfig
+from t5lib.utils.errors import T5Error
+from t5lib.utils.progress import progress
+from tasks.runtime.stage import Stage, main
+from tasks.targets.classifier import device, evaluate_one, fit
 
 
 @dataclass(frozen=True, kw_only=True)

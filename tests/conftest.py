@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tasks import tracking
+from tasks.runtime import tracking
 
 ROOT = Path(__file__).resolve().parents[1]
 # pytest gives loggers that do not propagate its handler, and with any handler torch writes out all that it traces.
@@ -22,8 +22,8 @@ logging.getLogger("torch.__trace").propagate = True
 STAGE = """
 import time
 from dataclasses import dataclass
-from tasks.stage import main
-from t5lib.errors import SourceError, T5Error
+from tasks.runtime.stage import main
+from t5lib.utils.errors import SourceError, T5Error
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

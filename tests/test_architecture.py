@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 import t5lib
-from tasks import params
-from tasks.ablation import definition
+from tasks.runtime import params
+from tasks.studies.ablation import definition
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"flows": "flows", "tasks": "tasks", "t5lib": "t5lib", "t5kernels": "kernels/t5kernels"}
@@ -27,17 +27,23 @@ OF_DENOISERS = [path.stem for path in (ROOT / "tasks/denoisers").glob("*.py") if
 
 # How a stage is run and how files are read; none of it decides about a result.
 PLUMBING = {
-    *("tasks/stage.py", "tasks/params.py", "tasks/readiness.py", "tasks/tracking.py"),
-    *("t5lib/__init__.py", "t5lib/errors.py", "t5lib/config.py", "t5lib/files.py", "t5lib/progress.py"),
+    *("tasks/runtime/stage.py", "tasks/runtime/params.py", "tasks/runtime/readiness.py", "tasks/runtime/tracking.py"),
+    *(
+        "t5lib/__init__.py",
+        "t5lib/utils/errors.py",
+        "t5lib/utils/config.py",
+        "t5lib/utils/files.py",
+        "t5lib/utils/progress.py",
+    ),
 }
 # Code of which a stage uses a part that leads no further: an edit behind it must not cause a download or a calibration.
 NOT_FOLLOWED = {
     "fetch": "t5lib/checkpoint.py",  # saves a softmax model
-    "diagnose": "tasks/common.py",  # device()
-    "explain": "tasks/common.py",  # device()
-    "calibrate": "tasks/common.py",  # device(), stream()
-    "shards": "tasks/common.py",  # device()
-    "report": "t5lib/benchmark.py",  # sentences about its rows
+    "diagnose": "tasks/targets/classifier.py",  # device()
+    "explain": "tasks/targets/classifier.py",  # device()
+    "calibrate": "tasks/targets/classifier.py",  # device(), stream()
+    "shards": "tasks/targets/classifier.py",  # device()
+    "report": "t5lib/benchmarks/resolution_sweep.py",  # sentences about its rows
 }
 
 

@@ -6,7 +6,7 @@
 
 A class-conditional DiT of pixels, without an autoencoder: Fashion-MNIST, 28 x 28 resized to 32 x 32 as the stage
 `shards` does it, one channel from -1 to 1, in patches of 2: 256 tokens. It learns noise and variance as DiT does
-(t5lib.diffusion.objectives), one label in ten is dropped for guidance, and averaged weights are written, in half
+(t5lib.training.objectives), one label in ten is dropped for guidance, and averaged weights are written, in half
 precision. State is kept in --scratch, and the same command goes on from it. Needs a GPU for the real thing. Exits with
 3 when stopped before the end.
 """
@@ -24,16 +24,16 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from jinja2 import Template
 from PIL import Image
+from pretraining import PretrainConfig, Record, pretrain, zero_gates
 from torch import Tensor, nn
 
-from t5lib.batches import seeded
-from t5lib.diffusion.buckets import fit
-from t5lib.diffusion.captions import image_of
-from t5lib.diffusion.generation import GenerateConfig, sample
-from t5lib.diffusion.objectives import Noised, objective_of
-from t5lib.diffusion.pretraining import PretrainConfig, Record, pretrain, zero_gates
-from t5lib.files import atomic_dir, write_json, write_text
-from t5lib.shards import ShardSet
+from t5lib.data.batches import seeded
+from t5lib.data.buckets import fit
+from t5lib.data.captions import image_of
+from t5lib.data.shards import ShardSet
+from t5lib.evaluation.generation import GenerateConfig, sample
+from t5lib.training.objectives import Noised, objective_of
+from t5lib.utils.files import atomic_dir, write_json, write_text
 
 FOLDER = Path(__file__).parent
 SIDE = 32

@@ -15,7 +15,7 @@ from scenes import Scenes, compose, to_bytes
 from torch import Tensor
 from vocabulary import LENGTH
 
-from t5lib.diffusion.generation import GenerateConfig, sample
+from t5lib.evaluation.generation import GenerateConfig, sample
 
 GUIDANCE = 4.0
 STEPS = 28

@@ -17,7 +17,7 @@ from PIL import Image
 from scenes import compose, draw_scenes, read_sprites, to_bytes
 from shards import Sample, write_shards
 
-from t5lib.batches import seeded
+from t5lib.data.batches import seeded
 
 FOLDER = Path(__file__).parent
 SOURCE = "composed by make_images.py from the sprites in data/sd35-micro"

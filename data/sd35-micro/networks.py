@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vocabulary import LENGTH
 
-from t5lib.errors import T5Error
+from t5lib.utils.errors import T5Error
 
 SIZES = (64, 128)  # pixels a side of training pictures
 DOWN = 2  # pixels a side of one latent
@@ -134,7 +134,7 @@ class Captioned(nn.Module):
 
     It takes token ids where the transformer takes text: `encoder_hidden_states` (B, 3 * LENGTH) holds the ids of a
     caption by the two CLIP tokenizers and T5's, one after the other. Batches can so be noised like any other
-    (t5lib.diffusion.objectives) before anything is encoded.
+    (t5lib.training.objectives) before anything is encoded.
     """
 
     def __init__(self, config: MicroConfig, tokenizers: SimpleNamespace):

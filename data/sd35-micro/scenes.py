@@ -15,7 +15,7 @@ from captions import COLOURS, COUNTS, PHRASINGS, caption, caption_index
 from PIL import Image
 from torch import Tensor
 
-from t5lib.shards import ShardSet
+from t5lib.data.shards import ShardSet
 
 # Where copies stand, by count: centres (x, y) in a picture from -1 to 1, and half the side of a copy.
 CENTRES = (

@@ -9,14 +9,14 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from t5lib.files import write_json
+from t5lib.utils.files import write_json
 
 LICENCE = "SIL Open Font License 1.1 (pictures: Noto Color Emoji, Google Inc.); Unicode-DFS-2016 (names: CLDR)"
 Sample = tuple[str, dict[str, Any]]  # key, {file ending: bytes, text, or a dictionary that becomes JSON}
 
 
 def write_shards(folder: Path, split: str, samples: list[Sample], *, source: str, shard_size: int = 1000) -> None:
-    """Write the shards of one split into `folder`, then its manifest in the form that t5lib.shards reads."""
+    """Write the shards of one split into `folder`, then its manifest in the form that t5lib.data.shards reads."""
     folder.mkdir(parents=True, exist_ok=True)
     listed = []
     for number, begin in enumerate(range(0, len(samples), shard_size)):

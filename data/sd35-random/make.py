@@ -24,9 +24,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from t5lib.errors import T5Error
 from t5lib.families.sd3 import MEDIUM
-from t5lib.files import atomic_dir, write_text
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import atomic_dir, write_text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sd35-micro"))
 from vocabulary import clip_tokenizer, t5_tokenizer

@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from t5lib.errors import T5Error
-from t5lib.files import read_json
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
 

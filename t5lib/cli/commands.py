@@ -11,8 +11,8 @@ from typer.core import TyperGroup
 from t5lib.cli import arguments
 from t5lib.cli.arguments import Source
 from t5lib.cli.screen import error
-from t5lib.errors import T5Error
-from t5lib.layers.indices import parse_layers
+from t5lib.layers.layer_map import parse_layers
+from t5lib.utils.errors import T5Error
 
 
 class _Group(TyperGroup):

@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 
 import t5lib
-from t5lib.calibration import CalibrateConfig, CalibrationReport
 from t5lib.cli import models
 from t5lib.cli.arguments import Source
 from t5lib.cli.images import CalibrationImages, ImageReader
 from t5lib.cli.screen import console, counted, facts, note, ranges, say, table
-from t5lib.config import to_dict
-from t5lib.layers.settings import T5Config
+from t5lib.layers.config import TTTConfig
+from t5lib.training.calibration import CalibrateConfig, CalibrationReport
+from t5lib.utils.config import to_dict
 
 FEW_IMAGES = 500
 CHECKPOINT_EVERY = 100  # steps; on a CPU a step takes a second, and an interruption must not cost more than minutes
@@ -29,7 +29,7 @@ class Request:
 
     Attributes:
         images: to calibrate on; none: no calibration.
-        t5, calibrate: settings for T5Config and CalibrateConfig that were given.
+        t5, calibrate: settings for TTTConfig and CalibrateConfig that were given.
         seed: of the new weights and the order of the images.
     """
 
@@ -44,7 +44,7 @@ class Request:
 
 def run(request: Request) -> None:
     """Convert, calibrate if there are images, save, and print the account."""
-    config = T5Config(**T5Config.expand({"seed": request.seed, **request.t5}))
+    config = TTTConfig(**TTTConfig.expand({"seed": request.seed, **request.t5}))
     recipe = CalibrateConfig(seed=request.seed, checkpoint_every=CHECKPOINT_EVERY, **request.calibrate)
     place = models.choose_device(request.device)
     t5lib.convert(models.outline(request.source), config, inplace=True)  # refuses before weights are fetched

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import t5lib
-from t5lib import files, plots
+from t5lib.analysis.key_shift import Diagnosis
 from t5lib.cli import explaining, models
 from t5lib.cli.arguments import Source
 from t5lib.cli.images import ImageReader
 from t5lib.cli.screen import console, counted, note, notes, say, table
-from t5lib.diagnosis import Diagnosis
+from t5lib.report import plots
+from t5lib.utils import files
 
 BAR = 20  # characters for a shift ratio of 1
 MARKED = 0.1  # a mean so far above that of random weights is a shift that training put there

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 
 import t5lib
-from t5lib import explanation_plots, files, plots
+from t5lib.analysis.explanation import Explanation
+from t5lib.analysis.summary_text import explanation_reading
 from t5lib.checkpoint import read_description
 from t5lib.cli.arguments import Source
 from t5lib.cli.images import ImageReader
 from t5lib.cli.screen import console, counted, note, notes, say, table
-from t5lib.errors import T5Error
-from t5lib.explanation import Explanation
-from t5lib.reading import explanation_reading
+from t5lib.report import explanation_plots, plots
+from t5lib.utils import files
+from t5lib.utils.errors import T5Error
 
 COLUMNS = {
     "distance\nsoftmax": ("distance_softmax", 1),

@@ -8,9 +8,9 @@ import typer
 from t5lib.cli import arguments
 from t5lib.cli.commands import Device
 from t5lib.cli.screen import counted, note, say
-from t5lib.diffusion import prompts as prompt_files
-from t5lib.diffusion.prompts import Prompt
-from t5lib.errors import T5Error
+from t5lib.evaluation import prompts as prompt_files
+from t5lib.evaluation.prompts import Prompt
+from t5lib.utils.errors import T5Error
 
 SAMPLING = "Sampling"
 
@@ -124,7 +124,7 @@ def run(
     import torch
 
     from t5lib.cli.models import choose_device
-    from t5lib.diffusion import generation
+    from t5lib.evaluation import generation
     from t5lib.pipelines import load_pipeline
 
     config = generation.GenerateConfig(**settings)

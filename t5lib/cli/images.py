@@ -16,7 +16,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from t5lib.cli.screen import counted, note
-from t5lib.errors import T5Error
+from t5lib.utils.errors import T5Error
 
 MOST_HELD_OUT = 64
 

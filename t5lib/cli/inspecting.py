@@ -8,16 +8,16 @@ import numpy as np
 import torch
 
 import t5lib
-from t5lib.benchmark import count_flops
-from t5lib.benchmark_cases import num_tokens
+from t5lib.benchmarks.inputs import num_tokens
+from t5lib.benchmarks.resolution_sweep import count_flops
 from t5lib.checkpoint import read_description
 from t5lib.cli.screen import facts, notes, ranges
-from t5lib.config import to_dict
 from t5lib.conversion import new_parameters, ttt_layers
-from t5lib.errors import T5Error
 from t5lib.families import timm_vit
 from t5lib.layers.attention import TTTAttention
-from t5lib.layers.settings import T5Config
+from t5lib.layers.config import TTTConfig
+from t5lib.utils.config import to_dict
+from t5lib.utils.errors import T5Error
 
 SHOWN = {"inner": "inner model", "inner_loss": "loss", "key_norm": "key norm", "locality": "locality"}
 FACTORS = (1, 2, 4)  # by which the image's sides are multiplied to find where both models cost the same
@@ -53,7 +53,7 @@ def run(folder: Path) -> dict[str, Any]:
             "parameters": {"total": total, "inherited": total - new, "new": new},
             "file_bytes": (folder / "model.safetensors").stat().st_size,
             "dtype": " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in model.parameters()})),
-            "flops": _flops(description, config or T5Config()),
+            "flops": _flops(description, config or TTTConfig()),
             "versions": description.get("versions"),
         }
 
@@ -83,14 +83,14 @@ def show(folder: Path, found: dict[str, Any]) -> None:
 
 def _kinds(attentions: list[str], converted: dict[str, TTTAttention]) -> list[dict[str, Any]]:
     """What the new layers are: one entry for all layers with the same settings."""
-    kinds: dict[T5Config, list[int]] = {}
+    kinds: dict[TTTConfig, list[int]] = {}
     for index, name in enumerate(attentions):
         if name in converted:
             kinds.setdefault(converted[name].mixer.config, []).append(index)
     return [{"layers": layers, **{n: getattr(config, n) for n in SHOWN}} for config, layers in kinds.items()]
 
 
-def _flops(description: dict[str, Any], config: T5Config) -> dict[str, int | None]:
+def _flops(description: dict[str, Any], config: TTTConfig) -> dict[str, int | None]:
     """FLOPs of one image of the model's own size (one multiply-add counts as 2), as softmax model and with TTT layers.
 
     `equal_tokens` is where both cost the same. Every part of either cost is a polynomial of degree 2 at most in the

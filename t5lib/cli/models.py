@@ -16,8 +16,8 @@ import t5lib
 from t5lib.checkpoint import read_description
 from t5lib.cli.arguments import Source
 from t5lib.cli.screen import note
-from t5lib.errors import SourceError, T5Error
 from t5lib.families import timm_vit
+from t5lib.utils.errors import SourceError, T5Error
 
 
 def choose_device(name: str | None) -> torch.device:

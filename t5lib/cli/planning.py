@@ -13,22 +13,22 @@ import torch
 from torch import Tensor, nn
 
 import t5lib
-from t5lib.benchmark import at_resolution
-from t5lib.calibration import CalibrateConfig
+from t5lib.benchmarks.resolution_sweep import at_resolution
 from t5lib.cli import models
 from t5lib.cli.arguments import Source
 from t5lib.cli.converting import CHECKPOINT_EVERY, FEW_IMAGES
 from t5lib.cli.images import CalibrationImages, ImageReader
 from t5lib.cli.screen import console, counted, facts, note, notes, say, table
-from t5lib.config import to_dict
 from t5lib.conversion import convert
-from t5lib.errors import T5Error
-from t5lib.files import write_json
-from t5lib.layers.indices import format_layers
-from t5lib.layers.settings import SOFTMAX, T5Config
-from t5lib.planning import Plan, PlanConfig, Timing, plan
-from t5lib.progress import progress
-from t5lib.selection import Outcome, hybrid, layer_text, measure, scan, select
+from t5lib.layers.config import SOFTMAX, TTTConfig
+from t5lib.layers.layer_map import format_layers
+from t5lib.planning.cost_model import Plan, PlanConfig, Timing, plan
+from t5lib.planning.layer_search import Outcome, hybrid, layer_text, measure, scan, select
+from t5lib.training.calibration import CalibrateConfig
+from t5lib.utils.config import to_dict
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import write_json
+from t5lib.utils.progress import progress
 
 MOST_SCANNED = 256
 BUSY = 0.15  # typical passes that take so much longer than the fastest ones: something else is at work
@@ -69,7 +69,7 @@ def run(request: Request) -> None:
     """Measure and print; given images, choose the layers, and given `out`, save the hybrid there."""
     place = models.choose_device(request.device)
     for kind in request.kinds:
-        T5Config().named(kind)
+        TTTConfig().named(kind)
     recipe = CalibrateConfig(seed=request.seed, checkpoint_every=CHECKPOINT_EVERY, **request.calibrate)
     at_resolution(models.outline(request.source), request.resolution)  # refuses before weights are fetched
     softmax = _load(request, place)
@@ -150,7 +150,7 @@ def _choose(request: Request, found: Plan, softmax: nn.Module, recipe: Calibrate
     batches = CalibrationImages(fitted, reader.read, recipe.batch_size, request.seed)
     calibrated = {}
     for kind in found.kinds:
-        calibrated[kind] = convert(softmax, dataclasses.replace(T5Config().named(kind), seed=request.seed))
+        calibrated[kind] = convert(softmax, dataclasses.replace(TTTConfig().named(kind), seed=request.seed))
         folder = partial / _fingerprint(request, recipe, kind, softmax) if partial else None
         note(f"calibrating {kind}")
         t5lib.calibrate(calibrated[kind], teacher=softmax, batches=batches, config=recipe, resume_dir=folder)

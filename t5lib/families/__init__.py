@@ -3,15 +3,15 @@
 What an adapter offers (timm_vit, sd3, dit):
 
     check_convertible(model)             T5Error that names what cannot be converted
-    attention_names(model)               names of all attentions; position i is layer i of T5Config.layers
-    layer_sets(model)                    what the names in T5Config.layers mean here: {"all": (0, 1, …), "paper": …}
+    attention_names(model)               names of all attentions; position i is layer i of TTTConfig.layers
+    layer_sets(model)                    what the names in TTTConfig.layers mean here: {"all": (0, 1, …), "paper": …}
     fixed_grid(model)                    the grid of a model that takes images of one size, None of one that takes any
     make_grid(model)                     a TokenGrid that follows the size of every input
     follow_inputs(model, grid)           let `grid` be that of every input; a handle that ends it
     remove_grid(model)                   undo make_grid
     new_layer(attention, config, grid)   the TTTLayer that takes the place of `attention`
     softmax_attention(layer)             the attention that a TTTLayer stands for, with its present parts
-    reset_left_out(model, name, inherit) fresh weights where T5Config.inherit leaves out the pretrained; their names
+    reset_left_out(model, name, inherit) fresh weights where TTTConfig.inherit leaves out the pretrained; their names
     mark(model, config), unmark(model)   make `model` known as converted, and no longer
     describe(model)                      a name and arguments that tell a model, weights aside, for checkpoints
     build(name, arguments, config)       such a model with fresh weights and, given `config`, converted
@@ -29,7 +29,7 @@ from types import ModuleType
 
 from torch import nn
 
-from t5lib.errors import T5Error
+from t5lib.utils.errors import T5Error
 
 # Looked up by name, so that nothing is imported that the model at hand does not need.
 _CLASSES = {

@@ -11,9 +11,7 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from t5lib.config import from_dict, to_dict
-from t5lib.errors import T5Error
-from t5lib.families.diffusers_attention import (
+from t5lib.families.diffusers_base import (
     LatentGrid,
     check_attention,
     fixed_grid,
@@ -28,7 +26,9 @@ from t5lib.families.diffusers_attention import (
     softmax_attention,
     watch,
 )
-from t5lib.layers.settings import T5Config
+from t5lib.layers.config import TTTConfig
+from t5lib.utils.config import from_dict, to_dict
+from t5lib.utils.errors import T5Error
 
 __all__ = [
     "PACKAGE",
@@ -61,12 +61,12 @@ class T5DiTTransformer2DModel(DiTTransformer2DModel):
     """A DiTTransformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them.
 
     Args:
-        t5_config: of the new layers, as plain values (t5lib.config.to_dict); None for softmax attention.
+        t5_config: of the new layers, as plain values (t5lib.utils.config.to_dict); None for softmax attention.
         downscale_freq_shift: how the frequencies of the timestep embedding are spaced, 10000^(-i / (half - shift)):
             1 as in diffusers, 0 as in DiT's own code. The others are those of diffusers' class.
     """
 
-    t5_config: T5Config | None = None
+    t5_config: TTTConfig | None = None
     _skip_layerwise_casting_patterns = ("pos_embed", "norm", "mixer")  # diffusers' own, and what is new
 
     @register_to_config
@@ -114,7 +114,7 @@ class T5DiTTransformer2DModel(DiTTransformer2DModel):
         if t5_config:
             from t5lib.conversion import convert
 
-            convert(self, from_dict(T5Config, dict(t5_config), "config.json: t5_config"), inplace=True)
+            convert(self, from_dict(TTTConfig, dict(t5_config), "config.json: t5_config"), inplace=True)
 
 
 class SquareLatentGrid(LatentGrid):
@@ -138,12 +138,12 @@ def check_convertible(model: nn.Module) -> None:
 
 
 def attention_names(model: nn.Module) -> list[str]:
-    """Names of all self-attentions, in order; position i is layer i of T5Config.layers."""
+    """Names of all self-attentions, in order; position i is layer i of TTTConfig.layers."""
     return [f"transformer_blocks.{index}.attn1" for index in range(len(model.transformer_blocks))]
 
 
 def layer_sets(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """What T5Config.layers may name: the paper converts all."""
+    """What TTTConfig.layers may name: the paper converts all."""
     everything = tuple(range(len(model.transformer_blocks)))
     return {"all": everything, "paper": everything}
 
@@ -155,7 +155,7 @@ def make_grid(model: nn.Module) -> SquareLatentGrid:
     return grid
 
 
-def mark(model: DiTTransformer2DModel, config: T5Config) -> None:
+def mark(model: DiTTransformer2DModel, config: TTTConfig) -> None:
     """Make `model` a T5DiTTransformer2DModel, in place, whose config.json will tell its layers."""
     mark_as(model, T5DiTTransformer2DModel, config)
 
@@ -175,7 +175,7 @@ def describe(model: DiTTransformer2DModel) -> tuple[str, dict[str, Any]]:
     return "DiTTransformer2DModel", softmax_arguments(model)
 
 
-def build(architecture: str, arguments: dict[str, Any], config: T5Config | None) -> DiTTransformer2DModel:
+def build(architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> DiTTransformer2DModel:
     """The model of `describe`, with fresh weights and, given `config`, converted."""
     if architecture != "DiTTransformer2DModel":
         raise T5Error(f"expected a DiTTransformer2DModel, got '{architecture}'")
@@ -184,7 +184,7 @@ def build(architecture: str, arguments: dict[str, Any], config: T5Config | None)
     return T5DiTTransformer2DModel(**arguments, t5_config=to_dict(config) if config else None)
 
 
-def skeleton(architecture: str, arguments: dict[str, Any], config: T5Config | None) -> DiTTransformer2DModel:
+def skeleton(architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> DiTTransformer2DModel:
     """As `build`, with no weights: parameters are on the meta device, buffers (not all are saved) are made."""
     with init_empty_weights():
         return build(architecture, arguments, config)

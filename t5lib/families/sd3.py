@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5 in diffusers: SD3Transformer2DModel with TTT layers, still an ordinary diffusers model.
 
 Every block has a joint attention `attn` over image and text; the last one drops the text. The first blocks of
-SD3.5-Medium have an attention over the image alone beside it, `attn2`; in the numbering of T5Config.layers these come
+SD3.5-Medium have an attention over the image alone beside it, `attn2`; in the numbering of TTTConfig.layers these come
 after all joint ones.
 
 Source of the layer set "paper": "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772): all
@@ -17,9 +17,7 @@ from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import nn
 
-from t5lib.config import from_dict, to_dict
-from t5lib.errors import T5Error
-from t5lib.families.diffusers_attention import (
+from t5lib.families.diffusers_base import (
     LatentGrid,
     check_attention,
     fixed_grid,
@@ -34,7 +32,9 @@ from t5lib.families.diffusers_attention import (
     softmax_attention,
     watch,
 )
-from t5lib.layers.settings import T5Config
+from t5lib.layers.config import TTTConfig
+from t5lib.utils.config import from_dict, to_dict
+from t5lib.utils.errors import T5Error
 
 __all__ = [
     "MEDIUM",
@@ -80,11 +80,11 @@ class T5SD3Transformer2DModel(SD3Transformer2DModel):
     """An SD3Transformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them.
 
     Args:
-        t5_config: of the new layers, as plain values (t5lib.config.to_dict); None for softmax attention. The others
+        t5_config: of the new layers, as plain values (t5lib.utils.config.to_dict); None for softmax attention. The others
             are those of diffusers' class.
     """
 
-    t5_config: T5Config | None = None
+    t5_config: TTTConfig | None = None
     _skip_layerwise_casting_patterns = ("pos_embed", "norm", "mixer")  # diffusers' own, and what is new
 
     @register_to_config
@@ -123,7 +123,7 @@ class T5SD3Transformer2DModel(SD3Transformer2DModel):
         if t5_config:
             from t5lib.conversion import convert
 
-            convert(self, from_dict(T5Config, dict(t5_config), "config.json: t5_config"), inplace=True)
+            convert(self, from_dict(TTTConfig, dict(t5_config), "config.json: t5_config"), inplace=True)
 
 
 def check_convertible(model: nn.Module) -> None:
@@ -147,7 +147,7 @@ def attention_names(model: nn.Module) -> list[str]:
 
 
 def layer_sets(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """What T5Config.layers may name."""
+    """What TTTConfig.layers may name."""
     depth, count = len(model.transformer_blocks), len(attention_names(model))
     return {"all": tuple(range(count)), "paper": tuple(range(max(0, depth - LAST_JOINT), count))}
 
@@ -159,7 +159,7 @@ def make_grid(model: nn.Module) -> LatentGrid:
     return grid
 
 
-def mark(model: SD3Transformer2DModel, config: T5Config) -> None:
+def mark(model: SD3Transformer2DModel, config: TTTConfig) -> None:
     """Make `model` a T5SD3Transformer2DModel, in place, whose config.json will tell its layers."""
     mark_as(model, T5SD3Transformer2DModel, config)
 
@@ -175,7 +175,7 @@ def describe(model: SD3Transformer2DModel) -> tuple[str, dict[str, Any]]:
     return "SD3Transformer2DModel", softmax_arguments(model)
 
 
-def build(architecture: str, arguments: dict[str, Any], config: T5Config | None) -> SD3Transformer2DModel:
+def build(architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> SD3Transformer2DModel:
     """The model of `describe`, with fresh weights and, given `config`, converted."""
     if architecture != "SD3Transformer2DModel":
         raise T5Error(f"expected an SD3Transformer2DModel, got '{architecture}'")
@@ -184,7 +184,7 @@ def build(architecture: str, arguments: dict[str, Any], config: T5Config | None)
     return T5SD3Transformer2DModel(**arguments, t5_config=to_dict(config))
 
 
-def skeleton(architecture: str, arguments: dict[str, Any], config: T5Config | None) -> SD3Transformer2DModel:
+def skeleton(architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> SD3Transformer2DModel:
     """As `build`, with no weights: parameters are on the meta device, buffers (not all are saved) are made."""
     with init_empty_weights():
         return build(architecture, arguments, config)

@@ -9,11 +9,11 @@ from timm.models.vision_transformer import VisionTransformer, init_weights_vit_t
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from t5lib.errors import T5Error
 from t5lib.layers.attention import TTTAttention
 from t5lib.layers.attention import project as project_qkv
+from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
-from t5lib.layers.settings import T5Config
+from t5lib.utils.errors import T5Error
 
 PACKAGE = "timm"
 
@@ -42,12 +42,12 @@ def check_convertible(model: nn.Module) -> None:
 
 
 def attention_names(model: nn.Module) -> list[str]:
-    """Names of all self-attentions, in order; position i is layer i of T5Config.layers."""
+    """Names of all self-attentions, in order; position i is layer i of TTTConfig.layers."""
     return [f"blocks.{index}.attn" for index in range(len(model.blocks))]
 
 
 def layer_sets(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """What T5Config.layers may name: the paper converts all."""
+    """What TTTConfig.layers may name: the paper converts all."""
     everything = tuple(range(len(model.blocks)))
     return {"all": everything, "paper": everything}
 
@@ -80,7 +80,7 @@ def remove_grid(model: nn.Module) -> None:
         del hooks[key]
 
 
-def new_layer(attention: Attention, config: T5Config, grid: TokenGrid) -> TTTAttention:
+def new_layer(attention: Attention, config: TTTConfig, grid: TokenGrid) -> TTTAttention:
     """The TTT layer that takes the place of `attention`."""
     return TTTAttention(attention, config, grid)
 
@@ -123,7 +123,7 @@ def reset_left_out(model: nn.Module, name: str, inherit: str) -> list[str]:
     return names
 
 
-def mark(model: nn.Module, config: T5Config) -> None:
+def mark(model: nn.Module, config: TTTConfig) -> None:
     model.t5_config = config
 
 
@@ -195,7 +195,9 @@ def describe(model: VisionTransformer) -> tuple[str, dict[str, Any]]:
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if not architecture:
         raise T5Error(f"this {type(model).__name__} was not made by timm.create_model; make it so, then save it")
-    architecture = architecture.removeprefix("t5_").removesuffix("+")  # t5lib.timm_plugin's names: X converted
+    architecture = architecture.removeprefix("t5_").removesuffix(
+        "+"
+    )  # t5lib.weights.timm_registry's names: X converted
     given = getattr(model, "_model_args", {})  # what timm.create_model was told (timm 1.0.31 and later keep it)
     present = {
         "img_size": list(model.patch_embed.img_size),
@@ -214,7 +216,7 @@ def describe(model: VisionTransformer) -> tuple[str, dict[str, Any]]:
     return architecture, given | present
 
 
-def build(architecture: str, arguments: dict[str, Any], config: T5Config | None) -> nn.Module:
+def build(architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> nn.Module:
     """The model of `describe`, with fresh weights and, given `config`, converted."""
     from t5lib.conversion import convert
 
@@ -224,7 +226,7 @@ def build(architecture: str, arguments: dict[str, Any], config: T5Config | None)
     return convert(model, config, inplace=True) if config else model
 
 
-def skeleton(architecture: str, arguments: dict[str, Any], config: T5Config | None) -> nn.Module:
+def skeleton(architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> nn.Module:
     """As `build`, with no weights: all on the meta device."""
     with torch.device("meta"):
         return build(architecture, arguments, config)

@@ -5,10 +5,10 @@ Shapes: B images, N tokens, C channels, H heads, D head width.
 
 from torch import Tensor, nn
 
-from t5lib.errors import T5Error
+from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.mixers import make_mixer
-from t5lib.layers.settings import T5Config
+from t5lib.utils.errors import T5Error
 
 
 class TTTLayer(nn.Module):
@@ -31,7 +31,7 @@ class TTTLayer(nn.Module):
         """The layout of q, k and v made of `tokens`: image tokens (B, N, C), and text tokens (B, T, C) if any."""
         return self.grid.with_suffix(tokens[1].shape[1]) if len(tokens) > 1 else self.grid
 
-    def add_mixer(self, config: T5Config, like: nn.Linear) -> None:
+    def add_mixer(self, config: TTTConfig, like: nn.Linear) -> None:
         """Make the mixer, in the precision and the place of `like`, the projection of queries.
 
         Raises:
@@ -60,7 +60,7 @@ class TTTAttention(TTTLayer):
 
     inherited = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
 
-    def __init__(self, attention: nn.Module, config: T5Config, grid: TokenGrid):
+    def __init__(self, attention: nn.Module, config: TTTConfig, grid: TokenGrid):
         super().__init__()
         self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
         self.grid = grid

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from t5lib.errors import T5Error
+from t5lib.utils.errors import T5Error
 
 
 class TokenGrid:

@@ -1,6 +1,6 @@
 """Token mixers: what stands between the pretrained q, k, v projections and the output projection of a new layer.
 
-A mixer holds every parameter that conversion adds. Its steps, each as T5Config says: rescale q and k, key norm,
+A mixer holds every parameter that conversion adds. Its steps, each as TTTConfig says: rescale q and k, key norm,
 convolution, mixing (a TTT inner model or a rival), convolved values, neighborhood attention.
 
 Shapes: B images, H heads, N image tokens, T text tokens, D head width. Several layers can be run as one mixer of
@@ -12,9 +12,9 @@ import torch
 from t5kernels import INNER_WEIGHTS, RmsNorms, key_norm, neighborhood_attention, ttt_layer
 from torch import Tensor, nn
 
-from t5lib.errors import T5Error
+from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
-from t5lib.layers.settings import T5Config
+from t5lib.utils.errors import T5Error
 
 Tokens = tuple[Tensor, Tensor, Tensor]
 
@@ -28,7 +28,7 @@ class Mixer(nn.Module):
         layers: how many layers' heads are counted together.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, config: T5Config, layers: int = 1):
+    def __init__(self, num_heads: int, head_dim: int, config: TTTConfig, layers: int = 1):
         super().__init__()
         self.num_heads, self.head_dim, self.config, self.layers = num_heads * layers, head_dim, config, layers
         channels = self.num_heads * head_dim
@@ -142,7 +142,7 @@ class Mixer(nn.Module):
 class TTTMixer(Mixer):
     """A TTT inner model, fitted to keys and values by one gradient step and applied to the queries."""
 
-    def __init__(self, num_heads: int, head_dim: int, config: T5Config, layers: int = 1):
+    def __init__(self, num_heads: int, head_dim: int, config: TTTConfig, layers: int = 1):
         super().__init__(num_heads, head_dim, config, layers)
         self.weight_names = [f"w{i + 1}" for i in range(INNER_WEIGHTS[config.inner])]
         for name in self.weight_names:
@@ -170,16 +170,16 @@ class TTTMixer(Mixer):
         return ttt_layer(image, weights, self.settings, grid=grid, text=text, norms=norms, **convs)
 
 
-def make_mixer(num_heads: int, head_dim: int, config: T5Config, layers: int = 1) -> Mixer:
+def make_mixer(num_heads: int, head_dim: int, config: TTTConfig, layers: int = 1) -> Mixer:
     """The mixer that `config.inner` names, with new weights."""
     if config.inner in INNER_WEIGHTS:
         return TTTMixer(num_heads, head_dim, config, layers)
-    from t5lib.layers.rivals import RIVAL_MIXERS
+    from t5lib.layers.baselines import BASELINE_MIXERS
 
-    return RIVAL_MIXERS[config.inner](num_heads, head_dim, config, layers)
+    return BASELINE_MIXERS[config.inner](num_heads, head_dim, config, layers)
 
 
-def check_window(config: T5Config, grid: TokenGrid) -> None:
+def check_window(config: TTTConfig, grid: TokenGrid) -> None:
     """Raises T5Error when the neighborhood of `config` is larger than `grid`."""
     if config.window and min(grid.rows, grid.columns) < config.window:
         raise T5Error(

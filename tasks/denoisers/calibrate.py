@@ -1,11 +1,11 @@
 """Stage `calibrate` of denoisers: attention transfer over noise levels drawn as in training."""
 
 import t5lib
-from t5lib.calibration import CalibrateConfig
+from t5lib.training.calibration import CalibrateConfig
 from tasks.calibrate import write
 from tasks.denoisers.data import LatentsConfig
-from tasks.denoisers.latents import load, objective, stream
-from tasks.stage import Stage
+from tasks.runtime.stage import Stage
+from tasks.targets.denoiser import load, objective, stream
 
 SECTIONS = {"calibrate": CalibrateConfig, "data": LatentsConfig}
 

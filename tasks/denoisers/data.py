@@ -14,7 +14,7 @@ class LatentsConfig:
         workers: processes that read ahead; 0 reads when needed.
         eval_batch_size: images at once where nothing is learned.
         objective: changes to what the pipeline's scheduler stands for, such as {weighting: mode}
-            (t5lib.diffusion.objectives).
+            (t5lib.training.objectives).
     """
 
     drop: float = 0.1

@@ -2,9 +2,9 @@
 
 import t5lib
 from tasks.denoisers.data import LatentsConfig
-from tasks.denoisers.latents import load, objective, some
 from tasks.diagnose import DiagnoseConfig, write
-from tasks.stage import Stage
+from tasks.runtime.stage import Stage
+from tasks.targets.denoiser import load, objective, some
 
 SECTIONS = {"diagnose": DiagnoseConfig, "data": LatentsConfig}
 

@@ -3,18 +3,18 @@
 import os
 from typing import Any
 
-from t5lib import plots
-from t5lib.diffusion.grids import sample_grid
+from t5lib.report import plots
+from t5lib.report.sample_grid import sample_grid
 from tasks.denoisers.data import LatentsConfig
-from tasks.denoisers.judge import EvaluateConfig, Judge
 from tasks.evaluate import MODELS
-from tasks.stage import Stage
+from tasks.runtime.stage import Stage
+from tasks.targets.sample_evaluator import EvaluateConfig, Judge
 
 SECTIONS = {"evaluate": EvaluateConfig, "data": LatentsConfig}
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Write every image and a picture of some; returns each model's scores (t5lib.diffusion.scores.METRICS)."""
+    """Write every image and a picture of some; returns each model's scores (t5lib.evaluation.scores.METRICS)."""
     config, data = stage.params(EvaluateConfig), stage.params(LatentsConfig, "data")
     made = {"fetched": stage.input("fetch"), "shards": stage.input("shards"), "source": stage.input("source")}
     folders = {name: stage.input(made_by) for name, made_by in MODELS.items()}

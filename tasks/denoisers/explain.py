@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from t5lib import explanation_plots, files, plots
-from t5lib.diffusion.explanation import explain_denoiser
-from t5lib.errors import T5Error
+from t5lib.analysis.denoiser_explanation import explain_denoiser
+from t5lib.report import explanation_plots, plots
+from t5lib.utils import files
+from t5lib.utils.errors import T5Error
 from tasks.denoisers.data import LatentsConfig
-from tasks.denoisers.latents import load, objective, some
-from tasks.stage import Stage
+from tasks.runtime.stage import Stage
+from tasks.targets.denoiser import load, objective, some
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,16 @@
-"""Stage `fetch` of denoisers: the diffusers pipeline, and the networks that generated images are compared with."""
+"""Stage `fetch` of denoisers: the diffusers diffusers_folder, and the networks that generated images are compared with."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tasks.fetch
-from t5lib.errors import T5Error
-from t5lib.files import write_json
-from tasks.denoisers import pipeline
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import write_json
 from tasks.downloads import kept
 from tasks.fetch import fetched_model
-from tasks.stage import Stage
+from tasks.runtime.stage import Stage
+from tasks.targets import diffusers_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +18,10 @@ class FetchConfig:
     """Where the pipeline comes from, and what its images are scored with.
 
     Attributes:
-        source: a folder as diffusers saves it, file:FOLDER or hf:OWNER/REPO@COMMIT (t5lib.sources).
+        source: a folder as diffusers saves it, file:FOLDER or hf:OWNER/REPO@COMMIT (t5lib.download).
         features: a DINOv2 of timm's, as classifiers are fetched: for FD-DINOv2, retrieval, and distances to the source.
-        inception: torch-fidelity's weights, as a source of t5lib.sources: then FID, KID and IS are the standard ones.
-        clip: transformers' CLIP, as a source of t5lib.sources, for the CLIP score.
+        inception: torch-fidelity's weights, as a source of t5lib.download: then FID, KID and IS are the standard ones.
+        clip: transformers' CLIP, as a source of t5lib.download, for the CLIP score.
     """
 
     format: Literal["pipeline"]
@@ -39,12 +39,13 @@ def run(stage: Stage) -> dict[str, Any]:
     import t5lib
 
     config, models = stage.params(FetchConfig), stage.root / "data/models"
-    found = pipeline.note(kept(_pipeline_source(config.source), models), config.source, stage.out, stage.root)
+    found = diffusers_folder.note(kept(_pipeline_source(config.source), models), config.source, stage.out, stage.root)
     features, origin = fetched_model(config.features, stage.resume_dir() / "features")
     t5lib.save(features, stage.out / "features")
     scorers = {"inception": config.inception, "clip": config.clip}
     write_json(
-        stage.out / pipeline.SCORERS, {name: source and _kept_file(source, models) for name, source in scorers.items()}
+        stage.out / diffusers_folder.SCORERS,
+        {name: source and _kept_file(source, models) for name, source in scorers.items()},
     )
     size = sum(file["bytes"] for file in found["files"].values())
     return {"source": config.source, "files": len(found["files"]), "bytes": size, "features": origin}
@@ -56,7 +57,7 @@ def _pipeline_source(source: str) -> str:
         raise T5Error(
             f"fetch.source is '{source}', a data set; expected a pipeline: file:FOLDER or hf:OWNER/REPO@COMMIT"
         )
-    return f"{source}#{pipeline.HUB_FILES}" if source.startswith("hf:") and "#" not in source else source
+    return f"{source}#{diffusers_folder.HUB_FILES}" if source.startswith("hf:") and "#" not in source else source
 
 
 def _kept_file(source: str, models: Path) -> str:

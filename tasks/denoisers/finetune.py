@@ -1,13 +1,13 @@
 """Stage `finetune` of denoisers: all weights of the calibrated model, trained a little."""
 
 import t5lib
-from t5lib.diffusion.training import DiffusionTrainConfig
+from t5lib.training.denoiser import DenoiserTrainConfig
 from tasks.denoisers.data import LatentsConfig
-from tasks.denoisers.latents import load
 from tasks.denoisers.training import fit, loss_of, outcome
-from tasks.stage import Stage
+from tasks.runtime.stage import Stage
+from tasks.targets.denoiser import load
 
-SECTIONS = {"finetune": DiffusionTrainConfig, "data": LatentsConfig}
+SECTIONS = {"finetune": DenoiserTrainConfig, "data": LatentsConfig}
 
 
 def run(stage: Stage) -> dict[str, float]:
@@ -17,7 +17,7 @@ def run(stage: Stage) -> dict[str, float]:
 
 def finetune(stage: Stage, start: str) -> dict[str, float]:
     """Train the model of stage `start` by the section `finetune`."""
-    config, data = stage.params(DiffusionTrainConfig, "finetune"), stage.params(LatentsConfig, "data")
+    config, data = stage.params(DenoiserTrainConfig, "finetune"), stage.params(LatentsConfig, "data")
     source, shards = stage.input("source"), stage.input("shards")
     model = load(stage.input(start))
     teacher = load(source) if config.align and config.teacher == "source" else None

@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass, field
 
 import t5lib
-from t5lib.diffusion.training import DiffusionTrainConfig
-from t5lib.errors import T5Error
+from t5lib.training.denoiser import DenoiserTrainConfig
+from t5lib.utils.errors import T5Error
 from tasks.denoisers.data import LatentsConfig
-from tasks.denoisers.latents import load
 from tasks.denoisers.training import fit, loss_of, outcome
-from tasks.stage import Stage
+from tasks.runtime.stage import Stage
+from tasks.targets.denoiser import load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class FreezeConfig:
     """`ceiling`: times the source's held-out loss above which the flow stops here; `train`: the recipe."""
 
     ceiling: float
-    train: DiffusionTrainConfig = field(default_factory=lambda: DiffusionTrainConfig(trainable="new"))
+    train: DenoiserTrainConfig = field(default_factory=lambda: DenoiserTrainConfig(trainable="new"))
 
     def __post_init__(self):
         if self.train.trainable != "new":

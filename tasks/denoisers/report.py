@@ -4,7 +4,7 @@ from typing import Any
 
 from tasks.denoisers.data import LatentsConfig
 from tasks.report import gather, write
-from tasks.stage import Stage
+from tasks.runtime.stage import Stage
 
 SECTIONS = {"data": LatentsConfig}
 

@@ -4,17 +4,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from t5lib.diffusion.captions import open_captioned
-from t5lib.diffusion.encoders import ImageEncoder, TextEncoder, encoding_pipeline
-from t5lib.diffusion.encoding import EncodingConfig, encode
-from t5lib.diffusion.stored import MANIFEST
-from t5lib.files import read_json
-from t5lib.shards import ShardSet
-from tasks.common import device
-from tasks.denoisers import pipeline
+from t5lib.data.captions import open_captioned
+from t5lib.data.encoders import ImageEncoder, TextEncoder, encoding_pipeline
+from t5lib.data.encoding import EncodingConfig, encode
+from t5lib.data.shards import ShardSet
+from t5lib.data.stored import MANIFEST
+from t5lib.utils.files import read_json
 from tasks.denoisers.data import LatentsConfig
+from tasks.runtime.stage import Stage
 from tasks.shards import open_labelled, refuse_overlap
-from tasks.stage import Stage
+from tasks.targets import diffusers_folder
+from tasks.targets.classifier import device
 
 SPLITS = ("train", "val")
 
@@ -43,9 +43,9 @@ SECTIONS = {"shards": ShardsConfig, "data": LatentsConfig}
 
 
 def run(stage: Stage) -> dict[str, int]:
-    """Write train/ and val/ (t5lib.diffusion.encoding), and images-*.json, the manifests of what was encoded."""
+    """Write train/ and val/ (t5lib.data.encoding), and images-*.json, the manifests of what was encoded."""
     config = stage.params(ShardsConfig)
-    folder = pipeline.folder_of(stage.input("fetch"), stage.root)
+    folder = diffusers_folder.folder_of(stage.input("fetch"), stage.root)
     sets = {split: _open(getattr(config, split), split, stage, folder) for split in SPLITS}
     refuse_overlap(sets["train"], sets["val"])
     images, text = _encoders(folder, config)
@@ -61,17 +61,20 @@ def run(stage: Stage) -> dict[str, int]:
 
 
 def _open(source: str, split: str, stage: Stage, folder: Path) -> ShardSet:
-    if not pipeline.takes_text(folder):
-        return open_labelled(source, split, pipeline.classes(folder), stage)
+    if not diffusers_folder.takes_text(folder):
+        return open_labelled(source, split, diffusers_folder.classes(folder), stage)
     notes = stage.root / "data/scratch/counted-shards.jsonl"
     return open_captioned(source, name=f"{stage.target} {split}", root=stage.root, notes=notes)
 
 
 def _encoders(folder: Path, config: ShardsConfig) -> tuple[ImageEncoder, TextEncoder | None]:
     options = {"dtype": config.dtype, "device": str(device())}
-    image_options = options | {"channels": pipeline.image_channels(folder), "patch": pipeline.patch(folder)}
-    if not pipeline.takes_text(folder):
-        return ImageEncoder(pipeline.image_vae(folder), **image_options), None
+    image_options = options | {
+        "channels": diffusers_folder.image_channels(folder),
+        "patch": diffusers_folder.patch(folder),
+    }
+    if not diffusers_folder.takes_text(folder):
+        return ImageEncoder(diffusers_folder.image_vae(folder), **image_options), None
     parts = encoding_pipeline(folder, config.dtype)
     text = TextEncoder(parts, max_sequence_length=config.max_sequence_length, **options)
     return ImageEncoder(parts.vae, **image_options), text

@@ -4,12 +4,12 @@ import shutil
 from dataclasses import dataclass
 
 import t5lib
-from tasks.common import device
-from tasks.denoisers import pipeline
 from tasks.denoisers.data import LatentsConfig
-from tasks.denoisers.latents import SCHEDULER
 from tasks.denoisers.training import loss_of
-from tasks.stage import Stage
+from tasks.runtime.stage import Stage
+from tasks.targets import diffusers_folder
+from tasks.targets.classifier import device
+from tasks.targets.denoiser import SCHEDULER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ def run(stage: Stage) -> dict[str, float]:
     stage.params(SourceConfig)
     data = stage.params(LatentsConfig, "data")
     fetched, shards = stage.input("fetch"), stage.input("shards")
-    model = pipeline.transformer(fetched, stage.root)
+    model = diffusers_folder.transformer(fetched, stage.root)
     t5lib.save(model, stage.out)
-    shutil.copytree(pipeline.folder_of(fetched, stage.root) / "scheduler", stage.out / SCHEDULER)
+    shutil.copytree(diffusers_folder.folder_of(fetched, stage.root) / "scheduler", stage.out / SCHEDULER)
     loss = loss_of(model.to(device()), data, shards, stage.out)
     return {"loss": loss, "parameters": sum(parameter.numel() for parameter in model.parameters())}

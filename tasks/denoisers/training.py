@@ -4,18 +4,18 @@ from pathlib import Path
 
 from torch import nn
 
-from t5lib.diffusion.training import DiffusionTrainConfig, train_diffusion, validation_loss
-from t5lib.training_loop import TrainReport
-from tasks.common import precision
+from t5lib.training.denoiser import DenoiserTrainConfig, train_diffusion, validation_loss
+from t5lib.training.trainer import TrainReport
 from tasks.denoisers.data import LatentsConfig
-from tasks.denoisers.latents import latents, objective, stream
-from tasks.stage import Stage
+from tasks.runtime.stage import Stage
+from tasks.targets.classifier import precision
+from tasks.targets.denoiser import latents, objective, stream
 
 
 def fit(
     stage: Stage,
     model: nn.Module,
-    config: DiffusionTrainConfig,
+    config: DenoiserTrainConfig,
     data: LatentsConfig,
     shards: Path,
     source: Path,

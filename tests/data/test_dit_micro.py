@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from t5lib.diffusion.generation import GenerateConfig, sample
+from t5lib.evaluation.generation import GenerateConfig, sample
 
 DATA = Path(__file__).parents[2] / "data"
 

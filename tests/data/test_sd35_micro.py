@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from t5lib.batches import seeded
-from t5lib.shards import ShardSet
+from t5lib.data.batches import seeded
+from t5lib.data.shards import ShardSet
 
 FOLDER = Path(__file__).parents[2] / "data/sd35-micro"
 
@@ -83,12 +83,12 @@ def test_committed_pictures_show_their_background(micro):
 
 def test_real_pictures_show_what_they_say():
     """The ceiling of the score that generated ones get."""
-    from t5lib.diffusion import subjects
-    from tasks.denoisers import real
+    from t5lib.evaluation import cutout_retrieval
+    from tasks.targets import real_images
 
-    val = real.read(FOLDER / "val.json", (64, 64), channels=3, most=100)
-    cutouts = subjects.cutouts_of(real.cutouts(FOLDER / "sprites.json"))
-    found = subjects.retrieval(real.stacked(val), [image.name for image in val], cutouts)
+    val = real_images.read(FOLDER / "val.json", (64, 64), channels=3, most=100)
+    cutouts = cutout_retrieval.cutouts_of(real_images.cutouts(FOLDER / "sprites.json"))
+    found = cutout_retrieval.retrieval(real_images.stacked(val), [image.name for image in val], cutouts)
     assert found["retrieval_r1"] > 0.9 and found["retrieval_names"] == 358
 
 

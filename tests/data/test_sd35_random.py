@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import t5lib
-from t5lib.errors import T5Error
-from t5lib.files import sha256
-from t5lib.layers.settings import T5Config
+from t5lib.layers.config import TTTConfig
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import sha256
 
 FOLDER = Path(__file__).parents[2] / "data/sd35-random"
 
@@ -30,7 +30,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_a_tiny_one_runs_converted_from_its_folder_whatever_encoders_it_has(make, encoders, tmp_path):
     make.write(tmp_path / "a", text_encoders=encoders, size="tiny")
     pipe = t5lib.convert_pipeline(
-        t5lib.load_pipeline(tmp_path / "a", torch_dtype=torch.bfloat16), T5Config(layers="paper")
+        t5lib.load_pipeline(tmp_path / "a", torch_dtype=torch.bfloat16), TTTConfig(layers="paper")
     )
     pipe.set_progress_bar_config(disable=True)
     present = [name for name in ("text_encoder", "text_encoder_2", "text_encoder_3") if getattr(pipe, name)]

@@ -11,11 +11,11 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows import ablate as module
 from flows.ablate import ablate
-from t5lib.errors import T5Error
+from t5lib.utils.errors import T5Error
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("prefect")]
 
-# What the flow starts: `python -m tasks.ablate`, here one that notes how it was called.
+# What the flow starts: `python -m tasks.studies.ablation`, here one that notes how it was called.
 STAND_IN = """
 import json, sys, time
 from pathlib import Path
@@ -51,7 +51,7 @@ def prefect():
 def root(tmp_path, monkeypatch) -> Path:
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/__init__.py").touch()
-    (tmp_path / "tasks/ablate.py").write_text(STAND_IN)
+    (tmp_path / "tasks/studies/ablation/__main__.py").write_text(STAND_IN)
     (tmp_path / "breaks").write_text("nothing")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -3,7 +3,7 @@
 import pytest
 
 from flows import graph
-from t5lib.errors import T5Error
+from t5lib.utils.errors import T5Error
 
 DOT = """strict digraph {
 "report@a";

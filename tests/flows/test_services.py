@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from flows import services
-from t5lib.errors import T5Error
+from t5lib.utils.errors import T5Error
 
 DEPLOYMENTS = """
 name: t5

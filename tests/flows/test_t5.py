@@ -10,8 +10,8 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows import t5 as t5_module
 from flows.t5 import StageError, t5
-from t5lib.errors import T5Error
-from tasks import tracking
+from t5lib.utils.errors import T5Error
+from tasks.runtime import tracking
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("prefect")]
 

@@ -11,8 +11,8 @@ from tiny import KINDS, random_images, tiny_vit
 from torch import nn
 
 import t5lib
-from t5lib.errors import T5Error
-from t5lib.layers.settings import T5Config
+from t5lib.layers.config import TTTConfig
+from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,7 +42,7 @@ def test_save_and_load_are_bit_equal(kind, converted, images, tmp_path):
 
 
 def test_config_and_account_come_back(tmp_path):
-    config = T5Config(inner="two_layer", inner_loss="residual", key_norm="layer", locality="none", layers=(1,), seed=3)
+    config = TTTConfig(inner="two_layer", inner_loss="residual", key_norm="layer", locality="none", layers=(1,), seed=3)
     model = t5lib.convert(tiny_vit(), config)
     t5lib.save(model, tmp_path)
     loaded = t5lib.load(tmp_path)

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import CheckpointError
 
 import t5lib
 from t5lib.conversion import new_parameters, ttt_layers
-from t5lib.errors import T5Error
 from t5lib.layers.attention import TTTAttention
+from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
-from t5lib.layers.settings import T5Config
+from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -106,7 +106,7 @@ def test_gated_attention_is_converted_with_its_gate(images):
 
 @pytest.mark.parametrize("layers", [(0,), (1,), (1, 0)], ids=str)
 def test_a_subset_of_layers(layers, images):
-    converted = t5lib.convert(tiny_vit(), T5Config(layers=layers))
+    converted = t5lib.convert(tiny_vit(), TTTConfig(layers=layers))
     names = [f"blocks.{i}.attn" for i in sorted(layers)]
     assert list(ttt_layers(converted)) == names == list(converted.t5_report.layers)
     assert type(converted.blocks[1 - layers[0]].attn) is (TTTAttention if len(layers) == 2 else Attention)
@@ -117,7 +117,7 @@ def test_a_subset_of_layers(layers, images):
 @pytest.mark.parametrize("layers", [(), (2,), (-1,), (0, 0)], ids=str)
 def test_layers_that_do_not_exist_are_refused(layers):
     with pytest.raises(T5Error, match="expected different indices from 0 to 1, at least one"):
-        t5lib.convert(tiny_vit(), T5Config(layers=layers))
+        t5lib.convert(tiny_vit(), TTTConfig(layers=layers))
 
 
 @pytest.mark.parametrize("kind", ["augreg", "dinov2_registers", "siglip", "deit_distilled"])
@@ -164,7 +164,7 @@ def test_new_weights_follow_from_the_seed_alone():
     one, two = t5lib.convert(tiny_vit()), t5lib.convert(tiny_vit())
     assert bits(one) == bits(two)
     assert torch.equal(torch.get_rng_state(), state)
-    other = t5lib.convert(tiny_vit(), T5Config(seed=1))
+    other = t5lib.convert(tiny_vit(), TTTConfig(seed=1))
     assert all(not torch.equal(p, new_parameters(other)[n]) for n, p in new_parameters(one).items())
     heads = one.blocks[0].attn.mixer.w1
     assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads, one.blocks[1].attn.mixer.w1)
@@ -257,7 +257,7 @@ def test_a_subclass_of_attention_is_refused_by_name():
 
 
 def test_converting_twice_or_reverting_a_softmax_model_is_refused():
-    converted = t5lib.convert(tiny_vit(), T5Config(layers=(1,)))
+    converted = t5lib.convert(tiny_vit(), TTTConfig(layers=(1,)))
     with pytest.raises(T5Error, match=r"blocks\.1\.attn is converted already; call t5lib\.revert first"):
         t5lib.convert(converted)
     with pytest.raises(T5Error, match="holds no TTT layer; nothing to revert"):

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 import t5lib
 from t5lib.conversion import ttt_layers
-from t5lib.errors import T5Error
-from t5lib.layers.settings import T5Config
+from t5lib.layers.config import TTTConfig
 from t5lib.pipelines import Figures, License, model_card, push_to_hub
+from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CONFIG = T5Config(locality="dwc_qk+nat3")
+CONFIG = TTTConfig(locality="dwc_qk+nat3")
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
@@ -77,7 +77,7 @@ def image(pipe: DiffusionPipeline, **changes) -> Tensor:
     return torch.from_numpy(pipe(**common | wanted | changes).images)
 
 
-def converted(pipe: DiffusionPipeline | None = None, config: T5Config | None = CONFIG) -> DiffusionPipeline:
+def converted(pipe: DiffusionPipeline | None = None, config: TTTConfig | None = CONFIG) -> DiffusionPipeline:
     return t5lib.convert_pipeline(pipe or sd3_pipeline(), config, inplace=True)
 
 
@@ -302,7 +302,7 @@ def test_a_compiled_transformer_gives_the_same_image():
 FIGURES = Figures(
     rows=({"model": "softmax", "FID": 10.25}, {"model": "converted", "FID": 11.5}),
     setting="5,000 captions, 2 seeds, one H100.",
-    command="python -m tasks.compare x\npython -m tasks.compare y",
+    command="python -m tasks.studies.seeds x\npython -m tasks.studies.seeds y",
 )
 
 
@@ -326,7 +326,7 @@ class Hub:
 
 def test_publishing_sends_the_whole_pipeline_with_a_card_of_measured_figures(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    new = converted(config=T5Config(layers="paper", locality="dwc_qk+nat3"))
+    new = converted(config=TTTConfig(layers="paper", locality="dwc_qk+nat3"))
     address = push_to_hub(new, "me/sd35-t5", FIGURES, base_model="maker/sd35", license="other", token="secret")
     assert address == "https://hub/me/sd35-t5/commit/1" and Hub.asked["token"] == "secret"
     assert Hub.asked["made"] == ("me/sd35-t5", {"private": True, "exist_ok": True})
@@ -338,7 +338,7 @@ def test_publishing_sends_the_whole_pipeline_with_a_card_of_measured_figures(mon
 
 
 def test_a_card_tells_what_was_converted_what_was_measured_and_how_to_use_it():
-    new = converted(config=T5Config(layers={"3-4": "swiglu"}, locality="dwc_qk+nat3"))
+    new = converted(config=TTTConfig(layers={"3-4": "swiglu"}, locality="dwc_qk+nat3"))
     card = model_card(new, "me/sd35-t5", FIGURES, base_model="maker/sd35", license="other")
     _, header, body = card.split("---\n", 2)
     told = yaml.safe_load(header)
@@ -352,7 +352,7 @@ def test_a_card_tells_what_was_converted_what_was_measured_and_how_to_use_it():
         'pipe = t5lib.load_pipeline("me/sd35-t5")',
         "| model | FID |\n| --- | --- |\n| softmax | 10.25 |\n| converted | 11.5 |\n",
         "5,000 captions, 2 seeds, one H100.",
-        "    python -m tasks.compare x\n    python -m tasks.compare y\n",
+        "    python -m tasks.studies.seeds x\n    python -m tasks.studies.seeds y\n",
     ):
         assert expected in body
     plain = model_card(converted(config=None), "me/x", FIGURES, base_model=None, license=None)

@@ -18,11 +18,11 @@ from tiny_pipelines import SIDE, tiny_dit_pipeline, tiny_sd3_pipeline
 
 import t5lib
 from t5lib.conversion import new_parameters
-from t5lib.diffusion.score_table import score_table
-from t5lib.errors import T5Error
-from t5lib.files import read_json
+from t5lib.report.score_table import score_table
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json
 from tasks.evaluate import MODELS
-from tasks.stage import read_history, run_stage
+from tasks.runtime.stage import read_history, run_stage
 
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 TRAINED = {"steps": 3, "batch_size": 4, "lr": 1e-4, "lr_new": 1e-3, "checkpoint_every": 1}
@@ -188,16 +188,16 @@ def test_nothing_is_left_in_scratch(built, root):
 
 
 def test_an_evaluation_that_broke_keeps_its_images(built, root, kind, monkeypatch):
-    from t5lib.diffusion import scores
+    from t5lib.evaluation import scores
 
     before = {path.name: path.read_bytes() for path in (root / "data/out/tiny/evaluate/images/control").iterdir()}
     monkeypatch.setattr(scores, "fidelity", None)
     with pytest.raises(TypeError):
         stage(root, kind, "evaluate")
     monkeypatch.undo()
-    from tasks.denoisers import judge
+    from tasks.targets import sample_evaluator
 
-    monkeypatch.setattr(judge, "generate", lambda *_, **__: 0)  # nothing is left to draw
+    monkeypatch.setattr(sample_evaluator, "generate", lambda *_, **__: 0)  # nothing is left to draw
     stage(root, kind, "evaluate")
     after = {path.name: path.read_bytes() for path in (root / "data/out/tiny/evaluate/images/control").iterdir()}
     assert after == before
@@ -218,14 +218,14 @@ def test_more_images_than_there_are_are_refused_by_the_settings_name(built, root
 
 
 def test_too_few_validation_images_are_told_before_anything_is_drawn(built, root, kind, monkeypatch):
-    from tasks.denoisers import judge
     from tasks.denoisers.data import LatentsConfig
+    from tasks.targets import sample_evaluator
 
-    monkeypatch.setattr(judge.scores, "LEAST", 25)
+    monkeypatch.setattr(sample_evaluator.scores, "LEAST", 25)
     where = {"fetched": "fetch", "shards": "shards", "source": "source"}
     made = {name: root / f"data/out/tiny/{stage}" for name, stage in where.items()}
     with pytest.raises(T5Error, match=r"evaluate: shards\.val holds 24 images; expected at least 25"):
-        judge.Judge(judge.EvaluateConfig(samples=25), LatentsConfig(), **made, root=root)
+        sample_evaluator.Judge(sample_evaluator.EvaluateConfig(samples=25), LatentsConfig(), **made, root=root)
 
 
 def test_a_pipeline_that_changed_after_it_was_fetched_is_told(built, root, kind):
@@ -238,7 +238,7 @@ def test_a_pipeline_that_changed_after_it_was_fetched_is_told(built, root, kind)
 
 
 def test_folders_that_are_no_pipeline_to_convert_are_refused_before_anything_is_read(root, kind, tmp_path):
-    from tasks.denoisers.pipeline import check
+    from tasks.targets.diffusers_folder import check
 
     with pytest.raises(T5Error, match=r"has no model_index\.json"):
         check(tmp_path)
@@ -253,7 +253,7 @@ def test_folders_that_are_no_pipeline_to_convert_are_refused_before_anything_is_
 
 def test_settings_of_denoisers_are_checked():
     from tasks.denoisers.freeze import FreezeConfig
-    from tasks.denoisers.judge import EvaluateConfig
+    from tasks.targets.sample_evaluator import EvaluateConfig
 
     with pytest.raises(T5Error, match="expected at least 16 samples"):
         EvaluateConfig(samples=3)
@@ -262,7 +262,7 @@ def test_settings_of_denoisers_are_checked():
 
 
 def test_curves_of_every_arm_and_seed_are_drawn_once(root, kind, tmp_path, monkeypatch):
-    from tasks import curves
+    from tasks.studies import curves
 
     text = json.dumps(settings(kind)).replace("{root}", str(root))
     told = {"target": "tiny", "settings": json.loads(text), "layers": ["all"], "steps": [0, 2], "seeds": [0, 1]}
@@ -288,7 +288,7 @@ def test_curves_of_every_arm_and_seed_are_drawn_once(root, kind, tmp_path, monke
 
 
 def test_curves_take_all_cards_that_are_seen(monkeypatch):
-    from tasks import curves
+    from tasks.studies import curves
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert curves._cards() == ["2", "5"]
@@ -300,7 +300,7 @@ def test_curves_take_all_cards_that_are_seen(monkeypatch):
 
 
 def test_curves_go_on_from_the_points_that_are_done_and_show_what_there_is(root, kind, tmp_path, monkeypatch):
-    from tasks import curves
+    from tasks.studies import curves
 
     text = json.dumps(settings(kind)).replace("{root}", str(root))
     told = {"target": "tiny", "settings": json.loads(text), "layers": ["all"], "seeds": [0], "jobs": 1}
@@ -336,7 +336,7 @@ def test_curves_go_on_from_the_points_that_are_done_and_show_what_there_is(root,
 
 def test_the_result_is_exported_as_a_pipeline_with_its_figures(built, root, kind, tmp_path):
     from t5lib.pipelines import load_pipeline
-    from tasks.export import export
+    from tasks.studies.export import export
 
     out = tmp_path / "tiny-t5"
     (root / kind / "LICENSE.md").write_text("the terms")
@@ -376,6 +376,6 @@ def test_the_page_shows_samples_scores_speed_and_layers(built, root):
         "Speed and cost",
     ):
         assert part in page, part
-    assert "python -m tasks.export tiny" in page and "real images" in page
+    assert "python -m tasks.studies.export tiny" in page and "real images" in page
     summary = (root / "data/out/tiny/report/summary.md").read_text()
     assert "| Fine-tuned (T5) |" in summary and "one seed." in summary

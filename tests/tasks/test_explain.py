@@ -6,10 +6,10 @@ import torch
 from test_model_stages import write_split
 
 import t5lib
-from t5lib.errors import T5Error
-from t5lib.files import read_json
-from t5lib.layers.settings import T5Config
-from tasks.stage import read_history, run_stage
+from t5lib.layers.config import TTTConfig
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json
+from tasks.runtime.stage import read_history, run_stage
 
 SETTINGS = {
     "data": {"img_size": 32, "num_classes": 3, "mean": [0.5] * 3, "std": [0.25] * 3, "eval_batch_size": 5},
@@ -27,7 +27,7 @@ def root(tmp_path_factory):
     sizes = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 3}
     source = timm.create_model("vit_tiny_patch16_224", **sizes)
     t5lib.save(source, out / "source")
-    t5lib.save(t5lib.convert(source, T5Config(layers=(1,))), out / "finetune")
+    t5lib.save(t5lib.convert(source, TTTConfig(layers=(1,))), out / "finetune")
     write_split(out / "shards", "val", 9, np.random.default_rng(1))
     return root
 

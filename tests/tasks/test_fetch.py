@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 import t5lib
-from t5lib.errors import T5Error
-from t5lib.files import read_json, sha256
-from tasks.stage import run_stage
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json, sha256
+from tasks.runtime.stage import run_stage
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 SMALL = {"img_size": 64, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 7}

@@ -12,9 +12,9 @@ from PIL import Image
 
 import t5lib
 from t5lib.conversion import new_parameters
-from t5lib.errors import T5Error
-from t5lib.files import read_json, sha256, write_json
-from tasks.stage import read_history, run_stage
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json, sha256, write_json
+from tasks.runtime.stage import read_history, run_stage
 
 TRAINED = {"epochs": 1.0, "batch_size": 8, "lr": 1e-4, "lr_new": 1e-3, "warmup": 0.2, "checkpoint_every": 1}
 SETTINGS = {
@@ -157,7 +157,7 @@ def test_nothing_is_left_in_scratch(built, root):
 
 
 def test_a_training_that_broke_goes_on_and_ends_as_if_it_had_not(built, root, monkeypatch):
-    from t5lib.training_loop import Trainer
+    from t5lib.training.trainer import Trainer
 
     whole, step, taken = made(root, "finetune").state_dict(), Trainer.step, []
 
@@ -180,7 +180,7 @@ def test_a_training_that_broke_goes_on_and_ends_as_if_it_had_not(built, root, mo
 
 
 def test_a_calibration_that_broke_goes_on_and_ends_as_if_it_had_not(built, root, monkeypatch):
-    from t5lib import calibration
+    from t5lib.training import calibration
 
     whole, step, taken = made(root, "calibrate").state_dict(), calibration._Fit.step, []
 

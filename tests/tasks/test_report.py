@@ -13,10 +13,10 @@ import timm
 from PIL import Image
 
 import t5lib
-from t5lib import report_parts as report
-from t5lib.errors import T5Error
-from t5lib.report_classifier import standard_error
-from tasks.stage import run_stage
+from t5lib.report import common as report
+from t5lib.report.classifier import standard_error
+from t5lib.utils.errors import T5Error
+from tasks.runtime.stage import run_stage
 
 TARGET = "micro"
 LAYERS = ["blocks.0.attn", "blocks.1.attn"]

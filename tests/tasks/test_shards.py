@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 import tasks.downloads
-from t5lib.errors import SourceError, T5Error
-from t5lib.files import read_json, sha256, write_json
-from t5lib.shards import ShardSet
-from tasks.stage import run_stage
+from t5lib.data.shards import ShardSet
+from t5lib.utils.errors import SourceError, T5Error
+from t5lib.utils.files import read_json, sha256, write_json
+from tasks.runtime.stage import run_stage
 
 DATA = {"img_size": 8, "num_classes": 3, "mean": [0, 0, 0], "std": [1, 1, 1]}
 OUT = Path("data/out/demo/shards")

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 import t5lib
 from t5lib.conversion import new_parameters, ttt_layers
-from t5lib.errors import T5Error
 from t5lib.families import family_of, sd3
-from t5lib.layers.settings import T5Config
+from t5lib.layers.config import TTTConfig
+from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {"medium": {}, "large": {"dual_attention_layers": ()}, "sd3": {"dual_attention_layers": (), "qk_norm": None}}
 every_kind = pytest.mark.parametrize("kind", KINDS)
-CONFIG = T5Config(locality="dwc_qk+nat3")
+CONFIG = TTTConfig(locality="dwc_qk+nat3")
 
 
 def inputs(height: int = 8, width: int = 12, text: int = 3) -> dict[str, Tensor]:
@@ -74,14 +74,14 @@ def test_the_mixer_does_the_q_and_k_norms_unless_it_needs_normalized_tokens_itse
         for name, gain in source.named_parameters():
             if "norm_q" in name or "norm_k" in name or "norm_added" in name:
                 gain.normal_(1, 0.5)
-    model = t5lib.convert(source, T5Config())
+    model = t5lib.convert(source, TTTConfig())
     out = run(model)
     assert given == [True] * 5
     for layer in ttt_layers(model).values():
         layer._norms = lambda text: {}
     torch.testing.assert_close(run(model), out)
     given.clear()
-    run(t5lib.convert(source, T5Config(rescale=True)))
+    run(t5lib.convert(source, TTTConfig(rescale=True)))
     run(t5lib.convert(source, CONFIG))
     run(t5lib.convert(tiny_sd3(qk_norm=None)))
     assert given == [False] * 15
@@ -111,7 +111,7 @@ def test_stable_diffusion_35_medium_converts_without_memory_for_its_weights(laye
         model = SD3Transformer2DModel(**sd3.MEDIUM)
     before = dict(model.named_parameters())
     assert sum(parameter.numel() for parameter in before.values()) == 2_243_171_520
-    t5lib.convert(model, T5Config(layers=layers), inplace=True)
+    t5lib.convert(model, TTTConfig(layers=layers), inplace=True)
     joint = range(19, 24) if layers == "paper" else range(24)
     names = [f"transformer_blocks.{i}.attn" for i in joint] + [f"transformer_blocks.{i}.attn2" for i in range(13)]
     assert list(model.t5_report.layers) == names and len(names) == count
@@ -136,9 +136,9 @@ def test_layers_are_numbered_joint_first_and_named_sets_are_the_papers():
     names = [f"transformer_blocks.{i}.attn" for i in range(7)] + [f"transformer_blocks.{i}.attn2" for i in (0, 1, 3)]
     assert sd3.attention_names(model) == names
     assert sd3.layer_sets(model) == {"all": tuple(range(10)), "paper": (2, 3, 4, 5, 6, 7, 8, 9)}
-    assert list(t5lib.convert(model, T5Config(layers="paper")).t5_report.layers) == names[2:]
-    assert list(t5lib.convert(model, T5Config(layers="all")).t5_report.layers) == names
-    mapped = t5lib.convert(model, T5Config(layers={"0-6": "softmax", "8": "two_layer+nat3"}))
+    assert list(t5lib.convert(model, TTTConfig(layers="paper")).t5_report.layers) == names[2:]
+    assert list(t5lib.convert(model, TTTConfig(layers="all")).t5_report.layers) == names
+    mapped = t5lib.convert(model, TTTConfig(layers={"0-6": "softmax", "8": "two_layer+nat3"}))
     (layer,) = ttt_layers(mapped).values()
     assert mapped.transformer_blocks[1].attn2 is layer and layer.mixer.config.inner == "two_layer"
 
@@ -146,7 +146,7 @@ def test_layers_are_numbered_joint_first_and_named_sets_are_the_papers():
 def test_what_is_not_converted_stays_bit_equal():
     model = tiny_sd3()
     seen = []
-    for each in (model, t5lib.convert(model, T5Config(layers=(2,)))):  # the last block's
+    for each in (model, t5lib.convert(model, TTTConfig(layers=(2,)))):  # the last block's
         inside = []
         for block in each.transformer_blocks[:2]:
             block.register_forward_hook(lambda _module, _inputs, out, inside=inside: inside.extend(out))
@@ -173,7 +173,7 @@ def test_a_joint_layer_computes_the_method_on_both_modalities(scope, last):
     rows, columns, text = 3, 5, 4
     softmax = tiny_sd3().double().transformer_blocks[-1 if last else 0].attn
     grid = sd3.LatentGrid(rows, columns)
-    layer = sd3.new_layer(softmax, T5Config(key_norm_scope=scope), grid).double()
+    layer = sd3.new_layer(softmax, TTTConfig(key_norm_scope=scope), grid).double()
     generator = torch.Generator().manual_seed(0)
     width = HEADS * HEAD_DIM
     image, words = (torch.randn(2, n, width, dtype=torch.float64, generator=generator) for n in (rows * columns, text))
@@ -271,7 +271,7 @@ def test_a_grid_follows_the_inputs_of_a_softmax_model_and_a_layers_mixer_takes_i
 
 @every_kind
 def test_save_and_load_are_bit_equal(kind, tmp_path):
-    converted = t5lib.convert(tiny_sd3(**KINDS[kind]), T5Config(layers="paper", locality="dwc_qk+nat3"))
+    converted = t5lib.convert(tiny_sd3(**KINDS[kind]), TTTConfig(layers="paper", locality="dwc_qk+nat3"))
     t5lib.save(converted, tmp_path / "ours")
     converted.save_pretrained(tmp_path / "diffusers")
     with warnings.catch_warnings():
@@ -324,14 +324,14 @@ def test_the_whole_model_compiles_as_one_graph_also_after_the_size_changed():
 def test_what_is_not_inherited_starts_afresh(inherit, started):
     model = tiny_sd3()
     before = copy.deepcopy(model.state_dict())
-    converted = t5lib.convert(model, T5Config(inherit=inherit))
+    converted = t5lib.convert(model, TTTConfig(inherit=inherit))
     assert run(converted).isfinite().all()
     reset = set(converted.t5_report.reset)
     parts = {name for name in before if name.split(".")[2:3] and name.split(".")[2] in started}
     assert reset == parts and len(reset) == len(converted.t5_report.reset)
     assert all(not torch.equal(converted.state_dict()[name], before[name]) for name in reset)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    assert bits(t5lib.convert(model, T5Config(inherit=inherit))) == bits(converted)
+    assert bits(t5lib.convert(model, TTTConfig(inherit=inherit))) == bits(converted)
 
 
 def test_calls_that_a_linear_layer_cannot_answer_are_refused():

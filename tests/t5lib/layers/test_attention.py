@@ -6,11 +6,11 @@ from t5kernels import KEY_NORMS, key_norm, ttt
 from timm.layers import Attention, RmsNorm
 from torch import nn
 
-from t5lib.errors import T5Error
 from t5lib.layers.attention import TTTAttention, project
+from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.mixers import TTTMixer, convolved
-from t5lib.layers.settings import T5Config
+from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 B, H, D = 2, 3, 4
@@ -21,10 +21,10 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def layer(config: T5Config | None = None, grid: TokenGrid | None = None, **attention) -> TTTAttention:
+def layer(config: TTTConfig | None = None, grid: TokenGrid | None = None, **attention) -> TTTAttention:
     torch.manual_seed(0)
     softmax = Attention(C, H, **attention).double()
-    return TTTAttention(softmax, config or T5Config(), grid or TokenGrid(3, 5, num_prefix_tokens=2))
+    return TTTAttention(softmax, config or TTTConfig(), grid or TokenGrid(3, 5, num_prefix_tokens=2))
 
 
 def per_pixel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -56,7 +56,7 @@ def test_convolution_runs_over_the_grid_and_leaves_prefix_tokens_alone(rows, col
 @pytest.mark.parametrize("locality", ["none", "dwc_qk"])
 def test_mixer_is_key_norm_then_locality_then_one_inner_step(locality, inner, inner_loss):
     torch.manual_seed(0)
-    config = T5Config(inner=inner, inner_loss=inner_loss, locality=locality, key_norm_eps=0.5)
+    config = TTTConfig(inner=inner, inner_loss=inner_loss, locality=locality, key_norm_eps=0.5)
     mixer, grid = TTTMixer(H, D, config).double(), TokenGrid(3, 5, num_prefix_tokens=2)
     q, k, v = (draw(B, H, 17, D, seed=seed) for seed in range(3))
     weights = [getattr(mixer, name) for name in ("w1", "w2", "w3")[: 3 if inner == "swiglu" else 2]]
@@ -70,7 +70,7 @@ def test_mixer_is_key_norm_then_locality_then_one_inner_step(locality, inner, in
 @pytest.mark.parametrize("kind", KEY_NORMS)
 def test_layer_ignores_a_key_shift_with_a_centring_norm_alone(kind):
     """Softmax ignores a key bias; so must the layer that inherits its keys. This is the method's main point."""
-    ttt_layer = layer(T5Config(key_norm=kind), qkv_bias=True)
+    ttt_layer = layer(TTTConfig(key_norm=kind), qkv_bias=True)
     x = draw(B, 17, C)
     before = ttt_layer(x)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_pretrained_parts_around_the_mixer_are_those_of_softmax_attention(option
     """With softmax in the mixer's place, the layer gives what the timm attention it came from gives."""
     torch.manual_seed(0)
     softmax = Attention(C, H, **options).double().eval()
-    ours = TTTAttention(softmax, T5Config(locality="none"), TokenGrid(3, 5, num_prefix_tokens=2))
+    ours = TTTAttention(softmax, TTTConfig(locality="none"), TokenGrid(3, 5, num_prefix_tokens=2))
     x = draw(B, 17, C)
     q, k, v = project(ours, x)
     expected_heads = nn.functional.scaled_dot_product_attention(q, k, v)
@@ -107,7 +107,7 @@ def test_pretrained_parts_around_the_mixer_are_those_of_softmax_attention(option
 
 
 def test_scale_uses_the_number_of_tokens_so_that_output_size_does_not_grow_with_it():
-    ttt_layer = layer(T5Config(locality="none"))
+    ttt_layer = layer(TTTConfig(locality="none"))
     x = draw(B, 8, C)
     torch.testing.assert_close(ttt_layer(x.repeat(1, 4, 1))[:, :8], ttt_layer(x), rtol=1e-10, atol=1e-12)
 
@@ -125,12 +125,12 @@ def test_masks_are_refused(mask):
 
 def test_new_weights_take_the_device_and_dtype_of_the_pretrained_ones():
     softmax = Attention(C, H).to("meta", torch.bfloat16)
-    ttt_layer = TTTAttention(softmax, T5Config(), TokenGrid(3, 5))
+    ttt_layer = TTTAttention(softmax, TTTConfig(), TokenGrid(3, 5))
     assert {(p.device.type, p.dtype) for p in ttt_layer.parameters()} == {("meta", torch.bfloat16)}
 
 
 def test_new_weights_start_as_the_config_says():
-    mixers = [TTTMixer(8, 16, T5Config(init_std=std)) for std in (None, 0.02)]
+    mixers = [TTTMixer(8, 16, TTTConfig(init_std=std)) for std in (None, 0.02)]
     for mixer, std in zip(mixers, (16**-0.5, 0.02), strict=True):
         assert mixer.w1.std().item() == pytest.approx(0.88 * std, rel=0.1)  # a normal cut at two sigma
         assert mixer.w1.abs().max().item() <= 2 * std
@@ -150,4 +150,4 @@ def test_new_weights_start_as_the_config_says():
 )
 def test_settings_that_make_no_layer_are_refused(setting, message):
     with pytest.raises(T5Error, match=message):
-        T5Config(**setting)
+        TTTConfig(**setting)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.mixers import make_mixer
-from t5lib.layers.settings import T5Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 H, D = 2, 8
@@ -16,7 +16,7 @@ by_grid = pytest.mark.parametrize("grid", GRIDS, ids=["prefix", "text"])
 
 def mixer(**settings):
     torch.manual_seed(0)
-    return make_mixer(H, D, T5Config(**settings)).double()
+    return make_mixer(H, D, TTTConfig(**settings)).double()
 
 
 def tokens(grid, seed=0):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from t5lib.errors import T5Error
 from t5lib.layers import mixers
+from t5lib.layers.config import INNERS, LOCALITIES, SCOPES, TTTConfig
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.mixers import make_mixer
-from t5lib.layers.settings import INNERS, LOCALITIES, SCOPES, T5Config
+from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 H, D, TEXT = 2, 4, 3
@@ -23,7 +23,7 @@ def tokens() -> torch.Tensor:
 
 def mixer(**settings):
     torch.manual_seed(0)
-    return make_mixer(H, D, T5Config(**settings)).double()
+    return make_mixer(H, D, TTTConfig(**settings)).double()
 
 
 def _normalized(mix, keys: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
@@ -93,4 +93,4 @@ def test_tokens_that_do_not_fit_are_told_with_the_text():
 
 def test_an_unknown_scope_is_refused():
     with pytest.raises(T5Error, match="key_norm_scope 'modal' is unknown; expected one of joint, modality"):
-        T5Config(key_norm_scope="modal")
+        TTTConfig(key_norm_scope="modal")

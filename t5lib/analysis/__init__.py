@@ -1,0 +1,1 @@
+"""What a model does, layer by layer: key shift, attention maps, errors of the new layers."""

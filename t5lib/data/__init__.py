@@ -1,0 +1,1 @@
+"""Images, captions and latents, from shards to batches."""

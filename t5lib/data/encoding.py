@@ -1,0 +1,277 @@
+"""Image shards encoded once, so that training needs neither VAE nor text encoders.
+
+The folder that `encode` fills:
+
+    ID.tar             the samples of one input shard: KEY.safetensors and KEY.json; ID is the input's sha256, cut
+    ID.index.json      where in the tar they lie, and which input samples were left out and why
+    encoding.json      encoders and settings; with others the folder is filled afresh
+    null.safetensors   {prompt_embeds (L, D), pooled (P,)}: the empty caption
+    manifest.json      t5lib.data.shards.ShardSet, written last
+
+KEY.safetensors holds latent (C, h, w) fp16, with `flip` also that of the mirrored image as `flipped`, and either
+prompt_embeds (L, D) fp16 and pooled (P,) fp16 or label () int64. KEY.json holds the caption or label, the image's width
+and height, and `size`, the [height, width] it was brought to.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from t5lib.data.buckets import BucketConfig, Size, bucket_sizes, fit, nearest
+from t5lib.data.captions import caption_of, image_of
+from t5lib.data.encoders import ImageEncoder, TextEncoder
+from t5lib.data.shards import Sample, Shard, ShardSet, check
+from t5lib.data.stored import INDEX, MANIFEST, NULL, ShardIndex
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json, sha256, write_json
+from t5lib.utils.progress import progress
+
+FORMAT = 1
+ENCODING = "encoding.json"
+ID_LENGTH = 16  # of the input's 64 digits
+NAMED = 3  # samples left out that a message names
+TAR_BLOCK = 512  # bytes a tar's members are padded to
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingConfig:
+    """`flip`: encode the mirrored images too. `max_skipped`: share of the samples that may be left out because the
+    image cannot be read or the caption is missing or empty. `workers`: threads that decode images."""
+
+    buckets: BucketConfig
+    flip: bool = False
+    batch_size: int = 8
+    max_skipped: float = 0.01
+    workers: int = 4
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.workers < 1:
+            raise T5Error(f"batch_size {self.batch_size}, workers {self.workers}; expected both to be at least 1")
+        if not 0 <= self.max_skipped <= 1:
+            raise T5Error(f"max_skipped is {self.max_skipped}; expected a share of the samples, 0 to 1")
+
+
+def encode(
+    shards: ShardSet, folder: Path | str, *, images: ImageEncoder, text: TextEncoder | None, config: EncodingConfig
+) -> Path:
+    """Encode `shards` into `folder` and return the manifest there. Shards that are finished are not made again.
+
+    Args:
+        text: encodes the captions; None: the samples carry a class (.cls) in place of a caption.
+
+    Raises:
+        T5Error: more than `max_skipped` of the samples cannot be used, with the first of them named; a damaged input
+            shard; a size that the VAE cannot take; latents or embeddings that are not finite; a folder with files
+            of something else.
+    """
+    folder, work = Path(folder), _Work(images, text, config, bucket_sizes(config.buckets), len(shards.classes))
+    work.check(shards)
+    inputs = {shard.sha256[:ID_LENGTH]: shard for shard in shards.shards}
+    settings = work.settings()
+    _prepare(folder, settings, set(inputs))
+    if text:
+        _write(folder / NULL, save({name: value[0] for name, value in work.embeds([""]).items()}))
+    indices, done = {}, 0
+    with progress(f"encode {shards.name}", shards.count) as bar:
+        for name, shard in inputs.items():
+            tar = folder / f"{name}.tar"
+            if not _finished(tar):
+                work.shard(shard, tar, lambda count, before=done: bar.advance(before + count))
+            indices[tar] = ShardIndex.read(tar)
+            _refuse([line for index in indices.values() for line in index.skipped], shards, config.max_skipped)
+            done += shard.count
+            bar.advance(done)
+    return _write_manifest(shards, folder, indices, settings)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """An image on its way: what is stored of it as JSON, and its pixels (channels, H, W) uint8."""
+
+    key: str
+    about: dict[str, Any]
+    pixels: Tensor
+
+
+@dataclass(frozen=True)
+class _Work:
+    images: ImageEncoder
+    text: TextEncoder | None
+    config: EncodingConfig
+    sizes: tuple[Size, ...]
+    classes: int
+
+    def check(self, shards: ShardSet) -> None:
+        wrong = [size for size in self.sizes if any(side % self.images.multiple for side in size)]
+        if wrong:
+            raise T5Error(f"sizes {wrong}: expected multiples of {self.images.multiple} pixels, as wide as a token is")
+        if not self.text and not shards.classes:
+            raise T5Error(f"{shards.name} has no classes; give a text encoder for its captions, or labelled shards")
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides about the result, but for the batch size, which changes rounding only; JSON-ready."""
+        mine = {"format": FORMAT, "sizes": self.sizes, "flip": self.config.flip, "captions": self.text is not None}
+        mine |= self.images.settings() | (self.text.settings() if self.text else {})
+        return json.loads(json.dumps(mine))
+
+    def shard(self, shard: Shard, tar: Path, advance: Callable[[int], None]) -> None:
+        """Write the tar, then its index."""
+        partial, samples, skipped = tar.with_name(f".{tar.name}.partial"), [], []
+        with tarfile.open(partial, "w") as out:
+            for batch in self.batches(shard, skipped, advance):
+                for decoded, data, latent in self.encoded(batch):
+                    first = _add(out, f"{decoded.key}.safetensors", data)
+                    samples.append([decoded.key, first, len(data), *latent])
+                    _add(out, f"{decoded.key}.json", json.dumps(decoded.about).encode())
+        index = ShardIndex(sha256=sha256(partial), size=partial.stat().st_size, samples=samples, skipped=skipped)
+        os.replace(partial, tar)
+        write_json(tar.with_suffix(INDEX), asdict(index))
+
+    def batches(self, shard: Shard, skipped: list[str], advance: Callable[[int], None]) -> Iterator[list[_Decoded]]:
+        """The images of a shard in batches of one size; they never mix shards, so that each can be made alone."""
+        waiting: dict[Any, list[_Decoded]] = defaultdict(list)
+        with ThreadPoolExecutor(self.config.workers) as pool:
+            ahead = self.config.batch_size + self.config.workers
+            for count, decoded in enumerate(_ahead(pool, self.decoded, shard.samples(), ahead), 1):
+                advance(count)
+                if isinstance(decoded, str):
+                    skipped.append(decoded)
+                    continue
+                batch = waiting[decoded.pixels.shape]
+                batch.append(decoded)
+                if len(batch) == self.config.batch_size:
+                    yield waiting.pop(decoded.pixels.shape)
+        yield from waiting.values()
+
+    def decoded(self, sample: Sample) -> _Decoded | str:
+        """The sample, or a message on what is wrong with it."""
+        about = {} if self.text else {"label": check(sample, self.classes)[1]}
+        try:
+            about |= {"caption": caption_of(sample)} if self.text else {}
+            image = image_of(sample, self.images.channels)
+        except T5Error as error:
+            return str(error)
+        size = nearest(self.sizes, image.height, image.width)
+        about |= {"width": image.width, "height": image.height, "size": size}
+        pixels = torch.from_numpy(np.array(fit(image, size))).view(*size, -1).permute(2, 0, 1)
+        return _Decoded(sample["__key__"], about, pixels)
+
+    def encoded(self, batch: list[_Decoded]) -> Iterator[tuple[_Decoded, bytes, Size]]:
+        """Each with its .safetensors and the height and width of its latent."""
+        pixels = torch.stack([decoded.pixels for decoded in batch]).to(self.images.device).float().div_(127.5).sub_(1)
+        tensors = {"latent": self.images(pixels)}
+        if self.config.flip:
+            tensors["flipped"] = self.images(pixels.flip(-1))
+        tensors = {name: value.half().cpu() for name, value in tensors.items()}
+        if self.text:
+            tensors |= self.embeds([decoded.about["caption"] for decoded in batch])
+        else:
+            tensors["label"] = torch.tensor([decoded.about["label"] for decoded in batch])
+        for name, value in tensors.items():
+            if not value.isfinite().all():
+                keys = ", ".join(decoded.key for decoded in batch)
+                raise T5Error(
+                    f"{name} of one of {keys} is not finite in fp16, as it is stored: leave that out, or "
+                    "encode with dtype bf16 or fp32 if it was fp16 and the encoder's own arithmetic overflows"
+                )
+        for position, decoded in enumerate(batch):
+            own = {name: value[position].contiguous() for name, value in tensors.items()}
+            yield decoded, save(own), tuple(own["latent"].shape[1:])
+
+    def embeds(self, captions: list[str]) -> dict[str, Tensor]:
+        return {name: value.half().cpu() for name, value in self.text(captions).items()}
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, count: int) -> Iterator[Any]:
+    """The function's results in the order of `items`, with `count` of them being worked on beforehand."""
+    pending = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > count:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _prepare(folder: Path, settings: dict[str, Any], wanted: set[str]) -> None:
+    """Keep what an earlier run with these settings finished; remove half-made, outdated and superfluous files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / ENCODING
+    if not note.exists() and any(folder.iterdir()):
+        raise T5Error(f"{folder} is not empty, and its files are not encoded images; name a new folder")
+    before = read_json(note) if note.exists() else settings
+    other = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
+    if other:
+        print(f"{folder} was encoded with other settings ({', '.join(other)}): starting afresh", flush=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for path in sorted(folder.iterdir()):
+        name = path.name.partition(".")[0]
+        ours = re.fullmatch(rf"[0-9a-f]{{{ID_LENGTH}}}", name) and path.name.endswith((".tar", INDEX))
+        if (ours and (other or name not in wanted)) or path.name.endswith(".tar.partial"):
+            path.unlink()
+    write_json(note, settings)
+
+
+def _finished(tar: Path) -> bool:
+    try:
+        ShardIndex.read(tar)
+    except T5Error:
+        return False
+    return True
+
+
+def _refuse(skipped: list[str], shards: ShardSet, share: float) -> None:
+    if len(skipped) > share * shards.count:
+        raise T5Error(
+            f"{len(skipped)} of the {shards.count} samples of {shards.name} cannot be used, more than max_skipped "
+            f"({share}) allows. The first: {'; '.join(skipped[:NAMED])}"
+        )
+
+
+def _write_manifest(shards: ShardSet, folder: Path, indices: dict[Path, ShardIndex], settings: dict[str, Any]) -> Path:
+    skipped = [line for index in indices.values() for line in index.skipped]
+    if skipped:
+        print(f"{shards.name}: left out {len(skipped)} of {shards.count}: {'; '.join(skipped[:NAMED])}", flush=True)
+    made = [(tar, index) for tar, index in indices.items() if index.samples]
+    if not made:
+        raise T5Error(f"{shards.name}: none of the {shards.count} samples can be used; {'; '.join(skipped[:NAMED])}")
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    ShardSet(
+        name=shards.name,
+        licence=shards.licence,
+        source=f"{shards.source}; encoded, settings {fingerprint}",
+        classes=shards.classes,
+        count=sum(len(index.samples) for _, index in made),
+        shards=tuple(
+            Shard(path=os.path.abspath(tar), count=len(index.samples), sha256=index.sha256) for tar, index in made
+        ),
+    ).write(folder / MANIFEST, root=folder)
+    return folder / MANIFEST
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Append a file to the tar and return where its content begins, in bytes. Equal files make equal tars."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+    return tar.offset - (len(data) + TAR_BLOCK - 1) // TAR_BLOCK * TAR_BLOCK
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(data)
+    os.replace(partial, path)

@@ -1,0 +1,304 @@
+"""Image batches for training and evaluation, read from shards; repeatable, and resumable at any batch.
+
+Batch b is made by worker b mod workers, and every (rank, worker) slot owns a fixed share of each epoch, so the stream
+follows from the seed and the number of slots alone. Every random choice is seeded by what it decides about
+(order: epoch and slot; augmentation: epoch and the sample's position in the manifest), never by what came before.
+
+Shapes: B batch, H and W pixels of the network's input.
+"""
+
+import io
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import accumulate, count, islice
+from typing import Literal
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+
+from t5lib.data.shards import Sample, ShardSet, check, where
+from t5lib.utils.errors import T5Error
+
+Transform = Callable[[Image.Image], torch.Tensor]
+Batch = tuple[torch.Tensor, torch.Tensor]
+POSTERIZE = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
+SHUFFLE_BUFFER = 1000  # undecoded samples a worker holds to mix neighbours
+ORDER_OF_SHARDS, ORDER_OF_SAMPLES, AUGMENTATION = range(3)  # keep the random streams of one seed apart
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How images become the network's input. `img_size`: pixels, one number or (height, width)."""
+
+    img_size: int | tuple[int, int]
+    num_classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
+    crop_pct: float = 1.0  # share of the resized image's side that the centre crop keeps
+    workers: int = 0  # processes that decode; 0: in this process
+    eval_batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        sides = self.img_size if isinstance(self.img_size, tuple) else (self.img_size,)
+        _require(min(sides) >= 1, "img_size", self.img_size, "at least 1 pixel a side")
+        _require(self.num_classes >= 1, "num_classes", self.num_classes, "at least 1")
+        _require(min(self.std) > 0, "std", self.std, "numbers above 0")
+        _require(0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "a share above 0, at most 1")
+        _require(self.workers >= 0, "workers", self.workers, "0 or more processes")
+        _require(self.eval_batch_size >= 1, "eval_batch_size", self.eval_batch_size, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """timm's training augmentation; the default changes nothing but what `transform` does without it.
+
+    `auto_augment`: such as "rand-m9-mstd0.5-inc1"; `scale`: share of the area a random resized crop keeps (None: resize
+    and centre crop); `hflip`, `re_prob` (random erasing with noise): probabilities; `color_jitter`: strength.
+    """
+
+    auto_augment: str | None = None
+    hflip: float = 0.0
+    scale: tuple[float, float] | None = None
+    re_prob: float = 0.0
+    color_jitter: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("hflip", "re_prob"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability from 0 to 1")
+        low, high = self.scale or (1.0, 1.0)
+        _require(0 < low <= high <= 1, "scale", self.scale, "two shares of the area such as [0.5, 1.0]")
+        clash = self.auto_augment and self.color_jitter and "3a" not in self.auto_augment
+        _require(not clash, "color_jitter", self.color_jitter, "null: timm drops it where auto_augment is set")
+
+
+def transform(data: DataConfig, augment: AugmentConfig | None = None) -> Transform:
+    """PIL image → float32 (3, H, W), normalised with mean and std.
+
+    Without `augment`: resize the shorter side to img_size / crop_pct, then the centre crop. With it: timm's training
+    transform, which draws from the global random states (`train_batches` seeds them for every sample).
+
+    Raises:
+        T5Error: timm does not understand `auto_augment`.
+    """
+    from timm.data import auto_augment, create_transform  # here: it takes seconds to import
+
+    size = data.img_size if isinstance(data.img_size, tuple) else (data.img_size, data.img_size)
+    common = {"input_size": size, "interpolation": data.interpolation, "mean": data.mean, "std": data.std}
+    plain = create_transform(**common, crop_pct=data.crop_pct)
+    if augment is None:
+        return plain
+    try:
+        with patch.dict(auto_augment.NAME_TO_OP, dict.fromkeys(POSTERIZE, _posterize)):
+            training = create_transform(**common, is_training=True, re_mode="pixel", **asdict(augment))
+    except (AssertionError, KeyError, ValueError, TypeError) as error:
+        example = "expected such as 'rand-m9-mstd0.5-inc1' or 'original'"
+        raise T5Error(f"timm does not understand auto_augment '{augment.auto_augment}'; {example}") from error
+    if augment.scale is None:
+        training.transforms[:1] = plain.transforms[:2]  # resize and centre crop in place of timm's random crop
+    return training
+
+
+def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
+    """In place of timm's, which at full strength asks for 0 bits; Pillow 13 refuses that."""
+    return ImageOps.posterize(image, min(max(bits, 1), 8))
+
+
+def train_batches(
+    shards: ShardSet,
+    transform: Transform,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Shuffled batches without end: images (B, 3, H, W) float32 and classes (B,) int64, every one of them full.
+
+    The same arguments give the same batches; with `start=k` what an uninterrupted stream gives from batch k on,
+    found by skipping samples before they are decoded. Slots are rank × workers. With fewer shards than slots every
+    slot reads all shards and keeps every n-th sample, otherwise each has its own run of the shards; either way the
+    slots share out every epoch evenly and without overlap. The global random states are left as they were.
+
+    Raises:
+        T5Error: arguments out of range; while iterating, a damaged shard or sample, by name.
+    """
+    _require(seed >= 0, "seed", seed, "0 or more")
+    _require(start >= 0, "start", start, "0 or more batches")
+    _check_split(batch_size, workers, rank, world_size)
+    slots = world_size * max(workers, 1)
+    _require(shards.count >= slots, "workers × world_size", slots, f"at most the {shards.count} samples there are")
+    return _load(_TrainStream(shards, transform, batch_size, rank, world_size, seed, start), workers)
+
+
+def eval_batches(
+    shards: ShardSet,
+    transform: Transform,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    limit: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Every sample once, in the manifest's order: images (B, 3, H, W) float32 and classes (B,) int64.
+
+    The last batch may be short. `limit`: only the first so many samples; rank r has samples r, r + world_size, …
+
+    Raises:
+        T5Error: arguments out of range; while iterating, a damaged shard or sample, by name.
+    """
+    _check_split(batch_size, workers, rank, world_size)
+    _require(limit is None or limit >= 1, "limit", limit, "at least 1 sample, or null for all")
+    keep = range(rank, min(limit or shards.count, shards.count), world_size)
+    return _load(_EvalStream(shards, transform, batch_size, keep), workers)
+
+
+@dataclass
+class _Stream(IterableDataset):
+    """What both streams share. It travels to the workers whole, also where they are spawned."""
+
+    shards: ShardSet
+    transform: Transform
+    batch_size: int
+
+    def __iter__(self) -> Iterator[Batch | T5Error]:
+        info = get_worker_info()
+        try:
+            yield from self.batches(info.id if info else 0, info.num_workers if info else 1)
+        except T5Error as error:  # as an item: raised in a worker it would arrive wrapped in that worker's traceback
+            yield error
+
+    def read(self, order: Sequence[int], keep: range) -> Iterator[tuple[int, Sample]]:
+        """(position in the manifest, sample) of those samples whose position in `order`, shard after shard, is in
+        `keep`. Shards without any are not opened."""
+        first = [0, *accumulate(shard.count for shard in self.shards.shards)]
+        begin = 0
+        for index in order:
+            shard = self.shards.shards[index]
+            if keep.start < begin + shard.count and begin < keep.stop:
+                for offset, sample in enumerate(shard.samples()):
+                    if begin + offset >= keep.stop:
+                        return
+                    if begin + offset in keep:
+                        yield first[index] + offset, sample
+            begin += shard.count
+
+    def decode(self, sample: Sample) -> tuple[torch.Tensor, int]:
+        field, label = check(sample, len(self.shards.classes))
+        try:
+            image = Image.open(io.BytesIO(sample[field])).convert("RGB")
+        except Exception as error:  # Pillow raises nearly anything on damaged files
+            reason = str(error).partition(" <")[0]
+            raise T5Error(f"{where(sample)}: .{field} is not a readable image ({reason}); replace it") from error
+        return self.transform(image), label
+
+
+@dataclass
+class _TrainStream(_Stream):
+    rank: int
+    world_size: int
+    seed: int
+    start: int
+
+    def batches(self, worker: int, workers: int) -> Iterator[Batch]:
+        worker = (worker + self.start) % workers  # the loader asks worker 0 first, whatever batch comes first
+        done = len(range(worker, self.start, workers))
+        slot, slots = self.rank * workers + worker, self.world_size * workers
+        samples = self.samples(slot, slots, skip=done * self.batch_size)
+        while True:
+            yield tuple(default_collate([self.augmented(*item) for item in islice(samples, self.batch_size)]))
+
+    def samples(self, slot: int, slots: int, skip: int) -> Iterator[tuple[int, int, Sample]]:
+        """(epoch, position in the manifest, sample) without end, from the slot's `skip`-th sample on."""
+        total, shards = self.shards.count, len(self.shards.shards)
+        fair = range(slot * total // slots, (slot + 1) * total // slots)
+        keep = fair if shards >= slots else range(slot, total, slots)
+        for epoch in count(skip // len(keep)):
+            order = list(range(shards))
+            random.Random(_seeds(self.seed, ORDER_OF_SHARDS, epoch)[0]).shuffle(order)
+            seed = _seeds(self.seed, ORDER_OF_SAMPLES, epoch, slot)[0]
+            # webdataset's plain shuffle cannot be repeated; detshuffle adds its epoch to the seed, so ours is in there
+            mixed = webdataset.detshuffle(SHUFFLE_BUFFER, SHUFFLE_BUFFER, seed=seed).run(self.read(order, keep))
+            yield from ((epoch, *item) for item in islice(mixed, skip % len(keep), None))
+            skip = 0
+
+    def augmented(self, epoch: int, position: int, sample: Sample) -> tuple[torch.Tensor, int]:
+        with _seeded(self.seed, AUGMENTATION, epoch, position):
+            return self.decode(sample)
+
+
+@dataclass
+class _EvalStream(_Stream):
+    keep: range
+
+    def batches(self, worker: int, workers: int) -> Iterator[Batch]:
+        samples = self.read(range(len(self.shards.shards)), self.keep)
+        number = 0
+        while batch := list(islice(samples, self.batch_size)):
+            if number % workers == worker:
+                yield tuple(default_collate([self.decode(sample) for _, sample in batch]))
+            number += 1
+
+
+def _load(stream: _Stream, workers: int) -> Iterator[Batch]:
+    """Batches in order, from worker processes that live as long as the iterator, or from this process."""
+    loader = DataLoader(
+        stream,
+        batch_size=None,  # the stream makes whole batches
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=workers > 0 and torch.cuda.is_available(),
+        generator=torch.Generator(),  # without one the loader draws from torch's global state
+    )
+    for batch in loader:
+        if isinstance(batch, T5Error):
+            raise batch
+        yield tuple(batch)
+
+
+def _as_it_is(item):
+    return item
+
+
+def _seeds(*key: int) -> list[int]:
+    """Three independent 32-bit seeds that follow from `key`."""
+    return np.random.SeedSequence(key).generate_state(3).tolist()
+
+
+@contextmanager
+def _seeded(*key: int) -> Iterator[None]:
+    """Python, NumPy and torch (CPU) draw from streams that `key` fixes, and afterwards go on where they were.
+
+    timm and torchvision draw from all three. Not torch.manual_seed: that would seed the GPUs too.
+    """
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    seeds = _seeds(*key)
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])
+    torch.default_generator.manual_seed(seeds[2])
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+def _check_split(batch_size: int, workers: int, rank: int, world_size: int) -> None:
+    _require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+    _require(workers >= 0, "workers", workers, "0 or more processes")
+    _require(0 <= rank < world_size, "rank", rank, f"0 to {world_size - 1}, below world_size")
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise T5Error(f"{name} is {value}; expected {expected}")

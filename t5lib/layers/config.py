@@ -1,0 +1,184 @@
+"""What the new layers are: one TTTConfig for a model, its named presets, and the map from layers to what they become."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from t5kernels import INNER_LOSSES, INNER_WEIGHTS, KEY_NORMS
+
+from t5lib.layers.layer_map import LAYER_SETS, parse_indices
+from t5lib.utils.config import one_of
+from t5lib.utils.errors import T5Error
+
+SOFTMAX = "softmax"  # in a layer map: leave this attention as it is
+BASELINES = ("hedgehog", "performer", "relu_linear", "clear", "vit3")
+INNERS = (*INNER_WEIGHTS, *BASELINES)
+CONVOLUTIONS = ("none", "cpe", "dwc_v", "dwc_qk")
+NEIGHBORHOODS = {"": None, "nat3": 3, "nat5": 5}
+LOCALITIES = tuple(f"{base}+{nat}" if nat else base for base in CONVOLUTIONS for nat in NEIGHBORHOODS)
+INHERITANCE = ("all", "attention", "mlp")
+SCOPES = ("joint", "modality")
+
+# Whole layers under one name: TTTConfig.preset(name), `preset:` in params.yaml, or a value of a layer map.
+_OTHERWISE = {"inner_loss": "dot", "rescale": False, "inherit": "all"}
+_OWN: dict[str, dict[str, Any]] = {
+    "t5": {"inner": "swiglu", "key_norm": "instance", "locality": "dwc_qk"},
+    "t5+": {"inner": "swiglu", "key_norm": "instance", "locality": "dwc_qk+nat5"},
+    "dit5": {
+        "inner": "two_layer",
+        "inner_loss": "residual",
+        "key_norm": "instance",
+        "locality": "dwc_qk+nat5",
+        "rescale": True,
+    },
+    "hedgehog": {"inner": "hedgehog", "key_norm": "none", "locality": "none"},
+    "lolcats": {"inner": "hedgehog", "key_norm": "none", "locality": "none"},
+    "performer": {"inner": "performer", "key_norm": "none", "locality": "none"},
+    "lit": {"inner": "relu_linear", "key_norm": "none", "locality": "dwc_v", "inherit": "mlp"},
+    "clear": {"inner": "clear", "key_norm": "none", "locality": "none"},
+    "vit3": {"inner": "vit3", "key_norm": "none", "locality": "cpe"},
+}
+PRESETS = {name: _OTHERWISE | own for name, own in _OWN.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TTTConfig:
+    """What the new layers are.
+
+    Attributes:
+        inner: what mixes the tokens: a TTT inner model ("swiglu", "two_layer", "three_layer", "one_layer_gate",
+            "linear", "linear_proj_qk") or a rival linearization (BASELINES; t5lib/layers/baselines.py cites each).
+        inner_loss: of a TTT inner model, "dot" (paper's text) or "residual" (released DiT variant).
+        key_norm: one of KEY_NORMS; "instance" removes the key shift.
+        key_norm_eps: added to the variance.
+        key_norm_scope: where text and image form one sequence, "joint" takes statistics over all tokens, "modality"
+            over the image's and the text's apart. Elsewhere both are the same.
+        locality: a depthwise 3×3 convolution over the grid, x + conv(x): "dwc_qk" on q and the normalized k, "cpe" on
+            the layer's input, "dwc_v" of v, added to the output; or "none". With "+nat3" or "+nat5" half of the output
+            is softmax attention over a 3×3 or 5×5 neighborhood.
+        rescale: learned scale and offset a channel on q and k before the key norm (released DiT variant).
+        radius: of the circular windows of inner "clear", in patches.
+        inherit: "all" pretrained weights; "attention" (MLPs start afresh) or "mlp" (attention projections do).
+        layers: which attentions to convert: None for all, indices, a map such as {"0-5": "softmax",
+            "6-11": "swiglu+nat5"}, whose values are "softmax", an inner model or a preset, or one of LAYER_SETS:
+            "all", or "paper" for those that the paper converts in this kind of model. What is not named stays softmax.
+        init_std: standard deviation of new inner weights; None means head_dim**-0.5, the best start for
+            calibration (docs/results); the paper trains from 0.02.
+        seed: of the new weights; a conversion is repeatable and leaves the global random state alone.
+    """
+
+    inner: str = "swiglu"
+    inner_loss: str = "dot"
+    key_norm: str = "instance"
+    key_norm_eps: float = 1.0
+    key_norm_scope: str = "joint"
+    locality: str = "dwc_qk"
+    rescale: bool = False
+    radius: float = 8.0
+    inherit: str = "all"
+    layers: tuple[int, ...] | dict[str, str] | str | None = None
+    init_std: float | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        one_of(self.inner, INNERS, "inner")
+        one_of(self.inner_loss, INNER_LOSSES, "inner_loss")
+        one_of(self.key_norm, KEY_NORMS, "key_norm")
+        one_of(self.key_norm_scope, SCOPES, "key_norm_scope")
+        one_of(self.locality, LOCALITIES, "locality")
+        one_of(self.inherit, INHERITANCE, "inherit")
+        if self.key_norm_eps <= 0:
+            raise T5Error(f"key_norm_eps is {self.key_norm_eps}; expected a positive number, as in the method: 1.0")
+        if self.radius < 1:
+            raise T5Error(f"radius is {self.radius}; expected 1 or more patches, as in CLEAR: 8")
+        if self.init_std is not None and self.init_std <= 0:
+            raise T5Error(f"init_std is {self.init_std}; expected a positive number, or null for head_dim**-0.5")
+        if isinstance(self.layers, str) and self.layers[:1].isdigit():  # as on the command line
+            raise T5Error(f"layers '{self.layers}' is text; write indices, [0, 1], or a map, {{'0-5': 'softmax'}}")
+        if isinstance(self.layers, str):
+            one_of(self.layers, LAYER_SETS, "layers")
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        if self.layers is not None and not isinstance(self.layers, str | tuple | dict):
+            raise T5Error(f"layers is {self.layers!r}; expected indices such as [3], a map, or one of {LAYER_SETS}")
+        if isinstance(self.layers, dict):
+            object.__setattr__(self, "layers", {str(key): what for key, what in self.layers.items()})
+            for what in self.layers.values():
+                self.named(what)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "TTTConfig":
+        """The preset called `name` with `changes`. Raises T5Error that names the nearest when there is none."""
+        one_of(name, PRESETS, "preset")
+        return cls(**PRESETS[name] | changes)
+
+    @classmethod
+    def expand(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Settings as written in a file, `preset: name` replaced by what it stands for (see t5lib.utils.config.from_dict)."""
+        if "preset" not in data:
+            return data
+        one_of(data["preset"], PRESETS, "preset")
+        return PRESETS[data["preset"]] | {key: value for key, value in data.items() if key != "preset"}
+
+    def named(self, what: str) -> "TTTConfig | None":
+        """What a value of a layer map stands for: None for softmax, else this config with that inner model or preset.
+
+        Raises:
+            T5Error: it is neither.
+        """
+        known = {SOFTMAX: 0, **dict.fromkeys(INNERS), **PRESETS}
+        base, plus, nat = (what, "", "") if what in known else str(what).partition("+")
+        one_of(base, known, "layer")
+        if plus:
+            one_of(nat, [name for name in NEIGHBORHOODS if name], f"layer '{what}': neighborhood")
+        if base == SOFTMAX:
+            if nat:
+                raise T5Error(f"layer '{what}': softmax attention takes no neighborhood; write 'softmax'")
+            return None
+        changed = dataclasses.replace(self, layers=None, **PRESETS.get(base, {"inner": base}))
+        if not nat:
+            return changed
+        return dataclasses.replace(changed, locality=f"{changed.locality.partition('+')[0]}+{nat}")
+
+    def of_layers(self, count: int, sets: dict[str, tuple[int, ...]] | None = None) -> list["TTTConfig | None"]:
+        """For each of `count` attentions what it becomes: a TTTConfig without layers, or None: it stays softmax.
+
+        Args:
+            count: of the attentions of a model.
+            sets: which of them each of LAYER_SETS means; without it only "all" is known.
+
+        Raises:
+            T5Error: an index that does not exist, is named twice, or nothing to convert.
+        """
+        own = dataclasses.replace(self, layers=None)
+        layers = self.layers
+        if isinstance(layers, str):
+            layers = ({"all": tuple(range(count))} | (sets or {}))[layers]
+        if layers is None:
+            return [own] * count
+        result: list[TTTConfig | None] = [None] * count
+        named = list(self._entries()) if isinstance(layers, dict) else [(index, own) for index in layers]
+        indices = [index for index, _ in named]
+        wrong = [index for index in indices if not 0 <= index < count]
+        if wrong or not indices or len(set(indices)) != len(indices):
+            raise T5Error(f"layers {self.layers}: expected different indices from 0 to {count - 1}, at least one")
+        for index, what in named:
+            result[index] = what
+        if not any(result):
+            raise T5Error(f"layers {self.layers}: nothing to convert; name at least one layer that is not softmax")
+        return result
+
+    def _entries(self):
+        for key, what in self.layers.items():
+            for index in parse_indices(key):
+                yield index, self.named(what)
+
+    @property
+    def convolution(self) -> str:
+        """The locality without its neighborhood: one of CONVOLUTIONS."""
+        return self.locality.partition("+")[0]
+
+    @property
+    def window(self) -> int | None:
+        """Side of the neighborhood window that is mixed in, None for none."""
+        return NEIGHBORHOODS[self.locality.partition("+")[2]]

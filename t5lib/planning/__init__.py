@@ -1,0 +1,1 @@
+"""What converting would gain on this device, and which layers to convert."""

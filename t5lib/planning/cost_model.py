@@ -1,0 +1,347 @@
+"""What converting would gain on this device: measured blocks, predicted models, and the resolution where it pays.
+
+A pass of a model takes the time of everything but its blocks (embedding, norms, head) plus that of each block, and all
+blocks of a vision transformer are alike. So a few short models are timed: one without blocks and, for softmax and every
+kind of new layer, one with the first few blocks; (time with blocks − time without) / blocks is the time of a block, and
+whatever a pass costs once (starting it, the clock itself) falls out of the difference. Every layer map follows from
+these few numbers; `verify` measures whole models against them.
+
+All models get the same treatment (t5lib.benchmarks.timing), and every output is checked against float64.
+"""
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from t5lib.benchmarks.resolution_sweep import at_resolution, break_even_tokens, describe_device, num_tokens
+from t5lib.benchmarks.timing import Rules, TimingConfig, race
+from t5lib.conversion import convert
+from t5lib.families import timm_vit
+from t5lib.layers.config import SOFTMAX, TTTConfig
+from t5lib.layers.layer_map import format_layers
+from t5lib.utils.config import one_of
+from t5lib.utils.errors import T5Error
+
+KINDS = ("swiglu", "swiglu+nat5")
+GAIN = 1.02  # a speed-up below this is within what two runs differ by
+WITHOUT_BLOCKS = "no blocks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(TimingConfig):
+    """What is measured, and (TimingConfig) how.
+
+    Attributes:
+        chain: blocks of the short models that are timed (fewer where the model has fewer).
+        factors: the resolutions measured, as multiples of the one asked for.
+    """
+
+    chain: int = 4
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.chain < 1:
+            raise T5Error(f"chain is {self.chain}; expected 1 or more blocks")
+        if 1.0 not in self.factors or min(self.factors) <= 0:
+            raise T5Error(f"factors {list(self.factors)}: expected positive numbers with 1.0, the size asked for")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Milliseconds of a forward pass's parts at one resolution.
+
+    Attributes:
+        tokens: that attention sees in one image.
+        rest_ms: everything but the blocks.
+        block_ms: one block, by kind; "softmax" among them.
+        ms_runs: every timed pass of the short models behind these figures.
+        relative_error: of each short model's output against float64, within t5lib.benchmarks.resolution_sweep's tolerance.
+    """
+
+    resolution: int
+    tokens: int
+    rest_ms: float
+    block_ms: dict[str, float]
+    ms_runs: dict[str, list[float]]
+    relative_error: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `plan` measured, and what follows from it. An assignment names each layer's kind: "softmax" or a new one.
+
+    Attributes:
+        depth: layers of the model.
+        patch, prefix: side of a patch in pixels, and tokens that are no patch.
+        timings: by growing resolution.
+        resolution: the one asked for.
+    """
+
+    device: str
+    dtype: str
+    torch: str
+    compiled: bool
+    graphs: bool
+    config: PlanConfig
+    depth: int
+    patch: int
+    prefix: int
+    kinds: tuple[str, ...]
+    resolution: int
+    timings: tuple[Timing, ...]
+
+    @property
+    def timing(self) -> Timing:
+        """At the resolution asked for."""
+        return next(timing for timing in self.timings if timing.resolution == self.resolution)
+
+    def milliseconds(self, assignment: Sequence[str], timing: Timing | None = None) -> float:
+        """Predicted time of a forward pass of the whole model.
+
+        Raises:
+            T5Error: another number of layers, or a kind that was not measured.
+        """
+        if len(assignment) != self.depth:
+            raise T5Error(f"the assignment names {len(assignment)} layers; this model has {self.depth}")
+        for kind in assignment:
+            one_of(kind, (SOFTMAX, *self.kinds), "layer")
+        timing = timing or self.timing
+        return timing.rest_ms + sum(timing.block_ms[kind] for kind in assignment)
+
+    def speedup(self, assignment: Sequence[str], timing: Timing | None = None) -> float:
+        """Predicted: how many times as fast as softmax in all layers."""
+        return self.milliseconds(self.uniform(SOFTMAX), timing) / self.milliseconds(assignment, timing)
+
+    def uniform(self, kind: str) -> list[str]:
+        return [kind] * self.depth
+
+    @property
+    def best_kind(self) -> str:
+        """The kind of new layer whose block is fastest at the resolution asked for."""
+        return min(self.kinds, key=self.timing.block_ms.__getitem__)
+
+    def block_costs(self) -> list[dict[str, float]]:
+        """Milliseconds of each layer's block by kind, for t5lib.planning.layer_search; `rest_ms` is not in it."""
+        return [dict(self.timing.block_ms) for _ in range(self.depth)]
+
+    def block_budget(self, *, speedup: float | None = None, budget_ms: float | None = None) -> float:
+        """Milliseconds left for the blocks when a pass may take `budget_ms`, or must be `speedup` times as fast.
+
+        Raises:
+            T5Error: not one of both, or faster than this model can get (says what is possible).
+        """
+        if (speedup is None) == (budget_ms is None):
+            raise T5Error("give one of speedup and budget_ms")
+        softmax = self.milliseconds(self.uniform(SOFTMAX))
+        wanted = budget_ms if budget_ms is not None else softmax / speedup
+        fastest = self.timing.rest_ms + self.depth * min(self.timing.block_ms.values())
+        if wanted < fastest:
+            raise T5Error(
+                f"{wanted:.4g} ms a pass ({softmax / wanted:.3f} times as fast as softmax) is out of reach: the "
+                f"fastest layer map takes {fastest:.4g} ms ({softmax / fastest:.3f} times as fast); ask for no more"
+            )
+        return wanted - self.timing.rest_ms
+
+    def break_even(self, kind: str) -> int | None:
+        """Tokens from which on a model with `kind` in every layer is faster, as t5lib.benchmarks.resolution_sweep.break_even_tokens."""
+        rows = [
+            {"tokens": timing.tokens, "model": model, "ms": self.milliseconds(self.uniform(layer), timing)}
+            for timing in self.timings
+            for model, layer in (("softmax", SOFTMAX), ("t5", kind))
+        ]
+        return break_even_tokens(rows)
+
+    def side(self, tokens: int) -> int:
+        """The side in pixels of a square image with so many tokens."""
+        return round(self.patch * math.sqrt(max(tokens - self.prefix, 1)))
+
+    @property
+    def unrest(self) -> float:
+        """How much longer than its fastest a typical pass took, as a share; the worst of all short models."""
+        every = [runs for timing in self.timings for runs in timing.ms_runs.values()]
+        return max(statistics.median(runs) / min(runs) for runs in every) - 1
+
+    def verdict(self) -> str:
+        """Whether converting pays here, in plain words."""
+        kind, tokens = self.best_kind, self.timing.tokens
+        gain, size = self.speedup(self.uniform(kind)), f"{self.resolution} px ({tokens:,} tokens)"
+        if gain < 1:
+            start = (
+                f"No gain at this size: with {kind} in every layer a pass at {size} takes {1 / gain:.2f} times as long."
+            )
+        elif gain < GAIN:
+            start = f"No gain at this size: with {kind} in every layer a pass at {size} is {gain:.2f} times as fast."
+        else:
+            start = f"A gain at this size: with {kind} in every layer a pass at {size} is {gain:.2f} times as fast."
+        return f"{start} {self._where_it_pays(kind)}"
+
+    def _where_it_pays(self, kind: str) -> str:
+        found, smallest, largest = self.break_even(kind), self.timings[0], self.timings[-1]
+        gain = f"{self.speedup(self.uniform(kind), largest):.2f} times as fast at {largest.resolution:,} px"
+        if found is None:
+            return f"Up to {largest.resolution:,} px, the largest size measured, there is no break-even."
+        if found == smallest.tokens:
+            return f"It is ahead at every size measured, from {smallest.resolution:,} px on ({gain})."
+        return f"It is ahead from about {self.side(found):,} px ({found:,} tokens) on ({gain})."
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        whole = {
+            kind: {
+                "ms": self.milliseconds(self.uniform(kind)),
+                "speedup": self.speedup(self.uniform(kind)),
+                "break_even_tokens": None if kind == SOFTMAX else self.break_even(kind),
+            }
+            for kind in (SOFTMAX, *self.kinds)
+        }
+        return asdict(self) | {"all_layers": whole, "unrest": self.unrest, "verdict": self.verdict()}
+
+
+def plan(
+    model: nn.Module,
+    resolution: int,
+    device: str | torch.device = "cpu",
+    kinds: Sequence[str] = KINDS,
+    config: PlanConfig | None = None,
+    *,
+    on_timing: Callable[[Timing], None] | None = None,
+) -> Plan:
+    """Measure this device, and predict the time of `model` with any kind in any layer.
+
+    Args:
+        model: a softmax model of timm that can be converted; not changed. Its weights do not matter for the time.
+        resolution: side of the image in pixels.
+        kinds: values of a layer map (TTTConfig.layers) other than "softmax".
+        on_timing: called with each finished resolution, to show progress.
+
+    Raises:
+        T5Error: a resolution that is no multiple of the patch size, an unknown kind, outputs that are wrong
+            (t5lib.benchmarks.resolution_sweep.check_output), or times too noisy to tell a block's.
+    """
+    config, device = config or PlanConfig(), torch.device(device)
+    timm_vit.check_convertible(model)
+    rules, settings = Rules.of(config, device), {kind: _settings(kind) for kind in kinds}
+    if not settings:
+        raise T5Error("kinds is empty; expected values of a layer map, such as 'swiglu'")
+    timings = []
+    for side in _sides(model, resolution, settings, config):
+        timings.append(_time(at_resolution(model, side).to(device, torch.float32), side, settings, config, rules))
+        if on_timing:
+            on_timing(timings[-1])
+    return Plan(
+        device=describe_device(device),
+        dtype=str(rules.dtype).removeprefix("torch."),
+        torch=torch.__version__,
+        compiled=rules.compiled,
+        graphs=rules.graphs,
+        config=config,
+        depth=len(model.blocks),
+        patch=model.patch_embed.patch_size[0],
+        prefix=model.num_prefix_tokens,
+        kinds=tuple(settings),
+        resolution=resolution,
+        timings=tuple(timings),
+    )
+
+
+def verify(
+    plan: Plan, model: nn.Module, assignments: Sequence[Sequence[str]], device: str | torch.device = "cpu"
+) -> list[dict[str, Any]]:
+    """Measure whole models and compare with what `plan` predicted.
+
+    Args:
+        model: the softmax model that was planned for.
+        assignments: each is measured beside the others, in alternating rounds.
+
+    Returns:
+        A JSON-ready row each: layers (a layer map), predicted_ms, measured_ms, deviation (predicted / measured − 1),
+        ms_runs, launched_ms (without CUDA graph; None where none is used) and relative_error (output against float64).
+    """
+    rules = Rules.of(plan.config, torch.device(device))
+    sized = at_resolution(model, plan.resolution).to(device, torch.float32)
+    predicted = [plan.milliseconds(assignment) for assignment in assignments]
+    models = {str(index): _assembled(sized, assignment) for index, assignment in enumerate(assignments)}
+    races = race(models, plan.resolution, plan.config, rules)
+    return [
+        {
+            "layers": format_layers(list(assignment)),
+            "predicted_ms": ms,
+            "measured_ms": statistics.median(race.ms_runs),
+            "deviation": ms / statistics.median(race.ms_runs) - 1,
+            "ms_runs": race.ms_runs,
+            "launched_ms": race.launched_ms,
+            "relative_error": race.relative_error,
+        }
+        for assignment, ms, race in zip(assignments, predicted, races.values(), strict=True)
+    ]
+
+
+def _settings(kind: str) -> TTTConfig:
+    found = TTTConfig().named(kind)
+    if found is None:
+        raise T5Error("kinds holds 'softmax', which is measured in any case; name new layers, such as 'swiglu'")
+    return found
+
+
+def _sides(model: nn.Module, resolution: int, kinds: dict[str, TTTConfig], config: PlanConfig) -> list[int]:
+    """The resolutions to measure, multiples of the patch size whose grid holds every neighborhood window."""
+    patch = model.patch_embed.patch_size[0]
+    if resolution % patch or resolution < patch:
+        nearest = max(1, round(resolution / patch)) * patch
+        raise T5Error(f"resolution {resolution} is no multiple of the patch size {patch}; nearest is {nearest}")
+    least = max([1, *(kind.window for kind in kinds.values() if kind.window)])
+    if resolution // patch < least:
+        raise T5Error(
+            f"resolution {resolution} makes a grid of {resolution // patch} patches a side, and a neighborhood window "
+            f"is {least}: plan for {least * patch} px or more, or for kinds without it"
+        )
+    grids = {round(resolution * factor / patch) for factor in config.factors if factor != 1}
+    return sorted({resolution, *(patch * grid for grid in grids if grid >= least)})
+
+
+def _time(model: nn.Module, side: int, kinds: dict[str, TTTConfig], config: PlanConfig, rules: Rules) -> Timing:
+    """`model` is of this side, in float32, and on the device."""
+    chain = min(config.chain, len(model.blocks))
+    models = {WITHOUT_BLOCKS: _shortened(model, 0), SOFTMAX: _shortened(model, chain)}
+    for kind, settings in kinds.items():
+        models[kind] = convert(_shortened(model, chain), settings, inplace=True)
+    races = race(models, side, config, rules)
+    ms = {name: statistics.median(race.ms_runs) for name, race in races.items()}
+    rest = ms.pop(WITHOUT_BLOCKS)
+    block_ms = {kind: (whole - rest) / chain for kind, whole in ms.items()}
+    if min(block_ms.values()) <= 0:
+        raise T5Error(
+            f"at {side} px a model of {chain} blocks took no longer than one without ({ms} ms against {rest:.4g}): the "
+            "machine is too busy, or the blocks are too small to time; use a larger batch or more repeats"
+        )
+    return Timing(
+        resolution=side,
+        tokens=num_tokens(model),
+        rest_ms=rest,
+        block_ms=block_ms,
+        ms_runs={name: race.ms_runs for name, race in races.items()},
+        relative_error={name: race.relative_error for name, race in races.items()},
+    )
+
+
+def _shortened(model: nn.Module, blocks: int) -> nn.Module:
+    """A copy with the first few blocks only."""
+    every, model.blocks = model.blocks, nn.Sequential(*list(model.blocks)[:blocks])
+    try:
+        return copy.deepcopy(model)
+    finally:
+        model.blocks = every
+
+
+def _assembled(model: nn.Module, assignment: Sequence[str]) -> nn.Module:
+    """A copy of the softmax model with new layers (random weights) as `assignment` says."""
+    if set(assignment) == {SOFTMAX}:
+        return copy.deepcopy(model)
+    return convert(model, TTTConfig(layers=format_layers(list(assignment))))

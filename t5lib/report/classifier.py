@@ -1,0 +1,112 @@
+"""The report's part on classifiers: top-1 with its standard error, agreement with the source."""
+
+import math
+from typing import TYPE_CHECKING
+
+from t5lib.report import plots
+from t5lib.report.common import Quality, base_rows, count, percent, signed, tile
+
+if TYPE_CHECKING:
+    from t5lib.report.page import ReportData
+
+SCORES = {"Top-1": "top1", "Top-5": "top5", "Agrees with\nsource": "agreement"}
+
+
+def quality(data: "ReportData") -> Quality:
+    """What the page and the summary say about `data`'s models."""
+    evaluated, images = data.evaluated, data.evaluated["finetuned"]["n"]
+    known = {key for result in evaluated.values() for key, value in result.items() if value is not None}
+    columns = [title for title, key in SCORES.items() if key in known]
+    rows = [row | {"cells": _cells(evaluated[row["key"]], columns)} for row in base_rows(data.metrics, evaluated)]
+    bars = [
+        row | {"label": row["label"].lower(), "top1": result["top1"], "error": standard_error(result)}
+        for row in rows
+        for result in [evaluated[row["key"]]]
+    ]
+    return Quality(
+        columns=tuple(columns),
+        rows=rows,
+        note=(
+            f"Shares of {count(images)} test images. ± is one binomial standard error, √(p(100−p)/n). The models saw "
+            "the same images, so differences between them are known somewhat better than the two errors suggest. One "
+            "seed."
+        ),
+        caveat=f"± is one binomial standard error on {count(images)} images; one seed.",
+        sentences=_sentences(data),
+        tiles=_tiles(data),
+        figures={"quality": plots.quality_bars(bars)},
+        use="The loaded model keeps timm's interface.",
+        snippet=_snippet(data),
+    )
+
+
+def _cells(result: dict[str, float], columns: list[str]) -> list[tuple[str, str]]:
+    errors = {"Top-1": f"±{standard_error(result):.1f}"}
+    return [(percent(result.get(SCORES[title])), errors.get(title, "")) for title in columns]
+
+
+def standard_error(result: dict[str, float]) -> float:
+    """One binomial standard error of result["top1"], in points: sqrt(p (100 - p) / n)."""
+    return math.sqrt(result["top1"] * (100 - result["top1"]) / result["n"])
+
+
+def difference(ours: dict[str, float], theirs: dict[str, float]) -> tuple[float, float]:
+    """Difference of top-1 in points, and a standard error as if the models had seen different images.
+
+    They see the same ones, which makes the true error of the difference smaller.
+    """
+    return ours["top1"] - theirs["top1"], math.hypot(standard_error(ours), standard_error(theirs))
+
+
+def _sentences(data: "ReportData") -> list[str]:
+    """Quality kept, and what calibration alone gives, as far as known."""
+    models, tuned = data.evaluated, data.evaluated["finetuned"]
+    sentence = f"Fine-tuned, the converted model gets {percent(tuned['top1'])} of {count(tuned['n'])} test images right"
+    if "control" in models:
+        gap, error = difference(tuned, models["control"])
+        sentence += (
+            f"; the softmax original, fine-tuned with the same budget, {percent(models['control']['top1'])} "
+            f"({signed(gap)} ± {error:.1f} points)"
+        )
+    else:
+        sentence += f"; the softmax source {percent(models['source']['top1'])}"
+    sentences = [sentence + "."]
+    if "calibrated" in models:
+        sentences.append(
+            f"Calibrated only, before any fine-tune and without labels: {percent(models['calibrated']['top1'])} "
+            f"(source {percent(models['source']['top1'])})."
+        )
+    return sentences
+
+
+def _tiles(data: "ReportData") -> list[dict[str, str]]:
+    models, tuned = data.evaluated, data.evaluated["finetuned"]
+    error = standard_error(tuned)
+    tiles = [tile(percent(tuned["top1"]), "top-1, T5 fine-tuned", f"± {error:.1f} on {count(tuned['n'])} images")]
+    if "control" in models:
+        gap, error = difference(tuned, models["control"])
+        tiles.append(
+            tile(signed(gap), "points against control", f"± {error:.1f}; control {percent(models['control']['top1'])}")
+        )
+    if "calibrated" in models:
+        source = percent(models["source"]["top1"])
+        tiles.append(tile(percent(models["calibrated"]["top1"]), "calibrated, no labels", f"source {source}"))
+    return tiles
+
+
+def _snippet(data: "ReportData") -> str:
+    """Python that loads the fine-tuned model and classifies a picture."""
+    settings = {key: value for key, value in vars(data.data).items() if key not in ("workers", "eval_batch_size")}
+    arguments = "".join(f"    {key}={value!r},\n" for key, value in settings.items())
+    return (
+        "import torch\n"
+        "from PIL import Image\n\n"
+        "import t5lib\n"
+        "from t5lib.data.images import DataConfig, transform\n\n"
+        f'model = t5lib.load("data/out/{data.target}/finetune")  # device="cuda" for a GPU\n'
+        f"prepare = transform(DataConfig(\n{arguments}))\n"
+        'image = prepare(Image.open("picture.png").convert("RGB"))\n'
+        "with torch.inference_mode():\n"
+        "    probabilities = model(image[None]).softmax(-1)[0]\n"
+        "print(probabilities.argmax().item(), probabilities.max().item())\n"
+    )

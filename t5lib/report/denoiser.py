@@ -1,0 +1,78 @@
+"""The report's part on denoisers: what their pictures are like, and whether they show what was asked for."""
+
+from typing import TYPE_CHECKING, Any
+
+from t5lib.report.common import Quality, base_rows, count, percent, tile
+
+if TYPE_CHECKING:
+    from t5lib.report.page import ReportData
+
+MAIN = ("loss", "fid", "fd_dinov2", "retrieval_r1")  # of the scores, those in the main table and the headline
+
+
+def quality(data: "ReportData") -> Quality:
+    """What the page and the summary say about `data`'s models."""
+    from t5lib.report.score_table import score_table
+
+    scores, tuned = score_table(data.evaluated), data.evaluated["finetuned"]
+    main = [row for row in scores["rows"] if row["metric"] in MAIN]
+    rows = base_rows(data.metrics, data.evaluated)
+    measured = (
+        f"{count(tuned['generated'])} images a model, the same prompts and noise for all, beside "
+        f"{count(tuned['real'])} real ones; features: {tuned['extractor']}"
+    )
+    return Quality(
+        columns=tuple(f"{row['label']}\n({row['better']} is better)" for row in main),
+        rows=[row | {"cells": [(_text(score, row["key"]), "") for score in main]} for row in rows],
+        note=f"{measured}. Distances from few images are too large, and compare only with each other. One seed.",
+        caveat=f"{measured}; one seed.",
+        sentences=_sentences(data.evaluated, main),
+        tiles=_tiles(data.evaluated, main),
+        figures={},
+        scores=scores,
+        use="It is the pipeline's transformer; the pipeline's other parts are those of the source.",
+        snippet=_snippet(data.target),
+    )
+
+
+def _text(score: dict[str, Any], model: str) -> str:
+    value = score["values"].get(model)
+    return "–" if value is None else f"{value:.{score['digits']}f}"
+
+
+def _sentences(evaluated: dict[str, Any], main: list[dict[str, Any]]) -> list[str]:
+    against = "control" if "control" in evaluated else "source"
+    other = "the softmax original, fine-tuned with the same budget," if against == "control" else "the softmax source"
+    distance = next(row for row in main if row["metric"] in ("fid", "fd_dinov2"))
+    sentences = [
+        f"Fine-tuned, the converted model has an {distance['label']} of {_text(distance, 'finetuned')} to real images; "
+        f"{other} {_text(distance, against)} (lower is better)."
+    ]
+    if "retrieval_r1" in evaluated["finetuned"]:
+        found = [percent(100 * evaluated[name]["retrieval_r1"]) for name in ("finetuned", against)]
+        sentences.append(
+            f"In {found[0]} of its images the nearest real picture shows what was asked for; {other} {found[1]}."
+        )
+    if "calibrated" in evaluated:
+        sentences.append(
+            f"Calibrated only, before any fine-tune: {distance['label']} {_text(distance, 'calibrated')} "
+            f"(source {_text(distance, 'source')})."
+        )
+    return sentences
+
+
+def _tiles(evaluated: dict[str, Any], main: list[dict[str, Any]]) -> list[dict[str, str]]:
+    against = "control" if "control" in evaluated else "source"
+    return [
+        tile(_text(row, "finetuned"), f"{row['label']}, T5 fine-tuned", f"{against} {_text(row, against)}")
+        for row in main
+        if row["metric"] != "loss"
+    ]
+
+
+def _snippet(target: str) -> str:
+    return (
+        f"python -m tasks.studies.export {target} --out {target}-t5    # a diffusers pipeline with a model card\n\n"
+        "import t5lib\n\n"
+        f'pipe = t5lib.load_pipeline("{target}-t5")\n'
+    )

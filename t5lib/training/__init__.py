@@ -1,0 +1,1 @@
+"""Fitting: calibration, training, and the loss each kind of model learns from."""

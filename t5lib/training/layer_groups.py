@@ -1,0 +1,155 @@
+"""Converted layers that differ only in their heads, fitted as one mixer (t5lib.training.calibration).
+
+Shapes: B images, L layers, H heads, N image tokens, T text tokens (of a joint attention, after the image's), D head
+width, C channels.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from t5lib.layers.attention import TTTLayer
+from t5lib.layers.grid import TokenGrid
+from t5lib.layers.mixers import make_mixer
+from t5lib.utils.errors import T5Error
+
+Example = tuple[Tensor, ...]
+
+
+class Seen:
+    """What attentions of a softmax model got and gave in one run, by name: see `watch` of the family's adapter."""
+
+    def __init__(self):
+        self.inputs: dict[str, tuple[Tensor, ...]] = {}
+        self.outputs: dict[str, Tensor] = {}
+
+    def kind_of(self, name: str, layer: TTTLayer) -> tuple:
+        """Layers for which this is equal can be fitted as one mixer, at any size of the image."""
+        tokens, given = self.inputs[name], self.outputs[name]
+        drops_text = given.shape[1] < sum(part.shape[1] for part in tokens)
+        channels = tuple(part.shape[2] for part in tokens)
+        return layer.mixer.config, layer.num_heads, layer.head_dim, channels, drops_text
+
+
+class Kind:
+    """Layers of one kind, fitted as one mixer of L·H heads.
+
+    An example is a tuple: inputs x (B, L, N, C), in a joint attention the text's (B, L, T, C), softmax outputs
+    (B, L, N + T, H·D) or, where text is dropped, (B, L, N, H·D), and for the objective "attention" the teacher's q and
+    k (B, L·H, N + T, D). Where neither projections nor inputs are trained, the inputs are left out and the layers' q,
+    k and v (B, L·H, N + T, D) come first.
+
+    Args:
+        layers: by name, for all of which Seen.kind_of is the same.
+        parts: 2 for joint attention, 1 for image tokens alone.
+        sources: the softmax attentions, by the same names.
+        config: a CalibrateConfig.
+    """
+
+    def __init__(
+        self,
+        family: ModuleType,
+        layers: dict[str, TTTLayer],
+        sources: dict[str, nn.Module],
+        parts: int,
+        config,
+        device: torch.device,
+    ):
+        first = next(iter(layers.values()))
+        self.family, self.layers, self.sources, self.parts = family, layers, sources, parts
+        self.grid, self.objective = first.grid, config.objective
+        settings = first.mixer.config
+        self.mixer = make_mixer(first.num_heads, first.head_dim, settings, len(layers)).to(device)
+        if config.objective == "attention" and not hasattr(self.mixer, "attention_map"):
+            raise T5Error(
+                f"calibrate: objective 'attention' needs a mixer with an attention map, and inner '{settings.inner}' "
+                "has none; use objective 'output'"
+            )
+        if config.objective == "attention" and (
+            settings.rescale or (settings.key_norm, settings.locality) != ("none", "none")
+        ):
+            raise T5Error(
+                f"calibrate: objective 'attention' compares maps of the projections as they are, but key_norm is "
+                f"'{settings.key_norm}', locality '{settings.locality}' and rescale {settings.rescale}; set them to "
+                "'none', 'none' and false, or use objective 'output'"
+            )
+        self.projected = not config.lr_inherited and settings.convolution != "cpe"
+        self.copy(to_layers=False)
+        self.loss = self._attention_loss if config.objective == "attention" else self.error
+        if config.compile:
+            self.loss = torch.compile(self.loss)
+
+    def examples(self, seen: Seen) -> Example:
+        """All that a run of the teacher gives to learn from."""
+        target = torch.stack([seen.outputs[name] for name in self.layers], dim=1)
+        tokens = zip(*(seen.inputs[name] for name in self.layers), strict=True)
+        x = tuple(torch.stack(part, dim=1).to(target.dtype) for part in tokens)  # autocast would, every step
+        given = self._project(x) if self.projected else x
+        if self.objective == "output":
+            return *given, target
+        maps = [self.family.project(self.sources[name], seen.inputs[name])[:2] for name in self.layers]
+        return *given, target, *(torch.cat(part, dim=1) for part in zip(*maps, strict=True))
+
+    def error(self, *example: Tensor) -> Tensor:
+        """Squared error of each layer's heads over the variance of its target, (L,).
+
+        Image and text have a variance each, and count as many times as they have tokens.
+        """
+        (q, k, v), (target, *_) = self._split(example)
+        o = self.mixer(q, k, v, self._layout(q))
+        B, _, N, D = o.shape
+        o = o.view(B, len(self.layers), -1, N, D).transpose(2, 3).flatten(3).float()
+        target = target.float()
+        image, tokens = self.grid.patches.stop, target.shape[2]
+        error = _relative_error(o[:, :, :image], target[:, :, :image])
+        if image == tokens:
+            return error
+        return torch.lerp(error, _relative_error(o[:, :, image:], target[:, :, image:]), 1 - image / tokens)
+
+    def _attention_loss(self, *example: Tensor) -> Tensor:
+        """Cross-entropy from the teacher's softmax map to the mixer's map, mean over heads and queries, (L,)."""
+        (q, k, _), (_, teacher_q, teacher_k) = self._split(example)
+        wanted = (teacher_q.float() * teacher_q.shape[-1] ** -0.5 @ teacher_k.float().mT).softmax(-1)
+        given = self.mixer.attention_map(q, k).float().clamp_min(1e-8)
+        return -(wanted * given.log()).sum(-1).unflatten(1, (len(self.layers), -1)).mean(dim=(0, 2, 3))
+
+    def _split(self, example: Example) -> tuple[Example, Example]:
+        """The layers' q, k, v, and what is to be matched."""
+        if self.projected:
+            return example[:3], example[3:]
+        return self._project(example[: self.parts]), example[self.parts :]
+
+    def _project(self, x: tuple[Tensor, ...]) -> Example:
+        """x (B, L, N, C), and perhaps the text's (B, L, T, C), to q, k, v, each (B, L·H, N + T, D)."""
+        image, *text = x
+        together = image.transpose(1, 2).flatten(2)  # the layers' channels side by side, as the stacked mixer has them
+        prepared = self.mixer.prepare(together, self.grid).unflatten(2, (len(self.layers), -1))
+        made = [
+            self.family.project(layer, (prepared[:, :, index], *(part[:, index] for part in text)))
+            for index, layer in enumerate(self.layers.values())
+        ]
+        return tuple(torch.cat(part, dim=1) for part in zip(*made, strict=True))
+
+    def _layout(self, q: Tensor) -> TokenGrid:
+        """Of q's tokens, as TTTLayer.grid_of tells it."""
+        return self.grid if self.parts == 1 else self.grid.with_suffix(q.shape[2] - self.grid.patches.stop)
+
+    @torch.no_grad()
+    def copy(self, *, to_layers: bool) -> None:
+        """Between the layers' mixers and the one whose heads are all of theirs, in order."""
+        own = [_tensors(layer.mixer) for layer in self.layers.values()]
+        for name, whole in _tensors(self.mixer).items():
+            for part, tensors in zip(whole.chunk(len(own)), own, strict=True):
+                source, destination = (part, tensors[name]) if to_layers else (tensors[name], part)
+                destination.copy_(source)
+
+
+def _relative_error(o: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over variance of each layer, (B, L, tokens, H·D) to (L,)."""
+    variance = target.var(dim=(0, 2, 3), correction=0)
+    return (o - target).square().mean(dim=(0, 2, 3)) / variance
+
+
+def _tensors(mixer: nn.Module) -> dict[str, Tensor]:
+    return dict(mixer.named_parameters()) | dict(mixer.named_buffers())

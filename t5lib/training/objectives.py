@@ -1,0 +1,252 @@
+"""What a denoiser is trained on: how latents are noised, and the loss of what the model says about them.
+
+Shapes: B images, C latent channels of h × w, L text tokens of D channels, P channels of the pooled text. A batch is a
+dictionary with "latents" (B, C, h, w) and what the model is conditioned on: "labels" (B,), or "prompt_embeds" (B, L, D)
+and "pooled" (B, P). Captions and labels are dropped, for guidance, where batches are made.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from torch import Tensor
+
+from t5lib.utils.config import one_of
+from t5lib.utils.errors import T5Error
+
+Batch = dict[str, Tensor]
+WEIGHTINGS = ("logit_normal", "mode", "sigma_sqrt", "cosmap", "none")
+CONDITIONS = {"labels": "class_labels", "prompt_embeds": "encoder_hidden_states", "pooled": "pooled_projections"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noised:
+    """Noised latents and what is known of them.
+
+    Attributes:
+        inputs: keyword arguments of the model, which is to be called with return_dict=False.
+        clean, noise: (B, C, h, w).
+        level: (B,) how much noise: sigma of a rectified flow, or the step of a diffusion.
+    """
+
+    inputs: dict[str, Tensor]
+    clean: Tensor
+    noise: Tensor
+    level: Tensor
+
+    def to(self, device: torch.device) -> "Noised":
+        moved = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        rest = {name: getattr(self, name).to(device, non_blocking=True) for name in ("clean", "noise", "level")}
+        return Noised(inputs=moved, **rest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RectifiedFlow:
+    """x_t = (1 - sigma) x_0 + sigma ε; the model predicts the velocity ε - x_0; weighted squared error.
+
+    Attributes:
+        shift: of the sigmas towards noise, as the model's own scheduler has it (3 for SD3 and SD3.5).
+        weighting: density of the noise levels and weight of the loss, by diffusers' names: "logit_normal" (SD3's) and
+            "mode" draw other levels and weigh them alike; "sigma_sqrt" and "cosmap" draw uniformly and weigh.
+        logit_mean, logit_std: of "logit_normal"; mode_scale: of "mode".
+
+    Source: "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (arXiv 2403.03206), section 3.1.
+    """
+
+    shift: float = 3.0
+    weighting: str = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+
+    def __post_init__(self):
+        one_of(self.weighting, WEIGHTINGS, "objective: weighting")
+        if self.shift <= 0 or self.logit_std <= 0:
+            raise T5Error(f"objective: shift is {self.shift}, logit_std {self.logit_std}; expected positive numbers")
+
+    def noised(self, batch: Batch, generator: torch.Generator) -> Noised:
+        """Draw a noise level for every image, and noise, from a CPU generator: the same numbers on any device."""
+        clean, noise = _clean_and_noise(batch, generator)
+        drawn = compute_density_for_timestep_sampling(
+            self.weighting, len(clean), self.logit_mean, self.logit_std, self.mode_scale, generator=generator
+        )
+        scheduler = _flow(self.shift)
+        indices = (drawn * len(scheduler.sigmas)).long().clamp_max(len(scheduler.sigmas) - 1)
+        sigma = scheduler.sigmas[indices]
+        noisy = torch.lerp(clean, noise, _per_image(sigma))
+        inputs = {"hidden_states": noisy, "timestep": scheduler.timesteps[indices], **_conditions(batch)}
+        return Noised(inputs=inputs, clean=clean, noise=noise, level=sigma)
+
+    def prediction(self, output: Tensor, noised: Noised) -> Tensor:
+        """The velocity (B, C, h, w) in a model's output."""
+        if output.shape != noised.clean.shape:
+            raise T5Error(f"a flow model gives {tuple(noised.clean.shape)}, this one gave {tuple(output.shape)}")
+        return output.float()
+
+    def loss(self, output: Tensor, noised: Noised) -> Tensor:
+        """Mean over images and values, a scalar."""
+        error = self.prediction(output, noised) - (noised.noise - noised.clean)
+        weight = compute_loss_weighting_for_sd3(self.weighting, noised.level)
+        return (weight * error.square().mean(dim=(1, 2, 3))).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseAndVariance:
+    """DiT's: x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε; squared error of the predicted ε, and a bound for a learned variance.
+
+    A model with 2·C output channels interpolates the log-variance of a denoising step between its least and largest
+    possible value with the second half. What that is worth is the variational bound's term of the step, in bits a
+    value; its gradient does not reach the predicted ε. A model with C channels learns from the squared error alone.
+
+    Attributes:
+        steps, beta_start, beta_end: linear noise schedule, as the model's own scheduler has it.
+
+    Source: "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), section 3.1, whose weight of the
+    bound, 0.001 times the number of steps, is 1 here; "Scalable Diffusion Models with Transformers" (arXiv 2212.09748).
+    """
+
+    steps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+    def __post_init__(self):
+        if self.steps < 2 or not 0 < self.beta_start <= self.beta_end < 1:
+            raise T5Error(
+                f"objective: steps {self.steps}, beta_start {self.beta_start}, beta_end {self.beta_end}; expected 2 "
+                "steps or more and 0 < beta_start <= beta_end < 1, such as 1000, 1.0e-4 and 0.02"
+            )
+
+    def noised(self, batch: Batch, generator: torch.Generator) -> Noised:
+        """Draw a step for every image, and noise, from a CPU generator: the same numbers on any device."""
+        clean, noise = _clean_and_noise(batch, generator)
+        step = torch.randint(self.steps, (len(clean),), generator=generator)
+        noisy = self._scheduler().add_noise(clean, noise, step)
+        inputs = {"hidden_states": noisy, "timestep": step, **_conditions(batch)}
+        return Noised(inputs=inputs, clean=clean, noise=noise, level=step)
+
+    def prediction(self, output: Tensor, noised: Noised) -> Tensor:
+        """The noise (B, C, h, w) in a model's output."""
+        return self._split(output, noised)[0]
+
+    def loss(self, output: Tensor, noised: Noised) -> Tensor:
+        """Mean over images and values, a scalar."""
+        predicted, fraction = self._split(output, noised)
+        loss = (predicted - noised.noise).square().mean()
+        if fraction is None:
+            return loss
+        return loss + 1e-3 * self.steps * self._bound(predicted.detach(), fraction, noised).mean()
+
+    def _split(self, output: Tensor, noised: Noised) -> tuple[Tensor, Tensor | None]:
+        """Predicted noise and, if the model learns it, where the log-variance lies: 0 for least, 1 for largest."""
+        channels = noised.clean.shape[1]
+        if output.shape[2:] != noised.clean.shape[2:] or output.shape[1] not in (channels, 2 * channels):
+            raise T5Error(
+                f"a model that denoises {tuple(noised.clean.shape)} gives as many channels or twice as many, this one "
+                f"gave {tuple(output.shape)}"
+            )
+        predicted, fraction = output.float()[:, :channels], output.float()[:, channels:]
+        return predicted, (fraction + 1) / 2 if fraction.shape[1] else None
+
+    def _bound(self, predicted: Tensor, fraction: Tensor, noised: Noised) -> Tensor:
+        """The step's term of the variational bound, in bits, (B, C, h, w)."""
+        noisy = noised.inputs["hidden_states"]
+        table = {name: _per_image(row.to(noisy.device)[noised.level]) for name, row in self._tables().items()}
+        start = (noisy - table["noise"] * predicted) / table["signal"]
+        true, given = (table["from_start"] * x + table["from_noisy"] * noisy for x in (noised.clean, start))
+        log_variance = torch.lerp(table["log_least"], table["log_largest"], fraction)
+        kl = 0.5 * (
+            log_variance
+            - table["log_least"]
+            - 1
+            + (table["log_least"] - log_variance).exp()
+            + (true - given).square() * (-log_variance).exp()
+        )
+        last = -_log_likelihood(noised.clean, given, (0.5 * log_variance).exp())
+        return torch.where(_per_image(noised.level == 0), last, kl) / math.log(2)
+
+    def _scheduler(self) -> DDPMScheduler:
+        return _diffusion(self.steps, self.beta_start, self.beta_end)
+
+    def _tables(self) -> dict[str, Tensor]:
+        """Of each step (steps,): signal and noise in x_t, the true step's mean, and the range of its log-variance."""
+        betas = self._scheduler().betas.double()
+        kept = (1 - betas).cumprod(0)
+        before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
+        least = betas * (1 - before) / (1 - kept)
+        least[0] = least[1]  # it is 0, and never used: the last step's term is a likelihood
+        tables = {
+            "signal": kept.sqrt(),
+            "noise": (1 - kept).sqrt(),
+            "from_start": betas * before.sqrt() / (1 - kept),
+            "from_noisy": (1 - before) * (1 - betas).sqrt() / (1 - kept),
+            "log_least": least.log(),
+            "log_largest": betas.log(),
+        }
+        return {name: values.float() for name, values in tables.items()}
+
+
+Objective = RectifiedFlow | NoiseAndVariance
+
+
+def objective_of(scheduler: SchedulerMixin, **changes: float | str) -> Objective:
+    """The objective that a pipeline's scheduler belongs to, with its noise schedule.
+
+    Args:
+        changes: other settings of the objective, such as RectifiedFlow's weighting.
+
+    Raises:
+        T5Error: neither a flow nor a linear noise schedule with predicted noise.
+    """
+    settings = scheduler.config
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return RectifiedFlow(**{"shift": settings.shift} | changes)
+    found = (settings.get("beta_schedule"), settings.get("prediction_type"))
+    if found != ("linear", "epsilon"):
+        raise T5Error(
+            f"{type(scheduler).__name__} has beta_schedule and prediction_type {found}; expected a "
+            "FlowMatchEulerDiscreteScheduler, or ('linear', 'epsilon') as DiT has"
+        )
+    schedule = {"steps": settings.num_train_timesteps, "beta_start": settings.beta_start, "beta_end": settings.beta_end}
+    return NoiseAndVariance(**schedule | changes)
+
+
+def _clean_and_noise(batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    clean = batch.get("latents")
+    if clean is None or clean.ndim != 4:
+        shape = None if clean is None else tuple(clean.shape)
+        raise T5Error(f"a batch must hold 'latents' (B, C, h, w), got {shape} among {sorted(batch)}")
+    clean = clean.cpu().float()
+    return clean, torch.randn(clean.shape, generator=generator)
+
+
+def _conditions(batch: Batch) -> dict[str, Tensor]:
+    """Keyword arguments of the model; in float32, as the latents are (autocast narrows what it wants to)."""
+    given = {name: batch[name] for name in CONDITIONS if name in batch}
+    if list(given) not in (["labels"], ["prompt_embeds", "pooled"]):
+        raise T5Error(f"a batch must hold 'labels', or 'prompt_embeds' and 'pooled'; got {sorted(batch)}")
+    return {CONDITIONS[name]: t.float() if t.is_floating_point() else t for name, t in given.items()}
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
+
+
+def _log_likelihood(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Of 8-bit values x, scaled to [-1, 1], under a normal distribution summed over each value's bin."""
+    upper = torch.where(x > 0.999, torch.inf, (x - mean + 1 / 255) / std)
+    lower = torch.where(x < -0.999, -torch.inf, (x - mean - 1 / 255) / std)
+    mass = torch.special.ndtr(upper) - torch.special.ndtr(lower)
+    return mass.clamp_min(1e-12).log()
+
+
+@functools.cache
+def _flow(shift: float) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=shift)
+
+
+@functools.cache
+def _diffusion(steps: int, beta_start: float, beta_end: float) -> DDPMScheduler:
+    return DDPMScheduler(num_train_timesteps=steps, beta_start=beta_start, beta_end=beta_end, beta_schedule="linear")

@@ -1,0 +1,1 @@
+"""What every part of t5lib uses: settings, errors, files, progress."""

@@ -1,0 +1,66 @@
+"""Small file helpers: every write is atomic (a temporary sibling, then a rename)."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from t5lib.utils.errors import T5Error
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Raises T5Error when the file is missing or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise T5Error(f"{path} does not exist; expected a JSON file there") from None
+    except ValueError as error:  # not JSON, or not text
+        raise T5Error(f"{path} is not valid JSON ({error}); delete it and run the step that makes it again") from None
+
+
+def sha256(path: Path | str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_dir(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that takes its place on success and vanishes on error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = work / "new"
+    temporary.mkdir()
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    if path.exists():
+        os.replace(path, work / "old")  # deleting takes time: a kill must leave the old folder whole, or the new one
+    os.replace(temporary, path)
+    shutil.rmtree(work, ignore_errors=True)

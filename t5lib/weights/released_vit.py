@@ -1,0 +1,289 @@
+"""Checkpoints in the naming of the method's released code, as models of ours; a ViT's also back.
+
+Released (ViT "T5")                          ours                               i: layer, H heads of width D
+blocks.i.attn.{w1,w2,w3}        (1, H, D, D)  blocks.i.attn.mixer.{w1,w2,w3}     (H, D, D)
+blocks.i.attn.{q,k}_conv2d.*                  blocks.i.attn.mixer.{q,k}_conv.*
+everything else                               the same name: timm's VisionTransformer
+
+t5lib/weights/released_dit.py has the names of the DiT ("DiT5").
+Source: the code released with "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772).
+"""
+
+import argparse
+import logging
+import math
+import pickle
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from t5lib.families import timm_vit
+from t5lib.layers.config import TTTConfig
+from t5lib.utils.errors import T5Error
+
+logger = logging.getLogger(__name__)
+
+ENTRIES = {"ema": ("model_ema", "state_dict_ema", "ema"), "model": ("model", "state_dict")}  # that hold weights
+ALL_ENTRIES = (*ENTRIES["ema"], *ENTRIES["model"])
+WRAPPERS = ("_orig_mod.", "module.")  # left in names by torch.compile and DDP
+
+RELEASED = {"w1": "w1", "w2": "w2", "w3": "w3", "q_conv2d": "q_conv", "k_conv2d": "k_conv"}
+OURS = {ours: theirs for theirs, ours in RELEASED.items()}
+INNER = {("w1", "w2", "w3"): "swiglu", ("w1", "w2"): "two_layer"}
+ARCHITECTURES = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
+
+
+def load(
+    path: Path | str,
+    *,
+    which: str | None = None,
+    config: TTTConfig | None = None,
+    img_size: tuple[int, int] | None = None,
+) -> nn.Module:
+    """The model in a released checkpoint, in eval mode and the checkpoint's precision.
+
+    A ViT comes as a converted timm VisionTransformer, which `t5lib.save` can save; a DiT5 as diffusers'
+    DiTTransformer2DModel with our layers (t5lib/weights/released_dit.py). Names and shapes tell which. The model
+    carries `t5_config`, and `t5_source`, which says what was loaded: the file, and which of its weights.
+
+    Args:
+        path: a .safetensors file, or one of torch.save, which is opened without running any code in it.
+        which: "ema" or "model", for a file that holds both; None takes the moving average where there is one.
+        config: of the new layers, for what weights cannot tell: "+nat5", "three_layer" in place of "swiglu", the
+            residual loss. By default the paper's layers for a ViT, preset "dit5" for a DiT, in either case with the
+            inner model and the convolutions that have these weights.
+        img_size: (height, width) in pixels of a ViT, needed only when they differ.
+
+    Raises:
+        T5Error: not such a file; weights that are missing, unknown or of another shape (named).
+    """
+    weights, entry = read(path, which)
+    source = f"{entry} of {path}" if entry else str(path)
+    if "x_embedder.proj.weight" in weights:
+        model = _load_dit(weights, config, source)
+    else:
+        model = _load_vit(weights, config, source, img_size)
+    model.t5_source = source
+    logger.info("loaded %s: %s with %s", source, type(model).__name__, model.t5_config)
+    return model.eval()
+
+
+def _load_dit(weights: dict[str, Tensor], config: TTTConfig | None, source: str) -> nn.Module:
+    if not find_spec("diffusers"):
+        raise T5Error(f"{source} is a DiT5, which comes in as a model of diffusers; install that package")
+    from t5lib.weights import released_dit
+
+    return released_dit.from_released(weights, config, source)
+
+
+def _load_vit(
+    weights: dict[str, Tensor], config: TTTConfig | None, source: str, img_size: tuple[int, int] | None
+) -> nn.Module:
+    arguments = describe(weights, source, img_size)
+    config = config or infer_config(weights, arguments["depth"], source)
+    with torch.device("meta"):
+        model = timm_vit.build(ARCHITECTURES.get(arguments["embed_dim"], ARCHITECTURES[192]), arguments, config)
+    weights = to_ours(weights)
+    check_fit(weights, model.state_dict(), source)
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of `model`, a converted timm VisionTransformer, in the released naming; tensors are shared.
+
+    Raises:
+        T5Error: it holds new weights that the released code has no name for (named).
+    """
+    if not isinstance(model, timm_vit.VisionTransformer):
+        raise T5Error(f"{type(model).__name__} is not a timm VisionTransformer; only its weights can be named back")
+    released, unknown = {}, []
+    for name, value in model.state_dict().items():
+        before, mixer, new = name.partition(".attn.mixer.")
+        head, dot, rest = new.partition(".")
+        if mixer and head not in OURS:
+            unknown.append(name)
+        elif mixer:
+            released[f"{before}.attn.{OURS[head]}{dot}{rest}"] = value if dot else value.unsqueeze(0)
+        else:
+            released[name] = value
+    if unknown:
+        raise T5Error(
+            f"the released code has no name for {unknown[:4]}; expected TTTConfig's t5, t5+, or inner two_layer"
+        )
+    return released
+
+
+def to_ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Released names to ours, both told above; names that are ours already stay."""
+    ours = {}
+    for name, value in weights.items():
+        match = re.fullmatch(rf"(blocks\.\d+\.attn)\.({'|'.join(RELEASED)})(\..+)?", name)
+        if not match:
+            ours[name] = value
+        elif match[3]:
+            ours[f"{match[1]}.mixer.{RELEASED[match[2]]}{match[3]}"] = value
+        else:
+            ours[f"{match[1]}.mixer.{RELEASED[match[2]]}"] = value.squeeze(0)
+    return ours
+
+
+def check_fit(ours: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:
+    """Raises T5Error naming the weights that are missing, unknown, or of another shape than `expected`."""
+    missing, unknown = (sorted(set(a) - set(b)) for a, b in ((expected, ours), (ours, expected)))
+    shapes = [
+        f"{name} {tuple(ours[name].shape)} for {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in ours and ours[name].shape != value.shape
+    ]
+    if missing or unknown or shapes:
+        raise T5Error(
+            f"{source} does not fit the model it describes: missing {missing[:6]}, unknown {unknown[:6]}, "
+            f"other shapes {shapes[:6]}; expected the released code's layout, or pass config"
+        )
+
+
+def infer_config(weights: dict[str, Tensor], depth: int, source: str) -> TTTConfig:
+    """The TTTConfig whose layers hold these weights: inner model and locality by their names, layers by their places."""
+    found = {index: _new_names(weights, index) for index in range(depth)}
+    layers = [index for index, names in found.items() if names]
+    first = found[layers[0]]
+    different = [index for index in layers if found[index] != first]
+    inner = INNER.get(tuple(sorted(first & {"w1", "w2", "w3"})))
+    convolutions = first - {"w1", "w2", "w3"}
+    if different or inner is None or convolutions not in (set(), {"q_conv2d", "k_conv2d"}):
+        held = sorted(first) if not different else f"not the same in blocks {layers[0]} and {different[0]}"
+        raise T5Error(
+            f"{source}: new weights of attn are {held}; expected w1 and w2, and maybe w3, and of q_conv2d and k_conv2d "
+            "both or neither, and the same in every block"
+        )
+    return TTTConfig(
+        inner=inner,
+        locality="dwc_qk" if convolutions else "none",
+        layers=None if len(layers) == depth else tuple(layers),
+    )
+
+
+def describe(weights: dict[str, Tensor], source: str, img_size: tuple[int, int] | None) -> dict[str, Any]:
+    """The arguments of timm.create_model for the VisionTransformer that these weights are of, softmax attention aside.
+
+    Raises:
+        T5Error: not a ViT, not converted, or an image size that cannot be told.
+    """
+    needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.attn.qkv.weight")
+    missing = [name for name in needed if name not in weights]
+    if missing:
+        raise T5Error(f"{source} is not a released ViT: it has no {missing}; found {list(weights)[:6]}")
+    inner = {name: value for name, value in weights.items() if re.fullmatch(r"blocks\.\d+\.attn\.w[123]", name)}
+    if not inner:
+        raise T5Error(
+            f"{source} has no blocks.i.attn.w1: it holds a softmax model, or none of the released code. Load a softmax "
+            "model with timm and convert it with t5lib.convert"
+        )
+    width, channels, *patch = weights["patch_embed.proj.weight"].shape
+    head_dim = next(iter(inner.values())).shape[-1]
+    heads = width // head_dim
+    wrong = [f"{n} {tuple(value.shape)}" for n, value in inner.items() if value.shape != (1, heads, head_dim, head_dim)]
+    if wrong or heads * head_dim != width:
+        raise T5Error(f"{source}: inner weights are {wrong[:3] or head_dim}; expected (1, H, D, D) with H·D = {width}")
+    has_class = "cls_token" in weights
+    registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
+    tokens, prefix = weights["pos_embed"].shape[1], has_class + registers
+    rows, columns, own = _grid(tokens, prefix, img_size, tuple(patch), source)
+    arguments = {
+        "img_size": [rows * patch[0], columns * patch[1]],
+        "patch_size": patch,
+        "in_chans": channels,
+        "num_classes": weights["head.weight"].shape[0] if "head.weight" in weights else 0,
+        "global_pool": "avg" if "fc_norm.weight" in weights or not has_class else "token",
+        "fc_norm": "fc_norm.weight" in weights,
+        "embed_dim": width,
+        "depth": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        "num_heads": heads,
+        "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
+        "class_token": has_class,
+        "reg_tokens": registers,
+        "no_embed_class": not own,
+    }
+    if "blocks.0.ls1.gamma" in weights:
+        arguments["init_values"] = 1e-5  # any number makes layer scales; the values come from the file
+    return arguments
+
+
+def read(path: Path | str, which: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """The weights in `path`, without wrappers' prefixes, and the name of the entry they came from ("" for the file).
+
+    Raises:
+        T5Error: the file cannot be read, would run code, or has no such weights.
+    """
+    if which not in (None, "ema", "model"):
+        raise T5Error(f"which is {which!r}; expected 'ema', 'model', or None for the moving average where there is one")
+    found, entries = _open(Path(path)), []
+    wanted = ENTRIES[which] if which else ALL_ENTRIES
+    while entry := next((name for name in wanted if isinstance(found.get(name), dict)), None):
+        found, wanted = found[entry], ALL_ENTRIES  # what is inside may be wrapped once more
+        entries.append(entry)
+    if which == "ema" and not entries:
+        raise T5Error(f"{path} has no entry {ENTRIES['ema']}; found {list(found)[:6]}, leave which out")
+    weights = {_unwrapped(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise T5Error(f"{path} holds no weights; found {list(found)[:6]}, expected one of {ALL_ENTRIES}")
+    return weights, ".".join(entries)
+
+
+def _open(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise T5Error(f"{path} {found}; expected a checkpoint file, .safetensors or one of torch.save")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # how training scripts keep their settings
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        cause = re.search(r"GLOBAL (\S+)", str(error))
+        raise T5Error(
+            f"{path} was not opened: {cause[1] if cause else 'it is no file of torch.save, or'} could run code. "
+            "Where you trust it, save its weights with safetensors.torch.save_file, and load that"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise T5Error(f"{path} cannot be read ({str(error).splitlines()[0]}); copy or fetch it again") from None
+    if not isinstance(found, dict):
+        raise T5Error(f"{path} holds a {type(found).__name__}; expected weights by name")
+    return found
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+def _new_names(weights: dict[str, Tensor], block: int) -> set[str]:
+    """Which of RELEASED the attention of `block` has."""
+    start = f"blocks.{block}.attn."
+    return {name[len(start) :].partition(".")[0] for name in weights if name.startswith(start)} & RELEASED.keys()
+
+
+def _grid(
+    positions: int, prefix: int, img_size: tuple[int, int] | None, patch: tuple[int, int], source: str
+) -> tuple[int, int, bool]:
+    """Rows, columns, and whether the prefix tokens have positions of their own."""
+    for own in (True, False):
+        patches = positions - prefix * own
+        side = math.isqrt(patches)
+        rows, columns = (img_size[0] // patch[0], img_size[1] // patch[1]) if img_size else (side, side)
+        if rows * columns == patches:
+            return rows, columns, own
+    shown = f"not those of a {img_size[0]} × {img_size[1]} image" if img_size else "not those of a square image"
+    raise T5Error(
+        f"{source}: pos_embed has {positions} positions with {prefix} prefix tokens and patches of {patch[0]} × "
+        f"{patch[1]} px, {shown}; pass the img_size=(height, width) it was trained with"
+    )

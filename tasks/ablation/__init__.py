@@ -1,1 +1,0 @@
-"""The parts of `python -m tasks.ablate`: many variants of one model, run and told alike."""

@@ -1,0 +1,1 @@
+"""What runs a stage: its settings, its files, its record."""

@@ -1,0 +1,279 @@
+"""What a stage is given, and how it is run: `python -m tasks.convert dinov2-fashion`, or `run_stage` in process.
+
+A stage module holds `SECTIONS`, the sections of params.yaml it reads and their dataclasses, and `run`:
+
+    SECTIONS = {"convert": TTTConfig, "data": DataConfig}
+
+    def run(stage: Stage) -> dict:
+        config = stage.params(TTTConfig)
+        model = t5lib.load(stage.input("source"))
+        ...
+        return {"new": 123}
+
+    if __name__ == "__main__":
+        main(run)
+
+Neither DVC nor Prefect nor MLflow is needed to run one. Where a stage does something else for denoisers than for
+classifiers, its module in tasks/denoisers/ takes over (tasks.runtime.params.stage_module).
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from t5lib.utils.config import from_dict, to_dict
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json, sha256, write_json, write_text
+from tasks.runtime.params import read_target, stage_module
+from tasks.runtime.tracking import NoRun, device, flatten, start_run
+
+T = TypeVar("T")
+
+
+class Stage:
+    """One stage of one target: its settings, its inputs, and the places for what it makes.
+
+    Attributes:
+        name, target: such as "convert" and "dinov2-fashion".
+        root: the repository's folder.
+    """
+
+    def __init__(self, name: str, target: str, *, settings: dict[str, Any], sections: dict[str, type], root: Path):
+        self.name, self.target, self.root = name, target, root
+        self.resolved: dict[str, Any] = {}  # what params() gave out, as plain values
+        self.run_log: NoRun = NoRun()  # its MLflow run
+        self._settings, self._sections = settings, sections
+        self._declared = _declared(root, name, target)
+        self._used: dict[str, str] = {}  # what input() and metrics() gave out, as checksums
+        self._resume_dir: Path | None = None
+
+    def params(self, cls: type[T], section: str | None = None) -> T:
+        """The section `targets.<target>.<section>` of params.yaml (default: the stage's own) as a `cls`.
+
+        Raises:
+            T5Error: missing section, unknown setting, or a value of the wrong type.
+        """
+        section = section or self.name
+        if self._sections.get(section) is not cls:
+            raise RuntimeError(
+                f'tasks/{self.name}.py reads "{section}": add "{section}": {cls.__name__} to its SECTIONS'
+            )
+        where = f"params.yaml: targets.{self.target}"
+        if section not in self._settings:
+            raise T5Error(f"{where} has no section '{section}', which stage '{self.name}' reads; add it, empty: {{}}")
+        self._must_be_declared(f"targets.{self.target}.{section}")
+        config = from_dict(cls, self._settings[section], f"{where}.{section}")
+        self._still_open(f'params("{section}")')
+        self.resolved[section] = to_dict(config)
+        self.run_log.log_params(self.resolved)
+        return config
+
+    def input(self, stage: str) -> Path:
+        """The output folder of another stage of this target. Raises T5Error when it was not made yet."""
+        path = self._outputs / stage
+        self._must_be_declared(f"data/out/{self.target}/{stage}")
+        if not path.is_dir():
+            raise T5Error(f"{path} does not exist, and '{self.name}' needs it; {self._remedy(stage)}")
+        self._still_open(f'input("{stage}")')
+        self._used[stage] = _checksum(path)
+        return path
+
+    def metrics(self, stage: str) -> dict[str, Any]:
+        """The metrics of another stage of this target. Raises T5Error when it did not run yet."""
+        path = self._outputs / f"{stage}.json"
+        self._must_be_declared(f"data/out/{self.target}/{stage}.json")
+        if not path.is_file():
+            raise T5Error(f"{path} does not exist, and '{self.name}' needs it; {self._remedy(stage)}")
+        self._still_open(f'metrics("{stage}")')
+        self._used[path.name] = sha256(path)
+        return read_json(path)
+
+    @property
+    def out(self) -> Path:
+        """The folder to write results to; it takes its final place, `data/out/<target>/<stage>`, on success."""
+        return self._outputs / f".{self.name}.partial"
+
+    def resume_dir(self) -> Path:
+        """The folder for checkpoints: the same one again after a crash, as long as settings and inputs are the same.
+
+        Call it (and `log`) after the last params(), input() and metrics(). It is removed on success.
+        """
+        if self._resume_dir is None:
+            made_from = json.dumps([self.resolved, self._used], sort_keys=True)
+            self._resume_dir = self._scratch / self.name / hashlib.sha256(made_from.encode()).hexdigest()[:16]
+            self._resume_dir.mkdir(parents=True, exist_ok=True)
+            _rewrite_history(self._history, self._history)  # a killed run may have left half a line
+        return self._resume_dir
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Add a point to the stage's curves (`history.jsonl` and MLflow)."""
+        self.resume_dir()
+        with self._history.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.run_log.log_metrics({f"curve/{name}": value for name, value in metrics.items()}, step)
+
+    def artifact(self, path: Path | str) -> None:
+        """Also show this picture or JSON file in MLflow (not weights: DVC keeps those)."""
+        self.run_log.log_artifact(Path(path))
+
+    @property
+    def metrics_file(self) -> Path:
+        return self._outputs / f"{self.name}.json"
+
+    @property
+    def error_file(self) -> Path:
+        return self._scratch / f"{self.name}.error.json"
+
+    @property
+    def _outputs(self) -> Path:
+        return self.root / "data/out" / self.target
+
+    @property
+    def _scratch(self) -> Path:
+        return self.root / "data/scratch" / self.target
+
+    @property
+    def _history(self) -> Path:
+        return self.resume_dir() / "history.jsonl"
+
+    def _must_be_declared(self, what: str) -> None:
+        if self._declared is not None and what not in self._declared:
+            raise RuntimeError(
+                f"tasks/{self.name}.py reads {what}, which dvc.yaml does not list for stage '{self.name}'; "
+                "add it, or DVC will not notice when it changes"
+            )
+
+    def _still_open(self, call: str) -> None:
+        if self._resume_dir is not None:
+            raise RuntimeError(
+                f"tasks/{self.name}.py: {call} came after resume_dir() or log(), whose folder depends on it"
+            )
+
+    def _remedy(self, stage: str) -> str:
+        return f"run `dvc repro {stage}@{self.target}` or `python -m flows.t5 {self.target}`"
+
+    def begin(self) -> None:
+        """Clear what an earlier run left, so that nothing stale is ever taken for a result."""
+        for folder in (self.out, self._outputs / self.name):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.metrics_file, self.error_file):
+            file.unlink(missing_ok=True)
+        self.out.mkdir(parents=True)
+
+    def succeed(self, metrics: dict[str, Any]) -> None:
+        """Put outputs and metrics in their place."""
+        if self._resume_dir is not None:
+            _rewrite_history(self._history, self.out / "history.jsonl")
+        self.out.replace(self._outputs / self.name)
+        write_json(self.metrics_file, metrics)
+        shutil.rmtree(self._scratch / self.name, ignore_errors=True)
+
+    def fail(self, error: BaseException) -> None:
+        """Leave the error where the flow finds it; partial work stays in resume_dir()."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        if isinstance(error, KeyboardInterrupt):
+            message = "interrupted; run it again to go on from its last checkpoint"
+        else:
+            message = str(error) if isinstance(error, T5Error) else f"{type(error).__name__}: {error}"
+        write_json(
+            self.error_file,
+            {
+                "message": message,
+                "retryable": getattr(error, "retryable", False),
+                "traceback": "".join(traceback.format_exception(error)),
+            },
+        )
+
+
+def run_stage(
+    name: str, target: str, *, params: dict[str, Any] | None = None, root: Path | str = Path("."), track: bool = False
+) -> dict[str, Any]:
+    """Run stage `name` of `target` in this process and return its metrics.
+
+    `params` replaces the target's section of params.yaml; `track` records the run in MLflow.
+    Errors are written to `data/scratch/<target>/<stage>.error.json` and raised again.
+    """
+    return _run(name, target, params, Path(root), track)
+
+
+def main(run: Callable[[Stage], dict[str, Any]]) -> None:
+    """The command line of the stage `run` is of: one argument, the target. Exit status 1 on error, 130 when stopped."""
+    name = Path(run.__code__.co_filename).stem
+    parser = argparse.ArgumentParser(prog=f"python -m tasks.{name}", description=run.__globals__["__doc__"])
+    parser.add_argument("target", help="a section of `targets` in params.yaml")
+    target = parser.parse_args().target
+    for stop in (signal.SIGINT, signal.SIGTERM):  # also where a background shell made us ignore Ctrl-C
+        signal.signal(stop, signal.default_int_handler)
+    started = time.monotonic()
+    try:
+        metrics = _run(name, target, None, Path("."), track=True)
+    except T5Error as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    shown = [f"{key} {value:.4g}" for key, value in flatten(metrics).items() if isinstance(value, int | float)]
+    print(f"{name} done in {time.monotonic() - started:.0f} s: {', '.join(shown[:6])}", flush=True)
+
+
+def _run(name: str, target: str, settings: dict[str, Any] | None, root: Path, track: bool) -> dict[str, Any]:
+    settings = read_target(root, target) if settings is None else settings
+    module = stage_module(name, settings)
+    stage = Stage(name, target, settings=settings, sections=module.SECTIONS, root=root)
+    stage.begin()
+    if track:
+        stage.run_log = start_run(root, target, name, settings, {"stage": name, "protocol": name})
+    try:
+        metrics = module.run(stage)
+        stage.succeed(metrics)
+    except BaseException as error:
+        stage.fail(error)
+        stage.run_log.set_tags({"device": device()})
+        stage.run_log.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    stage.run_log.log_metrics(metrics)
+    stage.run_log.set_tags({"device": device(), "metrics_sha256": sha256(stage.metrics_file)})
+    stage.run_log.finish()
+    return metrics
+
+
+def _declared(root: Path, name: str, target: str) -> set[str] | None:
+    """What the stage depends on by dvc.yaml, with the target's name filled in; None where it has no such stage."""
+    path = root / "dvc.yaml"
+    stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else {}
+    if name not in stages:
+        return None
+    entry = stages[name].get("do", stages[name])
+    return {item.replace("${item}", target) for item in [*entry.get("deps", []), *entry.get("params", [])]}
+
+
+def _checksum(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{path.relative_to(folder)} {sha256(path)}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def read_history(path: Path | str) -> list[dict[str, Any]]:
+    """The points of a history.jsonl in order of their steps; what was logged again after a resume replaces the old."""
+    points: dict[int, dict[str, Any]] = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            point = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # half a line, from a run that was killed while writing it
+        points.setdefault(point["step"], {}).update(point)
+    return [points[step] for step in sorted(points)]
+
+
+def _rewrite_history(source: Path, to: Path) -> None:
+    if source.is_file():
+        write_text(to, "".join(json.dumps(point) + "\n" for point in read_history(source)))

@@ -1,0 +1,140 @@
+"""The pipeline that a target's denoiser is part of: noted with checksums by the stage `fetch`, read where it lies.
+
+It is not copied among the outputs: the text encoders of Stable Diffusion 3.5 alone take 11 GB.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json, sha256, write_json
+from t5lib.utils.progress import progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+NOTE, SCORERS = "pipeline.json", "scorers.json"
+TRANSFORMERS = ("SD3Transformer2DModel", "DiTTransformer2DModel")
+# Of a hub repo: diffusers' own folders in full precision, without single-file checkpoints and half-precision copies;
+# and the licence.
+HUB_FILES = ",".join(
+    (
+        *("README.md", "LICENSE*"),
+        *("*.json", "*/*.txt", "*/*.model", "*/model.safetensors", "*/model-0*.safetensors"),
+        *("*/diffusion_pytorch_model.safetensors", "*/diffusion_pytorch_model-0*.safetensors"),
+        "*/diffusion_pytorch_model.bin",
+    )
+)
+
+
+def note(folder: Path, source: str, out: Path, root: Path) -> dict[str, Any]:
+    """Check that `folder` is a pipeline we can convert, and write down in `out` where it is and what it holds.
+
+    Raises:
+        T5Error: no pipeline, one of another kind, or one without weights (with what is missing).
+    """
+    check(folder)
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = {}
+    with progress("checksums", len(found)) as bar:
+        for done, path in enumerate(found, 1):
+            files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            bar.advance(done)
+    inside = folder.resolve().is_relative_to(root.resolve())
+    place = os.path.relpath(folder, root) if inside else str(folder.resolve())
+    content = {"source": source, "path": place, "files": files}
+    write_json(out / NOTE, content)
+    return content
+
+
+def check(folder: Path) -> None:
+    """Raises T5Error unless `folder` holds a whole softmax pipeline of a kind that can be converted."""
+    if not (folder / "model_index.json").is_file():
+        raise T5Error(f"{folder} is no diffusers pipeline: it has no model_index.json; expected the folder of one")
+    index = read_json(folder / "model_index.json")
+    kind = (index.get("transformer") or [None, None])[1]
+    if kind not in TRANSFORMERS:
+        raise T5Error(
+            f"{folder} is a {index.get('_class_name')}, whose transformer is {kind}; expected "
+            f"{' or '.join(TRANSFORMERS)}"
+        )
+    parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+    missing = [name for name in parts if not (folder / name).is_dir() or not any((folder / name).iterdir())]
+    if missing:
+        raise T5Error(
+            f"{folder} lacks {', '.join(missing)}, which its model_index.json lists; fetch the pipeline again, or "
+            "write [null, null] there for what is left out on purpose (text_encoder_3 and tokenizer_3 may be)"
+        )
+
+
+def folder_of(fetched: Path, root: Path) -> Path:
+    """The pipeline's folder, from what the stage `fetch` made.
+
+    Raises:
+        T5Error: it is gone, or a file is not as large as it was.
+    """
+    found = read_json(fetched / NOTE)
+    folder = root / found["path"]
+    for name, file in found["files"].items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != file["bytes"]:
+            state = "does not exist" if size is None else f"has {size} bytes, not {file['bytes']}"
+            raise T5Error(f"{path} {state}, as when it was fetched; put it back, or {_again(fetched)}")
+    return folder
+
+
+def transformer(fetched: Path, root: Path) -> "nn.Module":
+    """The softmax denoiser in single precision, its files' checksums checked."""
+    import diffusers
+    import torch
+
+    folder = folder_of(fetched, root)
+    for name, file in read_json(fetched / NOTE)["files"].items():
+        if name.startswith("transformer/") and sha256(folder / name) != file["sha256"]:
+            raise T5Error(f"{folder / name} is not the file that was fetched; put that back, or {_again(fetched)}")
+    kind = getattr(diffusers, read_json(folder / "model_index.json")["transformer"][1])
+    return kind.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32).eval()
+
+
+def _again(fetched: Path) -> str:
+    return f"take it as it is now: `dvc repro -f fetch@{fetched.parent.name}`"
+
+
+def image_vae(folder: Path) -> "nn.Module | None":
+    """The pipeline's VAE in single precision; None where pixels are the latents."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    if not (folder / "vae").is_dir():
+        return None
+    return AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
+
+
+def takes_text(folder: Path) -> bool:
+    """Whether it draws from text; else from class numbers."""
+    return "text_encoder" in read_json(folder / "model_index.json")
+
+
+def classes(folder: Path) -> int:
+    """Of a class-conditional denoiser."""
+    return read_json(folder / "transformer/config.json")["num_embeds_ada_norm"]
+
+
+def image_size(folder: Path) -> tuple[int, int]:
+    """(height, width) in pixels of the images that the pipeline makes unless told otherwise."""
+    side = read_json(folder / "transformer/config.json")["sample_size"]
+    if (folder / "vae").is_dir():
+        side *= 2 ** (len(read_json(folder / "vae/config.json")["block_out_channels"]) - 1)
+    return side, side
+
+
+def patch(folder: Path) -> int:
+    """Latents a token is wide."""
+    return read_json(folder / "transformer/config.json")["patch_size"]
+
+
+def image_channels(folder: Path) -> int:
+    """Of the images it makes: 3, or what a transformer of pixels takes."""
+    return 3 if (folder / "vae").is_dir() else read_json(folder / "transformer/config.json")["in_channels"]

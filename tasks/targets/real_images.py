@@ -1,0 +1,83 @@
+"""Real images as generated ones are compared with them, and what is known about each."""
+
+import json
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from t5lib.data.buckets import Size, fit
+from t5lib.data.captions import caption_of, image_of
+from t5lib.data.shards import Sample, ShardSet
+from t5lib.evaluation.scores import Scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealImage:
+    """An image and its description.
+
+    Attributes:
+        pixels: (C, H, W) uint8, resized and cut to one size as training images are.
+        prompt: its caption, or its class number.
+        name: what it shows: of the entry "name" in its .json, or its class; None where nothing says so.
+        scene: with "name", "count" and "background" in its .json, what can be checked in a picture; else None.
+    """
+
+    pixels: Tensor
+    prompt: str | int
+    name: str | None
+    scene: Scene | None
+
+
+def read(manifest: Path, size: Size, *, channels: int, most: int) -> list[RealImage]:
+    """`most` images of a manifest that the stage `shards` wrote, evenly taken, or all; no others are decoded."""
+    shards = ShardSet.read(manifest)
+    wanted = {i * shards.count // most for i in range(most)} if most < shards.count else set(range(shards.count))
+    samples = enumerate(sample for shard in shards.shards for sample in shard.samples())
+    return [_described(sample, shards.classes, size, channels) for number, sample in samples if number in wanted]
+
+
+def references(manifest: Path, size: Size, *, channels: int, most: int, look_at: int = 50_000) -> dict[str, Tensor]:
+    """The first `most` pictures (k, C, H, W) of each name among the first `look_at` samples."""
+    shards, found = ShardSet.read(manifest), {}
+    for sample in islice((sample for shard in shards.shards for sample in shard.samples()), look_at):
+        name = _name(sample, shards.classes)
+        if name is not None and len(found.setdefault(name, [])) < most:
+            found[name].append(_pixels(sample, size, channels))
+    return {name: torch.stack(pictures) for name, pictures in found.items()}
+
+
+def cutouts(manifest: Path) -> dict[str, Tensor]:
+    """The pictures (4, h, w) of a manifest, RGBA, by the entry "name" of each .json."""
+    samples = (sample for shard in ShardSet.read(manifest).shards for sample in shard.samples())
+    return {_about(sample)["name"]: pil_to_tensor(image_of(sample, 4)) for sample in samples}
+
+
+def stacked(images: list[RealImage]) -> Tensor:
+    """(n, C, H, W) uint8."""
+    return torch.stack([image.pixels for image in images])
+
+
+def _described(sample: Sample, classes: tuple[str, ...], size: Size, channels: int) -> RealImage:
+    about, name = _about(sample), _name(sample, classes)
+    scene = None
+    if name is not None and "count" in about and "background" in about:
+        scene = Scene(name=name, count=int(about["count"]), colour=about["background"])
+    prompt = int(sample["cls"]) if classes else caption_of(sample)
+    return RealImage(pixels=_pixels(sample, size, channels), prompt=prompt, name=name, scene=scene)
+
+
+def _pixels(sample: Sample, size: Size, channels: int) -> Tensor:
+    return pil_to_tensor(fit(image_of(sample, channels), size))
+
+
+def _name(sample: Sample, classes: tuple[str, ...]) -> str | None:
+    return classes[int(sample["cls"])] if classes else _about(sample).get("name")
+
+
+def _about(sample: Sample) -> dict[str, Any]:
+    return json.loads(sample["json"]) if "json" in sample else {}

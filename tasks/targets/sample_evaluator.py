@@ -1,0 +1,180 @@
+"""Draws what validation images show, with any model of a target, and scores the pictures."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t5lib.evaluation import cutout_retrieval, features, scores
+from t5lib.evaluation.generation import GenerateConfig, generate, read_images
+from t5lib.evaluation.prompts import Job, seed_of
+from t5lib.pipelines import load_pipeline
+from t5lib.training.denoiser import validation_loss
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json
+from tasks.denoisers.data import LatentsConfig
+from tasks.targets import diffusers_folder, real_images
+from tasks.targets.classifier import device, precision
+from tasks.targets.denoiser import latents, load, objective
+
+REAL = "real images"  # the row of a table that says what can be reached
+REFERENCES = 20  # pictures of each name that generated ones are compared with
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is drawn.
+
+    Attributes:
+        samples: images of each model, with the captions or classes of the validation images, taken evenly; as many
+            real images as there are, up to this number, stand beside them.
+        shown: how many of them the picture of samples shows.
+        sampling: steps, guidance, size (default: the pipeline's).
+        cutouts: file:MANIFEST.json of RGBA pictures of all that can be asked for, one a name; for things on plain
+            backgrounds. Then they tell what a picture shows (t5lib.evaluation.cutout_retrieval), and not training images.
+    """
+
+    samples: int = 1000
+    shown: int = 8
+    sampling: GenerateConfig = field(default_factory=GenerateConfig)
+    cutouts: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < scores.LEAST or not 1 <= self.shown <= self.samples:
+            raise T5Error(
+                f"evaluate: samples {self.samples}, shown {self.shown}; expected at least {scores.LEAST} samples, and "
+                "1 or more of them shown"
+            )
+        if self.cutouts is not None and not self.cutouts.startswith("file:"):
+            raise T5Error(f"evaluate.cutouts is '{self.cutouts}'; expected file:MANIFEST.json")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a model did: its held-out loss, and its pictures (n, C, H, W) uint8, one for each of `Judge.asked`."""
+
+    loss: float
+    pictures: Tensor
+
+
+class Judge:
+    """One for all models of a target: prompts, noise and real images are the same.
+
+    Args:
+        config, data: sections of the target.
+        fetched, shards, source: what these stages made.
+        root: of the repository.
+
+    Attributes:
+        asked: the validation images whose captions or classes are drawn, in order.
+    """
+
+    def __init__(
+        self, config: EvaluateConfig, data: LatentsConfig, *, fetched: Path, shards: Path, source: Path, root: Path
+    ):
+        self.config, self.data, self.fetched = config, data, fetched
+        self.folder = diffusers_folder.folder_of(fetched, root)
+        self.channels = diffusers_folder.image_channels(self.folder)
+        images = {"size": config.sampling.size or diffusers_folder.image_size(self.folder), "channels": self.channels}
+        held_out = real_images.read(shards / "images-val.json", **images, most=config.samples)
+        if len(held_out) < scores.LEAST:
+            raise T5Error(f"evaluate: shards.val holds {len(held_out)} images; expected at least {scores.LEAST}")
+        self.asked = [held_out[number % len(held_out)] for number in range(config.samples)]
+        self._root = root
+        self._known = lambda: real_images.references(shards / "images-train.json", **images, most=REFERENCES)
+        self._held_out = _held_out(data, shards, source)
+        self._pipe: Any = None
+
+    @property
+    def prompts(self) -> list[str]:
+        """Captions, or the names of classes."""
+        return [image.name if isinstance(image.prompt, int) else image.prompt for image in self.asked]
+
+    def draw(self, name: str, model: Path, images: Path) -> Drawn:
+        """Load the model (of t5lib.save), take its loss, and draw into `images` what is not there yet; bf16 on CUDA."""
+        dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
+        loaded = nn.Module.to(load(model), dtype)  # diffusers' own `to` warns of every cast
+        if self._pipe is None:
+            self._pipe = load_pipeline(self.folder, transformer=loaded, torch_dtype=dtype).to(device())
+        else:
+            self._pipe.register_modules(transformer=loaded)
+        loss = self._held_out(loaded)
+        jobs = [
+            Job(path=images / f"{number:05}.png", prompt=image.prompt, seeds=(seed_of(0, number, 0),))
+            for number, image in enumerate(self.asked)
+        ]
+        generate(self._pipe, jobs, self.config.sampling, model=name)
+        return Drawn(loss, read_images([job.path for job in jobs], channels=self.channels))
+
+    def scores(self, drawn: dict[str, Drawn]) -> dict[str, dict[str, Any]]:
+        """What applies (t5lib.evaluation.scores.METRICS) to each model and to real images; "source" must be there."""
+        held_out = real_images.stacked(list({id(image): image for image in self.asked}.values()))
+        pictures = {name: each.pictures for name, each in drawn.items()}
+        found = scores.fidelity(pictures, held_out, self._extractor, device=device())
+        for name, each in drawn.items():
+            found[name] = {"loss": each.loss, **found[name], **self._following(each.pictures)}
+            if name != "source":
+                found[name] |= scores.distance_to(each.pictures, drawn["source"].pictures, self._dinov2)
+        found[REAL] = self._following(real_images.stacked(self.asked))
+        return found
+
+    def _following(self, pictures: Tensor) -> dict[str, Any]:
+        """Whether pictures show what was asked for, where the real images say what that is."""
+        result: dict[str, Any] = {}
+        names = self._cutouts.names if self._cutouts else self._references
+        named = [number for number, image in enumerate(self.asked) if image.name in names]
+        if named:
+            wanted = [self.asked[number].name for number in named]
+            if self._cutouts:
+                result |= cutout_retrieval.retrieval(pictures[named], wanted, self._cutouts)
+            else:
+                result |= scores.retrieval(pictures[named], wanted, self._references, self._dinov2)
+        scenes = [image.scene for image in self.asked]
+        if all(scenes):
+            colours = scores.colours_of(real_images.stacked(self.asked), scenes)
+            result |= scores.follow_scenes(pictures, scenes, colours)
+        if self._scorers["clip"] and isinstance(self.asked[0].prompt, str):
+            result |= scores.clip_score(pictures, self.prompts, self._scorers["clip"], device=device())
+        return result
+
+    @cached_property
+    def _scorers(self) -> dict[str, str | None]:
+        return read_json(self.fetched / diffusers_folder.SCORERS)
+
+    @cached_property
+    def _extractor(self) -> features.Extractor:
+        inception = self._scorers["inception"]
+        return features.choose(inception and Path(inception), self.fetched / "features")
+
+    @cached_property
+    def _dinov2(self) -> features.Dinov2:
+        return features.Dinov2.load(self.fetched / "features", device())
+
+    @cached_property
+    def _cutouts(self) -> cutout_retrieval.Cutouts | None:
+        given = self.config.cutouts
+        return (
+            cutout_retrieval.cutouts_of(real_images.cutouts(self._root / given.removeprefix("file:")))
+            if given
+            else None
+        )
+
+    @cached_property
+    def _references(self) -> dict[str, Tensor]:
+        known = self._known()
+        return scores.tokens_of(known, self._dinov2) if known else {}
+
+
+def _held_out(data: LatentsConfig, shards: Path, source: Path) -> Callable[[nn.Module], float]:
+    """A model's loss on all validation images; the same noise for every model."""
+    val, aim = latents(shards, "val", data), objective(source, data)
+
+    def measure(model: nn.Module) -> float:
+        batches = val.eval_batches(data.eval_batch_size)
+        return validation_loss({"model": model}, batches, objective=aim, precision=precision())["model"]
+
+    return measure

@@ -1,0 +1,118 @@
+"""The parts of the `t5` command: arguments, images and the batches made of them, weights, the plain reading."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_vit
+
+from t5lib.cli import arguments, diagnosing, models
+from t5lib.cli.images import CalibrationImages, ImageReader
+from t5lib.cli.screen import ranges
+from t5lib.layers.layer_map import parse_layers
+from t5lib.utils.errors import T5Error
+
+
+def test_images_get_the_models_own_normalization():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32)  # augreg weights: mean and std one half
+    reader = ImageReader(model)
+    assert reader.config["mean"] == (0.5, 0.5, 0.5)
+    assert reader.config["input_size"] == (3, 32, 32)
+
+
+def test_images_of_other_than_three_channels():
+    with pytest.raises(T5Error, match="1 channels"):
+        ImageReader(tiny_vit(in_chans=1))
+
+
+def test_held_out_images_are_never_fitted_on():
+    paths = [Path(f"{index}.png") for index in range(30)]
+    seen: list[Path] = []
+
+    def read(chosen):
+        seen.extend(chosen)
+        return torch.zeros(len(chosen), 3, 4, 4)
+
+    batches = CalibrationImages(paths, read, batch_size=8, seed=0)
+    stream = batches(0)
+    next(stream)
+    held_out = list(seen)
+    seen.clear()
+    for _ in range(4):  # one pass over the rest
+        next(stream)
+    assert sorted([*held_out, *seen]) == sorted(paths)
+    assert len(held_out) == 3
+
+
+def test_batch_follows_from_seed_and_number():
+    paths = [Path(f"{index}.png") for index in range(30)]
+
+    def read(chosen):
+        values = torch.tensor([float(path.stem) for path in chosen])
+        return values[:, None, None, None] + torch.arange(4.0).expand(len(chosen), 3, 4, 4) / 10
+
+    def take(seed, start, count):
+        stream = CalibrationImages(paths, read, batch_size=8, seed=seed)(start)
+        return [next(stream) for _ in range(count)]
+
+    whole = take(0, 0, 7)
+    assert all(torch.equal(a, b) for a, b in zip(whole[3:], take(0, 3, 4), strict=True))
+    assert not torch.equal(whole[1], take(1, 1, 1)[0])
+    first = torch.cat([batch[:, 0, 0, 0] % 1 for batch in whole[1:]])
+    assert 0 < (first > 0.2).float().mean() < 1  # some are mirrored, some are not
+
+
+def test_images_are_found_in_subfolders_and_spread_over_them(tmp_path):
+    for name in ("b/1.png", "b/2.JPG", "a/1.webp", "notes.txt", "._1.png", ".trash/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = arguments.find_images(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["a/1.webp", "b/1.png", "b/2.JPG"]
+    assert {path.parent.name for path in arguments.spread(found, 2)} == {"a", "b"}
+    assert arguments.spread(found, 100) == found
+
+
+def test_layers_are_numbers_and_ranges():
+    assert parse_layers("0-2, 5,5") == (0, 1, 2, 5)
+    assert ranges([0, 1, 2, 5]) == "0-2, 5"
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1--2", "1,,2"])
+def test_layers_that_mean_nothing_are_refused(text):
+    with pytest.raises(T5Error, match="expected such as 0-5,8"):
+        parse_layers(text)
+
+
+def test_size_is_height_then_width():
+    assert arguments.parse_size("224x320") == (224, 320)
+    assert arguments.parse_size("224") == (224, 224)
+
+
+@pytest.mark.parametrize("text", ["big", "0", "224x", "-5", "224x0"])
+def test_size_that_means_nothing_is_refused(text):
+    with pytest.raises(T5Error, match="224x320"):
+        arguments.parse_size(text)
+
+
+def test_weights_come_from_a_file_with_its_own_number_of_classes(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3)
+    save_file(model.state_dict(), tmp_path / "mine.safetensors")
+    source = arguments.Source(name="vit_tiny_patch16_224", weights=tmp_path / "mine.safetensors", img_size=(32, 32))
+    loaded = models.load(source, torch.device("cpu"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "mean, control, pretrained, expected",
+    [
+        (0.6, 0.1, True, "'instance' (the default), which takes it out"),
+        (0.3, 0.25, True, "check that these are the weights you mean"),
+        (0.6, 0.1, False, "no diagnosis"),
+    ],
+)
+def test_reading_follows_from_the_numbers(mean, control, pretrained, expected):
+    summary = {"mean_shift_ratio": mean, "mean_shift_ratio_random_init": control}
+    assert expected in diagnosing.reading(summary, pretrained=pretrained)

@@ -1,0 +1,231 @@
+"""A training that is stopped, at any moment and by any means, goes on and ends as if it had never stopped."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from training_job import (
+    ALL_ON,
+    PLAIN,
+    STEPS,
+    batch,
+    batches,
+    converted,
+    deterministic,
+    job,
+    part_of_two,
+    run,
+    same,
+    state,
+)
+
+from t5lib.training import checkpoints
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_counts():
+    """A shell that starts us in the background lets us ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict[str, torch.Tensor]:
+    model = converted()
+    run(model, ALL_ON)
+    return state(model)
+
+
+@pytest.mark.parametrize("stop_at", [0, 5, 7, 15], ids=lambda n: f"batch {n}")
+def test_a_run_that_broke_and_was_run_again_ends_with_the_same_bits(stop_at, uninterrupted, tmp_path):
+    def dying(start):
+        for number, item in enumerate(batches(start), start):
+            if number == stop_at:
+                raise OSError("disk gone")
+            yield item
+
+    with pytest.raises(OSError, match="disk gone"):
+        run(converted(), ALL_ON, source=dying, resume_dir=tmp_path)
+    model, steps = converted(), []
+    run(model, ALL_ON, resume_dir=tmp_path, log=lambda _, step: steps.append(step))
+    assert steps[0] == 3 * (stop_at // 6) + 1  # from the last checkpoint; a step is two batches
+    assert same(state(model), uninterrupted)
+
+
+def test_random_numbers_drawn_between_the_runs_do_not_matter(uninterrupted, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        run(converted(), ALL_ON, resume_dir=tmp_path, log=lambda _, step: 1 / (4 - step))
+    torch.rand(17)
+    model = converted()
+    run(model, ALL_ON, resume_dir=tmp_path)
+    assert same(state(model), uninterrupted)
+
+
+@pytest.mark.parametrize("moment", ["in a step", "in a batch", "in the loader's processes", "in a checkpoint"])
+def test_ctrl_c_waits_for_the_step_writes_a_checkpoint_and_the_rest_ends_with_the_same_bits(
+    moment, uninterrupted, tmp_path, monkeypatch
+):
+    steps, pressed = [], []
+
+    def press(at: int):
+        if len(steps) == at and not pressed:
+            pressed.append(at)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def source(start):
+        for item in batches(start):
+            if moment in ("in a batch", "in the loader's processes"):
+                press(4)
+            if moment == "in the loader's processes" and pressed:
+                raise RuntimeError("DataLoader worker (pid 4711) exited unexpectedly")
+            yield item
+
+    if moment == "in a step":
+        handle = register_optimizer_step_pre_hook(lambda *_: press(4))
+    if moment == "in a checkpoint":
+        save = checkpoints.save_checkpoint
+        monkeypatch.setattr("t5lib.training.trainer.save_checkpoint", lambda *args: (press(3), save(*args)))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(converted(), ALL_ON, source=source, resume_dir=tmp_path, log=lambda _, step: steps.append(step))
+    finally:
+        if moment == "in a step":
+            handle.remove()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    stopped = 5 if moment in ("in a step", "in a batch") else 4
+    assert steps == list(range(1, stopped + 1))
+    assert [path.name for path in tmp_path.iterdir()] == [f"step-{stopped:07d}"]
+    model = converted()
+    run(model, ALL_ON, resume_dir=tmp_path, log=lambda _, step: steps.append(step))
+    assert steps == list(range(1, STEPS + 1)) and same(state(model), uninterrupted)
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    def source(start):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from batches(start)
+
+    logged = []
+    with pytest.raises(KeyboardInterrupt):
+        run(converted(), source=source, log=lambda *_: logged.append(1))
+    assert logged == []
+
+
+def test_ctrl_c_frees_what_was_frozen():
+    model = converted()
+    with pytest.raises(KeyboardInterrupt):
+        run(model, dataclasses.replace(PLAIN, trainable="new"), log=lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_only_whole_checkpoints_are_picked_up(uninterrupted, tmp_path, monkeypatch):
+    """A kill, or a full disk, in the midst of a checkpoint leaves the one before."""
+    whole, calls = Accelerator.save_state, []
+
+    def torn(accelerator, folder):
+        calls.append(folder)
+        whole(accelerator, folder)
+        if len(calls) == 2:
+            weights = Path(folder) / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:1000])
+            raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", torn)
+        with pytest.raises(OSError, match="disk full"):
+            run(converted(), ALL_ON, resume_dir=tmp_path)
+    model, steps = converted(), []
+    run(model, ALL_ON, resume_dir=tmp_path, log=lambda _, step: steps.append(step))
+    assert steps[0] == 4 and same(state(model), uninterrupted)
+
+
+def test_a_checkpoint_is_read_without_running_what_it_pickles(tmp_path, monkeypatch):
+    with pytest.raises(ZeroDivisionError):
+        run(converted(), ALL_ON, resume_dir=tmp_path, log=lambda _, step: 1 / (4 - step))
+    load, restricted = torch.load, []
+    monkeypatch.setattr(
+        torch, "load", lambda *a, **given: (restricted.append(given.get("weights_only")), load(*a, **given))[1]
+    )
+    run(converted(), ALL_ON, resume_dir=tmp_path)
+    assert set(restricted) == {True}
+
+
+def test_only_the_newest_checkpoint_is_kept(tmp_path):
+    run(converted(), ALL_ON, resume_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000006"]
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts functions of training_job in processes that have torch and timm imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["t5lib.training.classifier", "t5lib.conversion", "accelerate.checkpointing"])
+    started = []
+
+    def start(function, *arguments):
+        process = context.Process(target=function, args=arguments)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def wait_until(holds, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.02)
+
+
+def test_killed_and_started_again_it_ends_with_the_same_bits_as_an_uninterrupted_run(
+    processes, uninterrupted, tmp_path
+):
+    out = tmp_path / "out.safetensors"
+    for pause_at in (5, 11):  # before the first checkpoint is there; after it, in the middle of a step
+        killed = processes(job, out, tmp_path, pause_at)
+        wait_until((tmp_path / "paused").exists)
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
+        (tmp_path / "paused").unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000003"]
+    last = processes(job, out, tmp_path)
+    last.join(60)
+    assert last.exitcode == 0
+    assert same(load_file(out), uninterrupted)
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_two_processes_equal_one_with_twice_the_batch(trainable, processes, tmp_path):
+    config = dataclasses.replace(PLAIN, trainable=trainable, ema=0.9)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pair = [processes(part_of_two, rank, port, tmp_path, config) for rank in (0, 1)]
+    for process in pair:
+        process.join(90)
+        assert process.exitcode == 0
+    one, two = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
+    assert same(one, two)
+    model = deterministic()
+    run(model, config, source=lambda start: (batch(start + i, size=8) for i in range(99)))
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(one[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    assert [(tmp_path / f"rank{rank}.logged").read_text() for rank in (0, 1)] == [str(STEPS), "0"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000006"]

@@ -1,0 +1,89 @@
+"""params.yaml: slips are named before work starts, and adding a target leaves the rest of the file alone."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from t5lib.utils.errors import T5Error
+from tasks.runtime import params
+
+
+def check(repo, target="small"):
+    return repo.run(sys.executable, "-m", "tasks.runtime.params", target)
+
+
+def test_enabling_a_target_changes_one_word_and_keeps_comments(small_repo):
+    before = (small_repo.root / "params.yaml").read_text()
+    assert params.enable(small_repo.root, "other")
+    after = (small_repo.root / "params.yaml").read_text()
+    assert after == before.replace("[small]   #", "[small, other] #")
+    assert not params.enable(small_repo.root, "other")
+    assert (small_repo.root / "params.yaml").read_text() == after
+
+
+def test_the_first_target_can_be_enabled_in_an_empty_list(small_repo):
+    small_repo.set("enabled: [small]", "enabled:")
+    params.enable(small_repo.root, "other")
+    assert params.read(small_repo.root)["enabled"] == ["other"]
+
+
+def test_unknown_target_is_refused_with_the_nearest_and_nothing_is_written(small_repo):
+    before = (small_repo.root / "params.yaml").read_text()
+    with pytest.raises(T5Error, match=r"no target 'othr'; did you mean 'other'\? Targets: small, other"):
+        params.enable(small_repo.root, "othr")
+    assert (small_repo.root / "params.yaml").read_text() == before
+
+
+def test_check_prints_every_setting_with_defaults(small_repo):
+    told = json.loads(check(small_repo).stdout)
+    assert told["fetch"]["inner"] == "2"
+    assert told["evaluate"] == {
+        "inner": "swiglu", "steps": 0, "seconds": 0.0, "fail": "", "retryable": False, "crash": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{steps: 0}", "{stepps: 0}", "targets.small.evaluate: unknown setting 'stepps'; did you mean 'steps'?"),
+        ("{steps: 0}", "{steps: many}", "targets.small.evaluate.steps: expected int, got 'many'"),
+        (
+            "evaluate:",
+            "evaluat:",
+            "targets.small.evaluat is read by no stage; known sections: convert, evaluate, fetch",
+        ),
+        ("    evaluate: {steps: 0}\n", "", "targets.small lacks the sections evaluate; add them, empty if need be"),
+        ("targets:", "tagrets:", "params.yaml has no `targets:`"),
+        ("{steps: 0}", "{steps: 0", "params.yaml is not valid YAML"),
+    ],
+    ids=["unknown", "type", "section", "missing", "targets", "yaml"],
+)
+def test_check_names_a_slip_in_any_section(small_repo, old, new, message):
+    small_repo.set(old, new)
+    run = check(small_repo)
+    assert run.returncode == 1
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_outside_the_repository_the_message_says_where_to_go(tmp_path):
+    with pytest.raises(T5Error, match="run this from the repository's folder"):
+        params.read(tmp_path)
+
+
+def test_settings_are_replaced_by_words_at_any_depth_and_checked():
+    root = Path(__file__).parents[3]
+    words = ["evaluate.sampling.steps=3", "shards.train=file:elsewhere.json", "convert.layers={0-1: softmax}"]
+    found = params.resolve_with(root, "sd35-micro", words)
+    assert found["evaluate"]["sampling"] == params.resolve(root, "sd35-micro")["evaluate"]["sampling"] | {"steps": 3}
+    assert found["shards"]["train"] == "file:elsewhere.json" and found["convert"]["layers"] == {"0-1": "softmax"}
+    for word, message in (
+        ("evaluate.sampling.stepps=3", "unknown setting 'stepps'; did you mean 'steps'"),
+        ("evaluate.samples.steps=3", "'samples' is no section of sd35-micro"),
+        ("steps=3", "expected SECTION.NAME=VALUE"),
+        ("finetune.steps", "expected SECTION.NAME=VALUE"),
+    ):
+        with pytest.raises(T5Error, match=message):
+            params.resolve_with(root, "sd35-micro", [word])

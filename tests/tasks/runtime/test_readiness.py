@@ -1,0 +1,70 @@
+"""What a target needs and cannot be had is named at once, each with its remedy, before any work."""
+
+import pytest
+
+from t5lib.utils.errors import SourceError, T5Error
+from tasks.runtime import params, readiness
+
+SETTINGS = {
+    "fetch": {"source": "hf:owner/gated@main"},
+    "shards": {"train": "file:pictures/train-*.tar", "val": "file:pictures/val-*.tar", "encode": {}},
+}
+
+
+@pytest.fixture
+def gated(monkeypatch):
+    def refuse(rest):
+        raise SourceError(f"hf:{rest} is gated; set HF_TOKEN")
+
+    monkeypatch.setattr(readiness.hub, "check_access", refuse)
+
+
+def test_everything_that_is_missing_is_named_with_its_remedy(tmp_path, gated):
+    with pytest.raises(T5Error) as caught:
+        readiness.check(tmp_path, "mine", SETTINGS)
+    first, weights, train, val = str(caught.value).splitlines()
+    assert first == "'mine' cannot be built yet. Missing:"
+    assert weights.strip() == (
+        "weights: hf:owner/gated@main is gated; set HF_TOKEN; or name yours: params.yaml, targets.mine.fetch.source "
+        "(file:FOLDER for what you have)"
+    )
+    assert "training images: file:pictures/train-*.tar is not there" in train and "img2dataset" in train
+    assert "targets.mine.shards.val" in val
+
+
+def test_what_is_there_or_was_fetched_before_is_not_missing(tmp_path, gated):
+    (tmp_path / "pictures").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / f"pictures/{split}-0.tar").touch()
+    with pytest.raises(T5Error, match="Missing:\\n  weights"):
+        readiness.check(tmp_path, "mine", SETTINGS)
+    (tmp_path / "data/out/mine").mkdir(parents=True)
+    (tmp_path / "data/out/mine/fetch.json").touch()
+    readiness.check(tmp_path, "mine", SETTINGS)
+
+
+def test_where_the_hub_cannot_say_what_it_wants_the_page_and_the_token_are_named(tmp_path, monkeypatch):
+    def offline(rest):
+        raise SourceError(f"hf:{rest}: the hub cannot be reached")
+
+    monkeypatch.setattr(readiness.hub, "check_access", offline)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(T5Error, match=r"accept the conditions on https://huggingface\.co/owner/gated and set HF_TOKEN"):
+        readiness.check(tmp_path, "mine", SETTINGS)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_what_the_optimizer_needs_is_missing_unless_it_is_installed(tmp_path, monkeypatch, installed):
+    monkeypatch.setattr(readiness.importlib.util, "find_spec", lambda name: object() if installed else None)
+    settings = {"freeze": {"ceiling": 1.5, "train": {"optimizer": "adamw8bit"}}}
+    if installed:
+        readiness.check(tmp_path, "mine", settings)
+        return
+    with pytest.raises(T5Error, match="bitsandbytes: adamw8bit needs it; pip install bitsandbytes"):
+        readiness.check(tmp_path, "mine", settings)
+
+
+def test_every_target_of_ours_names_its_sources_where_they_are_looked_for():
+    for target in params.read()["targets"].values():
+        named = {(section, name) for section, name, _, _ in readiness.SOURCES if target[section].get(name)}
+        assert {("fetch", "source"), ("shards", "train"), ("shards", "val")} <= named

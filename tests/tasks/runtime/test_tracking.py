@@ -1,0 +1,131 @@
+"""MLflow on sqlite: what a run holds, what tells runs apart, and that the record never stops the work."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json
+from tasks.runtime import tracking
+from tasks.runtime.stage import run_stage
+
+pytestmark = pytest.mark.pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    inner: str
+    key_norm: str = "none"
+    locality: str = "none"
+
+
+@pytest.fixture
+def convert(mlflow_repo, as_stage):
+    """Run a function as the recorded stage `convert` of `small`."""
+
+    def run_it(run):
+        as_stage("convert", Config, run)
+        return run_stage("convert", "small", root=mlflow_repo.root, track=True)
+
+    return run_it
+
+
+def learn(stage):
+    stage.params(Config)
+    for step in range(50):
+        stage.log({"loss": 1 / (1 + step)}, step)
+    (stage.out / "shift.png").write_bytes(b"png")
+    stage.artifact(stage.out / "shift.png")
+    return {"top1": 84.5, "loss": 0.4, "verdict": "good", "models": {"source": {"top1": 85}}}
+
+
+def test_a_run_holds_curves_results_settings_plots_and_what_tells_it_apart(mlflow_repo, convert):
+    convert(learn)
+    (run,) = mlflow_repo.recorded()
+    client = tracking._client(mlflow_repo.root)
+    curve = client.get_metric_history(run.info.run_id, "curve/loss")
+    assert [(point.step, point.value) for point in curve] == [(step, 1 / (1 + step)) for step in range(50)]
+    assert {"top1": 84.5, "loss": 0.4, "models.source.top1": 85.0}.items() <= run.data.metrics.items()
+    assert "verdict" not in run.data.metrics
+    assert run.data.params == {"convert.inner": "swiglu", "convert.key_norm": "instance", "convert.locality": "none"}
+    assert {artifact.path for artifact in client.list_artifacts(run.info.run_id)} == {"config.json", "shift.png"}
+    told = {"target": "small", "stage": "convert", "protocol": "convert", "inner": "swiglu", "key_norm": "instance"}
+    told |= {
+        "locality": "none",
+        "git_commit": mlflow_repo.git("rev-parse", "HEAD").strip(),
+        "device": tracking.device(),
+    }
+    assert told.items() <= run.data.tags.items()
+    assert (run.info.run_name, run.info.status) == ("convert", "FINISHED")
+    stored = list((mlflow_repo.root / "data/mlflow/artifacts").rglob("config.json"))
+    assert read_json(stored[0]) == {"convert": {"inner": "swiglu", "key_norm": "instance", "locality": "none"}}
+
+
+def test_nothing_is_written_outside_data(mlflow_repo, convert):
+    convert(learn)
+    assert mlflow_repo.git("status", "--short") == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(T5Error("too hot"), "FAILED"), (KeyboardInterrupt(), "KILLED")],
+    ids=["failed", "interrupted"],
+)
+def test_a_run_that_ends_early_is_marked_and_keeps_its_curve(mlflow_repo, convert, error, status):
+    def run(stage):
+        stage.log({"loss": 2.0}, 7)
+        raise error
+
+    with pytest.raises(type(error)):
+        convert(run)
+    (run,) = mlflow_repo.recorded()
+    assert (run.info.status, run.data.metrics) == (status, {"curve/loss": 2.0})
+
+
+def test_a_stage_is_nested_in_the_flows_run_and_not_written_into_it(mlflow_repo, convert, monkeypatch):
+    parent = tracking.start_run(mlflow_repo.root, "small", "small", {}, {"stage": "flow"})
+    monkeypatch.setenv(tracking.PARENT_VARIABLE, parent.id)
+    convert(learn)
+    parent.finish()
+    (child,) = mlflow_repo.recorded(stage="convert")
+    (flow,) = mlflow_repo.recorded(stage="flow")
+    assert child.data.tags["mlflow.parentRunId"] == parent.id == flow.info.run_id
+    assert flow.data.metrics == {}
+
+
+def test_results_are_traced_to_the_run_that_made_them_not_to_the_latest(mlflow_repo, convert):
+    metrics = mlflow_repo.root / "data/out/small/convert.json"
+    convert(lambda stage: {"top1": 1.0})
+    first = metrics.read_bytes()
+    convert(lambda stage: {"top1": 2.0})
+    (one, two) = mlflow_repo.recorded(stage="convert")
+    assert tracking.finished_stage(mlflow_repo.root, "small", "convert").info.run_id == two.info.run_id
+    metrics.write_bytes(first)  # as DVC does when a setting is changed back
+    assert tracking.finished_stage(mlflow_repo.root, "small", "convert").info.run_id == one.info.run_id
+    metrics.write_text("{}")
+    assert tracking.finished_stage(mlflow_repo.root, "small", "convert") is None
+
+
+def test_uncommitted_changes_show_in_the_commit(mlflow_repo):
+    mlflow_repo.set("swiglu", "two_layer")
+    assert tracking.git_commit(mlflow_repo.root) == mlflow_repo.git("rev-parse", "HEAD").strip() + "-dirty"
+    assert tracking.git_commit(mlflow_repo.root / "..") == "unknown"
+
+
+def test_a_broken_store_costs_the_record_and_not_the_work(mlflow_repo, convert, capsys):
+    (mlflow_repo.root / "data/mlflow/mlflow.db").write_text("not a database")
+    assert convert(learn)["top1"] == 84.5
+    assert "this run is not recorded" in capsys.readouterr().err
+
+
+def test_a_store_that_breaks_on_the_way_is_reported_once(mlflow_repo, convert, capsys):
+    def run(stage):
+        stage.run_log.client = None  # every call fails from here on
+        stage.log({"loss": 1.0}, 0)
+        stage.log({"loss": 0.5}, 1)
+        return {"top1": 3.0}
+
+    assert convert(run) == {"top1": 3.0}
+    assert capsys.readouterr().err.count("not recorded further") == 1
+    assert json.loads((mlflow_repo.root / "data/out/small/convert.json").read_text()) == {"top1": 3.0}

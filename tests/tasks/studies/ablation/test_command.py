@@ -1,0 +1,198 @@
+"""The harness of the tables: variants run once, alike, resumable, and what cannot be trained is a result too."""
+
+import copy
+import json
+from pathlib import Path
+
+import ablation
+import pytest
+import torch
+
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json, write_json
+from tasks.studies.ablation import definition, runner, variant
+from tasks.studies.ablation.runner import told
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with weights, images and params.yaml."""
+    root = tmp_path_factory.mktemp("ablation")
+    ablation.write_weights(root)
+    ablation.write_images(root)
+    ablation.write_params(root)
+    (root / "tasks").symlink_to(Path(definition.__file__).parents[1])  # where stages are looked for
+    return root
+
+
+@pytest.fixture
+def root(made, tmp_path, monkeypatch) -> Path:
+    """The same, to be changed and run in."""
+    for name in ("weights.safetensors", "data", "params.yaml", "tasks"):
+        (tmp_path / name).symlink_to(made / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(**options):
+    plan = definition.resolve(Path("."), "small", options.pop("changes", None))
+    settled = {"work": Path("work"), "out": Path("out.json"), "seeds": [0, 1], "commit": "abc"}
+    return runner.run(plan, **settled | options)
+
+
+@pytest.fixture(scope="module")
+def result(made, tmp_path_factory):
+    """Everything, run once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        return run(out=tmp_path_factory.mktemp("out") / "out.json", seeds=[0, 1])
+
+
+def test_every_variant_has_the_figures_of_its_tables_for_every_seed(result):
+    models = {
+        variant: [set(record["models"]) for record in seeds.values()] for variant, seeds in result["records"].items()
+    }
+    assert models == {
+        "softmax": [{"source", "control"}] * 2,
+        "linear": [{"source", "calibrated", "finetuned"}] * 2,
+        "swiglu": [{"source", "calibrated", "frozen", "finetuned"}] * 2,
+        "plain": [{"source", "converted", "frozen", "finetuned"}] * 2,
+        "wide": [{"source"}] * 2,
+    }
+    record = result["records"]["swiglu"]["1"]
+    assert set(record["models"]["calibrated"]) == {"top1", "loss", "agreement", "n"}
+    assert record["models"]["calibrated"]["n"] == 20
+    assert {"pilot", "calibrate", "freeze", "finetune"} <= set(record["seconds"])
+    assert record["calibration"]["error_after"] < record["calibration"]["error_before"]
+    assert list(record["calibration"]["error_of_layers"]) == ["blocks.0.attn", "blocks.1.attn"]
+    assert (record["git_commit"], record["shared_card"], record["torch"]) == ("abc", False, torch.__version__)
+    assert record["settings"]["finetune"]["seed"] == record["settings"]["convert"]["seed"] == 1
+    assert record["new_parameters"] > 0
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_layer_that_does_not_fit_the_model_is_told_and_stops_nothing(result):
+    record = result["records"]["wide"]["0"]  # a window of 5 on a grid of 4 by 4
+    assert set(record["stopped"]) & {"convert", "calibrate"}
+    assert "5" in next(iter(record["stopped"].values()))
+
+
+def test_seeds_differ_and_the_control_is_no_seeds_source(result):
+    for variant in ("softmax", "swiglu", "plain"):
+        losses = [
+            record["models"][name]["loss"]
+            for record in result["records"][variant].values()
+            for name in record["models"]
+        ]
+        assert len(set(losses)) == len(losses)
+
+
+def test_the_pilot_takes_the_rate_with_the_lower_held_out_error(result):
+    calibration = result["records"]["swiglu"]["0"]["calibration"]
+    errors = {entry["settings"]["lr"]: entry["error"] for entry in calibration["pilot"]}
+    assert errors[0.01] < errors[1e-5] and calibration["chosen"] == {"lr": 0.01}
+    linear = result["records"]["linear"]["0"]
+    assert linear["calibration"]["pilot"] == []  # it sets the rate itself
+    assert linear["settings"]["calibrate"]["lr"] == 0.02
+
+
+def test_a_run_is_repeatable_and_what_is_done_is_not_done_again(result, root, monkeypatch):
+    write_json(Path("out.json"), dict(result, records={k: v for k, v in result["records"].items() if k != "swiglu"}))
+    again = run(only=["swiglu"], seeds=[1])
+    scores = [r["records"]["swiglu"]["1"]["models"] for r in (again, result)]
+    assert scores[0] == scores[1]
+    assert set(again["records"]) == set(result["records"])
+    monkeypatch.setattr(variant, "run", None)
+    assert run(seeds=[1]) == again  # seed 1 of everything is there
+    Path("out.json").unlink()
+    assert set(run(seeds=[1], only=["swiglu"])["records"]) == {"swiglu"}  # from the work folder
+    with pytest.raises(T5Error, match="NoneType"):
+        run(seeds=[1], only=["swiglu"], changes={"finetune.lr": 0.5})  # other settings: made anew
+
+
+def test_results_of_other_settings_are_moved_aside_and_said_to_be(result, root, capsys):
+    write_json(Path("out.json"), result)
+    told = run(until=0.0, changes={"variants.linear.finetune": {"lr": 1.0}})
+    assert set(told["records"]) == set(result["records"]) - {"linear"}
+    said = capsys.readouterr().out
+    (kept,) = Path().glob("out.*.json")  # what took a card's hour is never thrown away
+    assert read_json(kept)["records"] == {"linear": result["records"]["linear"]}
+    assert f"made with other settings, and moved to {kept}: linear" in said
+    assert "not begun in time: linear" in said
+
+
+def test_divergence_is_a_result_with_its_step(root):
+    changes = {"calibrate.lr_inherited": 0.0, "pilot.grid": [{"lr": 1e-3}, {"lr": 1e30}], "finetune.lr": 1e30}
+    changes |= {"finetune.epochs": 2.0, "calibrate.steps": 40, "pilot.steps": 20}
+    record = run(changes=changes, only=["swiglu"], seeds=[0])["records"]["swiglu"]["0"]
+    assert record["calibration"]["pilot"][1]["error"] is None and record["calibration"]["chosen"] == {"lr": 1e-3}
+    assert set(record["stopped"]) == {"finetune"} and "finetuned" not in record["models"]
+    assert told(record["stopped"]["finetune"]).startswith("diverged at step ")
+    assert told("window 5 does not fit") == "not possible"
+
+
+def test_a_bug_costs_one_variant_and_is_raised_at_the_end(root, monkeypatch):
+    real = variant.run
+    monkeypatch.setattr(
+        variant, "run", lambda u, seed, *a, **k: 1 / 0 if u.variant == "softmax" else real(u, seed, *a, **k)
+    )
+    with pytest.raises(T5Error, match=r"(?s)softmax broke: .*ZeroDivisionError"):
+        run(only=["softmax", "wide"], seeds=[0])
+    assert set(read_json("out.json")["records"]) == {"wide"}
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_work_give_the_same_results(result, root):
+    together = run(jobs=2, only=["linear", "plain"], seeds=[0])
+    for variant in ("linear", "plain"):
+        record = together["records"][variant]["0"]
+        assert record["shared_card"] and record["models"].keys() == result["records"][variant]["0"]["models"].keys()
+        for model, alone in result["records"][variant]["0"]["models"].items():
+            assert record["models"][model] == pytest.approx(alone, rel=1e-4)  # threads round differently
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"control": "sofmax"}, "control 'sofmax' is unknown; .* did you mean 'softmax'"),
+        ({"variants.linear": {"convert": {"iner": "linear"}}}, "variant linear, convert: unknown setting 'iner'"),
+        ({"variants.linear": {"finetun": {}}}, "variants.linear: unknown setting 'finetun'; did you mean 'finetune'"),
+        ({"pilot.grid": [{"lrr": 1.0}]}, "pilot.grid: unknown setting 'lrr'"),
+        ({"tables.inner.rows": {"linear": "liner"}}, "tables.inner.rows: variant 'liner' is unknown"),
+        ({"tables.inner.paper": {"linea": {}}}, "tables.inner.paper: row 'linea' is unknown"),
+        ({"finetune.augment": {"scale": [0.5, 1.0]}}, "know no augmentation but hflip, got scale"),
+        ({"finetune.trainable": "some"}, "train.trainable 'some' is unknown"),
+    ],
+)
+def test_slips_are_told_before_any_work(root, change, message):
+    with pytest.raises(T5Error, match=message):
+        definition.resolve(Path("."), "small", change)
+
+
+def test_an_unknown_ablation_or_variant_names_the_nearest(root):
+    with pytest.raises(T5Error, match="no ablation 'smal'; did you mean 'small'"):
+        definition.resolve(Path("."), "smal")
+    with pytest.raises(T5Error, match=r"variant 'swigl' is unknown; .* did you mean 'swiglu'"):
+        run(only=["swigl"])
+
+
+def test_a_resolution_reaches_model_and_images_and_presets_are_not_overridden_by_what_is_shared(root):
+    plan = definition.resolve(
+        Path("."), "small", {"resolution": 64, "convert": {"key_norm": "rms", "key_norm_eps": 0.5}}
+    )
+    assert plan.settings["fetch"]["model_args"] == ablation.MODEL | {"img_size": 64}
+    assert plan.settings["data"]["img_size"] == 64
+    variants = copy.deepcopy(ablation.ABLATION["variants"]) | {"linear": {"convert": {"preset": "performer"}}}
+    own = definition.resolve(
+        Path("."), "small", {"variants": variants, "convert": {"key_norm": "rms", "key_norm_eps": 0.5}}
+    )
+    convert = own.unit("linear").settings["convert"]
+    assert (convert["inner"], convert["key_norm"], convert["key_norm_eps"]) == ("performer", "none", 0.5)
