@@ -1,4 +1,4 @@
-"""Autocast: leaving it where half precision would spoil a result, following it where an op knows nothing of it."""
+"""Autocast: leaving it where half precision would spoil a result, and following it where it does not know an op."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -6,7 +6,7 @@ import torch
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A context in which operations keep the dtypes they are given; the meta device has no autocast to leave."""
+    """A context in which operations keep the dtypes of their arguments; the meta device has no autocast to leave."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
@@ -16,3 +16,8 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x.dtype
     return torch.get_autocast_dtype(device)
+
+
+def as_in_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors in the dtype that autocast gives them in a matrix product."""
+    return [t.to(autocast_dtype(t)) for t in tensors]

@@ -14,8 +14,8 @@ SMALLEST_NORMALIZER = 1e-6
 def linear_attention(q_features: Tensor, k_features: Tensor, v: Tensor) -> Tensor:
     """o_i = q_i (sum_j k_j^T v_j) / (q_i . sum_j k_j), in at least float32, returned in v's dtype.
 
-    Autocast is left, as it would round the sums to half precision. Where no feature of a query meets one of a key
-    (ReLU features can do that) the output is 0, not 0 / 0.
+    Autocast is disabled here because it would round the sums to half precision. Where no feature of a query meets one
+    of a key, as can happen with ReLU features, the output is 0 and not 0 / 0.
     """
     with without_autocast(v.device):
         q, k, values = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q_features, k_features, v))

@@ -5,26 +5,27 @@
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from t5kernels.choice import Candidate, choose
 from t5kernels.neighborhood import natten, reference
 from t5kernels.precision import autocast_dtype
-
-IMPLS = ("reference", "flex", "natten")
 
 
 def neighborhood_attention(
     q: Tensor, k: Tensor, v: Tensor, *, rows: int, columns: int, window: int, impl: str | None = None
 ) -> Tensor:
-    """Every token attends to exactly window x window tokens around it; at a border the window is shifted inward.
+    """Every token attends to exactly window × window tokens around it; at a border the window is shifted inward.
 
     Args:
-        q, k, v: (B, H, rows·columns, D), tokens of the grid only, row by row. k and v are taken in q's dtype.
-        rows, columns: of the grid.
-        window: side of the window, odd, at most the smaller side of the grid.
-        impl: one of IMPLS; None takes NATTEN on CUDA where it is installed, else FlexAttention on CUDA, else reference.
+        q, k, v: (B, H, rows·columns, D), tokens of the grid only, row by row. k and v are cast to q's dtype.
+        rows, columns: the sides of the grid.
+        window: the side of the window, odd, at most the smaller side of the grid.
+        impl: "natten", "flex", "reference", or None for the first of them that is fast here: NATTEN on CUDA where it is
+            installed, else FlexAttention on CUDA, else the reference.
 
     Returns:
         (B, H, rows·columns, D) in q's dtype.
@@ -42,8 +43,8 @@ def neighborhood_attention(
             f"neighborhood_attention: window {window} exceeds the grid of {rows}×{columns} tokens; "
             f"expected at most {min(rows, columns)}: take a smaller window or larger images"
         )
-    attention = _module(_choose(impl, IMPLS, q, k, v)).neighborhood_attention
-    return _call(attention, q, k, v, rows=rows, columns=columns, window=window)
+    chosen = choose("neighborhood_attention", impl, _natten(q), _flex(q, k, v))
+    return _call(_module(chosen).neighborhood_attention, q, k, v, rows=rows, columns=columns, window=window)
 
 
 def circular_attention(
@@ -60,15 +61,16 @@ def circular_attention(
     """Tokens of the grid attend to prefix tokens and to the grid within a circle; prefix tokens attend to everything.
 
     Args:
-        q, k, v: (B, H, num_prefix_tokens + rows·columns, D), prefix first, then the grid row by row. k and v are taken
-            in q's dtype.
-        rows, columns: of the grid.
-        num_prefix_tokens: class, register or text tokens.
-        radius: largest Euclidean distance of a token that is seen, in patches.
-        impl: "reference" (its mask is quadratic in the tokens), "flex", or None for flex on CUDA, else reference.
+        q, k, v: (B, H, num_prefix_tokens + rows·columns, D), prefix first, then the grid row by row. k and v are cast
+            to q's dtype.
+        rows, columns: the sides of the grid.
+        num_prefix_tokens: how many class, register or text tokens come before the grid.
+        radius: the largest Euclidean distance, in patches, at which a token is seen.
+        impl: "flex", "reference" (its mask is quadratic in the tokens), or None for flex on CUDA and the reference
+            elsewhere.
 
     Returns:
-        As q.
+        (B, H, num_prefix_tokens + rows·columns, D) in q's dtype.
 
     Raises:
         ValueError: shapes that disagree, a negative radius, an `impl` that cannot be used.
@@ -78,11 +80,11 @@ def circular_attention(
     _check_tokens("circular_attention", q, k, v, rows, columns, num_prefix_tokens)
     if not radius >= 0:
         raise ValueError(f"circular_attention: radius is {radius}; expected 0 or more patches, as in CLEAR: 8")
-    attention = _module(_choose(impl, ("reference", "flex"), q, k, v)).circular_attention
+    chosen = choose("circular_attention", impl, _flex(q, k, v))
     # Squared distances are whole numbers; the square of, say, the square root of 13 may fall just below its own.
     squared_radius = math.floor(min(radius, rows + columns) ** 2 * (1 + 1e-12))
     sizes = {"rows": rows, "columns": columns, "num_prefix_tokens": num_prefix_tokens}
-    return _call(attention, q, k, v, **sizes, squared_radius=squared_radius)
+    return _call(_module(chosen).circular_attention, q, k, v, **sizes, squared_radius=squared_radius)
 
 
 def _check_tokens(op: str, q: Tensor, k: Tensor, v: Tensor, rows: int, columns: int, num_prefix_tokens: int) -> None:
@@ -95,28 +97,40 @@ def _check_tokens(op: str, q: Tensor, k: Tensor, v: Tensor, rows: int, columns: 
         )
 
 
-def _choose(impl: str | None, impls: tuple[str, ...], q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The implementation to use, one of `impls`. Raises ValueError when the one that is asked for cannot be used."""
-    if impl is not None and impl not in impls:
-        raise ValueError(f"impl is {impl!r}; expected one of {impls} for this op, or None to choose by device")
-    flex_fits = q.is_cuda and q.dtype != torch.float64
-    natten_fits = "natten" in impls and flex_fits and q.shape[3] % 8 == 0 and natten.is_installed()
-    if impl is None:
-        return "natten" if natten_fits else "flex" if flex_fits else "reference"
-    came = f"impl {impl!r} cannot be used with {q.dtype}, head width {q.shape[3]}, on {q.device}"
-    if impl == "natten" and not natten_fits:
-        raise ValueError(
-            f"{came}; expected natten installed with its CUDA kernels, CUDA tensors in float32 or half precision and a "
-            "width that is a multiple of 8; install natten for this torch and CUDA, or use 'flex' or 'reference'"
+def _natten(q: Tensor) -> Candidate:
+    def obstacle() -> str | None:
+        if _on_card(q) and q.shape[3] % 8 == 0 and natten.is_installed():
+            return None
+        return (
+            f"{_described(q)}; expected natten installed with its CUDA kernels, CUDA tensors in float32 or half "
+            "precision, and a width that is a multiple of 8; install natten for this torch and CUDA, or use 'flex' or "
+            "'reference'"
         )
-    # On a CPU, FlexAttention holds all pairs of tokens and has no gradient: good for looking at its masks.
-    fitted = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if impl == "flex" and not flex_fits and (q.is_cuda or fitted):
-        raise ValueError(f"{came}; expected CUDA tensors in float32 or half precision; use 'reference'")
-    return impl
+
+    return Candidate("natten", _on_card(q), obstacle)
 
 
-def _module(impl: str):
+def _flex(q: Tensor, k: Tensor, v: Tensor) -> Candidate:
+    def obstacle() -> str | None:
+        # On a CPU, FlexAttention holds all pairs of tokens and has no gradient: it is good for looking at its masks.
+        needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        if _on_card(q) or not (q.is_cuda or needs_gradient):
+            return None
+        return f"{_described(q)}; expected CUDA tensors in float32 or half precision; use 'reference'"
+
+    return Candidate("flex", _on_card(q), obstacle)
+
+
+def _on_card(q: Tensor) -> bool:
+    """Whether q is on a card and in a dtype that the fast kernels have."""
+    return q.is_cuda and q.dtype != torch.float64
+
+
+def _described(q: Tensor) -> str:
+    return f"with {q.dtype}, head width {q.shape[3]}, on {q.device}"
+
+
+def _module(impl: str) -> ModuleType:
     if impl == "flex":
         # Imported where it is used: it takes long, and most processes never need it.
         from t5kernels.neighborhood import flex
@@ -126,6 +140,6 @@ def _module(impl: str):
 
 
 def _call(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **sizes: int) -> Tensor:
-    """Runs it in the dtype that scaled_dot_product_attention would use: that of autocast, or q's."""
+    """Run it in the dtype that scaled_dot_product_attention would use: that of autocast, or q's."""
     dtype = autocast_dtype(q)
     return attention(q.to(dtype), k.to(dtype), v.to(dtype), **sizes).to(q.dtype)

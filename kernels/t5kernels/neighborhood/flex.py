@@ -1,7 +1,7 @@
 """The ops by FlexAttention: one kernel that skips the blocks of tokens outside every window.
 
 The mask of a geometry is built once and kept, whether its first use is eager or while torch.compile traces a model.
-Called eagerly, FlexAttention is compiled here; inside a compiled region it is part of that.
+An eager call compiles FlexAttention here; inside a compiled region FlexAttention is a part of that region.
 """
 
 import functools
@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 SMALLEST_HEAD = 16
-# Each geometry, shape, dtype and gradient mode is a kernel of its own. Past its default of 8, torch.compile would fall
-# back, with a warning only, to an attention that holds every pair of tokens.
+# Each geometry, shape, dtype and gradient mode is a kernel of its own. Beyond its default limit of 8, torch.compile
+# would fall back, with a warning only, to an attention that holds every pair of tokens.
 COMPILE_LIMITS = {"recompile_limit": 256, "fail_on_recompile_limit_hit": True}
 
 
@@ -31,7 +31,7 @@ def circular_attention(
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, kind: str, sizes: tuple[int, ...]) -> Tensor:
-    # operator.index makes a size that torch.compile traces as dynamic a plain number: a mask is of one geometry.
+    # operator.index fixes a size that torch.compile traces as dynamic, and must: a mask belongs to one geometry.
     name = _prepare(kind, tuple(operator.index(size) for size in sizes), str(q.device))
     scale, width = q.shape[3] ** -0.5, q.shape[3]
     if width < SMALLEST_HEAD:
@@ -48,7 +48,7 @@ def _compiled():
 
 
 class _Masks:
-    """BlockMasks as attributes, because that is how torch.compile can read one that `_prepare` adds while it traces."""
+    """BlockMasks as attributes, because torch.compile can read an attribute that `_prepare` adds while it traces."""
 
 
 _masks = _Masks()
@@ -68,24 +68,24 @@ def _prepare(kind: str, sizes: tuple[int, ...], device: str) -> str:
 def _build(kind: str, sizes: tuple[int, ...], device: str) -> BlockMask:
     rows, columns, *others = sizes
     num_tokens = rows * columns + (others[0] if kind == "circular" else 0)
-    seen = {"neighborhood": _in_neighborhood, "circular": _in_circle}[kind](*sizes)
-    return create_block_mask(seen, None, None, num_tokens, num_tokens, device=device)
+    is_visible = {"neighborhood": _in_neighborhood, "circular": _in_circle}[kind](*sizes)
+    return create_block_mask(is_visible, None, None, num_tokens, num_tokens, device=device)
 
 
 def _in_neighborhood(rows: int, columns: int, window: int):
-    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         row = key // columns - (query // columns - window // 2).clamp(0, rows - window)
         column = key % columns - (query % columns - window // 2).clamp(0, columns - window)
         return (row >= 0) & (row < window) & (column >= 0) & (column < window)
 
-    return seen
+    return is_visible
 
 
 def _in_circle(rows: int, columns: int, num_prefix_tokens: int, squared_radius: int):
-    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         prefix = (query < num_prefix_tokens) | (key < num_prefix_tokens)
         query, key = query - num_prefix_tokens, key - num_prefix_tokens
         row, column = query // columns - key // columns, query % columns - key % columns
         return prefix | (row * row + column * column <= squared_radius)
 
-    return seen
+    return is_visible

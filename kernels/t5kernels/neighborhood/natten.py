@@ -22,8 +22,9 @@ def _has_kernels() -> bool:
 
 
 def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, *, rows: int, columns: int, window: int) -> Tensor:
-    """q, k, v: (B, H, R·C, D). NATTEN takes (B, R, C, H, D)."""
-    from natten import na2d
+    """Square windows; q, k, v: (B, H, R·C, D). NATTEN itself takes (B, R, C, H, D)."""
+    # natten here is the package, not this file, for which pyright takes it where the package is missing.
+    from natten import na2d  # pyright: ignore[reportAttributeAccessIssue]
 
     q, k, v = (t.transpose(1, 2).unflatten(1, (rows, columns)).contiguous() for t in (q, k, v))
     return na2d(q, k, v, kernel_size=window).flatten(1, 2).transpose(1, 2)

@@ -1,14 +1,16 @@
-"""`ttt`: the bidirectional Test-Time-Training op, checked arguments first; and its two halves, for split sequences.
+"""`ttt`, the bidirectional Test-Time-Training op, and its two halves for split sequences.
 
-"reference" is plain PyTorch and runs anywhere; "triton" are the kernels of triton.py (swiglu with the dot loss).
+Arguments are checked, then an implementation is chosen: "reference" is plain PyTorch and runs anywhere; "triton" runs
+the kernels of triton.py, which exist for swiglu with the dot loss.
 """
 
-from types import ModuleType
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from t5kernels.precision import autocast_dtype
+from t5kernels.choice import Candidate, choose
+from t5kernels.precision import as_in_autocast, autocast_dtype
 from t5kernels.ttt import reference
 
 INNER_WEIGHTS = {
@@ -21,7 +23,6 @@ INNER_WEIGHTS = {
 }
 INNER_MODELS = tuple(INNER_WEIGHTS)
 INNER_LOSSES = ("dot", "residual")
-IMPLS = ("reference", "triton")
 
 
 def ttt(
@@ -43,8 +44,10 @@ def ttt(
         inner: inner model, a key of INNER_WEIGHTS.
         loss: "dot" (minus the dot product) or "residual" (half the squared error), summed over tokens.
         scale: inner learning rate; the method uses D**-0.5 / N. The linear models normalize, so it cancels there.
-        impl: one of IMPLS; None is the reference. "triton" takes views of any strides as they are, sums over tokens in
-            float32, and gives a result whose tokens are (B, N, H, D) in memory: merging its heads copies nothing.
+        impl: "triton", "reference", or None for the kernels where they are made for the call (16-bit CUDA tokens,
+            swiglu with the dot loss) and the reference elsewhere. "triton" takes views of any strides as they are, sums
+            over tokens in float32, and returns tokens that lie in memory as (B, N, H, D), so that merging the heads
+            copies nothing. It has a first derivative only.
 
     Returns:
         (B, H, N, D) in q's dtype.
@@ -60,13 +63,13 @@ def ttt(
             f"ttt: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} disagree; expected (B, H, N, D)"
         )
     _check_weights("ttt", q, weights, inner)
-    if _choose("ttt", impl) == "triton":
-        kernels, (narrow_q, narrow_k, narrow_v) = _kernels("ttt", inner, loss, q, k, v, weights=weights)
-        step = kernels.accumulate(narrow_k, narrow_v, weights, scale)
-        return kernels.apply(narrow_q, weights, step).to(q.dtype)
-    if inner in reference.STEPPED:
-        return reference.stepped(q, k, v, tuple(weights), inner, scale, loss).to(q.dtype)
-    return getattr(reference, inner)(q, k, v, tuple(weights), scale, loss).to(q.dtype)
+    if choose("ttt", impl, kernels(inner, loss, (q, k, v), weights)) == "triton":
+        from t5kernels.ttt import triton
+
+        narrow_q, narrow_k, narrow_v = as_in_autocast(q, k, v)
+        step = triton.accumulate(narrow_k, narrow_v, weights, scale)
+        return triton.apply(narrow_q, weights, step).to(q.dtype)
+    return reference.ttt(q, k, v, tuple(weights), inner, scale, loss).to(q.dtype)
 
 
 def ttt_accumulate(
@@ -79,12 +82,13 @@ def ttt_accumulate(
     scale: float,
     impl: str | None = None,
 ) -> Tensor:
-    """The step that some tokens ask for: the first half of `ttt`, which adds up over chunks of a sequence.
+    """Take the inner gradient of some tokens: the first half of `ttt`. Gradients add up over chunks of a sequence.
 
     Args:
         k, v: (B, H, N, D), any part of the sequence.
-        scale: of the whole sequence, so D**-0.5 over all its tokens.
-        Others: as `ttt` takes them; `inner` is none of the linear ones, whose normalized sums are another thing.
+        scale: that of the whole sequence, so D**-0.5 divided by the number of all its tokens.
+        weights, inner, loss, impl: as `ttt` takes them, except that `inner` is none of the linear models: what they sum
+            is no gradient, because they normalize.
 
     Returns:
         (B, H, weights, D, D) gradients of the inner loss, in at least float32. Sum them over chunks or processes.
@@ -96,20 +100,22 @@ def ttt_accumulate(
     if k.ndim != 4 or k.shape != v.shape:
         raise ValueError(f"ttt_accumulate: k {tuple(k.shape)}, v {tuple(v.shape)} disagree; expected (B, H, N, D)")
     _check_weights("ttt_accumulate", k, weights, inner)
-    if _choose("ttt_accumulate", impl) == "triton":
-        kernels, (k, v) = _kernels("ttt_accumulate", inner, loss, k, v, weights=weights)
-        return kernels.accumulate(k, v, weights, scale)
+    if choose("ttt_accumulate", impl, kernels(inner, loss, (k, v), weights)) == "triton":
+        from t5kernels.ttt import triton
+
+        k, v = as_in_autocast(k, v)
+        return triton.accumulate(k, v, weights, scale)
     gradients = reference.STEPPED[inner][0](k, v, tuple(weights), scale, loss)
     return torch.stack(gradients, dim=2).to(torch.promote_types(k.dtype, torch.float32))
 
 
 def ttt_apply(q: Tensor, weights: tuple[Tensor, ...], step: Tensor, *, inner: str, impl: str | None = None) -> Tensor:
-    """The inner model after a step, applied to some tokens: the second half of `ttt`.
+    """Apply the inner model after its step to some tokens: the second half of `ttt`.
 
     Args:
         q: (B, H, N, D), any part of the sequence.
-        step: (B, H, weights, D, D), what `ttt_accumulate` gives, summed over the whole sequence.
-        Others: as `ttt` takes them.
+        step: (B, H, weights, D, D), the results of `ttt_accumulate` summed over the whole sequence.
+        weights, inner, impl: as `ttt_accumulate` takes them.
 
     Returns:
         (B, H, N, D) in q's dtype.
@@ -125,9 +131,11 @@ def ttt_apply(q: Tensor, weights: tuple[Tensor, ...], step: Tensor, *, inner: st
             f"(B, H, {INNER_WEIGHTS[inner]}, D, D), which ttt_accumulate gives for inner={inner!r}"
         )
     _check_weights("ttt_apply", q, weights, inner)
-    if _choose("ttt_apply", impl) == "triton":
-        kernels, (narrow_q,) = _kernels("ttt_apply", inner, "dot", q, weights=weights)
-        return kernels.apply(narrow_q, weights, step).to(q.dtype)
+    if choose("ttt_apply", impl, kernels(inner, "dot", (q,), weights)) == "triton":
+        from t5kernels.ttt import triton
+
+        (narrow_q,) = as_in_autocast(q)
+        return triton.apply(narrow_q, weights, step).to(q.dtype)
     stepped = tuple((w - g).to(w.dtype) for w, g in zip(weights, step.unbind(2), strict=True))
     return reference.STEPPED[inner][1](q, stepped).to(q.dtype)
 
@@ -150,26 +158,24 @@ def _check_weights(op: str, q: Tensor, weights: tuple[Tensor, ...], inner: str) 
         raise ValueError(f"{op}: {inner} takes {INNER_WEIGHTS[inner]} weights of shape {expected}, got {got}")
 
 
-def _choose(op: str, impl: str | None) -> str:
-    if impl is not None and impl not in IMPLS:
-        raise ValueError(f"{op}: impl is {impl!r}; expected one of {IMPLS}, or None for the reference")
-    return impl or "reference"
+def kernels(inner: str, loss: str, tokens: Sequence[Tensor], weights: Sequence[Tensor]) -> Candidate:
+    """The Triton kernels as a candidate for a call with these tokens (B, H, N, D)."""
+
+    def obstacle() -> str | None:
+        if (inner, loss) != ("swiglu", "dot"):
+            return f"with inner={inner!r}, loss={loss!r}; expected 'swiglu' and 'dot'; use 'reference'"
+        try:
+            from t5kernels import launch
+        except ImportError as error:
+            return f"without Triton ({error}); install it, or use 'reference'"
+        return launch.obstacle(tokens, weights)
+
+    half = autocast_dtype(tokens[0]) in (torch.float16, torch.bfloat16)
+    return Candidate("triton", half and _is_supported_card(tokens[0].device), obstacle)
 
 
-def _kernels(
-    op: str, inner: str, loss: str, *tokens: Tensor, weights: tuple[Tensor, ...]
-) -> tuple[ModuleType, list[Tensor]]:
-    """The Triton module, and the tokens in the dtype that autocast wants. Raises ValueError when it cannot be used."""
-    if (inner, loss) != ("swiglu", "dot"):
-        raise ValueError(
-            f"{op}: impl='triton' with inner={inner!r}, loss={loss!r}; expected 'swiglu' and 'dot'; use 'reference'"
-        )
-    # Imported where it is used: Triton takes a while, and exists on Linux only.
-    try:
-        from t5kernels.ttt import triton
-    except ImportError as error:
-        raise ValueError(f"{op}: impl='triton' without Triton ({error}); install it, or use 'reference'") from error
-
-    tokens = [t.to(autocast_dtype(t)) for t in tokens]
-    triton.check(op, tokens, weights)
-    return triton, tokens
+def _is_supported_card(device: torch.device) -> bool:
+    """Whether Triton compiles for this device. While torch.compile traces, any card is taken to be one of those."""
+    if device.type != "cuda":
+        return False
+    return torch.compiler.is_compiling() or torch.cuda.get_device_properties(device).major >= 8

@@ -2,8 +2,9 @@
 
 Shapes: B batch, H heads, N tokens, D head width. q, k, v: (B, H, N, D); inner weights: (H, D, D); row vectors, x @ W.
 The gradient is written out (paper section 3, "Linearizing Vision Transformer with Test-Time Training"), so autograd
-differentiates through it once and the outer gradient is exact, second order included. It is a sum over tokens: an inner
-model that takes a step is a function that gives the gradients of some tokens, and one that applies weights to others.
+differentiates through it once and the outer gradient is exact, second order included. The gradient is a sum over
+tokens. An inner model that takes a step is therefore two functions: one returns the gradients of some tokens, the other
+applies weights to other tokens.
 """
 
 from collections.abc import Callable
@@ -89,6 +90,8 @@ def swiglu(x: Tensor, weights: Weights) -> Tensor:
     return (F.silu(x @ w1) * (x @ w2)) @ w3
 
 
+# Inner models that are normalized linear attention: functions of q, k, v, weights, scale and loss.
+NORMALIZED: dict[str, Callable[..., Tensor]] = {"linear": linear, "linear_proj_qk": linear_proj_qk}
 # Inner models that take a gradient step: (gradients by every weight, summed over the tokens; f itself).
 STEPPED: dict[str, tuple[Callable[..., Weights], Callable[[Tensor, Weights], Tensor]]] = {
     "one_layer_gate": (one_layer_gate_gradients, one_layer_gate),
@@ -98,8 +101,10 @@ STEPPED: dict[str, tuple[Callable[..., Weights], Callable[[Tensor, Weights], Ten
 }
 
 
-def stepped(q: Tensor, k: Tensor, v: Tensor, weights: Weights, inner: str, scale: float, loss: str) -> Tensor:
-    """f(q) after one gradient step on (k, v), for an inner model of STEPPED."""
+def ttt(q: Tensor, k: Tensor, v: Tensor, weights: Weights, inner: str, scale: float, loss: str) -> Tensor:
+    """f(q) after one gradient step on (k, v), for the inner model f that `inner` names."""
+    if inner in NORMALIZED:
+        return NORMALIZED[inner](q, k, v, weights, scale, loss)
     gradients, model = STEPPED[inner]
     step = gradients(k, v, weights, scale, loss)
     return model(q, tuple(w - g for w, g in zip(weights, step, strict=True)))

@@ -1,17 +1,20 @@
-"""The Triton kernels of swiglu with the dot loss, one program for some tokens of one head. triton.py launches them.
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+# (The body of a kernel is Triton's language: constants decide which branches exist, and its loops have no types.)
+"""The Triton kernels of swiglu with the dot loss. One program takes some tokens of one head; triton.py launches them.
 
-Notation, for one image and head, row vectors: q, k, v the tokens, W1 W2 W3 the inner weights, s the inner learning
-rate, G the step, U = W - G. g = silu(z1), g' and g'' its derivatives by z1; * is elementwise; sums run over tokens.
+Notation, for one image and head, with row vectors: q, k, v are the tokens, W1 W2 W3 the inner weights, s the inner
+learning rate, G the step, U = W - G. g = silu(z1), g' and g'' are its derivatives by z1; * is elementwise; sums run
+over tokens.
 
 Forward, keys and values (`accumulate_kernel`). z1 = k W1, z2 = k W2, r = v W3^T, and the step is
     G1 = -s sum k^T (r * z2 * g'),   G2 = -s sum k^T (r * g),   G3 = -s sum (g * z2)^T v.
 Forward, queries (`apply_kernel`). y1 = q U1, y2 = q U2, o = (silu(y1) * y2) U3.
 
-Backward, queries (`apply_backward_kernel`). With p = silu(y1), h = p * y2 and do given: dh = do U3^T, dy2 = dh * p,
-dy1 = dh * y2 * p', so
+Backward, queries (`apply_backward_kernel`). With p = silu(y1), h = p * y2 and the gradient do: dh = do U3^T,
+dy2 = dh * p, dy1 = dh * y2 * p', so
     dq = dy1 U1^T + dy2 U2^T,   dU1 = sum q^T dy1,   dU2 = sum q^T dy2,   dU3 = sum h^T do.
-U = W - G: dU is a part of dW (summed over images), and dG = -dU. This is the only thing that the second pass needs of
-the first, and the sum over all queries must be complete before it starts.
+As U = W - G, dU is a part of dW (summed over images), and dG = -dU. dG is all that the second pass needs of the first,
+and the sum over all queries must be complete before it starts.
 
 Backward, keys and values (`accumulate_backward_kernel`). With E = -s dG, the factors of the three sums of the forward,
 m1 = r * z2 * g', m2 = r * g and a = g * z2, have the gradients dm1 = k E1, dm2 = k E2 and da = v E3^T, and
@@ -24,17 +27,17 @@ m1 = r * z2 * g', m2 = r * g and a = g * z2, have the gradients dm1 = k E1, dm2 
 
 Everything above splits over the hidden width (columns of W1 and W2, rows of W3): the sums over tokens of a slice need
 that slice only, and o, dq, dk, dv are sums over slices. A slice has HIDDEN columns, so few that its three float32 sums
-of WIDTH x HIDDEN stay in registers. The backward goes through its tokens once a slice and adds to what it wrote before,
-in the tokens' dtype. Matrix products take the dtype of the tokens and add in float32. Partial sums of programs are
-written side by side and added by the caller in a fixed order: no atomics.
+of WIDTH x HIDDEN stay in registers. The backward goes through its tokens once for each slice and adds to what it wrote
+before, in the tokens' dtype. Matrix products take the dtype of the tokens and add in float32. Programs write their
+partial sums side by side and the caller adds them in a fixed order, so there are no atomics.
 
-WIDTH is D padded to a power of two; what lies outside D or N is read as 0, which adds nothing to any sum above.
+WIDTH is D padded to a power of two. What lies outside D or N is read as 0, which adds nothing to any sum above.
 """
 
 import triton
 import triton.language as tl
 
-from t5kernels.ttt.tokens import COUNTS, after_previous, load_tokens, start_of_head, store_tokens
+from t5kernels.tokens import COUNTS, after_previous, load_tokens, start_of_head, store_tokens
 
 
 @triton.jit
@@ -50,21 +53,22 @@ def _add_dot(total, a, b):
 
 @triton.jit
 def _sigmoid(z, dtype):
-    # Written out, as tl.full is instead of tl.zeros: Triton's own are compiled or interpreted as Triton was imported.
+    # It is written out, as tl.zeros is by tl.full, because Triton's own functions are interpreted only if
+    # TRITON_INTERPRET was set when Triton was imported.
     if dtype == tl.float32:
         return 1 / (1 + tl.exp(-z))
     if dtype == tl.bfloat16:
-        # One instruction, right to 11 bits, three more than bfloat16 has.
+        # This is one instruction, right to 11 bits, three more than bfloat16 has.
         half = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * z], tl.float32, True, 1)
         return 0.5 * half + 0.5
-    # Two instructions that the hardware has, without a division's care for the last digits.
+    # These are two instructions of the hardware, without a division's care for the last digits.
     root = tl.rsqrt(1 + tl.exp2(z * -1.4426950408889634))
     return root * root
 
 
 @triton.jit
 def _silu(z, dtype):
-    """silu(z), its first and its second derivative."""
+    """silu(z), and its first and second derivatives."""
     sigmoid = _sigmoid(z, dtype)
     value = z * sigmoid
     rest = 1 - sigmoid
@@ -89,6 +93,7 @@ def _weight_offsets(tile, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.const
 
 @triton.jit
 def _load_weights(w1, w2, w3, h, tile, dtype, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+    """A slice of a head's inner weights."""
     columns, in_columns, rows, in_rows = _weight_offsets(tile, D, WIDTH, HIDDEN)
     h *= D * D
     return (
@@ -112,6 +117,7 @@ def _load_triple(x, index, tile, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: t
 
 @triton.jit
 def _store_triple(x, index, tile, x1, x2, x3, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+    """Write x1, x2, x3 where `_load_triple` reads."""
     columns, in_columns, rows, in_rows = _weight_offsets(tile, D, WIDTH, HIDDEN)
     x += index.to(tl.int64) * (3 * D * D)
     tl.store(x + columns, x1, in_columns)
@@ -135,7 +141,7 @@ def accumulate_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B·H, chunks of `chunk` tokens, slices). sums: (B·H, chunks, 3, D, D) float32."""
+    """The launch grid is (B·H, chunks of `chunk` tokens, slices). sums: (B·H, chunks, 3, D, D) float32."""
     after_previous(EARLY)
     index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = index // H, index % H
@@ -155,7 +161,7 @@ def accumulate_kernel(
         s1 = _add_dot(s1, keys, m1)
         s2 = _add_dot(s2, keys, m2)
         s3 = _add_dot(s3, tl.trans(values), a)
-    # The third sum is held transposed: that keeps the tensor cores' instructions in flight (ptxas: C7515).
+    # The third sum is transposed: that keeps the tensor cores' instructions in flight (ptxas: C7515).
     g1, g2, g3 = -scale * s1, -scale * s2, -scale * tl.trans(s3)
     _store_triple(sums, index * tl.num_programs(1) + part, tile, g1, g2, g3, D, WIDTH, HIDDEN)
 
@@ -168,7 +174,10 @@ def apply_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     SLICES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B·H, chunks of `chunk` tokens). step: (B·H, 3, D, D) float32. A program goes through all SLICES itself."""
+    """The launch grid is (B·H, chunks of `chunk` tokens), and a program goes through all SLICES.
+
+    step: (B·H, 3, D, D) float32.
+    """
     after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
@@ -196,7 +205,7 @@ def apply_backward_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     SLICES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B·H, chunks). dq: (B, H, N, D); sums: (B·H, chunks, 3, D, D) of -dU = dG, float32."""
+    """The launch grid is (B·H, chunks). dq: (B, H, N, D); sums: (B·H, chunks, 3, D, D) of -dU = dG, float32."""
     after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
@@ -233,7 +242,7 @@ def accumulate_backward_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     SLICES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H · groups of `images` images, chunks): dW is summed over a group of images before it is written.
+    """The launch grid is (H · groups of `images` images, chunks): a program sums dW over a group of images.
 
     d_step: (B·H, 3, D, D) float32; dk, dv: (B, H, N, D); sums: (groups·H, chunks, 3, D, D) of dW, float32.
     """
@@ -256,7 +265,7 @@ def accumulate_backward_kernel(
                 z1, z2 = _dot(keys, w1_), _dot(keys, w2_)
                 r = _dot(values, tl.trans(w3_))
                 gate, slope, bend = _silu(z1, dtype)
-                # What comes next is in the order that keeps the fewest values in registers.
+                # The order of what follows keeps the fewest values in registers.
                 m1, m2, a = (r * z2 * slope).to(dtype), (r * gate).to(dtype), (gate * z2).to(dtype)
                 da = _dot(values, tl.trans(e3))
                 dz1, dz2 = da * z2, da * gate
@@ -284,17 +293,3 @@ def accumulate_backward_kernel(
                 s2 = _add_dot(s2, keys, dz2)
         _store_triple(sums, tl.program_id(0) * tl.num_programs(1) + part, tile, s1, s2, s3, D, WIDTH, HIDDEN)
         tl.debug_barrier()  # the next slice adds to dk and dv, perhaps by other threads
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def add_kernel(parts, sums, count, numbers, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """Grid (programs, blocks of `numbers`). sums: (programs, numbers), of parts (programs, count, numbers) in order."""
-    after_previous(EARLY)
-    program = tl.program_id(0).to(tl.int64)
-    number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    parts += program * count * numbers + number
-    total = tl.full((BLOCK,), 0.0, tl.float32)
-    for _ in tl.range(count, num_stages=4):
-        total += tl.load(parts, number < numbers, other=0.0)
-        parts += numbers
-    tl.store(sums + program * numbers + number, total, number < numbers)

@@ -1,37 +1,38 @@
 """`ttt_layer`: key norm, convolution of queries and keys, and `ttt`, as one op that keeps its inputs and little more.
 
-"reference" is plain PyTorch and runs anywhere; "triton" are fused kernels (swiglu with the dot loss, key norm
-"instance" or "none", RMS norms of q and k). Without a wish the op picks "triton" where it is what the kernels are made
-for: 16-bit tokens on CUDA, outside of torch.func. A wish that cannot be met is an error.
+Arguments are checked, then an implementation is chosen: "reference" is plain PyTorch and runs anywhere; "triton" runs
+fused kernels, which exist for swiglu with the dot loss and the key norms "instance" and "none", with or without RMS
+norms of q and k. By default the op takes them where they are made for the call: for 16-bit tokens on CUDA, outside of
+torch.func.
 """
 
-import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
-from t5kernels.precision import autocast_dtype
-from t5kernels.transforms import transformed
-from t5kernels.ttt.api import IMPLS
+from t5kernels.choice import Candidate, choose
+from t5kernels.precision import as_in_autocast
+from t5kernels.ttt import api as ttt_api
 from t5kernels.ttt_layer import reference
 from t5kernels.ttt_layer.key_norm import KEY_NORMS
+from t5kernels.ttt_layer.reference import Conv, Tokens
 
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+FUSED_KEY_NORMS = ("instance", "none")
 NORM_SCOPES = ("joint", "modality")
-Tokens = tuple[Tensor, Tensor, Tensor]
-Conv = tuple[Tensor, Tensor]
 Gains = tuple[Tensor, Tensor]
 
 
 class RmsNorms(NamedTuple):
-    """Pretrained RMS norms of q and k, as SD3.5 has them: every token is divided by the root mean square (of `eps` more
-    than its square) of its D channels, and multiplied by a gain.
+    """Pretrained RMS norms of q and k, as SD3.5 has them.
+
+    Every token is divided by the root mean square of its channels and multiplied by a gain.
 
     Attributes:
-        image: gains of q and of k, (D,) each.
-        text: likewise, where there is text.
+        image: gains of the image's q and k, (D,) each.
+        text: gains of the text's q and k, where there is text.
+        eps: is added to the mean square.
     """
 
     image: Gains
@@ -39,9 +40,20 @@ class RmsNorms(NamedTuple):
     eps: float = 1e-6
 
 
+class GridLike(Protocol):
+    """What an op reads of a grid: rows · columns tokens that lie after `num_prefix_tokens` others; more may follow."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def num_prefix_tokens(self) -> int: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Where the image's tokens lie: after `num_prefix_tokens` others, rows · columns of them; more may follow."""
+    """Where the image's tokens lie: rows · columns of them, after `num_prefix_tokens` others; more may follow."""
 
     rows: int
     columns: int
@@ -54,8 +66,8 @@ class Settings:
 
     Attributes:
         inner, loss: as `ttt` takes them.
-        key_norm, eps: as key_norm takes them.
-        norm_scope: with text, "joint" takes statistics over all tokens, "modality" of image and text apart.
+        key_norm, eps: as `key_norm` takes its `kind` and `eps`.
+        norm_scope: with text, "joint" takes statistics over all tokens, "modality" over image and text apart.
     """
 
     inner: str = "swiglu"
@@ -77,7 +89,7 @@ def ttt_layer(
     weights: tuple[Tensor, ...],
     settings: Settings,
     *,
-    grid: Grid | None = None,
+    grid: GridLike | None = None,
     q_conv: Conv | None = None,
     k_conv: Conv | None = None,
     text: Tokens | None = None,
@@ -89,12 +101,12 @@ def ttt_layer(
     Args:
         image: q, k and v, each (B, H, N, D), views of any strides.
         weights: inner weights, each (H, D, D), as many as t5kernels.INNER_WEIGHTS says.
-        grid: of the image's tokens (a Grid, or what has its attributes); needed with convolutions.
+        grid: the grid of the image's tokens (a Grid, or any object with its attributes); needed with convolutions.
         q_conv, k_conv: weight (H·D, 1, 3, 3) and bias (H·D,) of depthwise convolutions, both or neither.
         text: q, k and v (B, H, T, D) of more tokens of the same sequence, which are not convolved. The inner model is
-            fitted on all N + T tokens; nothing is concatenated by the kernels.
-        norms: of q and k, which come before everything else.
-        impl: one of IMPLS, or None: see above.
+            fitted on all N + T tokens; the kernels concatenate nothing.
+        norms: RMS norms of q and k, which come before everything else.
+        impl: "triton", "reference", or None for the fastest one that can do it (see above).
 
     Returns:
         The outputs of image and text (None without text), (B, H, N, D) and (B, H, T, D).
@@ -107,10 +119,9 @@ def ttt_layer(
     _check_tokens(image, text)
     _check_conv(image[0], grid, q_conv, k_conv)
     _check_norms(image[0], text, norms)
-    impl = _choose(image[0], settings, impl)
     tokens = image[0].shape[2] + (text[0].shape[2] if text else 0)
     scale = image[0].shape[3] ** -0.5 / tokens
-    if impl == "triton":
+    if choose("ttt_layer", impl, _kernels(image, text, weights, settings)) == "triton":
         return _fused(image, weights, settings, grid, q_conv, k_conv, text, norms, scale)
     if norms:
         image = reference.rms_normalized(image, norms.image, norms.eps)
@@ -118,73 +129,59 @@ def ttt_layer(
     return reference.layer(image, text, weights, q_conv, k_conv, grid, settings, scale)
 
 
+def _kernels(image: Tokens, text: Tokens | None, weights: Sequence[Tensor], settings: Settings) -> Candidate:
+    """The fused kernels as a candidate: they can do what those of `ttt` can, with some key norms."""
+    candidate = ttt_api.kernels(settings.inner, settings.loss, (*image, *(text or ())), weights)
+    if settings.key_norm in FUSED_KEY_NORMS:
+        return candidate
+    wrong = f"with key_norm={settings.key_norm!r}; expected one of {FUSED_KEY_NORMS}; use 'reference'"
+    return candidate._replace(obstacle=lambda: wrong)
+
+
 def _fused(image, weights, settings, grid, q_conv, k_conv, text, norms, scale) -> tuple[Tensor, Tensor | None]:
-    unfit = _unfit(settings)
-    if unfit:
-        raise ValueError(f"ttt_layer: impl='triton' {unfit}; use 'reference'")
-    from t5kernels.ttt.triton import check
     from t5kernels.ttt_layer import triton
 
     dtype = image[0].dtype
-    image, text = ([t.to(autocast_dtype(t)) for t in part or ()] for part in (image, text))
-    check("ttt_layer", [*image, *text], weights)
     norm = "none" if settings.key_norm == "none" else settings.norm_scope
     grid = grid or Grid(rows=0, columns=0)
     rms = norms or (None, None, 0.0)
-    o, text_o = triton.layer(image, text, weights, q_conv, k_conv, grid, norm, settings.eps, scale, rms)
+    parts = as_in_autocast(*image), as_in_autocast(*(text or ()))
+    o, text_o = triton.layer(*parts, weights, q_conv, k_conv, grid, norm, settings.eps, scale, rms)
     return o.to(dtype), text_o.to(dtype) if text else None
 
 
-def _choose(q: Tensor, settings: Settings, impl: str | None) -> str:
-    if impl not in (None, *IMPLS):
-        raise ValueError(f"ttt_layer: impl is {impl!r}; expected one of {IMPLS}, or None to choose by device")
-    half = autocast_dtype(q) in (torch.float16, torch.bfloat16)
-    fused = q.is_cuda and half and q.shape[3] <= 128 and not _unfit(settings) and not transformed()
-    return impl or ("triton" if fused and _supported(q.device) else "reference")
-
-
-def _supported(device: torch.device) -> bool:
-    """Whether Triton compiles for this card. While torch.compile looks on it is taken for granted."""
-    return torch.compiler.is_compiling() or torch.cuda.get_device_properties(device).major >= 8
-
-
-def _unfit(settings: Settings) -> str | None:
-    """Why the kernels cannot do it, None if they can."""
-    if (settings.inner, settings.loss) != ("swiglu", "dot") or settings.key_norm not in ("instance", "none"):
-        return (
-            f"with inner={settings.inner!r}, loss={settings.loss!r}, key_norm={settings.key_norm!r}; expected "
-            "'swiglu', 'dot' and 'instance' or 'none'"
-        )
-    return None if TRITON_INSTALLED else "without Triton, which is not installed"
-
-
 def _check_tokens(image: Tokens, text: Tokens | None) -> None:
-    shapes = [tuple(t.shape) for t in (*image, *(text or ()))]
-    fits = all(len(shape) == 4 for shape in shapes) and len(set(shapes[:3])) == 1 and len(set(shapes[3:])) <= 1
-    if not fits or (text and (shapes[0][:2], shapes[0][3]) != (shapes[3][:2], shapes[3][3])):
+    # Shapes are compared and not put into a set: hashing a size would fix it under torch.compile and torch.export.
+    q, k, v = (t.shape for t in image)
+    fits = len(q) == 4 and q == k == v
+    if text is not None:
+        text_q, text_k, text_v = (t.shape for t in text)
+        fits = fits and len(text_q) == 4 and text_q == text_k == text_v
+        fits = fits and text_q[:2] == q[:2] and text_q[3] == q[3]
+    if not fits:
+        shapes = [tuple(t.shape) for t in (*image, *(text or ()))]
         raise ValueError(f"ttt_layer: q, k, v of image and text are {shapes}; expected (B, H, N, D), and (B, H, T, D)")
 
 
 def _check_norms(q: Tensor, text: Tokens | None, norms: RmsNorms | None) -> None:
     if norms is None:
         return
-    shapes = [[tuple(gain.shape) for gain in part] for part in norms[:2] if part is not None]
-    if shapes != [[q.shape[3:]] * 2] * (1 if text is None else 2):
+    shapes = [[tuple(gain.shape) for gain in gains] for gains in (norms.image, norms.text) if gains is not None]
+    if shapes != [[tuple(q.shape[3:])] * 2] * (1 if text is None else 2):
         raise ValueError(
             f"ttt_layer: norms with gains of {shapes}; expected one for q and one for k, {tuple(q.shape[3:])} each, of "
             "the image, and of the text if there is any"
         )
 
 
-def _check_conv(q: Tensor, grid: Grid | None, q_conv: Conv | None, k_conv: Conv | None) -> None:
-    if (q_conv is None) != (k_conv is None):
-        raise ValueError("ttt_layer: one of q_conv and k_conv is missing; expected both or neither")
-    if q_conv is None:
+def _check_conv(q: Tensor, grid: GridLike | None, q_conv: Conv | None, k_conv: Conv | None) -> None:
+    if q_conv is None and k_conv is None:
         return
+    if q_conv is None or k_conv is None:
+        raise ValueError("ttt_layer: one of q_conv and k_conv is missing; expected both or neither")
     channels = q.shape[1] * q.shape[3]
-    got = [tuple(t.shape) for t in (*q_conv, *k_conv)]
-    if got != [(channels, 1, 3, 3), (channels,)] * 2:
-        raise ValueError(f"ttt_layer: convolutions of {got}; expected twice {(channels, 1, 3, 3)} and {(channels,)}")
-    held = grid and grid.rows * grid.columns + grid.num_prefix_tokens
-    if held is None or held > q.shape[2]:
+    shapes = [tuple(t.shape) for t in (*q_conv, *k_conv)]
+    if shapes != [(channels, 1, 3, 3), (channels,)] * 2:
+        raise ValueError(f"ttt_layer: convolutions of {shapes}; expected twice {(channels, 1, 3, 3)} and {(channels,)}")
+    if grid is None or grid.rows * grid.columns + grid.num_prefix_tokens > q.shape[2]:
         raise ValueError(f"ttt_layer: {grid} for {q.shape[2]} image tokens; expected a grid that they fill")

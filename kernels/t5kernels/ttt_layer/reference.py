@@ -12,29 +12,37 @@ from t5kernels.ttt.api import ttt
 from t5kernels.ttt_layer.key_norm import key_norm
 
 HALF = (torch.float16, torch.bfloat16)
+Tokens = tuple[Tensor, Tensor, Tensor]
+Conv = tuple[Tensor, Tensor]
 
 
-def layer(image, text, weights, q_conv, k_conv, grid, settings, scale: float) -> tuple[Tensor, Tensor | None]:
-    """As `ttt_layer` takes and gives it."""
+def layer(
+    image: Tokens, text: Tokens | None, weights, q_conv: Conv | None, k_conv: Conv | None, grid, settings, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """The layer without RMS norms. Arguments and results are those of `ttt_layer`; `scale` is as `ttt` takes it."""
     q, k, v = image
     count = k.shape[2]
-    normalize = (settings.key_norm, settings.eps)
-    if text is None:
-        k = key_norm(k, *normalize)
-    elif settings.norm_scope == "joint":
-        k, text_k = key_norm(torch.cat([k, text[1]], dim=2), *normalize).tensor_split((count,), dim=2)
-    else:
-        k, text_k = key_norm(k, *normalize), key_norm(text[1], *normalize)
-    if q_conv is not None:
+    k, text_k = _normalized_keys(k, text[1] if text else None, settings)
+    if q_conv is not None and k_conv is not None:
         q, k = q + convolved(q, *q_conv, grid), k + convolved(k, *k_conv, grid)
-    if text is not None:
-        q, k, v = (torch.cat(pair, dim=2) for pair in ((q, text[0]), (k, text_k), (v, text[2])))
+    if text is not None and text_k is not None:
+        q, k, v = torch.cat([q, text[0]], dim=2), torch.cat([k, text_k], dim=2), torch.cat([v, text[2]], dim=2)
     o = ttt(q, k, v, weights, inner=settings.inner, loss=settings.loss, scale=scale, impl="reference")
     return (o, None) if text is None else (o[:, :, :count], o[:, :, count:])
 
 
+def _normalized_keys(k: Tensor, text_k: Tensor | None, settings) -> tuple[Tensor, Tensor | None]:
+    kind, eps = settings.key_norm, settings.eps
+    if text_k is None:
+        return key_norm(k, kind, eps), None
+    if settings.norm_scope == "joint":
+        k, text_k = key_norm(torch.cat([k, text_k], dim=2), kind, eps).tensor_split((k.shape[2],), dim=2)
+        return k, text_k
+    return key_norm(k, kind, eps), key_norm(text_k, kind, eps)
+
+
 def rms_normalized(tokens, gains, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v with the RMS norms of q and k (B, H, N, D). gains: (D,) of each."""
+    """q, k, v (B, H, N, D) after the RMS norms of q and k, with gains (D,) of each."""
     q, k, v = tokens
     return _rms(q, gains[0], eps), _rms(k, gains[1], eps), v
 
@@ -52,10 +60,13 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor, grid) -> Tensor:
     Args:
         x: (B, H, N, D).
         weight, bias: (H·D, 1, 3, 3) and (H·D,).
-        grid: a Grid, or what has its attributes.
+        grid: a Grid, or any object with its attributes.
+
+    Returns:
+        (B, H, N, D).
     """
     B, H, N, D = x.shape
-    first, held = grid.num_prefix_tokens, grid.rows * grid.columns
-    image = x[:, :, first : first + held].transpose(2, 3).reshape(B, H * D, grid.rows, grid.columns)
-    mixed = F.conv2d(image, weight, bias, padding=1, groups=H * D).reshape(B, H, D, -1).transpose(2, 3)
-    return F.pad(mixed, (0, 0, first, N - first - held))
+    first, on_grid = grid.num_prefix_tokens, grid.rows * grid.columns
+    image = x[:, :, first : first + on_grid].transpose(2, 3).reshape(B, H * D, grid.rows, grid.columns)
+    mixed = F.conv2d(image, weight, bias, padding=1, groups=H * D).reshape(B, H, D, on_grid).transpose(2, 3)
+    return F.pad(mixed, (0, 0, first, N - first - on_grid))

@@ -1,26 +1,29 @@
-"""Triton kernels of the norms before `ttt`: what must be known of all tokens for one to be normalized; and back.
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# (The body of a kernel is Triton's language: constants decide which branches exist, and its loops have no types.)
+"""Triton kernels of the norms before `ttt`: the statistics over all tokens that a token's norm needs, and the way back.
 
-For one image, head and channel, x the tokens in memory, u = f g x with the RMS norm's factor f of each token (over its
-D channels) and its gain g of the channel (1 and 1 without one), r and c the key norm's factor and summand (1 and 0
-without one), n = r u + c. Backward, given dn of all N tokens:
+Take one image, head and channel. x are the tokens in memory; u = f g x, with the RMS norm's factor f of each token
+(over its D channels) and its gain g of the channel, both 1 without such a norm; n = r u + c, with the key norm's factor
+r and summand c, which are 1 and 0 without one. Backward, given dn of all N tokens:
 
     du[p] = r (dn[p] - sum dn / N - n[p] sum (dn n) / N),
     dx[p] = f (g du[p] - f x[p] mean (g du[p] f x[p])),    dg = sum_p du[p] f x[p],
 
-the mean over channels. Mean and variance of the key norm come from sums of u - s and (u - s)², s the first token's u: a
-shift of all keys, which is what the norm is there to remove, costs no digits.
+where the mean is over channels. Mean and variance of the key norm come from sums of u - s and (u - s)², where s is the
+first token's u. So a shift common to all keys, which the norm is there to remove, costs no digits.
 
-Programs write their sums side by side and others add them: no atomics, and results are the same from run to run.
+Programs write their sums side by side and other programs add them. There are no atomics, so results are the same from
+run to run.
 """
 
 import triton
 import triton.language as tl
 
-from t5kernels.ttt.tokens import COUNTS, after_previous, load_tokens, start_of_head, store_tokens, token_mask
+from t5kernels.tokens import COUNTS, after_previous, load_tokens, start_of_head, store_tokens, token_mask
 
-# Rows of what a program of the statistics writes: sums of u - s and of (u - s)², and s.
+# A program of the statistics writes so many rows: the sums of u - s and of (u - s)², and s.
 STATISTICS = tl.constexpr(3)
-AT_ONCE = tl.constexpr(16)  # programs' statistics that are added at a time
+AT_ONCE = tl.constexpr(16)  # the statistics of so many programs are added at a time
 
 
 @triton.jit
@@ -30,7 +33,11 @@ def _add(a, b):
 
 @triton.jit
 def over_tokens(x):
-    """Sum over the first axis. Not tl.sum: Triton's own functions are interpreted only if Triton was imported so."""
+    """The sum over the first axis.
+
+    It is not tl.sum because Triton's own functions are interpreted only if TRITON_INTERPRET was set when Triton was
+    imported.
+    """
     return tl.reduce(x, 0, _add)
 
 
@@ -43,19 +50,20 @@ def load_row(x, row, D: tl.constexpr, WIDTH: tl.constexpr, stride=1):
 
 @triton.jit
 def store_row(x, row, values, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Write values (WIDTH,) to a row of a matrix of D columns."""
     channel = tl.arange(0, WIDTH)
     tl.store(x + row * D + channel, values, channel < D)
 
 
 @triton.jit
 def _over_channels(x):
-    """Sum over the second axis."""
+    """The sum over the second axis."""
     return tl.reduce(x, 1, _add)
 
 
 @triton.jit
 def _rms_factor(x, eps, D: tl.constexpr):
-    """f of tokens x (BLOCK, WIDTH): (BLOCK,)."""
+    """f (BLOCK,) of tokens x (BLOCK, WIDTH)."""
     return 1 / tl.sqrt(_over_channels(x * x) / D + eps)
 
 
@@ -63,7 +71,7 @@ def _rms_factor(x, eps, D: tl.constexpr):
 def _first_token(
     x, gain, b, h, stride_b, stride_h, stride_d, eps, D: tl.constexpr, WIDTH: tl.constexpr, RMS: tl.constexpr
 ):  # fmt: skip
-    """u of the first token of a head, (1, WIDTH), float32."""
+    """u (1, WIDTH) of a head's first token, float32."""
     x = load_row(start_of_head(x, b, h, stride_b, stride_h), 0, D, WIDTH, stride_d)
     if RMS:
         x = x * _rms_factor(x, eps, D)[:, None] * load_row(gain, 0, D, WIDTH)
@@ -82,13 +90,15 @@ def _store_statistics(sums, place, total, squares, shift, D: tl.constexpr, WIDTH
 def statistics_kernel(
     x, gain, first, first_gain, sums, factors,
     x_b, x_h, x_n, x_d, f_b, f_h, f_d, factors_h,
-    H, N, chunk, held, free, eps,
+    H, N, chunk, capacity, free, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     RMS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """What must be known of all tokens before one is prepared. Grid (B·H, chunks of `chunk` tokens). factors: of the
-    RMS norm, float32, heads `factors_h` apart; sums: (B·H, `held`, STATISTICS, D) float32, s of `first`'s first token;
-    0 in those of the `free` places that are not used.
+    """Write the statistics of all tokens that are needed before one is prepared.
+
+    The launch grid is (B·H, chunks of `chunk` tokens). factors: those of the RMS norm, float32, heads `factors_h`
+    apart. sums: (B·H, `capacity`, STATISTICS, D) float32, with s from the first token of `first`; of the `free` places
+    from here on, those that no program uses are filled with 0.
     """
     after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
@@ -113,7 +123,7 @@ def statistics_kernel(
             total += u
             squares += u * u
     if NORM:
-        sums += index.to(tl.int64) * held * (STATISTICS * D)
+        sums += index.to(tl.int64) * capacity * (STATISTICS * D)
         _store_statistics(sums, part, over_tokens(total), over_tokens(squares), over_tokens(shift), D, WIDTH)
         nothing = tl.full((WIDTH,), 0.0, tl.float32)
         for unused in range(part + tl.num_programs(1), free, tl.num_programs(1)):
@@ -122,18 +132,18 @@ def statistics_kernel(
 
 @triton.jit
 def load_norm(
-    sums, index, held, shares, count, eps, D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr
+    sums, index, capacity, shares, count, eps, D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr
 ):  # fmt: skip
-    """r and c, each (1, WIDTH), of `count` tokens whose sums lie in the first `shares` of `held` places."""
+    """r and c, each (1, WIDTH), of `count` tokens whose sums lie in the first `shares` of `capacity` places."""
     if NORM:
         channel, row = tl.arange(0, WIDTH)[None, :], tl.arange(0, AT_ONCE)[:, None]
-        sums += index.to(tl.int64) * held * (STATISTICS * D)
+        sums += index.to(tl.int64) * capacity * (STATISTICS * D)
         mean, square = tl.full((WIDTH,), 0.0, tl.float32), tl.full((WIDTH,), 0.0, tl.float32)
         for start in range(0, shares, AT_ONCE):
-            there = (start + row < shares) & (channel < D)
-            at = sums + (start + row) * (STATISTICS * D) + channel
-            mean += over_tokens(tl.load(at, there, other=0.0))
-            square += over_tokens(tl.load(at + D, there, other=0.0))
+            mask = (start + row < shares) & (channel < D)
+            pointers = sums + (start + row) * (STATISTICS * D) + channel
+            mean += over_tokens(tl.load(pointers, mask, other=0.0))
+            square += over_tokens(tl.load(pointers + D, mask, other=0.0))
         mean, square = mean / count, square / count
         scale = (1 / tl.sqrt(tl.maximum(square - mean * mean, 0.0) + eps))[None, :]
         return scale, -scale * (mean[None, :] + load_row(sums, 2, D, WIDTH))
@@ -144,13 +154,16 @@ def load_norm(
 def norm_backward_kernel(
     dn, x, gain, factors, sums, totals, dx, parts,
     dn_b, dn_h, dn_n, dn_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d,
-    factors_h, held, shares, count, eps,
+    factors_h, capacity, shares, count, eps,
     H, N, chunk,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     RMS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B·H, chunks of `chunk` tokens). totals: (B·H, 2, D), sum dn and sum dn n; dx may be dn itself; parts: (B·H,
-    chunks, D) of dg, float32."""
+    """Write dx, and the programs' parts of dg.
+
+    The launch grid is (B·H, chunks of `chunk` tokens). totals: (B·H, 2, D), sum dn and sum dn n. dx may be dn itself.
+    parts: (B·H, chunks, D), float32.
+    """
     after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
@@ -160,7 +173,7 @@ def norm_backward_kernel(
         start_of_head(dx, b, h, dx_b, dx_h),
     )
     if NORM:
-        scale, offset = load_norm(sums, index, held, shares, count, eps, D, WIDTH, NORM)
+        scale, offset = load_norm(sums, index, capacity, shares, count, eps, D, WIDTH, NORM)
         totals += index.to(tl.int64) * (2 * D)
         plain, product = load_row(totals, 0, D, WIDTH) / count, load_row(totals, 1, D, WIDTH) / count
     if RMS:

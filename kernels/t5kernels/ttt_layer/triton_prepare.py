@@ -1,29 +1,31 @@
-"""Triton kernels that prepare tokens for `ttt`: normalized, and convolved 3×3 over the image's grid; and back.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# (The body of a kernel is Triton's language: constants decide which branches exist, and its loops have no types.)
+"""Triton kernels that prepare tokens for `ttt`: they normalize, convolve 3×3 over the image's grid, and lead back.
 
-For one image, head and channel, n the normalized tokens (triton_norms.py says how), and for a token p with a place in
-the grid
+Take one image, head and channel, and let n be the normalized tokens (triton_norms.py says how). For a token p with a
+place in the grid
 
     y[p] = n[p] + bias + sum_o w[o] n[p + o],    o over the 9 places around p, n = 0 outside the grid;
 
-y = n for tokens before and after the grid. Backward, given dy:
+and y = n for tokens before and after the grid. Backward, given dy:
 
     dn[p] = dy[p] + sum_o w[o] dy[p - o],    dw[o] = sum_p n[p] dy[p - o],    dbias = sum_p dy[p],
 
-p over the grid in what belongs to the convolution.
+where p runs over the grid in what belongs to the convolution.
 
-A program of a convolution has BLOCK columns of the grid and goes down its rows. A row is read once, with its left and
-right neighbors, and gives what it has for three rows of the result: the one above, which is then complete, its own, and
-the one below. Further programs take the tokens without a place. Programs write their sums side by side and the caller
-adds them: no atomics, and results are the same from run to run.
+A program of a convolution has BLOCK columns of the grid and goes down its rows. It reads a row once, with its left and
+right neighbors, and adds what the row contributes to three rows of the result: the one above, which is then complete,
+its own, and the one below. Further programs take the tokens without a place. Programs write their sums side by side and
+the caller adds them. There are no atomics, so results are the same from run to run.
 """
 
 import triton
 import triton.language as tl
 
-from t5kernels.ttt.tokens import COUNTS, after_previous, start_of_head, token_mask, token_pointers
+from t5kernels.tokens import COUNTS, after_previous, start_of_head, token_mask, token_pointers
 from t5kernels.ttt_layer.triton_norms import load_norm, load_row, over_tokens, store_row
 
-# Rows of a program's partial sums: nine of dw, then dbias, sum dn, sum dn n.
+# The rows of a program's partial sums: nine of dw, then dbias, sum dn, sum dn n.
 BIAS_SUM = tl.constexpr(9)
 PLAIN_SUM = tl.constexpr(10)
 PRODUCT_SUM = tl.constexpr(11)
@@ -31,26 +33,25 @@ SUMS = tl.constexpr(12)
 
 
 @triton.jit
-def _load_normalized(at, there, factor_at, here, scale, offset, RMS: tl.constexpr, NORM: tl.constexpr):
-    """n of the tokens `at` some pointers, 0 where they are not `there`. scale: r g; `factor_at` and `here`: pointers
-    and mask of the tokens' f, (BLOCK,)."""
-    n = tl.load(at, there, other=0.0).to(tl.float32)
+def _load_normalized(x, mask, factors, factor_mask, scale, offset, RMS: tl.constexpr, NORM: tl.constexpr):
+    """n of tokens, 0 where the mask is false. x: their pointers; factors: pointers (BLOCK,) to their f; scale: r g."""
+    n = tl.load(x, mask, other=0.0).to(tl.float32)
     if RMS:
-        n = n * tl.load(factor_at, here, other=0.0)[:, None] * scale
+        n = n * tl.load(factors, factor_mask, other=0.0)[:, None] * scale
     elif NORM:
         n = n * scale
     if NORM:
-        n = tl.where(there, n + offset, 0.0)
+        n = tl.where(mask, n + offset, 0.0)
     return n
 
 
 @triton.jit
 def _load_scales(
-    gain, sums, index, held, shares, count, eps,
+    gain, sums, index, capacity, shares, count, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, RMS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """r g and c, each (1, WIDTH)."""
-    scale, offset = load_norm(sums, index, held, shares, count, eps, D, WIDTH, NORM)
+    scale, offset = load_norm(sums, index, capacity, shares, count, eps, D, WIDTH, NORM)
     if RMS:
         scale *= load_row(gain, 0, D, WIDTH)
     return scale, offset
@@ -58,7 +59,7 @@ def _load_scales(
 
 @triton.jit
 def _places(weight, h, row: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
-    """A head's weights of the three places in a row of the window, each (1, WIDTH)."""
+    """A head's weights of the three places in a row of the convolution's window, each (1, WIDTH)."""
     channel = tl.arange(0, WIDTH)
     weight += (h * D + channel) * 9 + row * 3
     return (
@@ -69,42 +70,43 @@ def _places(weight, h, row: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _of_row(row, first, last, columns):
-    """How many columns a row has: none if it is not one of those from `first` to before `last`."""
+def _columns_of(row, first, last, columns):
+    """How many columns a row has: none if it is not one of the rows from `first` to before `last`."""
     return tl.where((row >= first) & (last > row), columns, 0)
 
 
 @triton.jit
-def _load_three(at, stride_n, factor_at, column, columns, D: tl.constexpr, WIDTH: tl.constexpr, RMS: tl.constexpr):
-    """A row's f x, and those at their left and right, float32, 0 outside its `columns`. `at`, `factor_at`: pointers."""
+def _load_three(x, stride_n, factors, column, columns, D: tl.constexpr, WIDTH: tl.constexpr, RMS: tl.constexpr):
+    """f x of the left neighbors of a row's tokens, of the tokens and of their right neighbors, float32, 0 outside the
+    row's `columns`. x, factors: pointers to the tokens and their f."""
     inside = column < columns
-    left = tl.load(at - stride_n, token_mask(inside & (column > 0), D, WIDTH), other=0.0)
-    own = tl.load(at, token_mask(inside, D, WIDTH), other=0.0)
-    right = tl.load(at + stride_n, token_mask(column + 1 < columns, D, WIDTH), other=0.0)
+    left = tl.load(x - stride_n, token_mask(inside & (column > 0), D, WIDTH), other=0.0)
+    own = tl.load(x, token_mask(inside, D, WIDTH), other=0.0)
+    right = tl.load(x + stride_n, token_mask(column + 1 < columns, D, WIDTH), other=0.0)
     left, own, right = left.to(tl.float32), own.to(tl.float32), right.to(tl.float32)
     if RMS:
-        left *= tl.load(factor_at - 1, inside & (column > 0), other=0.0)[:, None]
-        own *= tl.load(factor_at, inside, other=0.0)[:, None]
-        right *= tl.load(factor_at + 1, column + 1 < columns, other=0.0)[:, None]
+        left *= tl.load(factors - 1, inside & (column > 0), other=0.0)[:, None]
+        own *= tl.load(factors, inside, other=0.0)[:, None]
+        right *= tl.load(factors + 1, column + 1 < columns, other=0.0)[:, None]
     return left, own, right
 
 
 @triton.jit
-def _weighed(total, a, b, c, w_a, w_b, w_c):
-    """total + a w_a + b w_b + c w_c, in an order that takes three instructions."""
+def _add_weighted(total, a, b, c, w_a, w_b, w_c):
+    """total + a w_a + b w_b + c w_c, in the order that takes three instructions."""
     return total + a * w_a + b * w_b + c * w_c
 
 
 @triton.jit
-def _outside(start, prefix, gridded, BLOCK: tl.constexpr):
-    """Numbers of the tokens without a place in the grid of `gridded`, of which the first is the `start`-th."""
+def _outside(start, prefix, on_grid, BLOCK: tl.constexpr):
+    """The numbers of BLOCK tokens without a place in the grid, which holds `on_grid` tokens, from the `start`-th on."""
     token = start + tl.arange(0, BLOCK)
-    return tl.where(token < prefix, token, token + gridded)
+    return tl.where(token < prefix, token, token + on_grid)
 
 
 @triton.jit
-def _at(x, token, stride_n, stride_d, WIDTH: tl.constexpr):
-    """Pointers (BLOCK, WIDTH) to tokens by their numbers."""
+def _pointers(x, token, stride_n, stride_d, WIDTH: tl.constexpr):
+    """Pointers (BLOCK, WIDTH) to tokens, from their numbers."""
     return x + token.to(tl.int64)[:, None] * stride_n + tl.arange(0, WIDTH)[None, :] * stride_d
 
 
@@ -115,13 +117,13 @@ def _convolve(
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     RMS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """y of a segment's rows from `first` to before `last`. x, factors and y: pointers to a head's first token."""
+    """Write y of a segment's rows from `first` to before `last`. x, factors and y: pointers to a head's first token."""
     w0, w1, w2 = _places(weight, h, 0, D, WIDTH)
     w3, w4, w5 = _places(weight, h, 1, D, WIDTH)
     w6, w7, w8 = _places(weight, h, 2, D, WIDTH)
     w4 += 1
     column = segment * BLOCK + tl.arange(0, BLOCK)
-    # c comes in by way of a constant: that of a place with rows above and below, less those that it does not have.
+    # c enters as a constant: that of a place with rows above and below it, less the share of rows that do not exist.
     at_left, at_right = (column > 0).to(tl.float32)[:, None], (column + 1 < columns).to(tl.float32)[:, None]
     top = offset * (w1 + at_left * w0 + at_right * w2)
     bottom = offset * (w7 + at_left * w6 + at_right * w8)
@@ -135,23 +137,23 @@ def _convolve(
     factors += origin + tl.arange(0, BLOCK)
     above, own = constant, constant
     for row in tl.range(first - 1, last + 1, 2, num_stages=STAGES):
-        # Two rows are asked for before anything is written, which would hold up what is read.
-        l0, m0, r0 = _load_three(x, x_n, factors, column, _of_row(row, 0, rows, columns), D, WIDTH, RMS)
+        # Two rows are loaded before anything is written, because a store holds up the loads after it.
+        l0, m0, r0 = _load_three(x, x_n, factors, column, _columns_of(row, 0, rows, columns), D, WIDTH, RMS)
         x += columns * x_n
         if RMS:
             factors += columns
-        l1, m1, r1 = _load_three(x, x_n, factors, column, _of_row(row + 1, 0, rows, columns), D, WIDTH, RMS)
+        l1, m1, r1 = _load_three(x, x_n, factors, column, _columns_of(row + 1, 0, rows, columns), D, WIDTH, RMS)
         x += columns * x_n
         if RMS:
             factors += columns
-        ready = _weighed(above, l0, m0, r0, w6, w7, w8)
-        above = _weighed(own, l0, m0, r0, w3, w4, w5)
-        own = _weighed(constant, l0, m0, r0, w0, w1, w2)
+        ready = _add_weighted(above, l0, m0, r0, w6, w7, w8)
+        above = _add_weighted(own, l0, m0, r0, w3, w4, w5)
+        own = _add_weighted(constant, l0, m0, r0, w0, w1, w2)
         _store_row_of_grid(y, ready, top, bottom, column, row - 1, first, last, rows, columns, D, WIDTH, NORM)
         y += columns * y_n
-        ready = _weighed(above, l1, m1, r1, w6, w7, w8)
-        above = _weighed(own, l1, m1, r1, w3, w4, w5)
-        own = _weighed(constant, l1, m1, r1, w0, w1, w2)
+        ready = _add_weighted(above, l1, m1, r1, w6, w7, w8)
+        above = _add_weighted(own, l1, m1, r1, w3, w4, w5)
+        own = _add_weighted(constant, l1, m1, r1, w0, w1, w2)
         _store_row_of_grid(y, ready, top, bottom, column, row, first, last, rows, columns, D, WIDTH, NORM)
         y += columns * y_n
 
@@ -161,40 +163,43 @@ def _store_row_of_grid(
     y, ready, top, bottom, column, row, first, last, rows, columns,
     D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Write a row if it is one from `first` to before `last`, without the share in c of rows that the grid lacks."""
+    """Write a row if it is one from `first` to before `last`, less the share in c of rows that do not exist."""
     if NORM:
         if row == 0:
             ready -= top
         if row + 1 == rows:
             ready -= bottom
-    tl.store(y, ready.to(y.dtype.element_ty), token_mask(column < _of_row(row, first, last, columns), D, WIDTH))
+    tl.store(y, ready.to(y.dtype.element_ty), token_mask(column < _columns_of(row, first, last, columns), D, WIDTH))
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def prepare_kernel(
     x, gain, factors, sums, weight, bias, y,
-    x_b, x_h, x_n, x_d, y_b, y_h, y_n, y_d, factors_h, held, shares, count, eps, rows, columns, prefix,
+    x_b, x_h, x_n, x_d, y_b, y_h, y_n, y_d, factors_h, capacity, shares, count, eps, rows, columns, prefix,
     H, N, chunk, segments, on_grid,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     RMS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B·H, programs): `on_grid` programs, each with `chunk` rows of one of the grid's `segments`, then those with
-    `chunk` blocks of tokens that have no place in it. gain (D,), weight (H·D, 9), bias (H·D,); factors and sums as in
-    `statistics_kernel`."""
+    """Write y.
+
+    The launch grid is (B·H, programs). First come `on_grid` programs, each with `chunk` rows of one of the `segments`
+    of the tokens' grid, then programs with `chunk` blocks of tokens without a place in it. gain: (D,); weight:
+    (H·D, 9); bias: (H·D,); factors and sums as in `statistics_kernel`.
+    """
     after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
     x, y = start_of_head(x, b, h, x_b, x_h), start_of_head(y, b, h, y_b, y_h)
     factors += index.to(tl.int64) * factors_h
-    scale, offset = _load_scales(gain, sums, index, held, shares, count, eps, D, WIDTH, RMS, NORM)
+    scale, offset = _load_scales(gain, sums, index, capacity, shares, count, eps, D, WIDTH, RMS, NORM)
     if part >= on_grid:
         begin = (part - on_grid) * chunk * BLOCK
         for start in range(begin, begin + chunk * BLOCK, BLOCK):
             token = _outside(start, prefix, rows * columns, BLOCK)
-            there = token_mask(token < N, D, WIDTH)
-            at = _at(x, token, x_n, x_d, WIDTH)
-            n = _load_normalized(at, there, factors + token, token < N, scale, offset, RMS, NORM)
-            tl.store(_at(y, token, y_n, y_d, WIDTH), n.to(y.dtype.element_ty), there)
+            mask = token_mask(token < N, D, WIDTH)
+            x_at = _pointers(x, token, x_n, x_d, WIDTH)
+            n = _load_normalized(x_at, mask, factors + token, token < N, scale, offset, RMS, NORM)
+            tl.store(_pointers(y, token, y_n, y_d, WIDTH), n.to(y.dtype.element_ty), mask)
     elif CONV:
         segment, first = part % segments, (part // segments) * chunk
         last = tl.minimum(first + chunk, rows)
@@ -204,17 +209,91 @@ def prepare_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def _outside_backward(
+    dy, x, dx, factors, scale, offset, begin, dy_n, dy_d, x_n, x_d, dx_n, dx_d, prefix, on_grid, N, chunk,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    RMS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr,
+):  # fmt: skip
+    """Write dn of `chunk` blocks of tokens without a place in the grid; return sum dn and sum dn n, apart by token."""
+    s_plain, s_product = tl.full((BLOCK, WIDTH), 0.0, tl.float32), tl.full((BLOCK, WIDTH), 0.0, tl.float32)
+    for start in range(begin, begin + chunk * BLOCK, BLOCK):
+        token = _outside(start, prefix, on_grid, BLOCK)
+        mask = token_mask(token < N, D, WIDTH)
+        grad = tl.load(_pointers(dy, token, dy_n, dy_d, WIDTH), mask, other=0.0)
+        if CONV:
+            tl.store(_pointers(dx, token, dx_n, dx_d, WIDTH), grad, mask)
+        if NORM:
+            x_at = _pointers(x, token, x_n, x_d, WIDTH)
+            n = _load_normalized(x_at, mask, factors + token, token < N, scale, offset, RMS, NORM)
+            s_plain += grad.to(tl.float32)
+            s_product += grad.to(tl.float32) * n
+    return s_plain, s_product
+
+
+@triton.jit
+def _convolve_backward(
+    dy, x, dx, factors, weight, h, scale, offset, segment, first, last,
+    dy_n, dy_d, x_n, x_d, dx_n, dx_d, rows, columns, prefix,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    RMS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Write dn of a segment's rows from `first` to before `last`; return the SUMS, each apart by token."""
+    zero = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
+    s0, s1, s2, s3, s4, s5, s6, s7, s8 = zero, zero, zero, zero, zero, zero, zero, zero, zero
+    s_bias, s_plain, s_product = zero, zero, zero
+    w0, w1, w2 = _places(weight, h, 0, D, WIDTH)
+    w3, w4, w5 = _places(weight, h, 1, D, WIDTH)
+    w6, w7, w8 = _places(weight, h, 2, D, WIDTH)
+    w4 += 1
+    column = segment * BLOCK + tl.arange(0, BLOCK)
+    origin = prefix + segment * BLOCK + (first - 1) * columns
+    dy_at = token_pointers(dy, origin, dy_n, dy_d, WIDTH, BLOCK)
+    x_at = token_pointers(x, origin + columns, x_n, x_d, WIDTH, BLOCK)
+    dx_at = token_pointers(dx, origin - columns, dx_n, dx_d, WIDTH, BLOCK)
+    factor_at = factors + (prefix + column)
+    # For the rows above, here and below: the part of dn that is complete so far, and n if the row is this program's.
+    above, own, n_above, n_own = zero, zero, zero, zero
+    for row in tl.range(first - 1, last + 1, num_stages=STAGES):
+        left, mid, right = _load_three(dy_at, dy_n, dy, column, _columns_of(row, 0, rows, columns), D, WIDTH, False)
+        below = column < _columns_of(row + 1, first, last, columns)
+        factor_below, mask_below = factor_at + (row + 1) * columns, token_mask(below, D, WIDTH)
+        n_below = _load_normalized(x_at, mask_below, factor_below, below, scale, offset, RMS, NORM)
+        ready = _add_weighted(above, right, mid, left, w0, w1, w2)
+        above = _add_weighted(own, right, mid, left, w3, w4, w5)
+        own = _add_weighted(zero, right, mid, left, w6, w7, w8)
+        inside = token_mask(column < _columns_of(row - 1, first, last, columns), D, WIDTH)
+        tl.store(dx_at, ready.to(dx.dtype.element_ty), inside)
+        if NORM:
+            s_plain += tl.where(inside, ready, 0.0)
+            s_product += ready * n_above
+        s0, s1, s2 = s0 + n_above * right, s1 + n_above * mid, s2 + n_above * left
+        s3, s4, s5 = s3 + n_own * right, s4 + n_own * mid, s5 + n_own * left
+        s6, s7, s8 = s6 + n_below * right, s7 + n_below * mid, s8 + n_below * left
+        s_bias += tl.where((column < _columns_of(row, first, last, columns))[:, None], mid, 0.0)
+        # Adding 0.0 makes it a value of this turn. A name that just takes another's value would not be carried to the
+        # next turn at all where both begin as the same zero, and its loads would not be made ahead of their turn.
+        n_above, n_own = n_own + 0.0, n_below
+        dy_at += columns * dy_n
+        x_at += columns * x_n
+        dx_at += columns * dx_n
+    return s0, s1, s2, s3, s4, s5, s6, s7, s8, s_bias, s_plain, s_product
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def prepare_backward_kernel(
     dy, x, gain, factors, sums, weight, dx, parts,
     dy_b, dy_h, dy_n, dy_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d,
-    factors_h, held, shares, count, eps, rows, columns, prefix,
+    factors_h, capacity, shares, count, eps, rows, columns, prefix,
     H, N, chunk, segments, on_grid,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     RMS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid as in `prepare_kernel`. dx: dn, written with a convolution only (else it is dy); parts: (B·H, programs,
-    SUMS, D). Sums stay apart by thread until the end, so a block is small."""
+    """Write dn into dx, and the programs' partial sums.
+
+    The launch grid is as in `prepare_kernel`. dx is written with a convolution only; without one, dn is dy. parts:
+    (B·H, programs, SUMS, D). The sums of a program stay apart by token until its end, so a block is small.
+    """
     after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
@@ -224,74 +303,39 @@ def prepare_backward_kernel(
         start_of_head(dx, b, h, dx_b, dx_h),
     )
     factors += index.to(tl.int64) * factors_h
-    scale, offset = _load_scales(gain, sums, index, held, shares, count, eps, D, WIDTH, RMS, NORM)
+    scale, offset = _load_scales(gain, sums, index, capacity, shares, count, eps, D, WIDTH, RMS, NORM)
     zero = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
     s0, s1, s2, s3, s4, s5, s6, s7, s8 = zero, zero, zero, zero, zero, zero, zero, zero, zero
     s_bias, s_plain, s_product = zero, zero, zero
     if part >= on_grid:
-        begin = (part - on_grid) * chunk * BLOCK
-        for start in range(begin, begin + chunk * BLOCK, BLOCK):
-            token = _outside(start, prefix, rows * columns, BLOCK)
-            there = token_mask(token < N, D, WIDTH)
-            grad = tl.load(_at(dy, token, dy_n, dy_d, WIDTH), there, other=0.0)
-            if CONV:
-                tl.store(_at(dx, token, dx_n, dx_d, WIDTH), grad, there)
-            if NORM:
-                at = _at(x, token, x_n, x_d, WIDTH)
-                n = _load_normalized(at, there, factors + token, token < N, scale, offset, RMS, NORM)
-                s_plain += grad.to(tl.float32)
-                s_product += grad.to(tl.float32) * n
+        s_plain, s_product = _outside_backward(
+            dy, x, dx, factors, scale, offset, (part - on_grid) * chunk * BLOCK, dy_n, dy_d, x_n, x_d, dx_n, dx_d,
+            prefix, rows * columns, N, chunk, D, WIDTH, BLOCK, RMS, NORM, CONV,
+        )  # fmt: skip
     elif CONV:
-        w0, w1, w2 = _places(weight, h, 0, D, WIDTH)
-        w3, w4, w5 = _places(weight, h, 1, D, WIDTH)
-        w6, w7, w8 = _places(weight, h, 2, D, WIDTH)
-        w4 += 1
         segment, first = part % segments, (part // segments) * chunk
-        last = tl.minimum(first + chunk, rows)
-        column = segment * BLOCK + tl.arange(0, BLOCK)
-        origin = prefix + segment * BLOCK + (first - 1) * columns
-        dy_at = token_pointers(dy, origin, dy_n, dy_d, WIDTH, BLOCK)
-        x_at = token_pointers(x, origin + columns, x_n, x_d, WIDTH, BLOCK)
-        dx_at = token_pointers(dx, origin - columns, dx_n, dx_d, WIDTH, BLOCK)
-        factor_at = factors + (prefix + column)
-        # Of the rows above, here and below: what is known of dn, and n if the row is this program's.
-        above, own, n_above, n_own = zero, zero, zero, zero
-        for row in tl.range(first - 1, last + 1, num_stages=STAGES):
-            left, mid, right = _load_three(dy_at, dy_n, dy, column, _of_row(row, 0, rows, columns), D, WIDTH, False)
-            below = column < _of_row(row + 1, first, last, columns)
-            n_below = _load_normalized(
-                x_at, token_mask(below, D, WIDTH), factor_at + (row + 1) * columns, below, scale, offset, RMS, NORM
-            )  # fmt: skip
-            ready = _weighed(above, right, mid, left, w0, w1, w2)
-            above = _weighed(own, right, mid, left, w3, w4, w5)
-            own = _weighed(zero, right, mid, left, w6, w7, w8)
-            inside = token_mask(column < _of_row(row - 1, first, last, columns), D, WIDTH)
-            tl.store(dx_at, ready.to(dx.dtype.element_ty), inside)
-            if NORM:
-                s_plain += tl.where(inside, ready, 0.0)
-                s_product += ready * n_above
-            s0, s1, s2 = s0 + n_above * right, s1 + n_above * mid, s2 + n_above * left
-            s3, s4, s5 = s3 + n_own * right, s4 + n_own * mid, s5 + n_own * left
-            s6, s7, s8 = s6 + n_below * right, s7 + n_below * mid, s8 + n_below * left
-            s_bias += tl.where((column < _of_row(row, first, last, columns))[:, None], mid, 0.0)
-            # The sum makes it a value of this turn. A name that just takes another's would not be carried to the next
-            # turn at all where both begin as the same zero, and loads are not made ahead of their turn with one.
-            n_above, n_own = n_own + 0.0, n_below
-            dy_at += columns * dy_n
-            x_at += columns * x_n
-            dx_at += columns * dx_n
+        s0, s1, s2, s3, s4, s5, s6, s7, s8, s_bias, s_plain, s_product = _convolve_backward(
+            dy, x, dx, factors, weight, h, scale, offset, segment, first, tl.minimum(first + chunk, rows),
+            dy_n, dy_d, x_n, x_d, dx_n, dx_d, rows, columns, prefix, D, WIDTH, BLOCK, STAGES, RMS, NORM,
+        )  # fmt: skip
     parts += (index.to(tl.int64) * tl.num_programs(1) + part) * (SUMS * D)
     if CONV:
-        store_row(parts, 0, over_tokens(s0), D, WIDTH)
-        store_row(parts, 1, over_tokens(s1), D, WIDTH)
-        store_row(parts, 2, over_tokens(s2), D, WIDTH)
-        store_row(parts, 3, over_tokens(s3), D, WIDTH)
-        store_row(parts, 4, over_tokens(s4), D, WIDTH)
-        store_row(parts, 5, over_tokens(s5), D, WIDTH)
-        store_row(parts, 6, over_tokens(s6), D, WIDTH)
-        store_row(parts, 7, over_tokens(s7), D, WIDTH)
-        store_row(parts, 8, over_tokens(s8), D, WIDTH)
+        _store_window(parts, s0, s1, s2, s3, s4, s5, s6, s7, s8, D, WIDTH)
         store_row(parts, BIAS_SUM, over_tokens(s_bias), D, WIDTH)
     if NORM:
         store_row(parts, PLAIN_SUM, over_tokens(s_plain), D, WIDTH)
         store_row(parts, PRODUCT_SUM, over_tokens(s_product), D, WIDTH)
+
+
+@triton.jit
+def _store_window(parts, s0, s1, s2, s3, s4, s5, s6, s7, s8, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Write the sums of the nine places of the convolution's window."""
+    store_row(parts, 0, over_tokens(s0), D, WIDTH)
+    store_row(parts, 1, over_tokens(s1), D, WIDTH)
+    store_row(parts, 2, over_tokens(s2), D, WIDTH)
+    store_row(parts, 3, over_tokens(s3), D, WIDTH)
+    store_row(parts, 4, over_tokens(s4), D, WIDTH)
+    store_row(parts, 5, over_tokens(s5), D, WIDTH)
+    store_row(parts, 6, over_tokens(s6), D, WIDTH)
+    store_row(parts, 7, over_tokens(s7), D, WIDTH)
+    store_row(parts, 8, over_tokens(s8), D, WIDTH)

@@ -1,9 +1,9 @@
-"""What the compiler makes of the kernels: registers, spilled bytes and shared memory, by tile; needs no card.
+"""Show what the compiler makes of the kernels, without a card: registers, spilled bytes and shared memory by tile.
 
-    python -m t5kernels.occupancy [--width D ...] [--kernel NAME ...] [--rms]
+    python -m t5kernels.tools.occupancy [--width D ...] [--kernel NAME ...] [--rms]
 
-Compiles for the H100 (sm_90) in bfloat16 with the Triton that is installed. What is spilled goes through memory in
-every turn of a loop; registers and shared memory say how many programs a multiprocessor holds.
+It compiles for the H100 (sm_90) in bfloat16 with the Triton that is installed. Spilled bytes go through memory in every
+turn of a loop; registers and shared memory say how many programs a multiprocessor holds.
 """
 
 import argparse
@@ -17,46 +17,51 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from t5kernels.ttt import triton as ttt
+from t5kernels.launch import Tile, padded_width
 from t5kernels.ttt import triton_kernels
-from t5kernels.ttt.triton import Tile
 from t5kernels.ttt_layer import triton_norms, triton_prepare
 from t5kernels.ttt_layer.triton import EVERY_TILE
 
 TARGET = GPUTarget("cuda", 90, 32)
-# Arguments that are pointers to float32, and to tokens or weights in bfloat16; the rest are strides and counts.
+# Arguments that are pointers to float32, and to tokens or weights in bfloat16. The others are strides and counts.
 FLOAT = {"step", "d_step", "sums", "parts", "totals", "factors"}
 TOKENS = {"q", "k", "v", "out", "do", "dq", "dk", "dv", "first", "x", "y", "dx", "dy", "dn"}
 HALF = TOKENS | {"w1", "w2", "w3", "weight", "bias", "gain", "first_gain"}
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """Of one kernel: registers a thread, bytes a thread spills, bytes of shared memory a program, and how many values
-    the loop that carries most hands from turn to turn."""
+class Occupancy:
+    """What one kernel takes.
+
+    Attributes:
+        registers: registers a thread.
+        spilled_bytes: bytes that a thread spills.
+        shared_bytes: bytes of shared memory a program.
+        loop_values: values that a loop hands from turn to turn, in the loop with most of them.
+    """
 
     kernel: str
     registers: int
-    spilled: int
-    shared: int
-    carried: int
+    spilled_bytes: int
+    shared_bytes: int
+    loop_values: int
 
     def __str__(self) -> str:
         return (
-            f"{self.kernel:<20} registers {self.registers:>3}  spilled {self.spilled:>4}  shared {self.shared:>6}  "
-            f"carried {self.carried:>2}"
+            f"{self.kernel:<20} registers {self.registers:>3}  spilled {self.spilled_bytes:>4}  "
+            f"shared {self.shared_bytes:>6}  carried {self.loop_values:>2}"
         )
 
 
-def compiled(kernel: str, tile: Tile, head_dim: int, rms: bool = False) -> Compiled:
-    """`kernel`: a key of EVERY_TILE; `tile`: how it is cut; `rms`: with RMS norms of q and k."""
+def occupancy(kernel: str, tile: Tile, head_dim: int, rms: bool = False) -> Occupancy:
+    """Compile `kernel`, a key of EVERY_TILE, with a tile; `rms`: with RMS norms of q and k."""
     modules = (triton_kernels, triton_norms, triton_prepare)
     function = next(vars(module)[f"{kernel}_kernel"] for module in modules if f"{kernel}_kernel" in vars(module))
-    constants = {"D": head_dim, "WIDTH": ttt.padded_width(head_dim), "BLOCK": tile.block}
+    constants = {"D": head_dim, "WIDTH": padded_width(head_dim), "BLOCK": tile.block}
     constants |= {"STAGES": tile.stages, "NORM": True, "CONV": True, "RMS": rms, "EARLY": True}
     if tile.hidden:
         constants |= {"HIDDEN": tile.hidden, "SLICES": triton.cdiv(head_dim, tile.hidden)}
-    # Tokens have channels side by side, which Triton takes for a constant.
+    # The channels of a token lie side by side; Triton makes a constant of such a stride.
     constants |= {name: 1 for name in function.arg_names if name.endswith("_d")}
     signature, constant, aligned = {}, {}, {}
     for place, name in enumerate(function.arg_names):
@@ -65,12 +70,13 @@ def compiled(kernel: str, tile: Tile, head_dim: int, rms: bool = False) -> Compi
             constant[(place,)] = constants[name]
         elif name in FLOAT | HALF or (name[:-1].endswith("_") and name[-1] in "bhn"):  # pointers and strides
             aligned[(place,)] = [["tt.divisibility", 16]]
-    made = triton.compile(ASTSource(function, signature, constant, aligned), target=TARGET, options=tile.options)
-    registers, spilled = _resources(made.asm["cubin"])
-    return Compiled(kernel, registers, spilled, made.metadata.shared, _carried(made.asm["ttir"]))
+    binary = triton.compile(ASTSource(function, signature, constant, aligned), target=TARGET, options=tile.options)
+    registers, spilled_bytes = _resources(binary.asm["cubin"])
+    return Occupancy(kernel, registers, spilled_bytes, binary.metadata.shared, _loop_values(binary.asm["ttir"]))
 
 
 def _type(name: str, constants: dict) -> str:
+    """The type of a kernel's argument, as a signature for Triton's compiler names it."""
     if name in constants:
         return "constexpr"
     if name in ("scale", "eps"):
@@ -78,32 +84,34 @@ def _type(name: str, constants: dict) -> str:
     return "*fp32" if name in FLOAT else "*bf16" if name in HALF else "i32"
 
 
-def _carried(code: str) -> int:
+def _loop_values(code: str) -> int:
     loops = re.findall(r"scf\.for .* iter_args\((.*?)\) ->", code)
     return max((loop.count("=") for loop in loops), default=0)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and spilled bytes, by the tool that comes with Triton."""
+    """Registers and spilled bytes, as the tool that comes with Triton prints them."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", told).groups()
-    return int(registers), int(stack)
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    if usage is None:
+        raise RuntimeError(f"{tool.name} printed no register usage; it printed {report!r}")
+    return int(usage[1]), int(usage[2])
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--width", nargs="*", type=int, default=[32, 64, 72, 128], help="head widths")
     parser.add_argument("--kernel", nargs="*", choices=list(EVERY_TILE), default=list(EVERY_TILE), help="these only")
     parser.add_argument("--rms", action="store_true", help="with RMS norms of q and k")
     options = parser.parse_args(arguments)
     for head_dim in options.width:
         for kernel in options.kernel:
-            tile = EVERY_TILE[kernel][ttt.padded_width(head_dim)]
-            print(f"{head_dim:>3}  {compiled(kernel, tile, head_dim, options.rms)}  {tile}", flush=True)
+            tile = EVERY_TILE[kernel][padded_width(head_dim)]
+            print(f"{head_dim:>3}  {occupancy(kernel, tile, head_dim, options.rms)}  {tile}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,26 @@
-"""How the kernels read and write tokens: (B, H, N, D) of any strides, some tokens of one head at a time."""
+# pyright: reportGeneralTypeIssues=false
+# (The body of a kernel is Triton's language, which has no types that pyright could check.)
+"""How the kernels read and write tokens (B, H, N, D) of any strides, some tokens of one head at a time."""
 
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-# Arguments of kernels that are counts: one compilation serves them all (Triton would make others for 1 and for 16 n).
+# Arguments of kernels that are counts. One compilation serves all their values; Triton would specialize on 1 and on
+# multiples of 16.
 COUNTS = (
-    *("B", "H", "N", "chunk", "images", "count", "shares", "held", "free"),
+    *("B", "H", "N", "chunk", "images", "count", "shares", "capacity", "free"),
     *("rows", "columns", "prefix", "segments", "on_grid"),
 )
 
 
 @triton.jit
 def after_previous(EARLY: tl.constexpr):
-    """First in every kernel, above all that it reads or writes. EARLY: its programs come up while the kernel before
-    still runs, and wait here until that has written everything; then those of the next kernel may come up."""
+    """Every kernel calls it first, before it reads or writes anything.
+
+    With EARLY the programs of a kernel come up while the kernel before still runs. They wait here until that one has
+    written everything; then the programs of the next kernel may come up.
+    """
     if EARLY:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
@@ -27,9 +33,9 @@ def start_of_head(x, b, h, stride_b, stride_h):
 
 
 @triton.jit
-def token_mask(there, D: tl.constexpr, WIDTH: tl.constexpr):
-    """(BLOCK,) to (BLOCK, WIDTH), false beyond D."""
-    mask = there[:, None]
+def token_mask(is_token, D: tl.constexpr, WIDTH: tl.constexpr):
+    """A mask (BLOCK,) of tokens as a mask (BLOCK, WIDTH) that is false beyond D."""
+    mask = is_token[:, None]
     if D < WIDTH:
         mask = mask & (tl.arange(0, WIDTH) < D)[None, :]
     return mask
@@ -37,20 +43,21 @@ def token_mask(there, D: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def token_pointers(x, start, stride_n, stride_d, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """To the tokens from `start` on, (BLOCK, WIDTH). 64 bits for the first alone: the others are near it."""
+    """Pointers (BLOCK, WIDTH) to the tokens from `start` on. Only the first needs 64 bits: the others are near it."""
     near = tl.arange(0, BLOCK)[:, None] * stride_n + tl.arange(0, WIDTH)[None, :] * stride_d
     return x + tl.cast(start, tl.int64) * stride_n + near
 
 
 @triton.jit
 def load_tokens(x, start, stride_n, stride_d, N, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Tokens from `start` on, (BLOCK, WIDTH), 0 beyond N and D."""
+    """The tokens from `start` on, (BLOCK, WIDTH), 0 beyond N and D."""
     mask = token_mask(start + tl.arange(0, BLOCK) < N, D, WIDTH)
     return tl.load(token_pointers(x, start, stride_n, stride_d, WIDTH, BLOCK), mask, other=0.0)
 
 
 @triton.jit
 def store_tokens(x, y, start, stride_n, stride_d, N, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Write y (BLOCK, WIDTH) to the tokens from `start` on, up to N and D."""
     token = start + tl.arange(0, BLOCK)
     mask = token_mask(token < N, D, WIDTH)
     tl.store(token_pointers(x, start, stride_n, stride_d, WIDTH, BLOCK), y.to(x.dtype.element_ty), mask)

@@ -1,4 +1,4 @@
-"""What the kernels are measured and tuned on: layers of real models, with inputs as they leave the projections."""
+"""The cases that kernels are measured and tuned on: layers of real models, with inputs as projections give them."""
 
 from dataclasses import dataclass, field
 
@@ -15,10 +15,12 @@ class Case:
     """One layer: instance norm of the keys, convolved queries and keys, swiglu.
 
     Attributes:
+        images, rows, columns, heads, width: batch, sides of the token grid, heads and head width.
+        prefix: tokens before the grid.
         text: tokens beside the image, as in joint attention.
-        targets: what must be reached on one H100 in bfloat16 and what is aimed at (None: no more than that), by what
-            is measured: milliseconds, and for "memory" the peak of a training step beyond inputs and outputs, in
-            tensors of the tokens' size.
+        targets: by figure, what must be reached on one H100 in bfloat16 and what is aimed at (None: no more than that).
+            Figures are milliseconds, and for "memory" the peak of a training step beyond inputs and outputs, in tensors
+            of the tokens' size.
     """
 
     name: str
@@ -33,12 +35,12 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Of an image, without text."""
+        """Tokens of an image, without text."""
         return self.rows * self.columns + self.prefix
 
     @property
     def elements(self) -> int:
-        """Of one B·N·C tensor, text included."""
+        """Elements of one B·N·C tensor, text included."""
         return self.images * (self.tokens + self.text) * self.heads * self.width
 
     def __str__(self) -> str:
@@ -75,7 +77,7 @@ class Inputs:
 
     @classmethod
     def draw(cls, case: Case, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> "Inputs":
-        """Keys have a shift and outliers, as pretrained ones have."""
+        """Random inputs. Keys have a shift and outliers, as those of pretrained models have."""
         generator = torch.Generator(device).manual_seed(0)
         B, H, D = case.images, case.heads, case.width
 
@@ -99,23 +101,24 @@ class Inputs:
         return cls(case, {name: t.detach().requires_grad_() for name, t in leaves.items()}, d_outs)
 
     def double(self) -> "Inputs":
+        """The same in float64."""
         leaves = {name: t.detach().double().requires_grad_() for name, t in self.leaves.items()}
         return Inputs(self.case, leaves, tuple(d.double() for d in self.d_outs))
 
     def layer(self, impl: str, **leaves: Tensor) -> tuple[Tensor, ...]:
-        """The layer on these leaves, or on others in their place: the outputs of image and, if any, text."""
-        given = self.leaves | leaves
+        """The outputs of image and, if any, text: of the layer on these leaves, or on `leaves` in their place."""
+        tensors = self.leaves | leaves
         case, text = self.case, None
         if case.text:
-            text = (given["text_q"], given["text_k"], given["text_v"])
-        outs = ttt_layer(
-            (given["q"], given["k"], given["v"]),
-            (given["w1"], given["w2"], given["w3"]),
+            text = (tensors["text_q"], tensors["text_k"], tensors["text_v"])
+        out, text_out = ttt_layer(
+            (tensors["q"], tensors["k"], tensors["v"]),
+            (tensors["w1"], tensors["w2"], tensors["w3"]),
             SETTINGS,
             grid=Grid(rows=case.rows, columns=case.columns, num_prefix_tokens=case.prefix),
-            q_conv=(given["q_weight"], given["q_bias"]),
-            k_conv=(given["k_weight"], given["k_bias"]),
+            q_conv=(tensors["q_weight"], tensors["q_bias"]),
+            k_conv=(tensors["k_weight"], tensors["k_bias"]),
             text=text,
             impl=impl,
         )
-        return outs if case.text else outs[:1]
+        return (out,) if text_out is None else (out, text_out)

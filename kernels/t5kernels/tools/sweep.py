@@ -1,10 +1,10 @@
-"""Times every kernel of the layer with other tiles, to fill the tables TILES for a card.
+"""Time every kernel of the layer with other tiles, to fill the tables TILES for a card.
 
-    python -m t5kernels.sweep --case NAME --out FILE.json [--kernel NAME ...]
+    python -m t5kernels.tools.sweep --case NAME --out FILE.json [--kernel NAME ...]
 
-Prints the fastest tiles of each kernel, in milliseconds of a call (its partial sums added), each with the deviation of
-its results from those of the tile in use: other tiles round and add in another order, no more. Every tile is written as
-it was timed, so a sweep that is cut short has lost nothing.
+It prints the fastest tiles of each kernel, in milliseconds of a call (the sum of its partial results included). Beside
+each stands the deviation of its results from those of the tile in use: another tile only rounds and adds in another
+order. Every tile is written as soon as it is timed, so a sweep that is interrupted has lost nothing.
 """
 
 import argparse
@@ -16,20 +16,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t5kernels.bench import bandwidth, median_ms, surroundings, write
-from t5kernels.cases import CASES, SETTINGS, Case, Inputs
+from t5kernels.launch import Tile, padded_width
+from t5kernels.tools.bench import bandwidth, median_ms, surroundings, write
+from t5kernels.tools.cases import CASES, SETTINGS, Case, Inputs
 from t5kernels.ttt import triton as ttt
-from t5kernels.ttt.triton import Tile
 from t5kernels.ttt_layer import triton as layer
+from t5kernels.ttt_layer import triton_launch
 from t5kernels.ttt_layer.triton import EVERY_TILE
 
-SHOWN = 6
+TILES_TO_SHOW = 6
 Call = Callable[[], tuple[Tensor, ...]]
 
 
 def candidates(kernel: str, width: int) -> Iterator[Tile]:
-    """Tiles for heads of a padded width."""
-    if kernel in layer.TILES:
+    """The tiles to try for heads of a padded width."""
+    if kernel in triton_launch.TILES:
         stages = (1, 2, 3) if kernel.startswith("prepare") else (1,)
         sizes = itertools.product((512, 1024, 2048, 4096), (2, 4, 8), stages, (2, 3, 4, 6))
         for numbers, warps, stages, resident in sizes:
@@ -42,49 +43,55 @@ def candidates(kernel: str, width: int) -> Iterator[Tile]:
 
 
 def calls(case: Case) -> dict[str, Call]:
-    """By kernel, a call that gives its results, on the image's tokens of a case."""
+    """By kernel, a call that returns its results on the image's tokens of a case."""
     inputs = Inputs.draw(case)
     leaves = {name: t.detach() for name, t in inputs.leaves.items()}
     q, k, v = (leaves[name] for name in "qkv")
     weights = [leaves[f"w{i}"] for i in (1, 2, 3)]
     scale, d_out = case.width**-0.5 / case.tokens, inputs.d_outs[0]
-    convs = (leaves[name] for name in ("q_weight", "q_bias", "k_weight", "k_bias"))
-    convs = layer._convs(*convs, (case.rows, case.columns, case.prefix))
-    key_sums, none = layer._empty_sums(k, None, SETTINGS.norm_scope), (None, None)
-    (part,) = layer._parts(
+    q_conv, k_conv = ((leaves[f"{name}_weight"], leaves[f"{name}_bias"]) for name in "qk")
+    convs = layer.convolutions(*q_conv, *k_conv, (case.rows, case.columns, case.prefix))
+    key_sums, none = layer.empty_sums(k, None, SETTINGS.norm_scope), (None, None)
+    (part,) = layer.parts_of(
         (q, k, v), (None, None, None), convs, (none, none), key_sums, k, SETTINGS.norm_scope, SETTINGS.eps
     )
-    layer._take_statistics([part], key_sums, SETTINGS.norm_scope, 0.0)
-    queries, keys = layer._prepared(q, part.of_q), layer._prepared(k, part.of_k)
+    layer.take_statistics([part], key_sums, SETTINGS.norm_scope, 0.0)
+    queries, keys = triton_launch.prepared(q, part.for_q), triton_launch.prepared(k, part.for_k)
     step = ttt.launch_accumulate(keys, v, weights, scale)
     _, d_step = ttt.launch_apply_backward(d_out, queries, weights, step)
     dk = ttt.launch_accumulate_backward(d_step, keys, v, weights, scale)[0]
-    dn, sums = layer._prepare_backward(dk, k, part.of_k)
+    dn, sums = triton_launch.prepare_backward(dk, k, part.for_k)
+    assert sums is not None
     totals = sums[:, 10:].contiguous()
 
     def norm_backward() -> tuple[Tensor]:
-        out = dn.clone()  # a pass more than the kernel itself takes, the same for every tile
-        layer._norm_backward(out, k, part.of_k, totals)
+        out = dn.clone()  # the kernel writes in place; the copy costs a pass more, the same for every tile
+        triton_launch.norm_backward(out, k, part.for_k, totals)
         return (out,)
 
+    def prepare_backward() -> tuple[Tensor, Tensor]:
+        dx, own_sums = triton_launch.prepare_backward(dk, k, part.for_k)
+        assert own_sums is not None
+        return dx, own_sums
+
     def statistics() -> tuple[Tensor]:
-        layer._take_statistics([part], key_sums, SETTINGS.norm_scope, 0.0)
-        return (key_sums[:, :, :2].sum(1),)  # not s, which every program has for itself
+        layer.take_statistics([part], key_sums, SETTINGS.norm_scope, 0.0)
+        return (key_sums[:, :, :2].sum(1),)  # without s, of which every program has its own
 
     return {
         "statistics": statistics,
-        "prepare": lambda: (layer._prepared(k, part.of_k),),
+        "prepare": lambda: (triton_launch.prepared(k, part.for_k),),
         "accumulate": lambda: (ttt.launch_accumulate(keys, v, weights, scale),),
         "apply": lambda: (ttt.launch_apply(queries, weights, step),),
         "apply_backward": lambda: ttt.launch_apply_backward(d_out, queries, weights, step),
         "accumulate_backward": lambda: ttt.launch_accumulate_backward(d_step, keys, v, weights, scale),
-        "prepare_backward": lambda: layer._prepare_backward(dk, k, part.of_k),
+        "prepare_backward": prepare_backward,
         "norm_backward": norm_backward,
     }
 
 
 def sweep(kernel: str, call: Call, width: int, record: Callable[[dict], None] = lambda row: None) -> list[dict]:
-    """Every tile that fits the card, fastest first; `record` gets each as it was timed."""
+    """Time every tile that fits the card; they come fastest first. `record` gets each as soon as it is timed."""
     in_use = EVERY_TILE[kernel][width]
     expected, rows = call(), []
     others = (tile for tile in candidates(kernel, width) if tile != in_use)
@@ -98,7 +105,8 @@ def sweep(kernel: str, call: Call, width: int, record: Callable[[dict], None] = 
                 )
                 milliseconds = median_ms(call, 5)
             except Exception as error:
-                # Out of shared memory or registers, by whatever class this Triton says it; a sick card shows in all.
+                # The tile takes too much shared memory or too many registers; each Triton says so by another class. A
+                # card that is broken fails with every tile.
                 print(f"{kernel}: {tile}: {str(error).splitlines()[0][:100]}")
                 continue
             rows.append({"tile": str(tile), "ms": milliseconds, "deviation": deviation, "in_use": tile == in_use})
@@ -110,13 +118,13 @@ def sweep(kernel: str, call: Call, width: int, record: Callable[[dict], None] = 
 
 def main(arguments: list[str] | None = None) -> None:
     names = {case.name: case for case in CASES}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--case", required=True, choices=list(names))
     parser.add_argument("--kernel", nargs="*", choices=list(EVERY_TILE), help="these only")
     parser.add_argument("--out", type=Path, required=True, help="JSON file with every tile")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        raise SystemExit("t5kernels.sweep: no CUDA device here; run it on the card that the tiles are for")
+        raise SystemExit("t5kernels.tools.sweep: there is no CUDA device here; run it on the card to be tuned for")
     case, report = names[options.case], {**surroundings(), "case": asdict(names[options.case]), "kernels": {}}
     tensor_ms = 1e3 * 2 * case.images * case.tokens * case.heads * case.width / bandwidth()
     for kernel, call in calls(case).items():
@@ -128,12 +136,12 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append(row)
             write(options.out, report)
 
-        found = sweep(kernel, call, ttt.padded_width(case.width), record)
+        tiles = sweep(kernel, call, padded_width(case.width), record)
         print(f"{kernel}, {case}; one pass over a tensor of tokens takes {tensor_ms:.4f} ms")
-        for place, row in enumerate(found):
-            if place < SHOWN or row["in_use"]:
-                used = "  (in use)" if row["in_use"] else ""
-                print(f"  {row['ms']:.4f} ms  {row['tile']}  deviation {row['deviation']:.1e}{used}", flush=True)
+        for place, row in enumerate(tiles):
+            if place < TILES_TO_SHOW or row["in_use"]:
+                note = "  (in use)" if row["in_use"] else ""
+                print(f"  {row['ms']:.4f} ms  {row['tile']}  deviation {row['deviation']:.1e}{note}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,205 @@
+# pyright: reportGeneralTypeIssues=false
+# (It takes tl.range, over which a kernel loops, for something that cannot be iterated.)
+"""What every launch of a Triton kernel needs: its tile, the programs that share its tokens, the sum of their results.
+
+An op imports this module only when it considers its kernels, since Triton takes a while to import and exists on Linux
+only. Shapes: B batch, H heads, N tokens, D head width.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from t5kernels.precision import autocast_dtype
+from t5kernels.tokens import COUNTS, after_previous
+
+LARGEST_HEAD = 128
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# The interpreter's machine is small, so that tests split their tokens.
+INTERPRETED_PROGRAMS = 8
+LEAST_SHARED = 160 * 1024  # bytes of shared memory that a program may have on the cards that the tiles are made for
+FIRST_EARLY = 9  # the first major version of cards on which a kernel's programs may come up before the last one is done
+# A program loads weights and writes sums that are added later; that costs it as much as so many blocks of tokens.
+OVERHEAD = 3
+MOST_CHUNKS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """How a kernel is cut.
+
+    Attributes:
+        hidden: columns of the inner model at a time; 0 where a kernel has none.
+        block: tokens at a time.
+        warps, stages: as Triton takes them.
+        resident: programs that a multiprocessor holds at once; more would only mean more partial sums.
+        registers: the most that the compiler may use for a thread, where it would otherwise take a few too many for
+            the resident programs.
+    """
+
+    hidden: int = 0
+    block: int
+    warps: int
+    stages: int = 1
+    resident: int = 2
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """The options of a launch, as Triton calls them."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+
+
+SUM_TILE = Tile(block=1024, warps=4)  # a program adds so many numbers of the partial sums
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def add_kernel(parts, sums, count, numbers, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """Write sums (programs, numbers): parts (programs, count, numbers) added over `count` in order.
+
+    The launch grid is (programs, blocks of the numbers).
+    """
+    after_previous(EARLY)
+    program = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    parts += program * count * numbers + number
+    total = tl.full((BLOCK,), 0.0, tl.float32)
+    for _ in tl.range(count, num_stages=4):
+        total += tl.load(parts, number < numbers, other=0.0)
+        parts += numbers
+    tl.store(sums + program * numbers + number, total, number < numbers)
+
+
+# TRITON_INTERPRET decided it when the kernels were defined; interpreted kernels take CPU tensors.
+INTERPRETED = not isinstance(add_kernel, triton.runtime.JITFunction)
+
+
+def obstacle(tokens: Sequence[Tensor], weights: Sequence[Tensor]) -> str | None:
+    """Why the kernels cannot take tokens (B, H, N, D) and inner weights, as `Candidate.obstacle` says it, or None."""
+    dtypes = [autocast_dtype(t) for t in tokens]
+    remedy = _remedy(tokens, weights, dtypes)
+    if remedy is None:
+        return None
+    arguments = ", ".join(str(dtype) for dtype in (*dtypes, *(w.dtype for w in weights)))
+    return f"with {arguments} on {tokens[0].device}; {remedy}"
+
+
+def _remedy(tokens: Sequence[Tensor], weights: Sequence[Tensor], dtypes: list[torch.dtype]) -> str | None:
+    """What the caller can do so that the kernels take the arguments; None where they take them."""
+    device, every_dtype = tokens[0].device, (*dtypes, *(w.dtype for w in weights))
+    if any(t.device != device for t in (*tokens, *weights)):
+        return f"expected everything on one device, got {sorted({str(t.device) for t in (*tokens, *weights)})}"
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        return "expected CUDA tensors (TRITON_INTERPRET=1 emulates them on a CPU); use 'reference'"
+    if any(dtype != dtypes[0] for dtype in dtypes) or any(dtype not in DTYPES for dtype in every_dtype):
+        return f"expected tokens of one dtype, all of {DTYPES}; convert them, or use 'reference'"
+    if _transformed():
+        return "expected no transform of torch.func, for which the kernels have no rules; use 'reference'"
+    if INTERPRETED and torch.bfloat16 in every_dtype:
+        return "expected float16 or float32, since Triton's interpreter is wrong in bfloat16"
+    if tokens[0].shape[3] > LARGEST_HEAD or any(t.numel() == 0 for t in tokens):
+        shapes = [tuple(t.shape) for t in tokens]
+        return f"expected at least one token and heads up to {LARGEST_HEAD} wide, got {shapes}; use 'reference'"
+    return None
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func is at work.
+
+    A custom op without rules for a transform fails under `grad`, and under `jvp` it silently loses its tangents.
+    """
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, tile: Tile, *arguments: Any) -> None:
+    """Run a kernel on the device of x, with the options of its tile. From the H100 on launches overlap."""
+    options: dict[str, Any] = tile.options
+    options["EARLY"] = x.is_cuda and _card(x.device).major >= FIRST_EARLY  # see tokens.after_previous
+    if options["EARLY"]:
+        options["launch_pdl"] = True
+    with torch.cuda.device_of(x):
+        kernel[grid](*arguments, **options)
+
+
+def padded_width(head_dim: int) -> int:
+    """The head width as the kernels see it, a key of every table of tiles."""
+    return max(32, 1 << (head_dim - 1).bit_length())
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own function takes microseconds, of which a launch has few."""
+    return -(-a // b)
+
+
+def lacks_shared_memory(x: Tensor) -> bool:
+    """Whether x is on a card with less shared memory a program than the tiles are made for, or that does not say."""
+    return x.is_cuda and getattr(_card(x.device), "shared_memory_per_block_optin", 0) < LEAST_SHARED
+
+
+@functools.cache
+def _card(device: torch.device) -> Any:
+    """The driver's properties of a card; the driver is asked once, because every launch needs them."""
+    return torch.cuda.get_device_properties(device)
+
+
+def _programs(x: Tensor, tile: Tile) -> int:
+    """How many programs the device holds at once."""
+    if not x.is_cuda:
+        return INTERPRETED_PROGRAMS
+    return tile.resident * _card(x.device).multi_processor_count
+
+
+def chunks_of(x: Tensor, tile: Tile, heads: int, images: int = 1) -> tuple[int, int, int]:
+    """How the tokens x (B, H, N, D) are shared out: tokens a chunk, chunks a head, and images a program."""
+    blocks = ceil_div(x.shape[2], tile.block)
+    blocks_a_chunk, images = _shares(blocks, heads, images, _programs(x, tile))
+    return blocks_a_chunk * tile.block, ceil_div(blocks, blocks_a_chunk), images
+
+
+def blocks_of(x: Tensor, tile: Tile, heads: int, blocks: int) -> int:
+    """How many of the `blocks` of a head a program takes."""
+    return _shares(blocks, heads, 1, _programs(x, tile))[0]
+
+
+@functools.cache
+def _shares(blocks: int, heads: int, images: int, programs: int) -> tuple[int, int]:
+    """Blocks of tokens and images that a program takes so that the last one is done soonest, with few programs.
+
+    The cache is keyed on sizes. That is safe because kernels are launched inside custom ops, which torch.compile and
+    torch.export do not trace: here sizes are always numbers.
+    """
+
+    def finish(share: tuple[int, int]) -> tuple[int, int]:
+        count = heads * ceil_div(blocks, share[0]) * ceil_div(images, share[1])
+        return ceil_div(count, programs) * (share[0] * share[1] + OVERHEAD), count
+
+    blocks_at_once = {ceil_div(blocks, chunks) for chunks in range(1, min(blocks, MOST_CHUNKS) + 1)}
+    return min(itertools.product(blocks_at_once, range(1, images + 1)), key=finish)
+
+
+def contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [t.contiguous() for t in tensors]
+
+
+def sum_over_chunks(parts: Tensor) -> Tensor:
+    """Partial sums (programs, chunks, ...) added over the chunks, in a fixed order."""
+    if parts.shape[1] == 1:
+        return parts.squeeze(1)
+    sums = parts.new_empty(parts.shape[0], *parts.shape[2:])
+    numbers = sums[0].numel()
+    grid = (parts.shape[0], ceil_div(numbers, SUM_TILE.block))
+    launch(add_kernel, grid, parts, SUM_TILE, parts, sums, parts.shape[1], numbers, SUM_TILE.block)
+    return sums
+
+
+def like_tokens(x: Tensor) -> Tensor:
+    """Empty tokens (B, H, N, D) that lie in memory as (B, N, H, D), so that merging the heads is a view."""
+    B, H, N, D = x.shape
+    return x.new_empty(B, N, H, D).transpose(1, 2)

@@ -1,0 +1,183 @@
+"""How tokens are prepared for the inner model, and the launches of the kernels that do it and that lead back.
+
+A token's preparation is up to three steps: an RMS norm of each query or key, the key norm over all tokens, and a
+convolution over the image's grid. Shapes: B batch, H heads, N tokens, D head width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from t5kernels.launch import Tile, blocks_of, ceil_div, chunks_of, launch, like_tokens, padded_width, sum_over_chunks
+from t5kernels.ttt_layer import triton_norms, triton_prepare
+
+# By kernel, then by the head width padded to a power of two. `prepare` and its backward take blocks of columns.
+TILES = {
+    "statistics": {width: Tile(block=8192 // width, warps=8, stages=3, resident=2) for width in (32, 64, 128)},
+    "prepare": {
+        32: Tile(block=32, warps=4, stages=3, resident=3),
+        64: Tile(block=16, warps=4, stages=3, resident=3),
+        128: Tile(block=4, warps=4, resident=3),
+    },
+    "prepare_backward": {
+        32: Tile(block=8, warps=2, stages=3, resident=6),
+        64: Tile(block=4, warps=2, stages=3, resident=6),
+        128: Tile(block=4, warps=4, resident=3),
+    },
+    "norm_backward": {width: Tile(block=4096 // width, warps=8, stages=2, resident=4) for width in (32, 64, 128)},
+}
+
+
+class Convolution(NamedTuple):
+    """A convolution's weight (H·D, 1, 3, 3) and bias (H·D,), and its grid: rows, columns, tokens before it."""
+
+    weight: Tensor
+    bias: Tensor
+    grid: tuple[int, int, int]
+
+
+class RmsNorm(NamedTuple):
+    """An RMS norm of each token: its gain (D,), and the tokens' factors (B·H, N), rows of a larger tensor."""
+
+    gain: Tensor
+    factors: Tensor
+
+
+class KeyNorm(NamedTuple):
+    """The norm over `tokens` keys, whose sums `shares` programs wrote to `sums` (B·H, capacity, STATISTICS, D)."""
+
+    sums: Tensor
+    shares: int
+    tokens: int
+    eps: float
+
+
+class Preparation(NamedTuple):
+    """What is done to queries or keys before the inner model gets them."""
+
+    rms: RmsNorm | None
+    norm: KeyNorm | None
+    conv: Convolution | None
+
+    @property
+    def switches(self) -> tuple[bool, bool, bool]:
+        """The kernels' constants RMS, NORM and CONV."""
+        return self.rms is not None, self.norm is not None, self.conv is not None
+
+
+def shares_of(kernel: str, x: Tensor) -> tuple[int, int]:
+    """Tokens that a program takes, and programs a head."""
+    return chunks_of(x, _tile_for(kernel, x)[1], x.shape[0] * x.shape[1])[:2]
+
+
+def take_statistics(
+    x: Tensor, preparation: Preparation, first: Tensor, first_rms: RmsNorm | None, sums: Tensor, rms_eps: float
+) -> int:
+    """Write the factors and the sums of tokens x, as far as their preparation uses them.
+
+    Args:
+        first: tokens (B, H, N, D) whose first is subtracted before squares are summed; first_rms: their RMS norm.
+        sums: (B·H, capacity, STATISTICS, D), from the first place on that is free.
+
+    Returns:
+        How many programs a head wrote their sums.
+    """
+    B, H, N, D = x.shape
+    width, tile = _tile_for("statistics", x)
+    chunk, chunks = shares_of("statistics", x)
+    gain, factors = preparation.rms or (x, x)
+    b, h, _, d = first.stride()
+    launch(
+        *(triton_norms.statistics_kernel, (B * H, chunks), x, tile),
+        *(x, gain, first, first_rms.gain if first_rms else x, sums, factors),
+        *(*x.stride(), b, h, d, factors.stride(0)),
+        *(H, N, chunk, _capacity(sums), sums.shape[1], rms_eps),
+        *(D, width, tile.block, tile.stages, *preparation.switches[:2]),
+    )
+    return chunks
+
+
+def _capacity(sums: Tensor) -> int:
+    """For how many programs a head there is room in the tensor of which `sums` is a part."""
+    return sums.stride(0) // (triton_norms.STATISTICS.value * sums.shape[3])
+
+
+def prepared(x: Tensor, preparation: Preparation) -> Tensor:
+    """The tokens as the inner model gets them; x itself where nothing is done to it."""
+    if not any(preparation):
+        return x
+    y = like_tokens(x)
+    tile, programs, numbers = _programs("prepare", x, preparation)
+    tensors, norm_numbers = _norm_arguments(x, preparation)
+    weight, bias = preparation.conv[:2] if preparation.conv else (x, x)
+    launch(
+        *(triton_prepare.prepare_kernel, programs, x, tile),
+        *(x, *tensors, weight, bias, y),
+        *(*x.stride(), *y.stride(), *norm_numbers, *numbers),
+        *(tile.stages, *preparation.switches),
+    )
+    return y
+
+
+def prepare_backward(dy: Tensor, x: Tensor, preparation: Preparation) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the convolution's input (dy itself without one), and sums (B·H, SUMS, D) over the tokens."""
+    if preparation.norm is None and preparation.conv is None:
+        return dy, None
+    dx = dy if preparation.conv is None else like_tokens(x)
+    tile, programs, numbers = _programs("prepare_backward", x, preparation)
+    parts = x.new_empty(*programs, triton_prepare.SUMS.value, x.shape[3], dtype=torch.float32)
+    tensors, norm_numbers = _norm_arguments(x, preparation)
+    launch(
+        *(triton_prepare.prepare_backward_kernel, programs, x, tile),
+        *(dy, x, *tensors, preparation.conv.weight if preparation.conv else x, dx, parts),
+        *(*dy.stride(), *x.stride(), *dx.stride(), *norm_numbers, *numbers),
+        *(tile.stages, *preparation.switches),
+    )
+    return dx, sum_over_chunks(parts)
+
+
+def norm_backward(dn: Tensor, x: Tensor, preparation: Preparation, totals: Tensor | None) -> Tensor | None:
+    """Turn dn into the gradient of x, in place, and return the gradient of the RMS norm's gain (D,), if there is one.
+
+    `totals`: sums over the tokens that the key norm needs, (B·H, 2, D).
+    """
+    if preparation.rms is None and preparation.norm is None:
+        return None
+    B, H, N, D = x.shape
+    width, tile = _tile_for("norm_backward", x)
+    chunk, chunks = shares_of("norm_backward", x)
+    parts = x.new_empty(B * H, chunks, D, dtype=torch.float32) if preparation.rms else x
+    tensors, norm_numbers = _norm_arguments(x, preparation)
+    launch(
+        *(triton_norms.norm_backward_kernel, (B * H, chunks), x, tile),
+        *(dn, x, *tensors, x if totals is None else totals.contiguous(), dn, parts),
+        *(*dn.stride(), *x.stride(), *dn.stride(), *norm_numbers),
+        *(H, N, chunk, D, width, tile.block, tile.stages, *preparation.switches[:2]),
+    )
+    return parts.sum((0, 1)) if preparation.rms else None
+
+
+def _norm_arguments(x: Tensor, preparation: Preparation) -> tuple[tuple[Tensor, Tensor, Tensor], tuple]:
+    """Gain, factors and sums (x stands for a tensor that is not read); the numbers from `factors_h` to `eps`."""
+    gain, factors = preparation.rms or (x, x)
+    sums, shares, tokens, eps = preparation.norm or (x, 0, 0, 0.0)
+    return (gain, factors, sums), (factors.stride(0), _capacity(sums), shares, tokens, eps)
+
+
+def _programs(kernel: str, x: Tensor, preparation: Preparation) -> tuple[Tile, tuple[int, int], tuple[int, ...]]:
+    """The tile, the launch grid, and the kernel's numbers from `rows` to BLOCK, for tokens x (B, H, N, D)."""
+    B, H, N, D = x.shape
+    width, tile = _tile_for(kernel, x)
+    rows, columns, prefix = preparation.conv.grid if preparation.conv else (0, 0, 0)
+    segments, outside = ceil_div(columns, tile.block), ceil_div(N - rows * columns, tile.block)
+    chunk = blocks_of(x, tile, B * H * (segments or 1), rows or outside)
+    on_grid = segments * ceil_div(rows, chunk)
+    programs = (B * H, on_grid + ceil_div(outside, chunk))
+    return tile, programs, (rows, columns, prefix, H, N, chunk, segments or 1, on_grid, D, width, tile.block)
+
+
+def _tile_for(kernel: str, x: Tensor) -> tuple[int, Tile]:
+    """The padded head width, and the tile."""
+    width = padded_width(x.shape[3])
+    return width, TILES[kernel][width]
