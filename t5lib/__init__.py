@@ -9,14 +9,12 @@
     pipe = t5lib.convert_pipeline(pipe)                  # Stable Diffusion 3 or DiT in diffusers; pipe.save_pretrained
     pipe = t5lib.load_pipeline("sd35-t5")
 
-Names are imported when first used, so that `import t5lib` costs nothing. It makes timm know our models' names, now or
-when timm is imported (t5lib.weights.timm_registry): timm.create_model("t5_deit_tiny_patch16_224").
+Names are imported when first used, so that `import t5lib` costs nothing. `import t5lib.weights.timm_registry` adds
+converted architectures to timm: timm.create_model("t5_deit_tiny_patch16_224").
 """
 
 from importlib import import_module
 from typing import Any
-
-from t5lib.weights import timm_registry
 
 _HOMES = {
     "TTTConfig": "layers.config",
@@ -29,23 +27,23 @@ _HOMES = {
     "implicit_attention": "analysis.attention_maps",
     "calibrate": "training.calibration",
     "CalibrateConfig": "training.calibration",
-    "train": "training.classifier",
+    "train": "training.trainer",
     "TrainConfig": "training.classifier",
+    "Classification": "training.classifier",
+    "DenoiserTrainConfig": "training.denoiser",
+    "Denoising": "training.denoiser",
     "evaluate": "evaluation.classifier",
+    "benchmark": "benchmarks.resolution_sweep",
     "save": "checkpoint",
     "load": "checkpoint",
+    "load_released": "weights.released_vit",
     "load_pipeline": "pipelines",
     "convert_pipeline": "pipelines",
 }
-_MODULES = ("official",)
-__all__ = sorted((*_HOMES, *_MODULES))
-
-timm_registry.install()
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"t5lib.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 't5lib' has no attribute '{name}'")
     value = getattr(import_module(f"t5lib.{_HOMES[name]}"), name)

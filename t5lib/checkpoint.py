@@ -44,12 +44,12 @@ def save(model: nn.Module, folder: Path | str) -> None:
             temporary / "t5.json",
             {
                 "format": FORMAT,
-                "family": family.__name__.rpartition(".")[2],
+                "family": family.name,
                 "architecture": architecture,
                 "model_args": arguments,
                 "t5": to_dict(config) if config else None,
                 "preprocessing": {n: v for n, v in _pretrained(model).items() if n in PREPROCESSING},
-                "versions": {name: version(name) for name in ("torch", family.PACKAGE)},
+                "versions": {name: version(name) for name in ("torch", family.package)},
             },
         )
 

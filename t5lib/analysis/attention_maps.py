@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from t5lib.layers.attention import TTTAttention, project
 from t5lib.layers.grid import TokenGrid
@@ -18,7 +17,13 @@ CHUNK = {"cpu": 2**20, "cuda": 2**24}
 
 
 def implicit_attention(
-    attention: nn.Module, x: Tensor, *, queries: Tensor | list[int] | None = None, probes: int = 4, seed: int = 0
+    attention: nn.Module,
+    x: Tensor,
+    grid: TokenGrid,
+    *,
+    queries: Tensor | list[int] | None = None,
+    probes: int = 4,
+    seed: int = 0,
 ) -> Tensor:
     """A(i, j) = ‖∂o_i/∂v_j‖_F / √D, for each image and head of any layer, softmax included.
 
@@ -31,8 +36,9 @@ def implicit_attention(
     Cost: a pass of the layer, forward and backward, for each query and probe, in chunks of bounded memory.
 
     Args:
-        attention: a timm Attention or a TTTAttention with any mixer, whose grid fits x.
+        attention: a timm Attention or a TTTAttention with any mixer.
         x: (B, N, C), the layer's input.
+        grid: where x's tokens lie.
         queries: the tokens i, as indices into N (prefix tokens first); all of them by default.
         probes: directions, 1 to D.
         seed: of the directions.
@@ -44,7 +50,7 @@ def implicit_attention(
         T5Error: another kind of layer, or `queries` or `probes` out of range.
     """
     with torch.no_grad():
-        q, k, v = projections(attention, x)
+        q, k, v = projected(attention, x, grid)
     queries = _checked(queries, q.shape[2]).to(x.device)
     if not isinstance(attention, TTTAttention):
         scores = (q[:, :, queries] * attention.scale @ k.mT).to(_wide(q))
@@ -56,29 +62,22 @@ def implicit_attention(
     squares = torch.zeros(*q.shape[:2], len(queries), q.shape[2], dtype=_wide(q), device=x.device)
     step = max(1, CHUNK.get(x.device.type, CHUNK["cpu"]) // q.numel())
     for chosen, direction in zip(which.split(step), directions.repeat(len(queries), 1).split(step), strict=True):
-        found = _pulled_back(attention, (q, k, v), queries[chosen], direction)
-        squares.index_add_(2, chosen, found.movedim(0, 2).to(squares))
+        parts = _pulled_back(attention, (q, k, v), grid, queries[chosen], direction)
+        squares.index_add_(2, chosen, parts.movedim(0, 2).to(squares))
     return (squares / probes).sqrt()
 
 
-def projections(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def projected(attention: nn.Module, x: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (B, H, N, D) that a timm Attention or a TTTAttention makes of its input (B, N, C).
 
     Raises:
         T5Error: it is neither.
     """
     if isinstance(attention, TTTAttention):
-        x = attention.mixer.prepare(x, attention.grid)
+        x = attention.mixer.prepare(x, grid)
     elif not all(hasattr(attention, name) for name in ("qkv", "q_norm", "k_norm", "scale")):
         raise T5Error(f"{type(attention).__name__} is neither timm's Attention nor a TTTAttention; pass such a layer")
     return project(attention, x)
-
-
-def mixed(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What the layer's heads make of q, k, v, all (B, H, N, D), before norm, gate and output projection."""
-    if isinstance(attention, TTTAttention):
-        return attention.mixer(q, k, v, attention.grid)
-    return F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
 
 
 def attention_distance(weights: Tensor, queries: list[int], grid: TokenGrid) -> Tensor:
@@ -117,7 +116,9 @@ def _lattice(length: int, count: int) -> list[int]:
     return [(2 * index + 1) * length // (2 * count) for index in range(count)]
 
 
-def _pulled_back(attention: TTTAttention, qkv: tuple[Tensor, ...], queries: Tensor, directions: Tensor) -> Tensor:
+def _pulled_back(
+    attention: TTTAttention, qkv: tuple[Tensor, ...], grid: TokenGrid, queries: Tensor, directions: Tensor
+) -> Tensor:
     """‖uᵀ ∂o_i/∂v_j‖² for pairs of a query i and a direction u, (pairs, B, H, N).
 
     Every pair has a copy of the images to itself: one ordinary backward pass serves all pairs, whatever ops the mixer
@@ -127,7 +128,7 @@ def _pulled_back(attention: TTTAttention, qkv: tuple[Tensor, ...], queries: Tens
     q, k, v = (t.detach().expand(pairs, -1, -1, -1, -1).flatten(0, 1) for t in qkv)
     with torch.enable_grad():
         v.requires_grad_()
-        o = mixed(attention, q, k, v).unflatten(0, (pairs, B))
+        o = attention.mixer(q, k, v, grid).unflatten(0, (pairs, B))
         asked = o[torch.arange(pairs, device=o.device), :, :, queries]  # (pairs, B, H, D)
         [gradient] = torch.autograd.grad((asked * directions[:, None, None].to(o)).sum(), v)
     return gradient.to(_wide(gradient)).square().sum(-1).view(pairs, B, H, N)

@@ -1,32 +1,32 @@
 """What conversion did to a model, layer by layer: where it looks, how far its layers are off, what its keys share.
 
-Shapes: B images, H heads, N tokens, D head width, C channels, Q queries.
+Shapes: B images, H heads, N image tokens, T text tokens, D head width, C channels, Q queries.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from t5kernels import key_norm
 from torch import Tensor, nn
 
-from t5lib.analysis.attention_maps import (
-    attention_distance,
-    implicit_attention,
-    mixed,
-    over_patches,
-    projections,
-    spread_queries,
-)
-from t5lib.analysis.layer_sums import LayerSums, evaluating, kind_of, measured
-from t5lib.families import timm_vit
-from t5lib.layers.attention import TTTAttention
-from t5lib.layers.grid import TokenGrid
+from t5lib.analysis.attention_maps import attention_distance, implicit_attention, over_patches, spread_queries
+from t5lib.analysis.key_shift import shift_ratio
+from t5lib.analysis.similarity import CKA, RelativeError
+from t5lib.families import family_of
+from t5lib.families.base import Adapter, Tokens
+from t5lib.families.inputs import Inputs, count, first, parts, placed
+from t5lib.layers.attention import TTTLayer
+from t5lib.layers.grid import TokenGrid, grid_scope
 from t5lib.utils.errors import T5Error
 
 TOKENS_AT_ONCE = 4096  # of all images in a pass; every layer's inputs and outputs are held, of both models
 MAP_LAYERS, MAP_IMAGES = 4, 2  # how many are pictured
+DISTANCES = ("distance_softmax", "distance_converted")
+ERRORS = ("layer_error", "block_error", "cka")
+SHIFTS = ("shift_softmax", "shift_before", "shift_after", "shift_fitted")
+OF_NEW_LAYERS = ("layer_error", "shift_after", "shift_fitted")  # means leave layers out that stayed softmax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,29 +56,27 @@ class Explanation:
     Attributes:
         layers: names of the attentions.
         kinds: what each is in the converted model, such as "swiglu, dwc_qk", or "softmax" where it was left.
-        grid: (rows, columns) of patches.
-        images, map_images: how many were used, and how many of them for distances and maps.
-        distance_softmax, distance_converted: mean attention distance in patches, each model on its own way.
-        distance_uniform: the same for a layer that looks everywhere alike.
-        layer_error: of the converted layer's heads on the softmax model's own inputs: squared error over variance, as
-            calibration has it.
-        block_error: of the block's output as the two models run, errors of earlier blocks included.
+        images: how many were used.
+        layer_error: of the layer's heads on the softmax model's own inputs: squared error over variance, as calibration
+            has it.
+        block_error: of the image tokens that the block gives as the two models run, errors of earlier blocks included.
         cka: linear CKA between the block outputs as the two models run; 1: alike up to rotation and scale.
-        shift_softmax: shift ratio of the softmax model's keys (t5lib.diagnose), mean over heads.
+        shift_softmax: shift ratio of the softmax model's keys (t5lib.diagnose), mean over heads; text included.
         shift_before, shift_after: of the converted layer's keys before and after its key norm.
         shift_fitted: of the keys that its mixing gets, after the convolution too, whose learned bias is a shift.
             The last two are None for softmax layers, which have no key norm.
+
+        Where attention is over one image and nothing else (Adapter.has_attention_maps), so not of denoisers:
+        grid: (rows, columns) of patches.
+        map_images: how many of the images distances and maps are of.
+        distance_softmax, distance_converted: mean attention distance in patches, each model on its own way.
+        distance_uniform: the same for a layer that looks everywhere alike.
         maps: a few attention maps, for pictures.
     """
 
     layers: tuple[str, ...]
     kinds: tuple[str, ...]
-    grid: tuple[int, int]
     images: int
-    map_images: int
-    distance_softmax: tuple[float, ...]
-    distance_converted: tuple[float, ...]
-    distance_uniform: float
     layer_error: tuple[float, ...]
     block_error: tuple[float, ...]
     cka: tuple[float, ...]
@@ -86,35 +84,42 @@ class Explanation:
     shift_before: tuple[float, ...]
     shift_after: tuple[float | None, ...]
     shift_fitted: tuple[float | None, ...]
-    maps: tuple[AttentionMap, ...]
+    grid: tuple[int, int] | None = None
+    map_images: int = 0
+    distance_softmax: tuple[float, ...] | None = None
+    distance_converted: tuple[float, ...] | None = None
+    distance_uniform: float | None = None
+    maps: tuple[AttentionMap, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON-ready, without what this kind of model does not have."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def summary(self) -> dict[str, float]:
         """Means over the layers (over those converted for layer errors and shifts after), and the weakest CKA."""
-        names = ("distance_softmax", "distance_converted", "block_error", "cka", "shift_softmax", "shift_before")
-        found = {name: _mean(getattr(self, name)) for name in names}
-        found |= {"cka_min": min(self.cka), "distance_uniform": self.distance_uniform}
         new = [index for index, kind in enumerate(self.kinds) if kind != "softmax"]
-        for name in ("layer_error", "shift_after", "shift_fitted"):
-            if new:
-                found[name] = _mean([getattr(self, name)[index] for index in new])
-        return found
+        means = {"cka_min": min(self.cka)}
+        for name in self._measures():
+            values = getattr(self, name)
+            counted = [values[index] for index in (new if name in OF_NEW_LAYERS else range(len(values)))]
+            if counted:
+                means[name] = sum(counted) / len(counted)
+        return means if self.distance_uniform is None else means | {"distance_uniform": self.distance_uniform}
 
     def by_layer(self) -> Iterator[dict[str, float]]:
         """The numbers of each layer, without those that it does not have."""
-        names = ("distance_softmax", "distance_converted", "layer_error", "block_error", "cka")
-        names += ("shift_softmax", "shift_before", "shift_after", "shift_fitted")
         for index in range(len(self.layers)):
-            values = {name: getattr(self, name)[index] for name in names}
+            values = {name: getattr(self, name)[index] for name in self._measures()}
             yield {name: value for name, value in values.items() if value is not None}
+
+    def _measures(self) -> tuple[str, ...]:
+        return (*(DISTANCES if self.distance_softmax else ()), *ERRORS, *SHIFTS)
 
 
 def explain(
     softmax_model: nn.Module,
     converted_model: nn.Module,
-    images: Tensor,
+    batch: Any,
     *,
     map_images: int = 4,
     queries: int = 49,
@@ -125,95 +130,175 @@ def explain(
     Args:
         softmax_model: not converted.
         converted_model: of the same architecture, size and device; layers that stayed softmax are welcome.
-        images: (B, 3, H, W), normalized as the models expect; 16 to 64 are enough.
+        batch: what the models are called with, as t5lib.diagnose takes it; 16 to 64 images are enough.
         map_images: the first so many are used for distances (which differ little between images) and maps.
         queries: patches whose attention distance is taken, spread over the grid; more cost more.
         probes: precision of the maps of converted layers (see implicit_attention).
 
     Raises:
-        T5Error: models that do not belong together, or images that are none.
+        T5Error: models that do not belong together, or a batch that is none of theirs.
     """
-    names = _check(softmax_model, converted_model, images)
+    adapter = family_of(softmax_model)
+    _check(adapter, softmax_model, converted_model)
+    inputs, names = adapter.inputs(batch), adapter.attention_names(softmax_model)
+    if not count(inputs):
+        raise T5Error("explain: the batch is empty; expected 16 to 64 images")
+    inputs = placed(inputs, next(softmax_model.parameters()).device, next(softmax_model.parameters()).dtype)
     with evaluating(softmax_model), evaluating(converted_model):
-        found = _measure(softmax_model, converted_model, names, images)
-        seen = _look(softmax_model, converted_model, names, images[:map_images], queries, probes)
+        measured = _measure(adapter, softmax_model, converted_model, names, inputs)
+        seen = {}
+        if adapter.has_attention_maps:
+            some = first(inputs, map_images)
+            seen = _look(adapter, softmax_model, converted_model, names, some, queries, probes)
     return Explanation(
         layers=tuple(names),
         kinds=tuple(kind_of(converted_model.get_submodule(name)) for name in names),
-        images=len(images),
-        map_images=min(map_images, len(images)),
-        **found,
+        images=count(inputs),
+        **measured,
         **seen,
     )
 
 
+def kind_of(attention: nn.Module) -> str:
+    """Such as "swiglu, dwc_qk"; "softmax" of a layer that was left."""
+    if not isinstance(attention, TTTLayer):
+        return "softmax"
+    return f"{attention.mixer.config.inner}, {attention.mixer.config.locality}"
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in eval mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@dataclass
+class _LayerSums:
+    """Of one layer over the images: errors, CKA, and shift ratios as sums over images of means over heads."""
+
+    layer_error: RelativeError = field(default_factory=RelativeError)
+    block_error: RelativeError = field(default_factory=RelativeError)
+    cka: CKA = field(default_factory=CKA)
+    shifts: dict[str, float] = field(default_factory=dict)
+
+    def add_shift(self, name: str, keys: Tensor) -> None:
+        """keys (B, H, N, D)."""
+        self.shifts[name] = self.shifts.get(name, 0.0) + shift_ratio(keys).mean().item() * len(keys)
+
+
+class _Trace:
+    """One run of a model: of every attention its tokens and merged heads, and the image tokens its block gives."""
+
+    def __init__(self, adapter: Adapter, model: nn.Module, names: Sequence[str], inputs: Inputs):
+        self.model, self.grid = model, adapter.grid(model, inputs)
+        self.tokens: dict[str, Tokens] = {}
+        self.heads: dict[str, Tensor] = {}
+        self.blocks: dict[str, Tensor] = {}
+
+        def keep(name: str):
+            def keep_output(_module: nn.Module, _arguments: Any, output: Any) -> None:
+                self.blocks[name] = adapter.block_tokens(output)
+
+            return keep_output
+
+        hooks = []
+        for name in names:
+            hooks += adapter.watch(model.get_submodule(name), self.tokens, self.heads, name)
+            hooks.append(model.get_submodule(adapter.block_name(name)).register_forward_hook(keep(name)))
+        try:
+            adapter.call(model, inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
 @torch.no_grad()
 def _measure(
-    softmax_model: nn.Module, converted_model: nn.Module, names: list[str], images: Tensor
+    adapter: Adapter, softmax_model: nn.Module, converted_model: nn.Module, names: Sequence[str], inputs: Inputs
 ) -> dict[str, tuple[float | None, ...]]:
-    """Errors, CKA and shift ratios, by name and layer."""
-    layers = {name: LayerSums() for name in names}
-    for part in _parts(softmax_model, images):
-        theirs, ours = _trace(softmax_model, names, part), _trace(converted_model, names, part)
+    """Errors, CKA and shift ratios, by name, an entry a layer."""
+    layers = {name: _LayerSums() for name in names}
+    at_once = max(1, TOKENS_AT_ONCE // adapter.num_tokens(softmax_model, inputs))
+    for part in parts(inputs, at_once):
+        theirs, ours = (_Trace(adapter, model, names, part) for model in (softmax_model, converted_model))
         for name, layer in layers.items():
-            attentions = (model.get_submodule(name) for model in (softmax_model, converted_model))
-            _add(layer, *attentions, *theirs[name], *ours[name])
-    return measured(layers, len(images))
+            _add(layer, name, adapter, theirs, ours)
+    images = count(inputs)
+    result: dict[str, tuple[float | None, ...]] = {
+        name: tuple(layer.shifts[name] / images if name in layer.shifts else None for layer in layers.values())
+        for name in SHIFTS
+    }
+    for name in ERRORS:
+        result[name] = tuple(getattr(layer, name).value() for layer in layers.values())
+    return result
 
 
-def _add(
-    layer: LayerSums,
-    softmax: nn.Module,
-    converted: nn.Module,
-    x: Tensor,
-    block: Tensor,
-    own_x: Tensor,
-    own_block: Tensor,
-) -> None:
-    """Count some images in: x and block are the softmax model's input of the layer and output of its block, own_x and
-    own_block the converted model's."""
-    q, k, v = projections(softmax, x)
-    layer.add_shift("shift_softmax", k)
-    wanted = mixed(softmax, q, k, v)
-    layer.layer_error.add(mixed(converted, *projections(converted, x.to(own_x.dtype))), wanted)
-    layer.block_error.add(own_block, block)
-    layer.cka.add(own_block.flatten(0, 1), block.flatten(0, 1))
-    q, k, v = projections(converted, own_x)
+def _add(layer: _LayerSums, name: str, adapter: Adapter, theirs: _Trace, ours: _Trace) -> None:
+    """Count a run of both models in."""
+    softmax, converted = (trace.model.get_submodule(name) for trace in (theirs, ours))
+    layer.add_shift("shift_softmax", adapter.project(softmax, theirs.tokens[name])[1])
+    layer.layer_error.add(_heads_of(adapter, converted, theirs.tokens[name], theirs.grid), theirs.heads[name])
+    layer.block_error.add(ours.blocks[name], theirs.blocks[name])
+    layer.cka.add(ours.blocks[name].flatten(0, 1), theirs.blocks[name].flatten(0, 1))
+    if not isinstance(converted, TTTLayer):
+        layer.add_shift("shift_before", adapter.project(converted, ours.tokens[name])[1])
+        return
+    image, *text = ours.tokens[name]
+    mixer, grid = converted.mixer, ours.grid.with_suffix(text[0].shape[1] if text else 0)
+    q, k, _ = adapter.project(converted, (mixer.prepare(image, ours.grid), *text))
     layer.add_shift("shift_before", k)
-    if isinstance(converted, TTTAttention):
-        layer.add_shift("shift_after", _normed(converted, q, k))
-        layer.add_shift("shift_fitted", converted.mixer.localized(q, k, converted.grid)[1])
+    layer.add_shift("shift_after", mixer.normalized(mixer.rescaled(q, k)[1], grid))
+    layer.add_shift("shift_fitted", mixer.localized(q, k, grid)[1])
 
 
-def _normed(layer: TTTAttention, q: Tensor, k: Tensor) -> Tensor:
-    """The keys (B, H, N, D) after rescaling and key norm."""
-    mixer = layer.mixer
-    return key_norm(mixer.rescaled(q, k)[1], mixer.config.key_norm, mixer.config.key_norm_eps)
+def _heads_of(adapter: Adapter, attention: nn.Module, tokens: Tokens, grid: TokenGrid) -> Tensor:
+    """The merged heads that `attention` makes of other tokens than those it got."""
+    heads: dict[str, Tensor] = {}
+    hooks = adapter.watch(attention, {}, heads, "it")
+    try:
+        with grid_scope(grid):
+            attention(*tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return heads["it"]
 
 
 @torch.no_grad()
 def _look(
-    softmax_model: nn.Module, converted_model: nn.Module, names: list[str], images: Tensor, queries: int, probes: int
+    adapter: Adapter,
+    softmax_model: nn.Module,
+    converted_model: nn.Module,
+    names: Sequence[str],
+    inputs: Inputs,
+    queries: int,
+    probes: int,
 ) -> dict[str, Any]:
     """Attention distances and maps."""
-    grid = TokenGrid(*softmax_model.patch_embed.grid_size, num_prefix_tokens=softmax_model.num_prefix_tokens)
-    with timm_vit.follow_images(softmax_model, grid):
-        sides = [(model, _trace(model, names, images)) for model in (softmax_model, converted_model)]
+    sides = [(model, _Trace(adapter, model, names, inputs)) for model in (softmax_model, converted_model)]
+    grid = sides[0][1].grid
     spread, shown = spread_queries(grid, queries), _shown(softmax_model, grid)
     pictured = {round(i * (len(names) - 1) / (MAP_LAYERS - 1)) for i in range(MAP_LAYERS)}
     distances: list[list[float]] = [[], []]
     maps: list[AttentionMap] = []
     for index, name in enumerate(names):
-        asked, found = spread + list(shown.values()) * (index in pictured), []
+        asked, both = spread + list(shown.values()) * (index in pictured), []
         for (model, trace), distance in zip(sides, distances, strict=True):
-            weights = implicit_attention(model.get_submodule(name), trace[name][0], queries=asked, probes=probes)
+            attention, [x] = model.get_submodule(name), trace.tokens[name]
+            weights = implicit_attention(attention, x, grid, queries=asked, probes=probes)
             distance.append(attention_distance(weights[:, :, : len(spread)], spread, grid).mean().item())
-            found.append(over_patches(weights[:MAP_IMAGES, :, len(spread) :], grid.num_prefix_tokens).mean(1))
+            both.append(over_patches(weights[:MAP_IMAGES, :, len(spread) :], grid.num_prefix_tokens).mean(1))
         if index in pictured:
-            maps += _maps(index, shown, grid, *found)
+            maps += _maps(index, shown, grid, *both)
     everywhere = torch.ones(1, 1, len(spread), grid.num_prefix_tokens + grid.rows * grid.columns)
     return {
         "grid": (grid.rows, grid.columns),
+        "map_images": count(inputs),
         "distance_softmax": tuple(distances[0]),
         "distance_converted": tuple(distances[1]),
         "distance_uniform": attention_distance(everywhere, spread, grid).item(),
@@ -249,64 +334,22 @@ def _maps(layer: int, shown: dict[str, int], grid: TokenGrid, softmax: Tensor, c
     ]
 
 
-def _trace(model: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each attention its input and its block's output, both (B, N, C)."""
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-    hooks = []
-    for name in names:
-        block = model.get_submodule(name.rpartition(".")[0])
-        keep_input = lambda _, given, name=name: inputs.__setitem__(name, given[0])  # noqa: E731
-        keep_output = lambda _, given, made, name=name: outputs.__setitem__(name, made)  # noqa: E731
-        hooks.append(model.get_submodule(name).register_forward_pre_hook(keep_input))
-        hooks.append(block.register_forward_hook(keep_output))
+def _check(adapter: Adapter, softmax_model: nn.Module, converted_model: nn.Module) -> None:
+    """Raises T5Error when the models do not belong together."""
     try:
-        model(images.to(next(model.parameters())))  # its device and dtype
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: (inputs[name], outputs[name]) for name in names}
-
-
-def _parts(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-    rows, columns = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-    return images.split(max(1, TOKENS_AT_ONCE // (rows * columns)))
-
-
-def _check(softmax_model: nn.Module, converted_model: nn.Module, images: Tensor) -> list[str]:
-    """The names of the attentions. Raises T5Error when the models do not belong together."""
-    try:
-        timm_vit.check_convertible(softmax_model)
+        adapter.check_convertible(softmax_model)
     except T5Error as error:
         raise T5Error(f"explain: the first model must be the softmax one: {error}") from None
-    if images.ndim != 4 or not len(images):
-        raise T5Error(f"explain expects images (B, 3, H, W), got {tuple(images.shape)}")
-    theirs, ours = _shape(softmax_model), _shape(converted_model)
-    different = [f"{what} {theirs[what]} and {ours.get(what)}" for what in theirs if theirs[what] != ours.get(what)]
-    if different:
+    theirs, ours = (
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if ".mixer." not in name}
+        for model in (softmax_model, converted_model)
+    )
+    every = sorted(theirs.keys() | ours.keys())
+    other = [f"{n} {theirs.get(n)} and {ours.get(n)}" for n in every if theirs.get(n) != ours.get(n)]
+    devices = [str(next(model.parameters()).device) for model in (softmax_model, converted_model)]
+    if devices[0] != devices[1]:
+        other.append(f"device {devices[0]} and {devices[1]}")
+    if other:
         raise T5Error(
-            f"explain: the models differ in {', '.join(different)}; pass the softmax model and what was made of it"
+            f"explain: the models differ in {'; '.join(other[:3])}: pass the softmax model and what was made of it"
         )
-    return timm_vit.attention_names(softmax_model)
-
-
-def _shape(model: nn.Module) -> dict[str, Any]:
-    """What two models must have in common to be compared layer by layer."""
-    if not hasattr(model, "patch_embed") or not hasattr(model, "blocks"):
-        return {"class": type(model).__name__}
-    attentions = [model.get_submodule(name) for name in timm_vit.attention_names(model)]
-    return {
-        "class": type(model).__name__,
-        "layers": len(attentions),
-        "width": model.embed_dim,
-        "heads": [a.num_heads for a in attentions],
-        "head width": [a.head_dim for a in attentions],
-        "prefix tokens": model.num_prefix_tokens,
-        "patch size": model.patch_embed.patch_size,
-        "image size": model.patch_embed.img_size,
-        "device": next(model.parameters()).device,
-    }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -1,23 +1,16 @@
 """What a softmax model's keys look like: the shift that all keys of a head share, layer by layer."""
 
-import copy
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from t5lib.data.batches import Inputs, run_on, seeded
 from t5lib.families import family_of
-from t5lib.utils.errors import T5Error
-
-if TYPE_CHECKING:
-    from t5lib.training.objectives import Batch, Objective
+from t5lib.families.base import Adapter, Tokens
+from t5lib.families.inputs import Inputs, count, parts, placed
 
 IMAGES_AT_ONCE = 16  # bounds the memory at high resolutions
-DIAGNOSIS = 3  # what tells the noise of a diagnosis from others with the same seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,31 +42,26 @@ class Diagnosis:
         }
 
 
-def diagnose(
-    model: nn.Module, images: "Tensor | Batch", *, objective: "Objective | None" = None, seed: int = 0
-) -> Diagnosis:
+def diagnose(model: nn.Module, batch: Any, *, seed: int = 0) -> Diagnosis:
     """Measure the shift ratio of every layer and head on real images.
 
     Args:
         model: a softmax model that t5lib.convert accepts.
-        images: (B, 3, H, W), normalized as the model expects; 16 to 64 are enough. For a denoiser latents and
-            conditions, as t5lib.training.objectives says; more are needed, for each is seen at one level of noise.
-        objective: of a denoiser: noises the latents, at levels drawn as in training.
-        seed: of the random-init control, and of the noise.
+        batch: what it is called with: images (B, 3, H, W), normalized as the model expects, 16 to 64 are enough; the
+            keyword arguments of a denoiser (t5lib.training.objectives.noised_batch makes them of latents), of which
+            more are needed, for each latent is seen at one level of noise.
+        seed: of the random-init control.
 
     Raises:
         T5Error: the model cannot be converted, or is converted already.
     """
-    family = family_of(model)
-    family.check_convertible(model)
-    if objective is None and (not isinstance(images, Tensor) or images.ndim != 4):
-        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise T5Error(f"diagnose expects images (B, 3, H, W), got {found}; a denoiser needs an objective too")
-    inputs = images if objective is None else objective.noised(images, seeded(seed, DIAGNOSIS)).inputs
+    adapter = family_of(model)
+    adapter.check_convertible(model)
+    inputs = adapter.inputs(batch)
     return Diagnosis(
-        layers=tuple(family.attention_names(model)),
-        shift_ratio=_shift_ratios(model, family, inputs),
-        random_init=_shift_ratios(_fresh(model, family, seed), family, inputs),
+        layers=tuple(adapter.attention_names(model)),
+        shift_ratio=_shift_ratios(model, adapter, inputs),
+        random_init=_shift_ratios(adapter.fresh(model, seed), adapter, inputs),
     )
 
 
@@ -84,57 +72,30 @@ def shift_ratio(k: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _shift_ratios(model: nn.Module, family: ModuleType, inputs: Inputs) -> tuple[tuple[float, ...], ...]:
+def _shift_ratios(model: nn.Module, adapter: Adapter, inputs: Inputs) -> tuple[tuple[float, ...], ...]:
     """Keys are read as the attention sees them: after the pretrained key norm, with those of text where there are."""
-    sums, hooks, count = {}, [], 0
-    for name in family.attention_names(model):
+    sums, hooks = {}, []
+    for name in adapter.attention_names(model):
         sums[name] = torch.zeros(())
-        hooks += _adder(model.get_submodule(name), family, sums, name)
+        hooks += _adder(model.get_submodule(name), adapter, sums, name)
     training, like = model.training, next(model.parameters())
     try:
-        for part in _parts(inputs):
-            first = part if isinstance(part, Tensor) else part["hidden_states"]
-            run_on(model.eval(), _placed(part, like))
-            count += len(first)
+        for part in parts(inputs, IMAGES_AT_ONCE):
+            adapter.call(model.eval(), placed(part, like.device, like.dtype))
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return tuple(tuple((total / count).tolist()) for total in sums.values())
+    return tuple(tuple((total / count(inputs)).tolist()) for total in sums.values())
 
 
-def _parts(inputs: Inputs) -> Iterator[Inputs]:
-    if isinstance(inputs, Tensor):
-        yield from inputs.split(IMAGES_AT_ONCE)
-    else:
-        for parts in zip(*(tensor.split(IMAGES_AT_ONCE) for tensor in inputs.values()), strict=True):
-            yield dict(zip(inputs, parts, strict=True))
-
-
-def _placed(inputs: Inputs, like: Tensor) -> Inputs:
-    """In the place and, if they are no numbers of classes or steps, the precision of `like`."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(like) if inputs.is_floating_point() else inputs.to(like.device)
-    return {name: _placed(tensor, like) for name, tensor in inputs.items()}
-
-
-def _adder(attention: nn.Module, family: ModuleType, sums: dict[str, Tensor], name: str) -> list:
+def _adder(attention: nn.Module, adapter: Adapter, sums: dict[str, Tensor], name: str) -> list:
     """Hooks that add the shift ratios of the images that `attention` sees to sums[name], (H,)."""
-    tokens, outputs = {}, {}
+    tokens: dict[str, Tokens] = {}
 
     def add(*_: Any) -> None:
-        given = tokens.pop(name)
-        outputs.clear()
-        ratios = shift_ratio(family.project(attention, given)[1])
-        sums[name] = sums[name].to(ratios.device) + ratios * len(given[0])
+        seen = tokens.pop(name)
+        ratios = shift_ratio(adapter.project(attention, seen)[1])
+        sums[name] = sums[name].to(ratios.device) + ratios * len(seen[0])
 
-    return [*family.watch(attention, tokens, outputs, name), attention.register_forward_hook(add)]
-
-
-def _fresh(model: nn.Module, family: ModuleType, seed: int) -> nn.Module:
-    """A model of this architecture with fresh weights: the control."""
-    if hasattr(family, "fresh_weights"):  # timm's models may have been changed since they were made
-        return family.fresh_weights(copy.deepcopy(model), seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return family.build(*family.describe(model), None).to(next(model.parameters()))
+    return [*adapter.watch(attention, tokens, {}, name), attention.register_forward_hook(add)]

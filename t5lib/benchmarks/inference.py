@@ -11,32 +11,21 @@ is slower where Python is. Needs CUDA; written after every resolution, and those
 
 import argparse
 import copy
-import functools
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from t5kernels.bench import graphed
 from torch import Tensor, nn
 
-import t5lib
-from t5lib.benchmarks.inputs import at_resolution, num_tokens, output_of, placed, random_inputs
-from t5lib.benchmarks.resolution_sweep import (
-    KINDS_OF_BLOCKS,
-    attention_choice,
-    check_output,
-    compile_model,
-    describe_device,
-    peak_mib,
-    time_interleaved,
-)
-from t5lib.conversion import ttt_layers
-from t5lib.families.sd3 import MEDIUM
+from t5lib.benchmarks.timing import Rules, TimingConfig, describe_device, time_models
+from t5lib.conversion import convert, ttt_layers
+from t5lib.families.inputs import ExampleSize
+from t5lib.families.sd3 import ADAPTER, MEDIUM
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
+from t5lib.utils.markdown import table
 
 # Times as fast as softmax: what the project asks for at least, and aims at.
 TARGETS = {("paper", 1024): (1.14, None), ("paper", 2048): (1.42, None)}
@@ -63,102 +52,82 @@ def models(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> d
     torch.manual_seed(0)
     with torch.device(device):
         softmax = nn.Module.to(SD3Transformer2DModel(**shape), dtype).eval()
-    found = {"softmax": softmax}
+    every = {"softmax": softmax}
     for name in ("paper", "all"):
-        found[name] = t5lib.convert(softmax, TTTConfig(layers=name)).eval()
-    found["rest"] = copy.deepcopy(found["all"])
-    for layer in ttt_layers(found["rest"]).values():
+        every[name] = convert(softmax, TTTConfig(layers=name)).eval()
+    every["rest"] = copy.deepcopy(every["all"])
+    for layer in ttt_layers(every["rest"]).values():
         layer.mixer = Unmixed()
-    return found
+    return every
 
 
-def measure(
-    known: dict[str, nn.Module], resolution: int, device: torch.device, dtype: torch.dtype, repeats: int, compiled: bool
-) -> list[dict[str, Any]]:
+def measure(known: dict[str, nn.Module], resolution: int, config: TimingConfig, rules: Rules) -> list[dict[str, Any]]:
     """A row a model.
 
     Raises:
         T5Error: a wrong output: no speed is given for it.
     """
-    inputs = random_inputs(at_resolution(known["softmax"], resolution), resolution, BATCH)
-    inputs = placed(inputs, device, dtype)
-    torch._dynamo.reset()
-    kinds = torch._dynamo.config.patch(recompile_limit=KINDS_OF_BLOCKS)
-    with torch.inference_mode(), attention_choice(device), kinds:
-        runnable, errors = {}, {}
-        for name, model in known.items():
-            own = copy.deepcopy(model)
-            runnable[name] = compile_model(own, inputs) if compiled else own
-            errors[name] = check_output(runnable[name], model, inputs, f"{name} at {resolution} px")
-            print(f"{resolution} px, {name}: ready, {errors[name]:.1e} off", flush=True)
-        calls = {name: functools.partial(output_of, model, inputs) for name, model in runnable.items()}
-        launched = time_interleaved(calls, warmup=2, repeats=repeats, device=device)
-        peaks = {name: peak_mib(call, runnable[name], device) for name, call in calls.items()}
-        runs = launched
-        if device.type == "cuda":
-            graphs = {name: graphed(call) for name, call in calls.items()}
-            runs = time_interleaved(graphs, warmup=2, repeats=repeats, device=device)
-    fastest = statistics.median(runs["softmax"])
-    targets = TARGETS if known["softmax"].config.num_layers == MEDIUM["num_layers"] else {}
+    softmax = known["softmax"]
+    inputs = ADAPTER.example_inputs(softmax, ExampleSize(resolution, config.batch))
+    times = time_models(known, inputs, config, rules, f"at {resolution} px")
+    targets = TARGETS if softmax.config.num_layers == MEDIUM["num_layers"] else {}
     return [
         {
             "resolution": resolution,
-            "tokens": num_tokens(known["softmax"], inputs),
+            "tokens": ADAPTER.num_tokens(softmax, inputs),
             "model": name,
-            "ms": statistics.median(times),
-            "ms_runs": times,
-            "launched_ms": statistics.median(launched[name]),
-            "launched_ms_runs": launched[name],
-            "speedup": fastest / statistics.median(times),
+            "ms": time.ms,
+            "ms_runs": time.ms_runs,
+            "launched_ms": time.launched_ms or time.ms,
+            "launched_ms_runs": time.launched_runs or time.ms_runs,
+            "speedup": times["softmax"].ms / time.ms,
             "target": targets.get((name, resolution)),
-            "peak_mib": peaks[name],
-            "relative_error": errors[name],
+            "peak_mib": time.peak_mib,
+            "relative_error": time.relative_error,
         }
-        for name, times in runs.items()
+        for name, time in times.items()
     ]
 
 
 def run(
-    out: Path, resolutions: list[int], *, device: torch.device, dtype: torch.dtype, shape: dict[str, Any], repeats: int
+    out: Path, resolutions: list[int], *, device: torch.device, shape: dict[str, Any], config: TimingConfig
 ) -> dict[str, Any]:
     """Measure what is not in `out` yet; returns and writes all of it."""
-    compiled = device.type == "cuda"
-    settings = {"device": describe_device(device), "torch": torch.__version__, "batch": BATCH, "compile": compiled}
-    settings |= {
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": {k: list(v) if isinstance(v, tuple) else v for k, v in shape.items()},
-    }
+    rules = Rules.of(config, device)
+    about = {"device": describe_device(device), "torch": torch.__version__, "batch": config.batch}
+    about |= {"compile": rules.compiled, "dtype": str(rules.dtype).removeprefix("torch.")}
+    about |= {"shape": {name: list(v) if isinstance(v, tuple) else v for name, v in shape.items()}}
     before = read_json(out) if out.exists() else {}
-    rows = before.get("rows", []) if all(before.get(key) == value for key, value in settings.items()) else []
-    known = models(shape, device, dtype)
+    rows = before.get("rows", []) if about.items() <= before.items() else []
+    known = models(shape, device, rules.dtype)
     for resolution in resolutions:
         if resolution not in {row["resolution"] for row in rows}:
-            rows = rows + measure(known, resolution, device, dtype, repeats, compiled)
-            write_json(out, settings | {"rows": rows})
-    return settings | {"rows": rows}
+            rows = rows + measure(known, resolution, config, rules)
+            write_json(out, about | {"rows": rows})
+            print(f"{resolution} px: measured", flush=True)
+    return about | {"rows": rows}
 
 
-def table(result: dict[str, Any]) -> str:
+def report(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    lines = [
-        "| pixels | tokens | model | ms | times softmax's speed | asked, aimed at | best possible "
-        "| ms launched from Python | peak MiB | error |"
-    ]
-    lines.append("|---" * 10 + "|")
     best = {row["resolution"]: row["speedup"] for row in result["rows"] if row["model"] == "rest"}
-    for row in sorted(result["rows"], key=lambda row: row["resolution"]):
-        asked = ", ".join(f"{value:g}" for value in row["target"] or () if value)
-        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
-        cells = (row["resolution"], f"{row['tokens']:,}", row["model"], f"{row['ms']:.1f}", f"{row['speedup']:.2f}")
-        cells += (
-            asked,
+    columns = ("pixels", "tokens", "model", "ms", "times softmax's speed", "asked, aimed at", "best possible")
+    rows = [
+        (
+            row["resolution"],
+            f"{row['tokens']:,}",
+            row["model"],
+            f"{row['ms']:.1f}",
+            f"{row['speedup']:.2f}",
+            ", ".join(f"{value:g}" for value in row["target"] or () if value),
             f"{best[row['resolution']]:.2f}",
             f"{row['launched_ms']:.1f}",
-            peak,
+            None if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}",
             f"{row['relative_error']:.1e}",
         )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        for row in sorted(result["rows"], key=lambda row: row["resolution"])
+    ]
+    return "\n".join(table((*columns, "ms launched from Python", "peak MiB", "error"), rows))
 
 
 def shallower(blocks: int) -> dict[str, Any]:
@@ -177,12 +146,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=MEDIUM["num_layers"], help="fewer, where a pass takes seconds")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("speed: no CUDA device, and on a CPU this model takes minutes a pass; run it where there is one")
+        sys.exit("inference: no CUDA device, and on a CPU this model takes minutes a pass; run it where there is one")
     try:
-        given = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "repeats": args.repeats}
-        print(table(run(args.out, args.resolutions, shape=shallower(args.blocks), **given)))
+        config = TimingConfig(batch=BATCH, repeats=args.repeats)
+        cuda = torch.device("cuda")
+        print(report(run(args.out, args.resolutions, device=cuda, shape=shallower(args.blocks), config=config)))
     except T5Error as error:
-        sys.exit(f"speed: {error}")
+        sys.exit(f"inference: {error}")
 
 
 if __name__ == "__main__":

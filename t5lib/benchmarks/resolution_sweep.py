@@ -5,15 +5,8 @@ alternate between them. The softmax side is PyTorch's fused attention (on CUDA c
 strongest baseline at hand.
 """
 
-import copy
-import functools
 import math
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,19 +14,23 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from t5lib.benchmarks.inputs import at_resolution, cast_to, first, leading, num_tokens, output_of, placed, random_inputs
-from t5lib.data.batches import Inputs
-from t5lib.utils.config import one_of
+from t5lib.benchmarks.timing import (
+    TOLERANCES,
+    DType,
+    Rules,
+    TimingConfig,
+    cast_to,
+    choose_dtype,
+    describe_device,
+    time_models,
+)
+from t5lib.families import family_of
+from t5lib.families.inputs import ExampleSize, Inputs, placed
+from t5lib.utils.config import AtLeastOne, Several, WholeNumber, settings
 from t5lib.utils.errors import T5Error
 
-# Relative error allowed against the model's own float64 output: round-off that grows through all layers, no more.
-TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-CHECKED_IMAGES = 2
-MOST_IN_FLOAT64 = 8192  # tokens of a denoiser
-KINDS_OF_BLOCKS = 64  # that torch.compile may meet in one model
 
-
-@dataclass(frozen=True, kw_only=True)
+@settings
 class BenchmarkConfig:
     """What is measured.
 
@@ -43,27 +40,26 @@ class BenchmarkConfig:
         dtype: "auto" is bfloat16 on CUDA and float32 elsewhere.
         warmup: untimed passes of each model at each resolution.
         repeats: timed passes of each model at each resolution; the median is reported, all are kept.
-        compile: torch.compile both models (a denoiser's blocks one by one); None means on CUDA only.
+        compile: torch.compile both models; None means on CUDA only.
         pixels_per_latent: of a denoiser: pixels that one latent is wide; 1 where pixels are the latents.
         text_tokens: of a denoiser that takes text.
     """
 
-    resolutions: tuple[int, ...] = (98, 224, 392, 518)
-    batch: int = 1
-    dtype: str = "auto"
-    warmup: int = 1
-    repeats: int = 5
+    resolutions: Several[AtLeastOne] = (98, 224, 392, 518)
+    batch: AtLeastOne = 1
+    dtype: DType = "auto"
+    warmup: WholeNumber = 1
+    repeats: AtLeastOne = 5
     compile: bool | None = None
-    pixels_per_latent: int = 8
-    text_tokens: int = 333
+    pixels_per_latent: AtLeastOne = 8
+    text_tokens: AtLeastOne = 333
 
     def __post_init__(self):
-        if not self.resolutions or min(self.resolutions) < 1:
-            raise T5Error(f"resolutions {list(self.resolutions)}: expected at least one positive image side in pixels")
-        one_of(self.dtype, ("auto", "float32", "float16", "bfloat16"), "dtype")
-        for name, least in (("batch", 1), ("warmup", 0), ("repeats", 1), ("pixels_per_latent", 1), ("text_tokens", 1)):
-            if getattr(self, name) < least:
-                raise T5Error(f"{name} is {getattr(self, name)}; expected at least {least}")
+        if not self.resolutions:
+            raise T5Error("resolutions is empty; expected at least one image side in pixels")
+
+    def at(self, resolution: int) -> ExampleSize:
+        return ExampleSize(resolution, self.batch, self.pixels_per_latent, self.text_tokens)
 
 
 def benchmark(
@@ -95,14 +91,13 @@ def benchmark(
     config, device = config or BenchmarkConfig(), torch.device(device)
     dtype = choose_dtype(config.dtype, device)
     compiled = device.type == "cuda" if config.compile is None else config.compile
-    models = {"softmax": softmax, "t5": converted}
-    rows = []
+    adapter, models, rows = family_of(softmax), {"softmax": softmax, "t5": converted}, []
     for resolution in sorted(config.resolutions):
+        size = config.at(resolution)
         sized = {
-            name: cast_to(at_resolution(model, resolution, config.pixels_per_latent), device, torch.float32)
-            for name, model in models.items()
+            name: cast_to(adapter.at_resolution(model, size), device, torch.float32) for name, model in models.items()
         }
-        for row in _measure(sized, resolution, config, dtype, compiled):
+        for row in _measure(sized, adapter.example_inputs(sized["softmax"], size), size, config, compiled):
             rows.append(row)
             if on_row:
                 on_row(row)
@@ -134,27 +129,8 @@ def count_flops(model: nn.Module, inputs: Inputs) -> int:
     """
     meta = {name: t.to("meta") for tensors in (model.named_parameters(), model.named_buffers()) for name, t in tensors}
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        output_of(lambda *args, **named: torch.func.functional_call(model, meta, args, named), placed(inputs, "meta"))
+        torch.func.functional_call(model, meta, (), placed(inputs, "meta"))
     return counter.get_total_flops()
-
-
-def time_interleaved(
-    calls: dict[str, Callable[[], Any]], *, warmup: int, repeats: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Milliseconds of every timed call, by name.
-
-    Each round times every call once and the order turns round from one round to the next, so that a clock that
-    drifts or a neighbour that wakes up meets all of them alike.
-    """
-    clock = _cuda_ms if device.type == "cuda" else _cpu_ms
-    for _ in range(warmup):
-        for call in calls.values():
-            call()
-    runs: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats):
-        for name in list(calls)[:: -1 if turn % 2 else 1]:
-            runs[name].append(clock(calls[name]))
-    return runs
 
 
 def break_even_tokens(rows: list[dict[str, Any]], key: str = "ms") -> int | None:
@@ -197,146 +173,29 @@ def break_even_sentence(result: dict[str, Any]) -> str:
     return f"The converted model is faster from about {found:,} tokens on; {ahead}."
 
 
-def describe_device(device: str | torch.device) -> str:
-    """The name people know the device by, e.g. "NVIDIA H100 80GB HBM3" or "AMD EPYC 7763, 2 threads"."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; "auto" is bfloat16 on CUDA and float32 elsewhere."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, name)
-
-
 def _measure(
-    models: dict[str, nn.Module], resolution: int, config: BenchmarkConfig, dtype: torch.dtype, compiled: bool
+    models: dict[str, nn.Module], inputs: Inputs, size: ExampleSize, config: BenchmarkConfig, compiled: bool
 ) -> list[dict[str, Any]]:
     """One row for each of `models`, which are float32 and stand on the device."""
     device = next(models["softmax"].parameters()).device
-    size = {"pixels_per_latent": config.pixels_per_latent, "text_tokens": config.text_tokens}
-    inputs = random_inputs(models["softmax"], resolution, config.batch, **size)
+    timing = TimingConfig(
+        dtype=config.dtype, compile=compiled, graphs=False, warmup=config.warmup, repeats=config.repeats
+    )
     gflops = {name: count_flops(model, inputs) / 1e9 for name, model in models.items()}
-    inputs = placed(inputs, device, dtype)
-    cast = {name: cast_to(copy.deepcopy(model), dtype) for name, model in models.items()}
-    if compiled:
-        torch._dynamo.reset()  # else the copies of earlier resolutions use up the recompile limit: silently eager
-        runnable = {name: compile_model(model, inputs) for name, model in cast.items()}
-    else:
-        runnable = cast
-    kinds = torch._dynamo.config.patch(recompile_limit=KINDS_OF_BLOCKS)
-    with torch.inference_mode(), attention_choice(device), kinds:
-        where = {name: f"{name} at {resolution} px" for name in models}
-        errors = {name: check_output(runnable[name], models[name], inputs, where[name]) for name in models}
-        calls = {name: functools.partial(output_of, model, inputs) for name, model in runnable.items()}
-        runs = time_interleaved(calls, warmup=config.warmup, repeats=config.repeats, device=device)
-        peaks = {name: peak_mib(calls[name], cast[name], device) for name in models}
+    times = time_models(models, inputs, timing, Rules.of(timing, device), f"at {size.resolution} px")
     return [
         {
-            "resolution": resolution,
-            "tokens": num_tokens(model, inputs),
+            "resolution": size.resolution,
+            "tokens": family_of(model).num_tokens(model, inputs),
             "model": name,
-            "batch": config.batch,
-            "ms": statistics.median(runs[name]),
-            "ms_runs": runs[name],
-            "images_per_second": 1e3 * config.batch / statistics.median(runs[name]),
-            "peak_mib": peaks[name],
+            "batch": size.batch,
+            "ms": times[name].ms,
+            "ms_runs": times[name].ms_runs,
+            "images_per_second": 1e3 * size.batch / times[name].ms,
+            "peak_mib": times[name].peak_mib,
             "gflops": gflops[name],
-            "relative_error": errors[name],
-            "reference": str(reference_dtype(models[name], inputs)).removeprefix("torch."),
+            "relative_error": times[name].relative_error,
+            "reference": str(times[name].reference).removeprefix("torch."),
         }
         for name, model in models.items()
     ]
-
-
-def compile_model(model: nn.Module, inputs: Inputs) -> nn.Module:
-    """torch.compile `model` for inputs of this size, after one pass as it is; the blocks of a denoiser one by one.
-
-    Blocks of a denoiser are large and alike: one compilation serves all of a kind. The masks that neighborhood
-    attention keeps from its first pass would otherwise be made anew in every compiled one.
-    """
-    with torch.inference_mode(False), torch.no_grad():  # kept tensors may be used in training later
-        output_of(model, inputs)
-    if not isinstance(inputs, dict):
-        return torch.compile(model, dynamic=False)
-    for block in model.transformer_blocks:
-        block.compile(dynamic=False)
-    return model
-
-
-def attention_choice(device: torch.device) -> AbstractContextManager:
-    """cuDNN's fused attention first on CUDA: PyTorch's own order would take the slower flash kernel on Hopper."""
-    if device.type != "cuda":
-        return nullcontext()
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    return sdpa_kernel(order, set_priority=True)
-
-
-def reference_dtype(model: nn.Module, inputs: Inputs) -> torch.dtype:
-    """float64; float32 for a denoiser on so many tokens that float64 attention, with its N × N maps, has no room."""
-    large = isinstance(inputs, dict) and num_tokens(model, inputs) > MOST_IN_FLOAT64
-    return torch.float32 if large else torch.float64
-
-
-def check_output(runnable: Callable[..., Any], model: nn.Module, inputs: Inputs, where: str) -> float:
-    """Relative error of `runnable` on `inputs` against `model` in `reference_dtype`, on the first few images.
-
-    Raises:
-        T5Error: it is above the tolerance of the inputs' dtype, or the output is not finite or of another shape.
-    """
-    output, images, dtype = output_of(runnable, inputs), leading(inputs), reference_dtype(model, inputs)
-    reference = output_of(cast_to(copy.deepcopy(model), dtype), placed(first(inputs, CHECKED_IMAGES), dtype)).double()
-    if output.shape[0] != images.shape[0] or output.shape[1:] != reference.shape[1:]:
-        raise T5Error(
-            f"{where}: output shape {tuple(output.shape)}, expected {(images.shape[0], *reference.shape[1:])}; "
-            "is this torch.compile's doing? try compile: false"
-        )
-    error = ((output[:CHECKED_IMAGES].double() - reference).norm() / reference.norm()).item()
-    tolerance = TOLERANCES[images.dtype]
-    if not (output.isfinite().all() and error <= tolerance):
-        raise T5Error(
-            f"{where}: the {images.dtype} output is {error:.2g} (relative) from the same model in {dtype}, expected "
-            f"finite and at most {tolerance:g}; no speed is given for wrong results. Try dtype: float32"
-        )
-    return error
-
-
-def _cpu_ms(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _cuda_ms(call: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def peak_mib(call: Callable[[], Any], model: nn.Module, device: torch.device) -> float | None:
-    """Weights of `model` and the most that one pass allocates beside what lay there before."""
-    if device.type != "cuda":
-        return None  # the CPU allocator keeps no such account, and resident size mixes in everything else
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    torch.cuda.synchronize(device)
-    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    return (weights + torch.cuda.max_memory_allocated(device) - before) / 2**20

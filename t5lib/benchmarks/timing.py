@@ -1,32 +1,41 @@
-"""Several models timed side by side under one set of rules, each figure checked; on CUDA as CUDA graphs.
+"""Several models timed side by side under one set of rules, each figure checked; on CUDA as CUDA graphs too.
 
-The rules are those of t5lib.benchmarks.resolution_sweep: on CUDA bfloat16, torch.compile and cuDNN's fused attention first, elsewhere
-float32 as it is; rounds that alternate between the models. On CUDA each pass is also replayed as one CUDA graph (what
-torch.compile's mode "reduce-overhead" does), because the kernels of a small model run shorter than Python takes to
-launch them: without it the time of a model would not be the sum of its parts' times.
+Every model gets the same treatment: the same dtype (on CUDA bfloat16, elsewhere float32), torch.compile on CUDA and
+cuDNN's fused attention first, rounds that alternate between the models. On CUDA each pass is also replayed as one CUDA
+graph (what torch.compile's mode "reduce-overhead" does), because the kernels of a small model run shorter than Python
+takes to launch them: without it the time of a model would not be the sum of its parts' times.
 """
 
 import copy
+import functools
+import platform
 import statistics
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from t5kernels.tools.graphs import recorded
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from t5lib.benchmarks.resolution_sweep import (
-    attention_choice,
-    check_output,
-    choose_dtype,
-    compile_model,
-    time_interleaved,
-)
-from t5lib.utils.config import one_of
+from t5lib.families import family_of
+from t5lib.families.inputs import Inputs, count, first, placed
+from t5lib.utils.config import AtLeastOne, WholeNumber, settings
 from t5lib.utils.errors import T5Error
 
+# Relative error allowed against the model's own float64 output: round-off that grows through all layers, no more.
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+CHECKED_IMAGES = 2
+MOST_IN_FLOAT64 = 8192  # tokens
+KINDS_OF_BLOCKS = 256  # that torch.compile may meet in one process
 
-@dataclass(frozen=True, kw_only=True)
+DType = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+@settings
 class TimingConfig:
     """How models are timed.
 
@@ -38,18 +47,12 @@ class TimingConfig:
         warmup, repeats: untimed and timed passes of each model; medians count.
     """
 
-    batch: int = 1
-    dtype: str = "auto"
+    batch: AtLeastOne = 1
+    dtype: DType = "auto"
     compile: bool | None = None
     graphs: bool | None = None
-    warmup: int = 2
-    repeats: int = 9
-
-    def __post_init__(self):
-        one_of(self.dtype, ("auto", "float32", "float16", "bfloat16"), "dtype")
-        for name, least in (("batch", 1), ("warmup", 0), ("repeats", 1)):
-            if getattr(self, name) < least:
-                raise T5Error(f"{name} is {getattr(self, name)}; expected at least {least}")
+    warmup: WholeNumber = 2
+    repeats: AtLeastOne = 9
 
 
 @dataclass(frozen=True)
@@ -72,40 +75,70 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Race:
+class ModelTime:
     """What one of several models took.
 
     Attributes:
         ms_runs: every timed pass.
         launched_ms: the median without CUDA graph, each kernel launched by Python; None where no graph is used.
-        relative_error: of the output, against float64.
+        relative_error: of the output, against `reference`.
+        peak_mib: weights and the activations of one pass; None off CUDA.
     """
 
     ms_runs: list[float]
-    launched_ms: float | None
+    launched_runs: list[float] | None
     relative_error: float
+    reference: torch.dtype
+    peak_mib: float | None
+
+    @property
+    def ms(self) -> float:
+        return statistics.median(self.ms_runs)
+
+    @property
+    def launched_ms(self) -> float | None:
+        return statistics.median(self.launched_runs) if self.launched_runs else None
 
 
-def race(models: dict[str, nn.Module], side: int, config: TimingConfig, rules: Rules) -> dict[str, Race]:
-    """Time float32 `models` on the device side by side, at square images of `side` pixels.
+def time_models(
+    models: dict[str, nn.Module], inputs: Inputs, config: TimingConfig, rules: Rules, where: str = ""
+) -> dict[str, ModelTime]:
+    """Time models of one family, in float32 on the device, side by side on the same inputs.
+
+    Args:
+        inputs: float32, on any device.
+        where: what errors say of the inputs, such as "at 518 px".
 
     Raises:
-        T5Error: an output that is wrong in this dtype (t5lib.benchmarks.resolution_sweep.check_output): no speed for wrong results.
+        T5Error: an output that is wrong in this dtype (`check_output`): no speed for wrong results; or the device
+            refuses to record a CUDA graph.
     """
-    shape = (config.batch, next(iter(models.values())).patch_embed.proj.in_channels, side, side)
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(rules.device, rules.dtype)
+    inputs = placed(inputs, rules.device, rules.dtype)
     clock = {"warmup": config.warmup, "repeats": config.repeats, "device": rules.device}
     with torch.inference_mode(), attention_choice(rules.device), _every_model_compiled(rules):
-        launched = {name: _compiled(model, images, rules) for name, model in models.items()}
-        for call in launched.values():
-            call(images)  # compiles
-        passes = {name: _replayed(call, images, name) for name, call in launched.items()} if rules.graphs else launched
-        errors = {name: check_output(passes[name], models[name], images, f"{name} at {side} px") for name in models}
-        runs = time_interleaved({name: _bound(call, images) for name, call in passes.items()}, **clock)
-        plain = {}
-        if rules.graphs:
-            plain = time_interleaved({name: _bound(call, images) for name, call in launched.items()}, **clock)
-    return {name: Race(runs[name], statistics.median(plain[name]) if plain else None, errors[name]) for name in models}
+        cast = {name: cast_to(copy.deepcopy(model), rules.dtype) for name, model in models.items()}
+        if rules.compiled:
+            cast = {name: compile_model(model, inputs) for name, model in cast.items()}
+        calls = {name: functools.partial(family_of(model).call, model, inputs) for name, model in cast.items()}
+        for call in calls.values():
+            call()  # compiles
+        passes = {name: _recorded(call, name) for name, call in calls.items()} if rules.graphs else calls
+        errors = {name: check_output(passes[name](), models[name], inputs, f"{name} {where}") for name in models}
+        runs = time_interleaved(passes, **clock)
+        launched = time_interleaved(calls, **clock) if rules.graphs else dict.fromkeys(calls)
+        peaks = {name: peak_mib(call, cast[name], rules.device) for name, call in calls.items()}
+    return {
+        name: ModelTime(runs[name], launched[name], errors[name], reference_dtype(model, inputs), peaks[name])
+        for name, model in models.items()
+    }
+
+
+def _recorded(call: Callable[[], Tensor], name: str) -> Callable[[], Tensor]:
+    try:
+        return recorded(call)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise T5Error(f"{name} cannot be recorded as a CUDA graph ({reason}); measure with graphs: false") from error
 
 
 def _every_model_compiled(rules: Rules) -> AbstractContextManager:
@@ -113,40 +146,136 @@ def _every_model_compiled(rules: Rules) -> AbstractContextManager:
     if not rules.compiled:
         return nullcontext()
     torch._dynamo.reset()
-    return torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
+    return torch._dynamo.config.patch(recompile_limit=KINDS_OF_BLOCKS, fail_on_recompile_limit_hit=True)
 
 
-def _compiled(model: nn.Module, images: Tensor, rules: Rules) -> Callable[[Tensor], Tensor]:
-    cast = copy.deepcopy(model).to(rules.dtype)
-    return compile_model(cast, images) if rules.compiled else cast
+def time_interleaved(
+    calls: dict[str, Callable[[], Any]], *, warmup: int, repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Milliseconds of every timed call, by name.
+
+    Each round times every call once and the order turns round from one round to the next, so that a clock that
+    drifts or a neighbour that wakes up meets all of them alike.
+    """
+    clock = _cuda_ms if device.type == "cuda" else _cpu_ms
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    runs: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats):
+        for name in list(calls)[:: -1 if turn % 2 else 1]:
+            runs[name].append(clock(calls[name]))
+    return runs
 
 
-def _bound(call: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
-    return lambda: call(images)
+def describe_device(device: str | torch.device) -> str:
+    """The name people know the device by, e.g. "NVIDIA H100 80GB HBM3" or "AMD EPYC 7763, 2 threads"."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
-def _replayed(call: Callable[[Tensor], Tensor], images: Tensor, name: str) -> Callable[[Tensor], Tensor]:
-    """`call` on these very `images`, recorded once and launched as a whole; the output is the same memory each time.
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype called `name`; "auto" is bfloat16 on CUDA and float32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def compile_model(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """Compile `model`, in place, for inputs of this size, after one pass as it is: whole, or block by block.
+
+    The masks that neighborhood attention keeps from its first pass would otherwise be made anew in every compiled one.
+    """
+    adapter = family_of(model)
+    with torch.inference_mode(False), torch.no_grad():  # kept tensors may be used in training later
+        adapter.call(model, inputs)
+    if adapter.compiled_by_block:
+        for block in adapter.blocks(model):
+            block.compile(dynamic=False)
+    else:
+        model.compile(dynamic=False)
+    return model
+
+
+def attention_choice(device: torch.device) -> AbstractContextManager:
+    """cuDNN's fused attention first on CUDA: PyTorch's own order would take the slower flash kernel on Hopper."""
+    if device.type != "cuda":
+        return nullcontext()
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def reference_dtype(model: nn.Module, inputs: Inputs) -> torch.dtype:
+    """float64; float32 on so many tokens that float64 attention, with its N × N maps, has no room."""
+    return torch.float32 if family_of(model).num_tokens(model, inputs) > MOST_IN_FLOAT64 else torch.float64
+
+
+def check_output(output: Tensor, model: nn.Module, inputs: Inputs, where: str) -> float:
+    """Relative error of `output` on `inputs` against `model` in `reference_dtype`, on the first few images.
 
     Raises:
-        T5Error: the device refuses to record it.
+        T5Error: it is above the tolerance of the output's dtype, or the output is not finite or of another shape.
     """
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # recording wants everything that is set up at first use to be there
-        for _ in range(3):
-            call(images)
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            output = call(images)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise T5Error(f"{name} cannot be recorded as a CUDA graph ({reason}); measure with graphs: false") from error
+    adapter, dtype = family_of(model), reference_dtype(model, inputs)
+    exact = cast_to(copy.deepcopy(model), dtype)
+    reference = adapter.call(exact, placed(first(inputs, CHECKED_IMAGES), dtype)).double()
+    if output.shape[0] != count(inputs) or output.shape[1:] != reference.shape[1:]:
+        raise T5Error(
+            f"{where}: output shape {tuple(output.shape)}, expected {(count(inputs), *reference.shape[1:])}; "
+            "is this torch.compile's doing? try compile: false"
+        )
+    error = ((output[:CHECKED_IMAGES].double() - reference).norm() / reference.norm()).item()
+    tolerance = TOLERANCES[output.dtype]
+    if not (output.isfinite().all() and error <= tolerance):
+        raise T5Error(
+            f"{where}: the {output.dtype} output is {error:.2g} (relative) from the same model in {dtype}, expected "
+            f"finite and at most {tolerance:g}; no speed is given for wrong results. Try dtype: float32"
+        )
+    return error
 
-    def replay(_: Tensor) -> Tensor:
-        graph.replay()
-        return output
 
-    return replay
+def cast_to(model: nn.Module, *where: torch.device | torch.dtype) -> nn.Module:
+    """`model` itself, moved and in another precision; diffusers' own `to` would warn of every cast."""
+    for each in where:
+        nn.Module.to(model, each)
+    return model
+
+
+def _cpu_ms(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _cuda_ms(call: Callable[[], Any]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def peak_mib(call: Callable[[], Any], model: nn.Module, device: torch.device) -> float | None:
+    """Weights of `model` and the most that one pass allocates beside what lay there before."""
+    if device.type != "cuda":
+        return None  # the CPU allocator keeps no such account, and resident size mixes in everything else
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    return (weights + torch.cuda.max_memory_allocated(device) - before) / 2**20

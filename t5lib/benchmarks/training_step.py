@@ -14,10 +14,10 @@ import importlib.util
 import itertools
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -25,12 +25,12 @@ from torch import nn
 
 from t5lib.conversion import convert
 from t5lib.data.batches import seeded
-from t5lib.families.sd3 import MEDIUM
+from t5lib.families.sd3 import ADAPTER, MEDIUM
 from t5lib.layers.config import TTTConfig
-from t5lib.training.denoiser import DenoiserTrainConfig, train_diffusion
+from t5lib.training.denoiser import DenoiserTrainConfig, Denoising
 from t5lib.training.objectives import Batch, RectifiedFlow
-from t5lib.training.trainer import compiled_blocks
-from t5lib.utils.config import one_of
+from t5lib.training.trainer import compiled_blocks, train
+from t5lib.utils.config import AtLeastOne, Several, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import write_json
 
@@ -50,7 +50,7 @@ SMALL = MEDIUM | {  # the same parts, for a look at whether all runs
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class CostConfig:
     """What is measured: every combination of sizes, compile, optimizers and layers, in this order.
 
@@ -64,30 +64,27 @@ class CostConfig:
         precision: "bf16" or "fp32".
     """
 
-    sizes: tuple[int, ...] = (512, 1024, 2048)
-    layers: tuple[str, ...] = ("softmax", "paper", "all")
-    compile: tuple[bool, ...] = (False, True)
-    optimizers: tuple[str, ...] = ("adamw",)
-    batch: int = 16
-    micro_batch: int | None = None
-    text_tokens: int = 333
-    teacher: str = "ema"
-    steps: int = 3
-    precision: str = "bf16"
+    sizes: Several[AtLeastOne] = (512, 1024, 2048)
+    layers: Several[Literal["softmax", "paper", "all"]] = ("softmax", "paper", "all")
+    compile: Several[bool] = (False, True)
+    optimizers: Several[Literal["adamw", "adamw8bit"]] = ("adamw",)
+    batch: AtLeastOne = 16
+    micro_batch: AtLeastOne | None = None
+    text_tokens: AtLeastOne = 333
+    teacher: Literal["none", "ema", "source"] = "ema"
+    steps: AtLeastOne = 3
+    precision: Literal["fp32", "bf16"] = "bf16"
     gradient_checkpointing: bool = True
 
     def __post_init__(self):
-        one_of(self.teacher, ("none", "ema", "source"), "teacher")
-        for layers in self.layers:
-            one_of(layers, ("softmax", "paper", "all"), "layers")
-        wrong = [size for size in self.sizes if size < 1 or size % (2 * PIXELS_PER_LATENT)]
+        wrong = [size for size in self.sizes if size % (2 * PIXELS_PER_LATENT)]
         if wrong:
             raise T5Error(f"sizes {wrong}: expected multiples of {2 * PIXELS_PER_LATENT} pixels")
         for size in self.sizes:
-            if self.steps < 1 or self.batch < 1 or self.batch % self.images(size):
+            if self.batch % self.images(size):
                 raise T5Error(
-                    f"steps {self.steps}, batch {self.batch}, micro_batch {self.images(size)}: expected positive "
-                    "numbers, and a batch that is a multiple of micro_batch"
+                    f"batch {self.batch}, micro_batch {self.images(size)}: expected a batch that is a multiple of "
+                    "micro_batch"
                 )
 
     def images(self, size: int) -> int:
@@ -164,9 +161,8 @@ def _run(case: dict[str, Any], config: CostConfig, device: torch.device, shape: 
         marks.append(time.perf_counter())
 
     _free(device)
-    train_diffusion(
-        model, lambda _: itertools.repeat(batch), recipe, objective=RectifiedFlow(), teacher=source, log=mark
-    )
+    objective = Denoising(recipe, RectifiedFlow(), source)
+    train(model, lambda _: itertools.repeat(batch), objective, recipe, steps=recipe.steps, log=mark)
     seconds = [after - before for before, after in itertools.pairwise(marks)]
     middle = statistics.median(seconds)
     return {
@@ -202,11 +198,11 @@ def _error(model: nn.Module, batch: Batch, config: CostConfig, *, compiled: bool
     device = next(model.parameters()).device
     noised = RectifiedFlow().noised(batch, seeded(1)).to(device)
     with torch.no_grad():
-        expected = model.train()(**noised.inputs, return_dict=False)[0]
+        expected = ADAPTER.call(model.train(), noised.inputs)
         with compiled_blocks(model) if compiled else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                given = model(**noised.inputs, return_dict=False)[0]
-    return ((given.float() - expected).norm() / expected.norm()).item()
+                output = ADAPTER.call(model, noised.inputs)
+    return ((output.float() - expected).norm() / expected.norm()).item()
 
 
 def _free(device: torch.device) -> None:

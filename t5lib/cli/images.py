@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from t5lib.cli.screen import counted, note
+from t5lib.data.batches import seeded
 from t5lib.utils.errors import T5Error
 
 MOST_HELD_OUT = 64
@@ -83,7 +83,7 @@ class CalibrationImages:
     """
 
     def __init__(self, paths: Sequence[Path], read: Callable[[Sequence[Path]], Tensor], batch_size: int, seed: int):
-        order = torch.randperm(len(paths), generator=_generator(seed)).tolist()
+        order = torch.randperm(len(paths), generator=seeded(seed)).tolist()
         held_out = min(MOST_HELD_OUT, batch_size, max(1, len(paths) // 10))
         self.held_out = [paths[index] for index in order[:held_out]]
         self.rest = [paths[index] for index in order[held_out:]]
@@ -98,12 +98,8 @@ class CalibrationImages:
             return self.read(self.held_out)
         batches_a_pass = -(-len(self.rest) // self.batch_size)
         epoch, position = divmod(number - 1, batches_a_pass)
-        order = torch.randperm(len(self.rest), generator=_generator(self.seed, 1 + epoch)).tolist()
+        order = torch.randperm(len(self.rest), generator=seeded(self.seed, 1 + epoch)).tolist()
         chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
         images = self.read([self.rest[index] for index in chosen])
-        mirrored = torch.rand(len(images), generator=_generator(self.seed, number, 1)) < 0.5
+        mirrored = torch.rand(len(images), generator=seeded(self.seed, number, 1)) < 0.5
         return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-
-
-def _generator(*key: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))

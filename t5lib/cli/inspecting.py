@@ -8,12 +8,11 @@ import numpy as np
 import torch
 
 import t5lib
-from t5lib.benchmarks.inputs import num_tokens
 from t5lib.benchmarks.resolution_sweep import count_flops
 from t5lib.checkpoint import read_description
 from t5lib.cli.screen import facts, notes, ranges
 from t5lib.conversion import new_parameters, ttt_layers
-from t5lib.families import timm_vit
+from t5lib.families.timm_vit import ADAPTER
 from t5lib.layers.attention import TTTAttention
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.config import to_dict
@@ -32,7 +31,7 @@ def run(folder: Path) -> dict[str, Any]:
     with notes.status(f"reading {folder}"):
         description = read_description(folder)
         model = t5lib.load(folder)
-        config, attentions = getattr(model, "t5_config", None), timm_vit.attention_names(model)
+        config, attentions = getattr(model, "t5_config", None), ADAPTER.attention_names(model)
         converted = ttt_layers(model)
         new = sum(parameter.numel() for parameter in new_parameters(model).values())
         total = sum(parameter.numel() for parameter in model.parameters())
@@ -43,7 +42,7 @@ def run(folder: Path) -> dict[str, Any]:
             "patch_size": model.patch_embed.feat_ratio(),
             "grid": list(model.patch_embed.grid_size),
             "prefix_tokens": model.num_prefix_tokens,
-            "tokens": num_tokens(model),
+            "tokens": model.patch_embed.num_patches + model.num_prefix_tokens,
             "t5": to_dict(config) if config else None,
             "layers": {
                 "ttt": [index for index, name in enumerate(attentions) if name in converted],
@@ -98,7 +97,7 @@ def _flops(description: dict[str, Any], config: TTTConfig) -> dict[str, int | No
     """
     architecture, arguments = description["architecture"], description["model_args"] | {"dynamic_img_size": True}
     with torch.device("meta"):
-        softmax = timm_vit.build(architecture, arguments, None)
+        softmax = ADAPTER.build(architecture, arguments, None)
         try:
             t5 = t5lib.convert(softmax, config)
         except T5Error:  # a softmax model can be saved without being convertible
@@ -116,7 +115,8 @@ def _flops(description: dict[str, Any], config: TTTConfig) -> dict[str, int | No
 
 def _counts(model: torch.nn.Module) -> list[int]:
     height, width = model.patch_embed.img_size
-    return [count_flops(model, torch.zeros(1, model.in_chans, f * height, f * width)) for f in FACTORS]
+    images = (torch.zeros(1, model.in_chans, factor * height, factor * width) for factor in FACTORS)
+    return [count_flops(model, ADAPTER.inputs(each)) for each in images]
 
 
 def _attention(ttt: list[int], softmax: list[int]) -> str:

@@ -16,7 +16,7 @@ import t5lib
 from t5lib.checkpoint import read_description
 from t5lib.cli.arguments import Source
 from t5lib.cli.screen import note
-from t5lib.families import timm_vit
+from t5lib.families.timm_vit import ADAPTER
 from t5lib.utils.errors import SourceError, T5Error
 
 
@@ -43,11 +43,11 @@ def outline(source: Source) -> nn.Module:
     with torch.device("meta"):
         if source.folder:
             description = read_description(source.folder)
-            model = timm_vit.build(description["architecture"], description["model_args"], None)
+            model = ADAPTER.build(description["architecture"], description["model_args"], None)
         else:
             _check_name(source)
             model = timm.create_model(source.name, pretrained=False)
-        timm_vit.check_convertible(model)
+        ADAPTER.check_convertible(model)
         _check_size(source, model)
     return model
 

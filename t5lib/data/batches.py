@@ -1,19 +1,16 @@
-"""What training and calibration are fed with."""
+"""What training and calibration are fed with: batches from any number on, and the seeds of what is random in them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from t5lib.utils.errors import T5Error
+from t5lib.utils.seeds import derived_seed
 
 # An iterable of batches (repeated when it ends), or a function from a batch number to an iterator from there on.
 # Only the function resumes without reading again what was used.
 Batches = Iterable[Any] | Callable[[int], Iterator[Any]]
-# What a model is called with; a dictionary holds keyword arguments.
-Inputs = Tensor | dict[str, Tensor]
 
 
 def open_batches(batches: Batches, start: int) -> Iterator[Any]:
@@ -23,22 +20,9 @@ def open_batches(batches: Batches, start: int) -> Iterator[Any]:
     return _skipped(_repeated(batches), start)
 
 
-def images_of(batch: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
-    """The images (B, 3, H, W) of a batch that may carry labels too."""
-    images = batch[0] if isinstance(batch, tuple | list) else batch
-    if not isinstance(images, torch.Tensor) or images.ndim != 4:
-        shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
-        raise T5Error(f"a batch must hold images (B, 3, H, W), got {shape}")
-    return images
-
-
-def run_on(model: nn.Module, inputs: Inputs) -> Any:
-    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
-
-
 def seeded(*numbers: int) -> torch.Generator:
-    """A CPU generator for this combination of numbers (seed, process, batch …) and no other."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+    """A CPU generator of its own for these numbers (`derived_seed`)."""
+    return torch.Generator().manual_seed(derived_seed(*numbers) >> 1)
 
 
 def _endless(batches: Iterator[Any], start: int) -> Iterator[Any]:

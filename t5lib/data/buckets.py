@@ -5,15 +5,18 @@ Sizes are (height, width) in pixels.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Annotated
 
 from PIL import Image, ImageOps
+from pydantic import Field
 
-from t5lib.data.stored import Size
+from t5lib.utils.config import AtLeastOne, Pair, Several, settings
 from t5lib.utils.errors import T5Error
 
+Size = tuple[int, int]  # (height, width)
 
-@dataclass(frozen=True, kw_only=True)
+
+@settings
 class BucketConfig:
     """The sizes images are brought to: `sizes` itself, or all that follow from `resolution`.
 
@@ -23,19 +26,15 @@ class BucketConfig:
     together: 16 for SD3 and DiT.
     """
 
-    sizes: tuple[Size, ...] = ()
-    resolution: int | None = None
-    max_aspect: float = 2.0
-    step: int = 64
+    sizes: Several[Pair[AtLeastOne]] = ()
+    resolution: AtLeastOne | None = None
+    max_aspect: Annotated[float, Field(ge=1)] = 2.0
+    step: AtLeastOne = 64
 
     def __post_init__(self) -> None:
         if bool(self.sizes) == (self.resolution is not None):
             raise T5Error(f"buckets: sizes is {list(self.sizes)} and resolution {self.resolution}; give one of them")
-        if any(min(size) < 1 for size in self.sizes):
-            raise T5Error(f"buckets: sizes is {list(self.sizes)}; expected (height, width) pairs of at least 1 pixel")
-        if self.step < 1 or self.max_aspect < 1:
-            raise T5Error(f"buckets: step {self.step}, max_aspect {self.max_aspect}; expected both to be at least 1")
-        if self.resolution is not None and (self.resolution < 1 or self.resolution % self.step):
+        if self.resolution is not None and self.resolution % self.step:
             raise T5Error(f"buckets: resolution is {self.resolution}; expected a multiple of step ({self.step})")
 
 

@@ -34,10 +34,11 @@ from torch import Tensor
 from t5lib.data.buckets import BucketConfig, Size, bucket_sizes, fit, nearest
 from t5lib.data.captions import caption_of, image_of
 from t5lib.data.encoders import ImageEncoder, TextEncoder
+from t5lib.data.latents import INDEX, MANIFEST, NULL, ShardIndex
 from t5lib.data.shards import Sample, Shard, ShardSet, check
-from t5lib.data.stored import INDEX, MANIFEST, NULL, ShardIndex
+from t5lib.utils.config import AtLeastOne, Share, settings
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json, sha256, write_json
+from t5lib.utils.files import atomic_file, read_json, sha256, write_bytes, write_json
 from t5lib.utils.progress import progress
 
 FORMAT = 1
@@ -47,22 +48,16 @@ NAMED = 3  # samples left out that a message names
 TAR_BLOCK = 512  # bytes a tar's members are padded to
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class EncodingConfig:
     """`flip`: encode the mirrored images too. `max_skipped`: share of the samples that may be left out because the
     image cannot be read or the caption is missing or empty. `workers`: threads that decode images."""
 
     buckets: BucketConfig
     flip: bool = False
-    batch_size: int = 8
-    max_skipped: float = 0.01
-    workers: int = 4
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.workers < 1:
-            raise T5Error(f"batch_size {self.batch_size}, workers {self.workers}; expected both to be at least 1")
-        if not 0 <= self.max_skipped <= 1:
-            raise T5Error(f"max_skipped is {self.max_skipped}; expected a share of the samples, 0 to 1")
+    batch_size: AtLeastOne = 8
+    max_skipped: Share = 0.01
+    workers: AtLeastOne = 4
 
 
 def encode(
@@ -84,7 +79,7 @@ def encode(
     settings = work.settings()
     _prepare(folder, settings, set(inputs))
     if text:
-        _write(folder / NULL, save({name: value[0] for name, value in work.embeds([""]).items()}))
+        write_bytes(folder / NULL, save({name: value[0] for name, value in work.embeds([""]).items()}))
     indices, done = {}, 0
     with progress(f"encode {shards.name}", shards.count) as bar:
         for name, shard in inputs.items():
@@ -130,15 +125,15 @@ class _Work:
 
     def shard(self, shard: Shard, tar: Path, advance: Callable[[int], None]) -> None:
         """Write the tar, then its index."""
-        partial, samples, skipped = tar.with_name(f".{tar.name}.partial"), [], []
-        with tarfile.open(partial, "w") as out:
-            for batch in self.batches(shard, skipped, advance):
-                for decoded, data, latent in self.encoded(batch):
-                    first = _add(out, f"{decoded.key}.safetensors", data)
-                    samples.append([decoded.key, first, len(data), *latent])
-                    _add(out, f"{decoded.key}.json", json.dumps(decoded.about).encode())
-        index = ShardIndex(sha256=sha256(partial), size=partial.stat().st_size, samples=samples, skipped=skipped)
-        os.replace(partial, tar)
+        samples, skipped = [], []
+        with atomic_file(tar) as partial:
+            with tarfile.open(partial, "w") as out:
+                for batch in self.batches(shard, skipped, advance):
+                    for decoded, data, latent in self.encoded(batch):
+                        first = _add(out, f"{decoded.key}.safetensors", data)
+                        samples.append([decoded.key, first, len(data), *latent])
+                        _add(out, f"{decoded.key}.json", json.dumps(decoded.about).encode())
+            index = ShardIndex(sha256=sha256(partial), size=partial.stat().st_size, samples=samples, skipped=skipped)
         write_json(tar.with_suffix(INDEX), asdict(index))
 
     def batches(self, shard: Shard, skipped: list[str], advance: Callable[[int], None]) -> Iterator[list[_Decoded]]:
@@ -219,9 +214,8 @@ def _prepare(folder: Path, settings: dict[str, Any], wanted: set[str]) -> None:
         print(f"{folder} was encoded with other settings ({', '.join(other)}): starting afresh", flush=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in sorted(folder.iterdir()):
-        name = path.name.partition(".")[0]
-        ours = re.fullmatch(rf"[0-9a-f]{{{ID_LENGTH}}}", name) and path.name.endswith((".tar", INDEX))
-        if (ours and (other or name not in wanted)) or path.name.endswith(".tar.partial"):
+        ours = re.match(rf"(\.?)([0-9a-f]{{{ID_LENGTH}}})\.", path.name)  # with a dot in front: half-made
+        if ours and (ours[1] or other or ours[2] not in wanted):
             path.unlink()
     write_json(note, settings)
 
@@ -269,9 +263,3 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
     return tar.offset - (len(data) + TAR_BLOCK - 1) // TAR_BLOCK * TAR_BLOCK
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(data)
-    os.replace(partial, path)

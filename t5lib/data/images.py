@@ -13,17 +13,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import accumulate, count, islice
-from typing import Literal
+from typing import Annotated, Literal
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import webdataset
 from PIL import Image, ImageOps
+from pydantic import Field
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from t5lib.data.shards import Sample, ShardSet, check, where
+from t5lib.utils.config import AtLeastOne, NotNegative, Pair, Positive, Share, Triple, WholeNumber, settings
 from t5lib.utils.errors import T5Error
+from t5lib.utils.seeds import derived_seed
 
 Transform = Callable[[Image.Image], torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -32,48 +35,47 @@ SHUFFLE_BUFFER = 1000  # undecoded samples a worker holds to mix neighbours
 ORDER_OF_SHARDS, ORDER_OF_SAMPLES, AUGMENTATION = range(3)  # keep the random streams of one seed apart
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DataConfig:
-    """How images become the network's input. `img_size`: pixels, one number or (height, width)."""
+    """How images become the network's input.
 
-    img_size: int | tuple[int, int]
-    num_classes: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    Attributes:
+        img_size: pixels, one number or (height, width).
+        crop_pct: share of the resized image's side that the centre crop keeps.
+        workers: processes that decode; 0: this process does.
+    """
+
+    img_size: AtLeastOne | Pair[AtLeastOne]
+    num_classes: AtLeastOne
+    mean: Triple[float]
+    std: Triple[Positive]
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
-    crop_pct: float = 1.0  # share of the resized image's side that the centre crop keeps
-    workers: int = 0  # processes that decode; 0: in this process
-    eval_batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        sides = self.img_size if isinstance(self.img_size, tuple) else (self.img_size,)
-        _require(min(sides) >= 1, "img_size", self.img_size, "at least 1 pixel a side")
-        _require(self.num_classes >= 1, "num_classes", self.num_classes, "at least 1")
-        _require(min(self.std) > 0, "std", self.std, "numbers above 0")
-        _require(0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "a share above 0, at most 1")
-        _require(self.workers >= 0, "workers", self.workers, "0 or more processes")
-        _require(self.eval_batch_size >= 1, "eval_batch_size", self.eval_batch_size, "at least 1")
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
+    workers: WholeNumber = 0
+    eval_batch_size: AtLeastOne = 64
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class AugmentConfig:
     """timm's training augmentation; the default changes nothing but what `transform` does without it.
 
-    `auto_augment`: such as "rand-m9-mstd0.5-inc1"; `scale`: share of the area a random resized crop keeps (None: resize
-    and centre crop); `hflip`, `re_prob` (random erasing with noise): probabilities; `color_jitter`: strength.
+    Attributes:
+        auto_augment: such as "rand-m9-mstd0.5-inc1".
+        hflip: probability that an image is mirrored.
+        scale: share of the area that a random resized crop keeps; None: resize and centre crop.
+        re_prob: probability of random erasing with noise.
+        color_jitter: strength.
     """
 
     auto_augment: str | None = None
-    hflip: float = 0.0
-    scale: tuple[float, float] | None = None
-    re_prob: float = 0.0
-    color_jitter: float | None = None
+    hflip: Share = 0.0
+    scale: Pair[Share] | None = None
+    re_prob: Share = 0.0
+    color_jitter: NotNegative | None = None
 
     def __post_init__(self) -> None:
-        for name in ("hflip", "re_prob"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability from 0 to 1")
         low, high = self.scale or (1.0, 1.0)
-        _require(0 < low <= high <= 1, "scale", self.scale, "two shares of the area such as [0.5, 1.0]")
+        _require(0 < low <= high, "scale", self.scale, "two shares of the area such as [0.5, 1.0]")
         clash = self.auto_augment and self.color_jitter and "3a" not in self.auto_augment
         _require(not clash, "color_jitter", self.color_jitter, "null: timm drops it where auto_augment is set")
 
@@ -224,8 +226,8 @@ class _TrainStream(_Stream):
         keep = fair if shards >= slots else range(slot, total, slots)
         for epoch in count(skip // len(keep)):
             order = list(range(shards))
-            random.Random(_seeds(self.seed, ORDER_OF_SHARDS, epoch)[0]).shuffle(order)
-            seed = _seeds(self.seed, ORDER_OF_SAMPLES, epoch, slot)[0]
+            random.Random(derived_seed(self.seed, ORDER_OF_SHARDS, epoch)).shuffle(order)
+            seed = derived_seed(self.seed, ORDER_OF_SAMPLES, epoch, slot)
             # webdataset's plain shuffle cannot be repeated; detshuffle adds its epoch to the seed, so ours is in there
             mixed = webdataset.detshuffle(SHUFFLE_BUFFER, SHUFFLE_BUFFER, seed=seed).run(self.read(order, keep))
             yield from ((epoch, *item) for item in islice(mixed, skip % len(keep), None))
@@ -269,11 +271,6 @@ def _as_it_is(item):
     return item
 
 
-def _seeds(*key: int) -> list[int]:
-    """Three independent 32-bit seeds that follow from `key`."""
-    return np.random.SeedSequence(key).generate_state(3).tolist()
-
-
 @contextmanager
 def _seeded(*key: int) -> Iterator[None]:
     """Python, NumPy and torch (CPU) draw from streams that `key` fixes, and afterwards go on where they were.
@@ -281,10 +278,10 @@ def _seeded(*key: int) -> Iterator[None]:
     timm and torchvision draw from all three. Not torch.manual_seed: that would seed the GPUs too.
     """
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    seeds = _seeds(*key)
-    random.seed(seeds[0])
-    np.random.seed(seeds[1])
-    torch.default_generator.manual_seed(seeds[2])
+    seed = derived_seed(*key)
+    random.seed(seed)
+    np.random.seed(seed >> 32)  # it takes 32 bits
+    torch.default_generator.manual_seed(seed >> 1)
     try:
         yield
     finally:

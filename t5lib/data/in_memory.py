@@ -9,9 +9,9 @@ Shapes: n images, B batch, H and W pixels of the network's input.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -19,10 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from t5lib.data.images import Batch, DataConfig, Transform, eval_batches, transform
+from t5lib.data.sampler import Sampler
 from t5lib.data.shards import ShardSet
 from t5lib.utils.errors import T5Error
+from t5lib.utils.files import atomic_file
 from t5lib.utils.progress import progress
+from t5lib.utils.seeds import numpy_generator
 
+FLIP = 2  # keeps its random stream apart from those of the sampler
 DECODED_AT_ONCE = 64  # images a worker hands over in one piece
 
 
@@ -70,18 +74,14 @@ class InMemoryImages:
                 f"batch_size {batch_size} and hflip {hflip}: expected 1 to {len(self)} images and a probability"
             )
 
+        sampler = Sampler((len(self),), batch_size, seed)
+
         def from_batch(start: int) -> Iterator[Batch]:
-            epoch, offset = divmod(start * batch_size, len(self))
-            order, flipped = self._epoch(seed, epoch, hflip)
-            while True:
-                chosen, mirrored = order[offset : offset + batch_size], flipped[offset : offset + batch_size]
-                offset += batch_size
-                if len(chosen) < batch_size:
-                    epoch, offset = epoch + 1, batch_size - len(chosen)
-                    order, flipped = self._epoch(seed, epoch, hflip)
-                    chosen = torch.cat([chosen, order[:offset]])
-                    mirrored = torch.cat([mirrored, flipped[:offset]])
-                yield self._normalized(_mirrored(self.images[chosen], mirrored)), self.labels[chosen]
+            for number in count(start):
+                chosen = torch.from_numpy(sampler(number)[1]).to(self.images.device)
+                mirrored = torch.from_numpy(numpy_generator(seed, FLIP, number).random(batch_size) < hflip)
+                images = _mirrored(self.images[chosen], mirrored.to(self.images.device))
+                yield self._normalized(images), self.labels[chosen]
 
         return from_batch
 
@@ -89,14 +89,6 @@ class InMemoryImages:
         """Every image once, in the manifest's order; the last batch may be short."""
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
             yield self._normalized(images), labels
-
-    def _epoch(self, seed: int, epoch: int, hflip: float) -> tuple[Tensor, Tensor]:
-        """The order of an epoch and which of its images are mirrored, both (n,); drawn on the CPU for any device."""
-        digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        order = torch.randperm(len(self), generator=generator)
-        mirrored = torch.rand(len(self), generator=generator) < hflip
-        return order.to(self.images.device), mirrored.to(self.images.device)
 
     def _normalized(self, images: Tensor) -> Tensor:
         return images.float().div_(255).sub_(self.mean).div_(self.std)
@@ -118,7 +110,7 @@ def decode(
     file = Path(folder) / f"{_key(shards, data, limit)}.safetensors"
     if file.exists():
         return file
-    count = min(limit or shards.count, shards.count)
+    total = min(limit or shards.count, shards.count)
     batches = eval_batches(
         shards,
         _AsBytes(transform(replace(data, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))),
@@ -126,21 +118,16 @@ def decode(
         workers=data.workers if workers is None else workers,
         limit=limit,
     )
-    images, labels, done = None, torch.empty(count, dtype=torch.int64), 0
-    with progress(f"decode {shards.name}", count) as bar:
+    images, labels, done = None, torch.empty(total, dtype=torch.int64), 0
+    with progress(f"decode {shards.name}", total) as bar:
         for pixels, classes in batches:
             if images is None:
-                images = torch.empty(count, *pixels.shape[1:], dtype=torch.uint8)
+                images = torch.empty(total, *pixels.shape[1:], dtype=torch.uint8)
             images[done : done + len(pixels)], labels[done : done + len(pixels)] = pixels, classes
             done += len(pixels)
             bar.advance(done)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{os.getpid()}-{file.name}")
-    try:
+    with atomic_file(file) as temporary:
         save_file({"images": images, "labels": labels}, temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
     return file
 
 

@@ -8,7 +8,7 @@ memory give the same batches, whatever the number of workers.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -19,15 +19,39 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from t5lib.data.buckets import Size
+from t5lib.data.sampler import Sampler
 from t5lib.data.shards import ShardSet
-from t5lib.data.stored import NULL, ShardIndex, Size
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import sha256
+from t5lib.utils.files import read_json, sha256
 from t5lib.utils.progress import progress
+from t5lib.utils.seeds import numpy_generator
 
+MANIFEST, NULL, INDEX = "manifest.json", "null.safetensors", ".index.json"
 Batch = dict[str, Tensor]
 Stored = dict[str, Tensor]  # latent, [flipped], prompt_embeds and pooled or label, stacked
-ORDER_OF_SAMPLES, ORDER_OF_SIZES, CHANCE = range(3)  # keep the random streams of one seed apart
+CHANCE = 2  # keeps its random stream apart from those of the sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """What `ID.index.json` says. `samples`: [key, first byte, bytes, latent height, latent width] of each .safetensors
+    in the tar; `skipped`: messages on the input samples left out; `size`: bytes of the tar."""
+
+    sha256: str
+    size: int
+    samples: list[list]
+    skipped: list[str]
+
+    @classmethod
+    def read(cls, tar: Path | str) -> "ShardIndex":
+        """Raises T5Error when the index is missing, or the tar has another size than when it was made."""
+        tar = Path(tar)
+        index = cls(**read_json(tar.with_suffix(INDEX)))
+        found = tar.stat().st_size if tar.exists() else 0
+        if found != index.size:
+            raise T5Error(f"{tar} has {found} bytes, its index says {index.size}: it was cut short; encode it again")
+        return index
 
 
 class LatentSet:
@@ -67,8 +91,8 @@ class LatentSet:
             raise T5Error(f"batch_size {batch_size}, rank {rank} of {world_size}; expected {expected}, rank below them")
         if seed < 0 or not 0 <= drop <= 1 or workers < 0:
             raise T5Error(f"seed {seed}, drop {drop}, workers {workers}; expected 0 or more, drop a probability")
-        plan = _Plan(self.counts, whole, seed)
-        numbered = _Numbered(self, plan, drop, range(rank * batch_size, (rank + 1) * batch_size))
+        sampler = Sampler(self.counts, whole, seed)
+        numbered = _Numbered(self, sampler, drop, range(rank * batch_size, (rank + 1) * batch_size))
         return lambda start: self._stream(numbered, start, workers)
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
@@ -206,55 +230,17 @@ class InMemoryLatents(LatentSet):
 
 
 @dataclass
-class _Plan:
-    """Which samples a batch holds. Of size s with n samples, epoch e has the batches ⌊e·n/B⌋ to ⌊(e+1)·n/B⌋."""
-
-    counts: tuple[int, ...]
-    batch_size: int
-    seed: int
-    _orders: dict[int, dict[int, np.ndarray]] = field(default_factory=dict)  # size → epoch → order of its samples
-
-    def __call__(self, number: int) -> tuple[int, np.ndarray]:
-        """Batch `number`: its size's number, and which of the samples of that size it holds."""
-        epoch = number * self.batch_size // sum(self.counts)
-        while self._batches_before(epoch + 1).sum() <= number:
-            epoch += 1
-        before = self._batches_before(epoch)
-        sizes = np.repeat(np.arange(len(self.counts)), self._batches_before(epoch + 1) - before)
-        self.generator(ORDER_OF_SIZES, epoch).shuffle(sizes)
-        position = number - before.sum()
-        size = int(sizes[position])
-        first = int(before[size] + (sizes[:position] == size).sum()) * self.batch_size
-        total = self.counts[size]
-        return size, np.array([self._order(size, i // total)[i % total] for i in range(first, first + self.batch_size)])
-
-    def generator(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *key])
-
-    def _batches_before(self, epoch: int) -> np.ndarray:
-        return epoch * np.array(self.counts) // self.batch_size
-
-    def _order(self, size: int, epoch: int) -> np.ndarray:
-        orders = self._orders.setdefault(size, {})
-        if epoch not in orders:
-            orders[epoch] = self.generator(ORDER_OF_SAMPLES, size, epoch).permutation(self.counts[size])
-            for old in [kept for kept in orders if abs(kept - epoch) > 1]:
-                del orders[old]
-        return orders[epoch]
-
-
-@dataclass
 class _Numbered(Dataset):
     """Batches by their number, for a loader's workers: of the whole batch this process has the places `part`."""
 
     source: LatentSet
-    plan: _Plan
+    sampler: Sampler
     drop: float
     part: range
 
     def batch(self, number: int) -> Batch:
-        size, rows = self.plan(number)
-        chance = self.plan.generator(CHANCE, number).random((2, len(rows)))
+        size, rows = self.sampler(number)
+        chance = numpy_generator(self.sampler.seed, CHANCE, number).random((2, len(rows)))
         part = slice(self.part.start, self.part.stop)
         return self.source._batch(size, rows[part], chance[0, part] < self.drop, chance[1, part] < 0.5)
 

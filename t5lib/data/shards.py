@@ -12,13 +12,13 @@ import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from webdataset.tariterators import tarfile_samples
 
-from t5lib.utils.config import from_dict, to_dict
+from t5lib.utils.config import Several, from_dict, settings, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, sha256, write_json
 from t5lib.utils.progress import progress
@@ -30,7 +30,7 @@ Sample = dict[str, Any]  # webdataset's form: "__key__", "__url__", and one entr
 Check = Callable[[Sample], object]  # raises T5Error that names the sample when something is missing in it
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Shard:
     """One tar file. `path` is absolute once the manifest has been read."""
 
@@ -53,16 +53,16 @@ class Shard:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ShardSet:
     """The shards of one split and what its manifest says about them. Class i of a sample is `classes[i]`."""
 
     name: str
     licence: str
     source: str
-    classes: tuple[str, ...]
+    classes: Several[str]
     count: int
-    shards: tuple[Shard, ...]
+    shards: Several[Shard]
 
     @classmethod
     def read(cls, manifest: Path | str) -> "ShardSet":

@@ -9,9 +9,8 @@ Shapes: B images, C channels (3, or 1 of a grey model), H and W pixels, h and w 
 
 import inspect
 import json
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,9 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from t5lib.evaluation.prompts import Job
+from t5lib.utils.config import AtLeastOne, NotNegative, Pair, settings
 from t5lib.utils.errors import T5Error
+from t5lib.utils.files import atomic_file
 from t5lib.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ T5_TOKENS = 512  # the most that diffusers' SD3 pipelines take
 RECIPE = "t5"  # the key of a PNG's text
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class GenerateConfig:
     """How images are sampled.
 
@@ -42,21 +43,11 @@ class GenerateConfig:
         batch_size: images at once; changes speed and memory, and images in the last bits at most.
     """
 
-    steps: int = 28
-    guidance: float = 7.0
-    size: tuple[int, int] | None = None
-    max_sequence_length: int | None = None
-    batch_size: int = 4
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "max_sequence_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise T5Error(f"{name} {value}: expected 1 or more")
-        if self.guidance < 0:
-            raise T5Error(f"guidance {self.guidance}: expected 0 or more; 1 means none, 4 to 7 are usual")
-        if self.size is not None and min(self.size) < 1:
-            raise T5Error(f"size {self.size}: expected (height, width) in pixels")
+    steps: AtLeastOne = 28
+    guidance: NotNegative = 7.0
+    size: Pair[AtLeastOne] | None = None
+    max_sequence_length: AtLeastOne | None = None
+    batch_size: AtLeastOne = 4
 
 
 def classes_of(pipeline: "DiffusionPipeline") -> int | None:
@@ -293,10 +284,5 @@ def _write(image: Tensor, path: Path, recipe: dict[str, Any]) -> None:
 
     text = PngImagePlugin.PngInfo()
     text.add_itxt(RECIPE, json.dumps(recipe, ensure_ascii=False))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
+    with atomic_file(path) as temporary:
         to_pil_image(image).save(temporary, format="PNG", pnginfo=text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ github.com/TencentQQGYLab/ELLA (dpg_bench/compute_dpg_bench.py: crops of the 2 Ã
 Imports nothing slow.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from t5lib.utils.config import one_of
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_text
+from t5lib.utils.seeds import derived_seed
 
 LAYOUTS = ("plain", "geneval", "dpg")
 SAMPLES = {"plain": 1, "geneval": 4, "dpg": 4}  # images a prompt: what the benchmarks' papers score
@@ -88,8 +88,7 @@ def as_classes(prompts: list[Prompt], classes: int) -> list[Prompt]:
 
 def seed_of(seed: int, prompt: int, sample: int) -> int:
     """The seed of one image, which follows from the run's seed and the image's place alone (63 bits)."""
-    digest = hashlib.sha256(f"{seed}/{prompt}/{sample}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return derived_seed(seed, prompt, sample) >> 1
 
 
 def jobs(prompts: list[Prompt], layout: str, out: Path, *, samples: int, seed: int = 0) -> list[Job]:

@@ -1,33 +1,33 @@
-"""What the families of diffusers share: a TTT layer in the place of its `Attention`, a grid that follows latents.
+"""What the families of diffusers share: a TTT layer in the place of its `Attention`, and most of their adapters.
 
 Shapes: B latents, N image tokens, T text tokens, C channels, H heads, D head width.
 """
 
-from typing import Any
+import copy
+from abc import abstractmethod
+from typing import Any, ClassVar
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import ModelMixin
+from diffusers.configuration_utils import FrozenDict
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import RMSNorm
 from t5kernels import RmsNorms
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from t5lib.families.base import Adapter, Tokens, check_multiple
+from t5lib.families.inputs import ExampleSize, Inputs
+from t5lib.families.replacement import chosen_layers, replace_attentions
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.config import TTTConfig
-from t5lib.layers.grid import TokenGrid
-from t5lib.utils.config import to_dict
+from t5lib.layers.grid import TokenGrid, announce_grid
+from t5lib.utils.config import from_dict, to_dict
 from t5lib.utils.errors import T5Error
 
 IMAGE = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
 TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
-
-
-class LatentGrid(TokenGrid):
-    """A TokenGrid that reads the grid off every latent image, as a pre-hook of diffusers' PatchEmbed."""
-
-    def __call__(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.rows, self.columns = (side // patch_embed.patch_size for side in inputs[0].shape[-2:])
 
 
 class DiffusersTTTAttention(TTTLayer):
@@ -39,15 +39,15 @@ class DiffusersTTTAttention(TTTLayer):
     Args:
         attention: to replace, as SD3 and DiT use it (check_attention).
         config: of this layer.
-        grid: token layout, shared by all layers of a model.
     """
 
     inherited = (*IMAGE, *TEXT, "to_out", "to_add_out")
+    num_prefix_tokens = 0
 
-    def __init__(self, attention: Attention, config: TTTConfig, grid: TokenGrid):
+    def __init__(self, attention: Attention, config: TTTConfig):
         super().__init__()
         self.num_heads, self.head_dim = attention.heads, attention.to_q.out_features // attention.heads
-        self.grid, self.context_pre_only = grid, attention.context_pre_only
+        self.context_pre_only = attention.context_pre_only
         self.order = tuple(attention._modules)
         self.settings = {name: value for name, value in vars(attention).items() if name != "_modules"}
         for name in self.inherited:
@@ -60,9 +60,13 @@ class DiffusersTTTAttention(TTTLayer):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        grid: TokenGrid | None = None,
         **others: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """hidden_states (B, N, C), and text (B, T, C) in a joint attention. Returns the same, or both.
+
+        Args:
+            grid: where hidden_states lie, for a call outside of a model.
 
         Raises:
             T5Error: a mask, text where there are no projections for it, or something else is given; the tokens do
@@ -79,13 +83,13 @@ class DiffusersTTTAttention(TTTLayer):
                 f"a TTT layer's new weights are on {away.pop()}, its input on {hidden_states.device}: offloading part "
                 "by part leaves them behind; use enable_model_cpu_offload, or group offloading of whole blocks"
             )
-        norms = self._norms(encoder_hidden_states is not None)
-        hidden_states = self.mixer.prepare(hidden_states, self.grid)
+        grid, norms = self.grid(grid), self._norms(encoder_hidden_states is not None)
+        hidden_states = self.mixer.prepare(hidden_states, grid)
         image, text = (
             None if x is None else _project(self, x, names[:3] if norms else names)
             for x, names in ((hidden_states, IMAGE), (encoder_hidden_states, TEXT))
         )
-        o, text_o = self.mixer.joint(image, text, self.grid, **norms)
+        o, text_o = self.mixer.joint(image, text, grid, **norms)
         o = self._out(_merged(o))
         if text is None:
             return o
@@ -124,63 +128,196 @@ def check_attention(attention: nn.Module, name: str, processors: tuple[type, ...
         )
 
 
-def fixed_grid(model: nn.Module) -> None:
-    """None: the model takes latents of any size."""
+class DiffusersAdapter(Adapter):
+    """What the denoisers of diffusers share: a PatchEmbed called `pos_embed`, blocks in `transformer_blocks`.
 
-
-def new_layer(attention: nn.Module, config: TTTConfig, grid: LatentGrid) -> DiffusersTTTAttention:
-    """The TTT layer that takes the place of `attention`."""
-    return DiffusersTTTAttention(attention, config, grid)
-
-
-def mark_as(model: ModelMixin, kind: type, config: TTTConfig) -> None:
-    """Make `model` one of the class `kind`, in place, whose config.json will tell its layers."""
-    model.__class__ = kind
-    model.register_to_config(t5_config=to_dict(config))
-    model.t5_config = config
-
-
-def softmax_arguments(model: ModelMixin) -> dict[str, Any]:
-    """The arguments that rebuild `model` as it was before conversion, weights aside."""
-    return {n: value for n, value in model.config.items() if not n.startswith("_") and n != "t5_config"}
-
-
-def softmax_attention(layer: DiffusersTTTAttention) -> Attention:
-    """The diffusers Attention that `layer` stands for, with its present parts (shared)."""
-    attention = Attention.__new__(Attention)
-    vars(attention).update(layer.settings, _modules={name: getattr(layer, name) for name in layer.order})
-    return attention.train(layer.training)
-
-
-def follow_inputs(model: nn.Module, grid: TokenGrid) -> RemovableHandle:
-    """Let `grid` be that of every latent image `model` sees."""
-    return model.pos_embed.register_forward_pre_hook(grid)
-
-
-def remove_grid(model: nn.Module) -> None:
-    hooks = model.pos_embed._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, TokenGrid)]:
-        del hooks[key]
-
-
-def reset_left_out(model: nn.Module, name: str, inherit: str) -> list[str]:
-    """Give a fresh start to what `inherit` leaves out around the attention `name`.
-
-    Fresh tensors take the place of the pretrained ones, which stay as they are for who shares them.
-
-    Args:
-        inherit: "all" resets nothing, "attention" the block's MLPs, "mlp" the attention's projections and norms.
-
-    Returns:
-        The full names of the parameters that were reset.
+    A subclass says where the attentions are. Its models are of diffusers' class `softmax_class`; converted ones are of
+    `converted_class`, a subclass of it whose config.json tells the layers.
     """
-    block = name.rpartition(".")[0]
-    roots = {"all": (), "attention": (f"{block}.ff", f"{block}.ff_context"), "mlp": (name,)}[inherit]
-    parts = [(root, module) for root, module in model.named_modules() if root in roots]
-    for _, part in parts:
-        for module in part.modules():
-            _restart(module)
-    return [f"{root}.{parameter}" for root, part in parts for parameter, _ in part.named_parameters()]
+
+    package = "diffusers"
+    input_name = "hidden_states"
+    compiled_by_block = True
+    softmax_class: ClassVar[type[ModelMixin]]
+    converted_class: ClassVar[type[ModelMixin]]
+    processors: ClassVar[tuple[type, ...]]  # of attentions that are plain softmax
+
+    def check_convertible(self, model: nn.Module) -> None:
+        if type(model) not in (self.softmax_class, self.converted_class):
+            name = self.softmax_class.__name__
+            raise T5Error(f"{type(model).__name__} is not diffusers' {name} but made of it; pass that itself")
+        self.check_blocks(model)
+        for name in self.attention_names(model):
+            check_attention(model.get_submodule(name), name, self.processors)
+
+    def check_blocks(self, model: nn.Module) -> None:
+        """Raises T5Error when a block is of a kind that is not known."""
+
+    def blocks(self, model: nn.Module) -> nn.ModuleList:
+        return model.transformer_blocks
+
+    def block_tokens(self, output: Any) -> Tensor:
+        """The image's come after the text's."""
+        return output[-1] if isinstance(output, tuple) else output
+
+    def grid(self, model: nn.Module, inputs: Inputs) -> TokenGrid:
+        return TokenGrid(*latent_grid(model.pos_embed, inputs[self.input_name]))
+
+    def embedding(self, model: nn.Module) -> nn.Module:
+        return model.pos_embed
+
+    @staticmethod
+    def announce(embedding: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        announce_grid(*latent_grid(embedding, arguments[0]))
+
+    def new_layer(self, model: nn.Module, attention: nn.Module, config: TTTConfig) -> DiffusersTTTAttention:
+        return DiffusersTTTAttention(attention, config)
+
+    def softmax_attention(self, layer: DiffusersTTTAttention) -> Attention:
+        attention = Attention.__new__(Attention)
+        vars(attention).update(layer.settings, _modules={name: getattr(layer, name) for name in layer.order})
+        return attention.train(layer.training)
+
+    def reset_left_out(self, model: nn.Module, name: str, inherit: str) -> list[str]:
+        block = name.rpartition(".")[0]
+        roots = {"all": (), "attention": (f"{block}.ff", f"{block}.ff_context"), "mlp": (name,)}[inherit]
+        parts = [(root, module) for root, module in model.named_modules() if root in roots]
+        for _, part in parts:
+            for module in part.modules():
+                _restart(module)
+        return [f"{root}.{parameter}" for root, part in parts for parameter, _ in part.named_parameters()]
+
+    def mark(self, model: nn.Module, config: TTTConfig) -> None:
+        """Make `model` one of the converted class, in place, whose config.json will tell its layers."""
+        model.__class__ = self.converted_class
+        model.register_to_config(t5_config=to_dict(config))
+        super().mark(model, config)
+
+    def unmark(self, model: nn.Module) -> None:
+        self.restore_class(model, {name: value for name, value in model.config.items() if name != "t5_config"})
+        super().unmark(model)
+
+    def restore_class(self, model: nn.Module, config: dict[str, Any]) -> None:
+        """Give `model` back the class and the `config` that it had before conversion."""
+        model.__class__ = self.softmax_class
+        model._internal_dict = FrozenDict(config)
+
+    def watch(
+        self, attention: nn.Module, inputs: dict[str, Tokens], outputs: dict[str, Tensor], name: str
+    ) -> list[RemovableHandle]:
+        heads: dict[str, Tensor] = {}
+
+        def keep_input(_module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+            tokens = (*arguments, named.get("hidden_states"), named.get("encoder_hidden_states"))
+            inputs[name] = tuple(part for part in tokens if part is not None)
+
+        def keep_heads(part: str):
+            def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+                heads[part] = arguments[0]
+
+            return keep
+
+        def keep_output(*_: Any) -> None:
+            parts = [heads.pop(part) for part in ("image", "text") if part in heads]
+            outputs[name] = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+        handles = [
+            attention.register_forward_pre_hook(keep_input, with_kwargs=True),
+            attention.to_out[0].register_forward_pre_hook(keep_heads("image")),
+            attention.register_forward_hook(keep_output),
+        ]
+        if attention.to_add_out is not None:
+            handles.append(attention.to_add_out.register_forward_pre_hook(keep_heads("text")))
+        return handles
+
+    def project(self, attention: nn.Module, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """See Adapter; with the pretrained q and k norms."""
+        image = _project(attention, tokens[0], IMAGE)
+        if len(tokens) == 1:
+            return image
+        text = _project(attention, tokens[1], TEXT)
+        return tuple(torch.cat(both, dim=2) for both in zip(image, text, strict=True))
+
+    def projections(self, layer: nn.Module) -> list[nn.Module]:
+        parts = (getattr(layer, name) for name in (*IMAGE, *TEXT))
+        return [part for part in parts if part is not None]
+
+    def call(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        return model(**inputs, return_dict=False)[0]
+
+    def checkpoint_gradients(self, model: nn.Module, on: bool) -> None:
+        if on:
+            model.enable_gradient_checkpointing()
+        else:
+            model.disable_gradient_checkpointing()
+
+    def num_tokens(self, model: nn.Module, inputs: Inputs) -> int:
+        grid, text = self.grid(model, inputs), inputs.get("encoder_hidden_states")
+        return grid.rows * grid.columns + (0 if text is None else text.shape[1])
+
+    def at_resolution(self, model: nn.Module, size: ExampleSize) -> nn.Module:
+        self._latent_side(model, size)
+        return copy.deepcopy(model).eval()
+
+    def example_inputs(self, model: nn.Module, size: ExampleSize) -> Inputs:
+        generator, side = torch.Generator().manual_seed(0), self._latent_side(model, size)
+        latents = torch.randn(size.batch, model.config.in_channels, side, side, generator=generator)
+        inputs = {"hidden_states": latents, "timestep": torch.randint(1000, (size.batch,), generator=generator)}
+        return inputs | self.example_conditions(model, size, generator)
+
+    @abstractmethod
+    def example_conditions(self, model: nn.Module, size: ExampleSize, generator: torch.Generator) -> Inputs:
+        """Random values of what the model is conditioned on."""
+
+    def _latent_side(self, model: nn.Module, size: ExampleSize) -> int:
+        patch = model.config.patch_size
+        what = f"what a patch covers ({patch} latents of {size.pixels_per_latent} pixels),"
+        check_multiple(size.resolution, size.pixels_per_latent * patch, what)
+        side, most = size.resolution // size.pixels_per_latent, (model.config.get("pos_embed_max_size") or 0) * patch
+        if most and side > most:
+            raise T5Error(
+                f"resolution {size.resolution} gives latents of {side}, but the model's positions (pos_embed_max_size) "
+                f"end at {most}; measure up to {most * size.pixels_per_latent} pixels"
+            )
+        return side
+
+    def describe(self, model: nn.Module) -> tuple[str, dict[str, Any]]:
+        """The name of diffusers' class, and its arguments."""
+        arguments = {n: value for n, value in model.config.items() if not n.startswith("_") and n != "t5_config"}
+        return self.softmax_class.__name__, arguments
+
+    def build(self, architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> nn.Module:
+        if architecture != self.softmax_class.__name__:
+            raise T5Error(f"expected the architecture {self.softmax_class.__name__}, got '{architecture}'")
+        if config is None and self.holds(arguments):
+            return self.softmax_class(**arguments)
+        return self.converted_class(**arguments, t5_config=to_dict(config) if config else None)
+
+    def holds(self, arguments: dict[str, Any]) -> bool:
+        """Whether diffusers' own class takes these arguments."""
+        return True
+
+    def skeleton(self, architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> nn.Module:
+        """See Adapter; parameters are on the meta device, buffers (not all of which are saved) are made."""
+        with init_empty_weights():
+            return self.build(architecture, arguments, config)
+
+    def fresh(self, model: nn.Module, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.build(*self.describe(model), None).to(next(model.parameters()))
+
+    def convert_as_told(self, model: nn.Module, told: dict[str, Any] | None) -> None:
+        """Convert a model that diffusers is making, as the entry t5_config of its config.json says."""
+        if told:
+            config = from_dict(TTTConfig, dict(told), "config.json: t5_config")
+            replace_attentions(self, model, config, chosen_layers(self, model, config))
+
+
+def latent_grid(embedding: nn.Module, latents: Tensor) -> tuple[int, int]:
+    """Rows and columns of the tokens that diffusers' PatchEmbed makes of latents (B, C, h, w)."""
+    height, width = latents.shape[-2:]
+    return height // embedding.patch_size, width // embedding.patch_size
 
 
 def _restart(module: nn.Module) -> None:
@@ -196,58 +333,6 @@ def _restart(module: nn.Module) -> None:
     module.to(place)
 
 
-def watch(
-    attention: nn.Module, inputs: dict[str, tuple[Tensor, ...]], outputs: dict[str, Tensor], name: str
-) -> list[RemovableHandle]:
-    """While the model runs, keep what `attention` gets and gives, under `name`.
-
-    Args:
-        inputs: gets the tokens, (image (B, N, C),) or with text (B, T, C) after it.
-        outputs: gets the merged heads (B, N + T, H·D) before the output projections; (B, N, H·D) where text is dropped.
-
-    Returns:
-        Handles whose `remove` ends it.
-    """
-    heads: dict[str, Tensor] = {}
-
-    def keep_input(_module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
-        tokens = (*arguments, named.get("hidden_states"), named.get("encoder_hidden_states"))
-        inputs[name] = tuple(part for part in tokens if part is not None)
-
-    def keep_heads(part: str):
-        def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            heads[part] = arguments[0]
-
-        return keep
-
-    def keep_output(*_: Any) -> None:
-        parts = [heads.pop(part) for part in ("image", "text") if part in heads]
-        outputs[name] = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-
-    handles = [
-        attention.register_forward_pre_hook(keep_input, with_kwargs=True),
-        attention.to_out[0].register_forward_pre_hook(keep_heads("image")),
-        attention.register_forward_hook(keep_output),
-    ]
-    if attention.to_add_out is not None:
-        handles.append(attention.to_add_out.register_forward_pre_hook(keep_heads("text")))
-    return handles
-
-
-def project(attention: nn.Module, tokens: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v, each (B, H, N + T, D), image tokens first, with the pretrained q and k norms.
-
-    Args:
-        attention: a diffusers Attention or a DiffusersTTTAttention.
-        tokens: (image (B, N, C),), or with text (B, T, C) after it.
-    """
-    image = _project(attention, tokens[0], IMAGE)
-    if len(tokens) == 1:
-        return image
-    text = _project(attention, tokens[1], TEXT)
-    return tuple(torch.cat(both, dim=2) for both in zip(image, text, strict=True))
-
-
 def _merged(o: Tensor) -> Tensor:
     """(B, H, N, D) to (B, N, H·D)."""
     return o.transpose(1, 2).flatten(2)
@@ -260,9 +345,3 @@ def _project(attention: nn.Module, x: Tensor, names: tuple[str, ...]) -> tuple[T
     heads = getattr(attention, "heads", None) or attention.num_heads
     q, k, v = (to(x).unflatten(-1, (heads, -1)).transpose(1, 2) for to in (to_q, to_k, to_v))
     return q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v
-
-
-def projections(layer: nn.Module) -> list[nn.Module]:
-    """The modules that make q, k and v of `layer`'s input."""
-    parts = (getattr(layer, name) for name in (*IMAGE, *TEXT))
-    return [part for part in parts if part is not None]

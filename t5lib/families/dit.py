@@ -5,56 +5,21 @@ Source: "Scalable Diffusion Models with Transformers" (arXiv 2212.09748).
 
 from typing import Any
 
-from accelerate import init_empty_weights
+import torch
 from diffusers import DiTTransformer2DModel, ModelMixin  # ModelMixin: from_pretrained of a pipeline looks for it here
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from t5lib.families.diffusers_base import (
-    LatentGrid,
-    check_attention,
-    fixed_grid,
-    follow_inputs,
-    mark_as,
-    new_layer,
-    project,
-    projections,
-    remove_grid,
-    reset_left_out,
-    softmax_arguments,
-    softmax_attention,
-    watch,
-)
+from t5lib.families.diffusers_base import DiffusersAdapter, latent_grid
+from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.layers.config import TTTConfig
-from t5lib.utils.config import from_dict, to_dict
+from t5lib.layers.grid import TokenGrid, announce_grid
 from t5lib.utils.errors import T5Error
 
-__all__ = [
-    "PACKAGE",
-    "ModelMixin",
-    "T5DiTTransformer2DModel",
-    "attention_names",
-    "build",
-    "check_convertible",
-    "describe",
-    "fixed_grid",
-    "follow_inputs",
-    "layer_sets",
-    "make_grid",
-    "mark",
-    "new_layer",
-    "project",
-    "projections",
-    "remove_grid",
-    "reset_left_out",
-    "skeleton",
-    "softmax_attention",
-    "unmark",
-    "watch",
-]
+__all__ = ["ADAPTER", "ModelMixin", "T5DiTTransformer2DModel"]
 
-PACKAGE = "diffusers"
+SPACING = "downscale_freq_shift"  # of the timestep embedding's frequencies
 
 
 class T5DiTTransformer2DModel(DiTTransformer2DModel):
@@ -111,80 +76,53 @@ class T5DiTTransformer2DModel(DiTTransformer2DModel):
         )
         for block in self.transformer_blocks:
             block.norm1.emb.time_proj.downscale_freq_shift = downscale_freq_shift
-        if t5_config:
-            from t5lib.conversion import convert
-
-            convert(self, from_dict(TTTConfig, dict(t5_config), "config.json: t5_config"), inplace=True)
+        ADAPTER.convert_as_told(self, t5_config)
 
 
-class SquareLatentGrid(LatentGrid):
-    """A LatentGrid that refuses what diffusers' DiT cannot put together again."""
+class DiT(DiffusersAdapter):
+    """DiT of every size."""
 
-    def __call__(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        super().__call__(patch_embed, inputs)
-        if self.rows != self.columns:
-            height, width = inputs[0].shape[-2:]
-            raise T5Error(f"a DiT takes square latents only, got {height}×{width}; crop or resize the images")
+    name = "dit"
+    softmax_class = DiTTransformer2DModel
+    converted_class = T5DiTTransformer2DModel
+    processors = (AttnProcessor2_0,)
 
+    def attention_names(self, model: nn.Module) -> list[str]:
+        return [f"transformer_blocks.{index}.attn1" for index in range(len(model.transformer_blocks))]
 
-def check_convertible(model: nn.Module) -> None:
-    """Raises T5Error naming what in `model` cannot be converted, and why."""
-    if type(model) not in (DiTTransformer2DModel, T5DiTTransformer2DModel):
-        raise T5Error(
-            f"{type(model).__name__} is not diffusers' DiTTransformer2DModel but made of it; pass that itself"
-        )
-    for name in attention_names(model):
-        check_attention(model.get_submodule(name), name, (AttnProcessor2_0,))
+    def layer_sets(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """The paper converts all."""
+        everything = tuple(range(len(model.transformer_blocks)))
+        return {"all": everything, "paper": everything}
 
+    def grid(self, model: nn.Module, inputs: Inputs) -> TokenGrid:
+        return TokenGrid(*_square_grid(model.pos_embed, inputs[self.input_name]))
 
-def attention_names(model: nn.Module) -> list[str]:
-    """Names of all self-attentions, in order; position i is layer i of TTTConfig.layers."""
-    return [f"transformer_blocks.{index}.attn1" for index in range(len(model.transformer_blocks))]
+    @staticmethod
+    def announce(embedding: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        announce_grid(*_square_grid(embedding, arguments[0]))
 
+    def example_conditions(self, model: nn.Module, size: ExampleSize, generator: torch.Generator) -> Inputs:
+        return {"class_labels": torch.randint(model.config.num_embeds_ada_norm, (size.batch,), generator=generator)}
 
-def layer_sets(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """What TTTConfig.layers may name: the paper converts all."""
-    everything = tuple(range(len(model.transformer_blocks)))
-    return {"all": everything, "paper": everything}
+    def restore_class(self, model: nn.Module, config: dict[str, Any]) -> None:
+        """Back to diffusers' class, unless that cannot hold the spacing of the model's timestep embedding."""
+        if self.holds(config):
+            super().restore_class(model, {n: value for n, value in config.items() if n != SPACING})
+        else:
+            model._internal_dict = FrozenDict(config)
 
-
-def make_grid(model: nn.Module) -> SquareLatentGrid:
-    """A grid that follows the size of every latent `model` sees."""
-    grid = SquareLatentGrid(model.pos_embed.height, model.pos_embed.width)
-    follow_inputs(model, grid)
-    return grid
-
-
-def mark(model: DiTTransformer2DModel, config: TTTConfig) -> None:
-    """Make `model` a T5DiTTransformer2DModel, in place, whose config.json will tell its layers."""
-    mark_as(model, T5DiTTransformer2DModel, config)
+    def holds(self, arguments: dict[str, Any]) -> bool:
+        return arguments.get(SPACING, 1) == 1
 
 
-def unmark(model: T5DiTTransformer2DModel) -> None:
-    """Back to diffusers' class, unless that cannot hold the spacing of the model's timestep embedding."""
-    left = {name: value for name, value in model.config.items() if name != "t5_config"}
-    if left.get("downscale_freq_shift", 1) == 1:
-        left.pop("downscale_freq_shift", None)
-        model.__class__ = DiTTransformer2DModel
-    model._internal_dict = FrozenDict(left)
-    del model.t5_config, model.t5_report
+def _square_grid(embedding: nn.Module, latents: Tensor) -> tuple[int, int]:
+    """The grid of latents; diffusers' DiT cannot put others than square ones together again."""
+    rows, columns = latent_grid(embedding, latents)
+    if rows != columns:
+        height, width = latents.shape[-2:]
+        raise T5Error(f"a DiT takes square latents only, got {height}×{width}; crop or resize the images")
+    return rows, columns
 
 
-def describe(model: DiTTransformer2DModel) -> tuple[str, dict[str, Any]]:
-    """The name of diffusers' class and the arguments that rebuild `model` (weights aside)."""
-    return "DiTTransformer2DModel", softmax_arguments(model)
-
-
-def build(architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> DiTTransformer2DModel:
-    """The model of `describe`, with fresh weights and, given `config`, converted."""
-    if architecture != "DiTTransformer2DModel":
-        raise T5Error(f"expected a DiTTransformer2DModel, got '{architecture}'")
-    if config is None and "downscale_freq_shift" not in arguments:
-        return DiTTransformer2DModel(**arguments)
-    return T5DiTTransformer2DModel(**arguments, t5_config=to_dict(config) if config else None)
-
-
-def skeleton(architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> DiTTransformer2DModel:
-    """As `build`, with no weights: parameters are on the meta device, buffers (not all are saved) are made."""
-    with init_empty_weights():
-        return build(architecture, arguments, config)
+ADAPTER = DiT()

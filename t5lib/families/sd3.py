@@ -10,57 +10,20 @@ Source of the layer set "paper": "Linearizing Vision Transformer with Test-Time 
 
 from typing import Any
 
-from accelerate import init_empty_weights
+import torch
 from diffusers import ModelMixin, SD3Transformer2DModel  # ModelMixin: from_pretrained of a pipeline looks for it here
-from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import JointAttnProcessor2_0
-from torch import nn
+from torch import Tensor, nn
 
-from t5lib.families.diffusers_base import (
-    LatentGrid,
-    check_attention,
-    fixed_grid,
-    follow_inputs,
-    mark_as,
-    new_layer,
-    project,
-    projections,
-    remove_grid,
-    reset_left_out,
-    softmax_arguments,
-    softmax_attention,
-    watch,
-)
+from t5lib.families.diffusers_base import DiffusersAdapter
+from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.layers.config import TTTConfig
-from t5lib.utils.config import from_dict, to_dict
 from t5lib.utils.errors import T5Error
 
-__all__ = [
-    "MEDIUM",
-    "PACKAGE",
-    "ModelMixin",
-    "T5SD3Transformer2DModel",
-    "attention_names",
-    "build",
-    "check_convertible",
-    "describe",
-    "fixed_grid",
-    "follow_inputs",
-    "layer_sets",
-    "make_grid",
-    "mark",
-    "new_layer",
-    "project",
-    "projections",
-    "remove_grid",
-    "reset_left_out",
-    "skeleton",
-    "softmax_attention",
-    "unmark",
-    "watch",
-]
-PACKAGE = "diffusers"
+__all__ = ["ADAPTER", "MEDIUM", "ModelMixin", "T5SD3Transformer2DModel"]
+
 LAST_JOINT = 5  # of the layer set "paper"
 MEDIUM = {  # arguments of SD3Transformer2DModel as SD3.5-Medium has them
     "sample_size": 128,
@@ -120,71 +83,38 @@ class T5SD3Transformer2DModel(SD3Transformer2DModel):
             dual_attention_layers=dual_attention_layers,
             qk_norm=qk_norm,
         )
-        if t5_config:
-            from t5lib.conversion import convert
-
-            convert(self, from_dict(TTTConfig, dict(t5_config), "config.json: t5_config"), inplace=True)
+        ADAPTER.convert_as_told(self, t5_config)
 
 
-def check_convertible(model: nn.Module) -> None:
-    """Raises T5Error naming what in `model` cannot be converted, and why."""
-    if type(model) not in (SD3Transformer2DModel, T5SD3Transformer2DModel):
-        raise T5Error(
-            f"{type(model).__name__} is not diffusers' SD3Transformer2DModel but made of it; pass that itself"
-        )
-    for index, block in enumerate(model.transformer_blocks):
-        if not isinstance(block, JointTransformerBlock):
-            raise T5Error(f"transformer_blocks.{index} is {type(block).__name__}; expected JointTransformerBlock")
-    for name in attention_names(model):
-        check_attention(model.get_submodule(name), name, (JointAttnProcessor2_0,))
+class SD3(DiffusersAdapter):
+    """Stable Diffusion 3 and 3.5."""
+
+    name = "sd3"
+    softmax_class = SD3Transformer2DModel
+    converted_class = T5SD3Transformer2DModel
+    processors = (JointAttnProcessor2_0,)
+
+    def check_blocks(self, model: nn.Module) -> None:
+        for index, block in enumerate(model.transformer_blocks):
+            if not isinstance(block, JointTransformerBlock):
+                raise T5Error(f"transformer_blocks.{index} is {type(block).__name__}; expected JointTransformerBlock")
+
+    def attention_names(self, model: nn.Module) -> list[str]:
+        """The joint ones, then the image-only ones of the dual blocks."""
+        blocks = list(enumerate(model.transformer_blocks))
+        joint = [f"transformer_blocks.{index}.attn" for index, _ in blocks]
+        return joint + [f"transformer_blocks.{index}.attn2" for index, block in blocks if block.attn2 is not None]
+
+    def layer_sets(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        depth, count = len(model.transformer_blocks), len(self.attention_names(model))
+        return {"all": tuple(range(count)), "paper": tuple(range(max(0, depth - LAST_JOINT), count))}
+
+    def example_conditions(self, model: nn.Module, size: ExampleSize, generator: torch.Generator) -> Inputs:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(size.batch, *shape, generator=generator)
+
+        text = normal(size.text_tokens, model.config.joint_attention_dim)
+        return {"encoder_hidden_states": text, "pooled_projections": normal(model.config.pooled_projection_dim)}
 
 
-def attention_names(model: nn.Module) -> list[str]:
-    """Names of all attentions: the joint ones, then the image-only ones of the dual blocks."""
-    blocks = list(enumerate(model.transformer_blocks))
-    joint = [f"transformer_blocks.{index}.attn" for index, _ in blocks]
-    return joint + [f"transformer_blocks.{index}.attn2" for index, block in blocks if block.attn2 is not None]
-
-
-def layer_sets(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """What TTTConfig.layers may name."""
-    depth, count = len(model.transformer_blocks), len(attention_names(model))
-    return {"all": tuple(range(count)), "paper": tuple(range(max(0, depth - LAST_JOINT), count))}
-
-
-def make_grid(model: nn.Module) -> LatentGrid:
-    """A LatentGrid that follows the size of every latent `model` sees."""
-    grid = LatentGrid(model.pos_embed.height, model.pos_embed.width)
-    follow_inputs(model, grid)
-    return grid
-
-
-def mark(model: SD3Transformer2DModel, config: TTTConfig) -> None:
-    """Make `model` a T5SD3Transformer2DModel, in place, whose config.json will tell its layers."""
-    mark_as(model, T5SD3Transformer2DModel, config)
-
-
-def unmark(model: T5SD3Transformer2DModel) -> None:
-    model.__class__ = SD3Transformer2DModel
-    model._internal_dict = FrozenDict({name: value for name, value in model.config.items() if name != "t5_config"})
-    del model.t5_config, model.t5_report
-
-
-def describe(model: SD3Transformer2DModel) -> tuple[str, dict[str, Any]]:
-    """The name of diffusers' class and the arguments that rebuild `model` (weights aside)."""
-    return "SD3Transformer2DModel", softmax_arguments(model)
-
-
-def build(architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> SD3Transformer2DModel:
-    """The model of `describe`, with fresh weights and, given `config`, converted."""
-    if architecture != "SD3Transformer2DModel":
-        raise T5Error(f"expected an SD3Transformer2DModel, got '{architecture}'")
-    if config is None:
-        return SD3Transformer2DModel(**arguments)
-    return T5SD3Transformer2DModel(**arguments, t5_config=to_dict(config))
-
-
-def skeleton(architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> SD3Transformer2DModel:
-    """As `build`, with no weights: parameters are on the meta device, buffers (not all are saved) are made."""
-    with init_empty_weights():
-        return build(architecture, arguments, config)
+ADAPTER = SD3()

@@ -6,30 +6,31 @@ Shapes: B images, N tokens, C channels, H heads, D head width.
 from torch import Tensor, nn
 
 from t5lib.layers.config import TTTConfig
-from t5lib.layers.grid import TokenGrid
-from t5lib.layers.mixers import make_mixer
+from t5lib.layers.factory import make_mixer
+from t5lib.layers.grid import TokenGrid, current_grid
+from t5lib.layers.mixers import Mixer
 from t5lib.utils.errors import T5Error
 
 
 class TTTLayer(nn.Module):
-    """What the converted layers of all families have in common: inherited parts around a mixer, and a token grid.
+    """What the converted layers of all families have in common: inherited parts around a mixer.
 
     Attributes:
         inherited: names of the parts taken over from the softmax attention (None where it has none).
         num_heads, head_dim: of the layer.
+        num_prefix_tokens: class and register tokens of the model, which come before the grid's.
         mixer: holds every new parameter.
-        grid: token layout, shared by all layers of a model.
     """
 
     inherited: tuple[str, ...]
     num_heads: int
     head_dim: int
-    mixer: nn.Module
-    grid: TokenGrid
+    num_prefix_tokens: int
+    mixer: Mixer
 
-    def grid_of(self, tokens: tuple[Tensor, ...]) -> TokenGrid:
-        """The layout of q, k and v made of `tokens`: image tokens (B, N, C), and text tokens (B, T, C) if any."""
-        return self.grid.with_suffix(tokens[1].shape[1]) if len(tokens) > 1 else self.grid
+    def grid(self, given: TokenGrid | None) -> TokenGrid:
+        """The layout of the image's tokens in this call: `given`, or that of the running forward."""
+        return given or current_grid(self.num_prefix_tokens)
 
     def add_mixer(self, config: TTTConfig, like: nn.Linear) -> None:
         """Make the mixer, in the precision and the place of `like`, the projection of queries.
@@ -55,30 +56,33 @@ class TTTAttention(TTTLayer):
     Args:
         attention: the timm.layers.Attention to replace.
         config: of this layer.
-        grid: token layout, shared by all layers of a model.
+        num_prefix_tokens: of the model.
     """
 
     inherited = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
 
-    def __init__(self, attention: nn.Module, config: TTTConfig, grid: TokenGrid):
+    def __init__(self, attention: nn.Module, config: TTTConfig, num_prefix_tokens: int):
         super().__init__()
         self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
-        self.grid = grid
+        self.num_prefix_tokens = num_prefix_tokens
         for name in self.inherited:
             setattr(self, name, getattr(attention, name, None))
         self.add_mixer(config, self.qkv)
         self.train(attention.training)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x: (B, N, C), prefix tokens first. Returns (B, N, C).
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, grid: TokenGrid | None = None
+    ) -> Tensor:
+        """x: (B, N, C), prefix tokens first. Returns (B, N, C). `grid`: where x lies, for a call outside of a model.
 
         Raises:
             T5Error: a mask is given (a linear layer has no map to mask), or the tokens do not fit the grid.
         """
         if attn_mask is not None or is_causal:
             raise T5Error("a TTT layer sees all tokens: attn_mask and is_causal are not supported; call without them")
-        q, k, v = project(self, self.mixer.prepare(x, self.grid))
-        return self.merge(self.mixer(q, k, v, self.grid), x)
+        grid = self.grid(grid)
+        q, k, v = project(self, self.mixer.prepare(x, grid))
+        return self.merge(self.mixer(q, k, v, grid), x)
 
     def merge(self, o: Tensor, x: Tensor) -> Tensor:
         """Heads (B, H, N, D) to (B, N, C) through the pretrained norm, gate and output projection; x gates."""

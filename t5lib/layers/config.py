@@ -1,13 +1,14 @@
-"""What the new layers are: one TTTConfig for a model, its named presets, and the map from layers to what they become."""
+"""What the new layers are: a TTTConfig for a model, its named presets, and what each layer of a map becomes."""
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any
 
+from pydantic import BeforeValidator, Field
 from t5kernels import INNER_LOSSES, INNER_WEIGHTS, KEY_NORMS
 
 from t5lib.layers.layer_map import LAYER_SETS, parse_indices
-from t5lib.utils.config import one_of
+from t5lib.utils.config import Choice, Positive, Several, WholeNumber, one_of, settings
 from t5lib.utils.errors import T5Error
 
 SOFTMAX = "softmax"  # in a layer map: leave this attention as it is
@@ -41,7 +42,12 @@ _OWN: dict[str, dict[str, Any]] = {
 PRESETS = {name: _OTHERWISE | own for name, own in _OWN.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
+def _with_named_keys(layers: Any) -> Any:
+    """A layer map's keys as text; YAML reads a single index as a number."""
+    return {str(key): what for key, what in layers.items()} if isinstance(layers, dict) else layers
+
+
+@settings
 class TTTConfig:
     """What the new layers are.
 
@@ -67,44 +73,26 @@ class TTTConfig:
         seed: of the new weights; a conversion is repeatable and leaves the global random state alone.
     """
 
-    inner: str = "swiglu"
-    inner_loss: str = "dot"
-    key_norm: str = "instance"
-    key_norm_eps: float = 1.0
-    key_norm_scope: str = "joint"
-    locality: str = "dwc_qk"
+    inner: Annotated[str, Choice(INNERS)] = "swiglu"
+    inner_loss: Annotated[str, Choice(INNER_LOSSES)] = "dot"
+    key_norm: Annotated[str, Choice(KEY_NORMS)] = "instance"
+    key_norm_eps: Positive = 1.0
+    key_norm_scope: Annotated[str, Choice(SCOPES)] = "joint"
+    locality: Annotated[str, Choice(LOCALITIES)] = "dwc_qk"
     rescale: bool = False
-    radius: float = 8.0
-    inherit: str = "all"
-    layers: tuple[int, ...] | dict[str, str] | str | None = None
-    init_std: float | None = None
-    seed: int = 0
+    radius: Annotated[float, Field(ge=1)] = 8.0
+    inherit: Annotated[str, Choice(INHERITANCE)] = "all"
+    layers: Annotated[Several[int] | dict[str, str] | str | None, BeforeValidator(_with_named_keys)] = None
+    init_std: Positive | None = None
+    seed: WholeNumber = 0
 
     def __post_init__(self):
-        one_of(self.inner, INNERS, "inner")
-        one_of(self.inner_loss, INNER_LOSSES, "inner_loss")
-        one_of(self.key_norm, KEY_NORMS, "key_norm")
-        one_of(self.key_norm_scope, SCOPES, "key_norm_scope")
-        one_of(self.locality, LOCALITIES, "locality")
-        one_of(self.inherit, INHERITANCE, "inherit")
-        if self.key_norm_eps <= 0:
-            raise T5Error(f"key_norm_eps is {self.key_norm_eps}; expected a positive number, as in the method: 1.0")
-        if self.radius < 1:
-            raise T5Error(f"radius is {self.radius}; expected 1 or more patches, as in CLEAR: 8")
-        if self.init_std is not None and self.init_std <= 0:
-            raise T5Error(f"init_std is {self.init_std}; expected a positive number, or null for head_dim**-0.5")
         if isinstance(self.layers, str) and self.layers[:1].isdigit():  # as on the command line
             raise T5Error(f"layers '{self.layers}' is text; write indices, [0, 1], or a map, {{'0-5': 'softmax'}}")
         if isinstance(self.layers, str):
             one_of(self.layers, LAYER_SETS, "layers")
-        if isinstance(self.layers, list):
-            object.__setattr__(self, "layers", tuple(self.layers))
-        if self.layers is not None and not isinstance(self.layers, str | tuple | dict):
-            raise T5Error(f"layers is {self.layers!r}; expected indices such as [3], a map, or one of {LAYER_SETS}")
         if isinstance(self.layers, dict):
-            object.__setattr__(self, "layers", {str(key): what for key, what in self.layers.items()})
-            for what in self.layers.values():
-                self.named(what)
+            list(self._entries())  # a slip in a map must show at once
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "TTTConfig":
@@ -114,7 +102,7 @@ class TTTConfig:
 
     @classmethod
     def expand(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Settings as written in a file, `preset: name` replaced by what it stands for (see t5lib.utils.config.from_dict)."""
+        """Settings as written in a file, `preset: name` replaced by what it stands for (t5lib.utils.config)."""
         if "preset" not in data:
             return data
         one_of(data["preset"], PRESETS, "preset")
@@ -168,7 +156,7 @@ class TTTConfig:
             raise T5Error(f"layers {self.layers}: nothing to convert; name at least one layer that is not softmax")
         return result
 
-    def _entries(self):
+    def _entries(self) -> Iterator[tuple[int, "TTTConfig | None"]]:
         for key, what in self.layers.items():
             for index in parse_indices(key):
                 yield index, self.named(what)

@@ -9,7 +9,7 @@ Shapes: B images, H heads, N image tokens, T text tokens, D head width. Several 
 
 import t5kernels
 import torch
-from t5kernels import INNER_WEIGHTS, RmsNorms, key_norm, neighborhood_attention, ttt_layer
+from t5kernels import RmsNorms, key_norm, neighborhood_attention
 from torch import Tensor, nn
 
 from t5lib.layers.config import TTTConfig
@@ -103,7 +103,7 @@ class Mixer(nn.Module):
     def localized(self, q: Tensor, k: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
         """q and k (B, H, N, D), with suffix tokens if the grid has them, as the mixing itself gets them."""
         q, k = self.rescaled(q, k)
-        k = self._normalized(k, grid)
+        k = self.normalized(k, grid)
         if self.config.convolution == "dwc_qk":
             q, k = q + convolved(q, self.q_conv, grid), k + convolved(k, self.k_conv, grid)
         return q, k
@@ -113,7 +113,7 @@ class Mixer(nn.Module):
             return q, k
         return q * self.q_scale + self.q_offset, k * self.k_scale + self.k_offset
 
-    def _normalized(self, k: Tensor, grid: TokenGrid) -> Tensor:
+    def normalized(self, k: Tensor, grid: TokenGrid) -> Tensor:
         """Key norm over all tokens, or over the image's and the text's (suffix) apart (config.key_norm_scope)."""
         kind, eps = self.config.key_norm, self.config.key_norm_eps
         if self.config.key_norm_scope == "joint" or not grid.num_suffix_tokens:
@@ -137,46 +137,6 @@ class Mixer(nn.Module):
         near = neighborhood_attention(q, k, v, rows=grid.rows, columns=grid.columns, window=self.config.window)
         mixed = 0.5 * o[:, :, own] + 0.5 * near.to(o.dtype)
         return torch.cat([o[:, :, : own.start], mixed, o[:, :, own.stop :]], dim=2)
-
-
-class TTTMixer(Mixer):
-    """A TTT inner model, fitted to keys and values by one gradient step and applied to the queries."""
-
-    def __init__(self, num_heads: int, head_dim: int, config: TTTConfig, layers: int = 1):
-        super().__init__(num_heads, head_dim, config, layers)
-        self.weight_names = [f"w{i + 1}" for i in range(INNER_WEIGHTS[config.inner])]
-        for name in self.weight_names:
-            setattr(self, name, self.inner_weight())
-        self.settings = t5kernels.Settings(
-            inner=config.inner,
-            loss=config.inner_loss,
-            key_norm=config.key_norm,
-            eps=config.key_norm_eps,
-            norm_scope=config.key_norm_scope,
-        )
-
-    @property
-    def takes_norms(self) -> bool:
-        return not self.config.rescale and not self.config.window  # both want normalized q and k themselves
-
-    def attend(
-        self, image: Tokens, text: Tokens | None, grid: TokenGrid, norms: RmsNorms | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        image, text = ((*self.rescaled(*part[:2]), part[2]) if part else None for part in (image, text))
-        weights = tuple(getattr(self, name) for name in self.weight_names)
-        convs = {}
-        if self.config.convolution == "dwc_qk":
-            convs = {name: (getattr(self, name).weight, getattr(self, name).bias) for name in ("q_conv", "k_conv")}
-        return ttt_layer(image, weights, self.settings, grid=grid, text=text, norms=norms, **convs)
-
-
-def make_mixer(num_heads: int, head_dim: int, config: TTTConfig, layers: int = 1) -> Mixer:
-    """The mixer that `config.inner` names, with new weights."""
-    if config.inner in INNER_WEIGHTS:
-        return TTTMixer(num_heads, head_dim, config, layers)
-    from t5lib.layers.baselines import BASELINE_MIXERS
-
-    return BASELINE_MIXERS[config.inner](num_heads, head_dim, config, layers)
 
 
 def check_window(config: TTTConfig, grid: TokenGrid) -> None:

@@ -13,19 +13,20 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
-from t5lib.benchmarks.resolution_sweep import at_resolution, break_even_tokens, describe_device, num_tokens
-from t5lib.benchmarks.timing import Rules, TimingConfig, race
+from t5lib.benchmarks.resolution_sweep import break_even_tokens
+from t5lib.benchmarks.timing import Rules, TimingConfig, describe_device, time_models
 from t5lib.conversion import convert
-from t5lib.families import timm_vit
+from t5lib.families.inputs import ExampleSize
+from t5lib.families.timm_vit import ADAPTER
 from t5lib.layers.config import SOFTMAX, TTTConfig
 from t5lib.layers.layer_map import format_layers
-from t5lib.utils.config import one_of
+from t5lib.utils.config import AtLeastOne, Positive, Several, one_of, settings
 from t5lib.utils.errors import T5Error
 
 KINDS = ("swiglu", "swiglu+nat5")
@@ -33,7 +34,7 @@ GAIN = 1.02  # a speed-up below this is within what two runs differ by
 WITHOUT_BLOCKS = "no blocks"
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class PlanConfig(TimingConfig):
     """What is measured, and (TimingConfig) how.
 
@@ -42,18 +43,15 @@ class PlanConfig(TimingConfig):
         factors: the resolutions measured, as multiples of the one asked for.
     """
 
-    chain: int = 4
-    factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    chain: AtLeastOne = 4
+    factors: Several[Positive] = (0.5, 1.0, 2.0)
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.chain < 1:
-            raise T5Error(f"chain is {self.chain}; expected 1 or more blocks")
-        if 1.0 not in self.factors or min(self.factors) <= 0:
+        if 1.0 not in self.factors:
             raise T5Error(f"factors {list(self.factors)}: expected positive numbers with 1.0, the size asked for")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Timing:
     """Milliseconds of a forward pass's parts at one resolution.
 
@@ -73,7 +71,7 @@ class Timing:
     relative_error: dict[str, float]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Plan:
     """What `plan` measured, and what follows from it. An assignment names each layer's kind: "softmax" or a new one.
 
@@ -93,9 +91,9 @@ class Plan:
     depth: int
     patch: int
     prefix: int
-    kinds: tuple[str, ...]
+    kinds: Several[str]
     resolution: int
-    timings: tuple[Timing, ...]
+    timings: Several[Timing]
 
     @property
     def timing(self) -> Timing:
@@ -226,13 +224,14 @@ def plan(
             (t5lib.benchmarks.resolution_sweep.check_output), or times too noisy to tell a block's.
     """
     config, device = config or PlanConfig(), torch.device(device)
-    timm_vit.check_convertible(model)
-    rules, settings = Rules.of(config, device), {kind: _settings(kind) for kind in kinds}
-    if not settings:
+    ADAPTER.check_convertible(model)
+    rules, layers = Rules.of(config, device), {kind: _settings(kind) for kind in kinds}
+    if not layers:
         raise T5Error("kinds is empty; expected values of a layer map, such as 'swiglu'")
     timings = []
-    for side in _sides(model, resolution, settings, config):
-        timings.append(_time(at_resolution(model, side).to(device, torch.float32), side, settings, config, rules))
+    for side in _sides(model, resolution, layers, config):
+        sized = ADAPTER.at_resolution(model, ExampleSize(side)).to(device, torch.float32)
+        timings.append(_time(sized, side, layers, config, rules))
         if on_timing:
             on_timing(timings[-1])
     return Plan(
@@ -245,7 +244,7 @@ def plan(
         depth=len(model.blocks),
         patch=model.patch_embed.patch_size[0],
         prefix=model.num_prefix_tokens,
-        kinds=tuple(settings),
+        kinds=tuple(layers),
         resolution=resolution,
         timings=tuple(timings),
     )
@@ -265,21 +264,23 @@ def verify(
         ms_runs, launched_ms (without CUDA graph; None where none is used) and relative_error (output against float64).
     """
     rules = Rules.of(plan.config, torch.device(device))
-    sized = at_resolution(model, plan.resolution).to(device, torch.float32)
+    size = ExampleSize(plan.resolution, plan.config.batch)
+    sized = ADAPTER.at_resolution(model, size).to(device, torch.float32)
     predicted = [plan.milliseconds(assignment) for assignment in assignments]
     models = {str(index): _assembled(sized, assignment) for index, assignment in enumerate(assignments)}
-    races = race(models, plan.resolution, plan.config, rules)
+    where = f"at {plan.resolution} px"
+    times = time_models(models, ADAPTER.example_inputs(sized, size), plan.config, rules, where)
     return [
         {
             "layers": format_layers(list(assignment)),
             "predicted_ms": ms,
-            "measured_ms": statistics.median(race.ms_runs),
-            "deviation": ms / statistics.median(race.ms_runs) - 1,
-            "ms_runs": race.ms_runs,
-            "launched_ms": race.launched_ms,
-            "relative_error": race.relative_error,
+            "measured_ms": time.ms,
+            "deviation": ms / time.ms - 1,
+            "ms_runs": time.ms_runs,
+            "launched_ms": time.launched_ms,
+            "relative_error": time.relative_error,
         }
-        for assignment, ms, race in zip(assignments, predicted, races.values(), strict=True)
+        for assignment, ms, time in zip(assignments, predicted, times.values(), strict=True)
     ]
 
 
@@ -310,10 +311,11 @@ def _time(model: nn.Module, side: int, kinds: dict[str, TTTConfig], config: Plan
     """`model` is of this side, in float32, and on the device."""
     chain = min(config.chain, len(model.blocks))
     models = {WITHOUT_BLOCKS: _shortened(model, 0), SOFTMAX: _shortened(model, chain)}
-    for kind, settings in kinds.items():
-        models[kind] = convert(_shortened(model, chain), settings, inplace=True)
-    races = race(models, side, config, rules)
-    ms = {name: statistics.median(race.ms_runs) for name, race in races.items()}
+    for kind, layer in kinds.items():
+        models[kind] = convert(_shortened(model, chain), layer, inplace=True)
+    inputs = ADAPTER.example_inputs(model, ExampleSize(side, config.batch))
+    times = time_models(models, inputs, config, rules, f"at {side} px")
+    ms = {name: time.ms for name, time in times.items()}
     rest = ms.pop(WITHOUT_BLOCKS)
     block_ms = {kind: (whole - rest) / chain for kind, whole in ms.items()}
     if min(block_ms.values()) <= 0:
@@ -323,11 +325,11 @@ def _time(model: nn.Module, side: int, kinds: dict[str, TTTConfig], config: Plan
         )
     return Timing(
         resolution=side,
-        tokens=num_tokens(model),
+        tokens=ADAPTER.num_tokens(model, inputs),
         rest_ms=rest,
         block_ms=block_ms,
-        ms_runs={name: race.ms_runs for name, race in races.items()},
-        relative_error={name: race.relative_error for name, race in races.items()},
+        ms_runs={name: time.ms_runs for name, time in times.items()},
+        relative_error={name: time.relative_error for name, time in times.items()},
     )
 
 

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from t5lib.conversion import convert
-from t5lib.data.batches import images_of
-from t5lib.families import timm_vit
+from t5lib.families.inputs import count as images_in
+from t5lib.families.inputs import placed
+from t5lib.families.timm_vit import ADAPTER
 from t5lib.layers.attention import TTTAttention
 from t5lib.layers.config import SOFTMAX, TTTConfig
 from t5lib.layers.layer_map import format_layers
@@ -296,14 +297,16 @@ def measure(
     parts: dict[tuple[str, ...], list[tuple[Tensor | None, ...]]] = {assignment: [] for assignment in different}
     device, done, kind = next(softmax.parameters()).device, 0, ""
     for batch in batches:
-        images = images_of(batch).to(device, non_blocking=True)
+        inputs = placed(ADAPTER.inputs(batch), device)
         labels = batch[1].to(device) if isinstance(batch, tuple | list) and len(batch) > 1 else None
         kind = COSINE if not softmax.num_classes else KL if labels is None else CROSS_ENTROPY
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            reference = switch((SOFTMAX,) * len(switch.names))(images).flatten(1).double()
+            reference = ADAPTER.call(switch((SOFTMAX,) * len(switch.names)), inputs).flatten(1).double()
             for assignment, found in parts.items():
-                found.append(_judged(kind, switch(assignment)(images).flatten(1).double(), reference, labels))
-        done += len(images)
+                found.append(
+                    _judged(kind, ADAPTER.call(switch(assignment), inputs).flatten(1).double(), reference, labels)
+                )
+        done += images_in(inputs)
         if on_batch:
             on_batch(done)
     if not done:
@@ -335,11 +338,10 @@ class _Switch:
         self.names = _check(softmax, calibrated, [])
         self.model = copy.deepcopy(softmax).eval()
         self.layers = {(SOFTMAX, name): self.model.get_submodule(name) for name in self.names}
-        grid = timm_vit.make_grid(self.model)
+        ADAPTER.carry_grid(self.model)
         for kind, model in calibrated.items():
             for name in self.names:
                 layer = copy.deepcopy(model.get_submodule(name)).eval()
-                layer.grid = grid
                 self.layers[kind, name] = layer
 
     def __call__(self, assignment: Assignment) -> nn.Module:
@@ -356,8 +358,8 @@ def _only(layer: int, kind: str, depth: int) -> list[str]:
 
 def _check(softmax: nn.Module, calibrated: Mapping[str, nn.Module], assignment: Assignment) -> list[str]:
     """Names of the attentions, once all models fit each other; an empty assignment stands for any."""
-    timm_vit.check_convertible(softmax)
-    names = timm_vit.attention_names(softmax)
+    ADAPTER.check_convertible(softmax)
+    names = ADAPTER.attention_names(softmax)
     if assignment and len(assignment) != len(names):
         raise T5Error(f"the assignment names {len(assignment)} layers; this model has {len(names)}")
     for kind in {*assignment} - {SOFTMAX}:

@@ -1,20 +1,19 @@
 """The report's part on classifiers: top-1 with its standard error, agreement with the source."""
 
 import math
-from typing import TYPE_CHECKING
 
+from t5lib.data.images import DataConfig
 from t5lib.report import plots
 from t5lib.report.common import Quality, base_rows, count, percent, signed, tile
-
-if TYPE_CHECKING:
-    from t5lib.report.page import ReportData
+from t5lib.report.data import ReportData
+from t5lib.utils.config import to_dict
 
 SCORES = {"Top-1": "top1", "Top-5": "top5", "Agrees with\nsource": "agreement"}
 
 
-def quality(data: "ReportData") -> Quality:
-    """What the page and the summary say about `data`'s models."""
-    evaluated, images = data.evaluated, data.evaluated["finetuned"]["n"]
+def quality(data: ReportData, images: DataConfig) -> Quality:
+    """What the page and the summary say about `data`'s models, whose images are prepared as `images` says."""
+    evaluated, number = data.evaluated, data.evaluated["finetuned"]["n"]
     known = {key for result in evaluated.values() for key, value in result.items() if value is not None}
     columns = [title for title, key in SCORES.items() if key in known]
     rows = [row | {"cells": _cells(evaluated[row["key"]], columns)} for row in base_rows(data.metrics, evaluated)]
@@ -27,16 +26,16 @@ def quality(data: "ReportData") -> Quality:
         columns=tuple(columns),
         rows=rows,
         note=(
-            f"Shares of {count(images)} test images. ± is one binomial standard error, √(p(100−p)/n). The models saw "
+            f"Shares of {count(number)} test images. ± is one binomial standard error, √(p(100−p)/n). The models saw "
             "the same images, so differences between them are known somewhat better than the two errors suggest. One "
             "seed."
         ),
-        caveat=f"± is one binomial standard error on {count(images)} images; one seed.",
+        caveat=f"± is one binomial standard error on {count(number)} images; one seed.",
         sentences=_sentences(data),
         tiles=_tiles(data),
         figures={"quality": plots.quality_bars(bars)},
         use="The loaded model keeps timm's interface.",
-        snippet=_snippet(data),
+        snippet=_snippet(data, images),
     )
 
 
@@ -58,7 +57,7 @@ def difference(ours: dict[str, float], theirs: dict[str, float]) -> tuple[float,
     return ours["top1"] - theirs["top1"], math.hypot(standard_error(ours), standard_error(theirs))
 
 
-def _sentences(data: "ReportData") -> list[str]:
+def _sentences(data: ReportData) -> list[str]:
     """Quality kept, and what calibration alone gives, as far as known."""
     models, tuned = data.evaluated, data.evaluated["finetuned"]
     sentence = f"Fine-tuned, the converted model gets {percent(tuned['top1'])} of {count(tuned['n'])} test images right"
@@ -79,7 +78,7 @@ def _sentences(data: "ReportData") -> list[str]:
     return sentences
 
 
-def _tiles(data: "ReportData") -> list[dict[str, str]]:
+def _tiles(data: ReportData) -> list[dict[str, str]]:
     models, tuned = data.evaluated, data.evaluated["finetuned"]
     error = standard_error(tuned)
     tiles = [tile(percent(tuned["top1"]), "top-1, T5 fine-tuned", f"± {error:.1f} on {count(tuned['n'])} images")]
@@ -94,9 +93,9 @@ def _tiles(data: "ReportData") -> list[dict[str, str]]:
     return tiles
 
 
-def _snippet(data: "ReportData") -> str:
+def _snippet(data: ReportData, images: DataConfig) -> str:
     """Python that loads the fine-tuned model and classifies a picture."""
-    settings = {key: value for key, value in vars(data.data).items() if key not in ("workers", "eval_batch_size")}
+    settings = {key: value for key, value in to_dict(images).items() if key not in ("workers", "eval_batch_size")}
     arguments = "".join(f"    {key}={value!r},\n" for key, value in settings.items())
     return (
         "import torch\n"

@@ -8,34 +8,12 @@ from matplotlib.figure import Figure
 
 from t5lib.benchmarks.resolution_sweep import cost_ratios
 from t5lib.report import plots
+from t5lib.report.models import MODELS
 
 THIN, MINUS = "\u202f", "\u2212"
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-@dataclass(frozen=True)
-class Model:
-    """A row of the table. `trained_by`: the stages whose time made it, counted from the source classifier on."""
-
-    key: str
-    label: str
-    what: str
-    colour: str
-    trained_by: tuple[str, ...] = ()
-
-    @property
-    def softmax(self) -> bool:
-        return self.colour == plots.SOFTMAX
-
-
-MODELS = (
-    Model("source", "Source", "softmax, the model that is converted", plots.SOFTMAX),
-    Model("converted", "Converted", "T5, nothing trained yet", plots.T5_PALE),
-    Model("calibrated", "Calibrated", "T5, attention transfer, no labels", plots.T5_LIGHT, ("calibrate",)),
-    Model("frozen", "Freeze protocol", "T5, only new parameters trained", plots.T5_LIGHT, ("calibrate", "freeze")),
-    Model("finetuned", "Fine-tuned", "T5, all parameters trained", plots.T5, ("calibrate", "finetune")),
-    Model("control", "Control", "softmax, fine-tuned with the same budget", plots.SOFTMAX, ("control",)),
-)
 RUNS = {
     "control": ("control", plots.SOFTMAX),
     "freeze": ("freeze", plots.T5_LIGHT),

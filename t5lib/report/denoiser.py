@@ -1,19 +1,16 @@
 """The report's part on denoisers: what their pictures are like, and whether they show what was asked for."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from t5lib.report.common import Quality, base_rows, count, percent, tile
-
-if TYPE_CHECKING:
-    from t5lib.report.page import ReportData
+from t5lib.report.data import ReportData
+from t5lib.report.score_table import score_table
 
 MAIN = ("loss", "fid", "fd_dinov2", "retrieval_r1")  # of the scores, those in the main table and the headline
 
 
-def quality(data: "ReportData") -> Quality:
+def quality(data: ReportData) -> Quality:
     """What the page and the summary say about `data`'s models."""
-    from t5lib.report.score_table import score_table
-
     scores, tuned = score_table(data.evaluated), data.evaluated["finetuned"]
     main = [row for row in scores["rows"] if row["metric"] in MAIN]
     rows = base_rows(data.metrics, data.evaluated)

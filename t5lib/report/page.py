@@ -1,6 +1,5 @@
 """One self-contained HTML page, and a short Markdown summary, of what a conversion did to quality and speed."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
@@ -9,63 +8,18 @@ from matplotlib.figure import Figure
 
 from t5lib.analysis.summary_text import explanation_reading
 from t5lib.benchmarks.resolution_sweep import break_even_sentence
-from t5lib.data.images import DataConfig
-from t5lib.report import classifier, explanation_plots, plots
+from t5lib.report import explanation_plots, plots
 from t5lib.report.common import RUNS, Quality, conditions, count, decimals, duration, short, significant, speed_tile
-from t5lib.utils.errors import T5Error
+from t5lib.report.data import ReportData
+from t5lib.utils.markdown import table
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReportData:
-    """Everything the report tells, as the stages wrote it.
+def html(data: ReportData, quality: Quality) -> str:
+    """The page: no script, font or picture from elsewhere; pictures are SVG inside it.
 
-    Attributes:
-        target: its name in params.yaml.
-        metrics: by stage; convert, calibrate, finetune and evaluate are needed, the others may be absent.
-        histories: by stage, the points of its curve; empty or absent where there is none.
-        account: names of the inherited, new and dropped parameters.
-        description: t5.json of the fine-tuned model.
-        data: how its images are prepared; None for a denoiser.
-        shift: layers, shift_ratio and random_init of `diagnose`, if it ran.
-        explanation: what `explain` found (t5lib.analysis.explanation, as dictionary), if it ran.
-        maps: its attention maps, PNG files' content.
-        samples: of a denoiser: a picture of every model's samples, a PNG file's content.
-        benchmark: the result of t5lib.benchmarks.resolution_sweep.benchmark, if it ran.
-        parameters: resolved settings by section.
-        provenance: what else identifies the run, by label: versions, device, commit, date.
+    Args:
+        quality: the part that depends on the kind of model, of t5lib.report.classifier or t5lib.report.denoiser.
     """
-
-    target: str
-    metrics: dict[str, dict[str, Any]]
-    histories: dict[str, list[dict[str, float]]]
-    account: dict[str, list[str]]
-    description: dict[str, Any]
-    data: DataConfig | None
-    shift: dict[str, Any] | None = None
-    explanation: dict[str, Any] | None = None
-    maps: tuple[bytes, ...] = ()
-    samples: bytes | None = None
-    benchmark: dict[str, Any] | None = None
-    parameters: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self):
-        absent = [stage for stage in ("convert", "calibrate", "finetune", "evaluate") if stage not in self.metrics]
-        if absent:
-            raise T5Error(
-                f"the report of '{self.target}' needs the metrics of {', '.join(absent)}; run these stages first"
-            )
-        absent = [key for key in ("source", "finetuned") if key not in self.evaluated]
-        if absent:
-            raise T5Error(f"evaluate measured {', '.join(self.evaluated)}; the report also needs {', '.join(absent)}")
-
-    @property
-    def evaluated(self) -> dict[str, dict[str, float]]:
-        return self.metrics["evaluate"]["models"]
-
-
-def html(data: ReportData) -> str:
-    """The page: no script, font or picture from elsewhere; pictures are SVG inside it."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("t5lib.report", "template"),
         autoescape=True,
@@ -74,7 +28,6 @@ def html(data: ReportData) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(count=count, short=short, number=significant, conditions=conditions)
-    quality = quality_of(data)
     return environment.get_template("report.html.j2").render(
         data=data,
         colours=plots,
@@ -92,21 +45,19 @@ def html(data: ReportData) -> str:
     )
 
 
-def summary(data: ReportData) -> str:
+def summary(data: ReportData, quality: Quality) -> str:
     """The table and a few lines, in Markdown."""
-    quality = quality_of(data)
     titles = [title.replace("\n", " ") for title in quality.columns]
     columns = [title[:1].lower() + title[1:] if title[1:2].islower() else title for title in titles]  # FD stays FD
+    rows = []
+    for row in quality.rows:
+        kind = "softmax" if row["softmax"] else "T5"
+        rows.append([f"{row['label']} ({kind})", *(text for text, _ in row["cells"]), row["time"]])
     lines = [
         f"# {data.target}: {data.description['architecture']} with linear-cost attention",
         "",
-        f"| model | {' | '.join(columns)} | training |",
-        f"|---|{'--:|' * (len(columns) + 1)}",
+        *table(("model", *columns, "training"), rows, numbers=True),
     ]
-    for row in quality.rows:
-        values = [text for text, _ in row["cells"]]
-        kind = "softmax" if row["softmax"] else "T5"
-        lines.append(f"| {row['label']} ({kind}) | {' | '.join(values)} | {row['time']} |")
     lines += ["", *(f"- {line}" for line in headline(data, quality))]
     if data.benchmark:
         lines[-1] += f" Measured on {conditions(data.benchmark)}."
@@ -117,11 +68,6 @@ def summary(data: ReportData) -> str:
         f"- {quality.caveat}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def quality_of(data: ReportData) -> Quality:
-    """The part that depends on the kind of model."""
-    return (report_denoiser if data.data is None else classifier).quality(data)
 
 
 def headline(data: ReportData, quality: Quality) -> list[str]:

@@ -7,7 +7,6 @@ their text keeps its size.
 import base64
 import functools
 import io
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,8 +20,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-# Blue against vermilion stays apart for every common colour blindness (Okabe and Ito); blue is always softmax.
-SOFTMAX, T5, T5_LIGHT, T5_PALE = "#0b63a5", "#cf4f08", "#e8963f", "#f0c08a"
+from t5lib.report.models import SOFTMAX, T5, T5_LIGHT, T5_PALE  # noqa: F401 (every picture's colours are here)
+from t5lib.utils.files import write_bytes
+
 INK, MUTED, RULE = "#1f2328", "#5c6570", "#d9dde2"
 HEAT = LinearSegmentedColormap.from_list("heat", ["#fdf7ee", "#f5c48b", "#d9620f", "#6d2405"])
 
@@ -260,14 +260,7 @@ def plain_log_ticks(axis: Axis) -> None:
 
 def save(figure: Figure, path: Path | str) -> None:
     """Write `figure` to `path` atomically; the ending (.png, .svg) chooses the format."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        temporary.write_bytes(_render(figure, path.suffix.removeprefix(".")))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, _render(figure, Path(path).suffix.removeprefix(".")))
 
 
 def data_uri(figure: Figure) -> str:

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from t5lib.report.models import MODELS
 from t5lib.report.plots import MUTED, SOFTMAX, T5, WIDTH, styled
 
-SOFTMAX_MODELS = ("source", "control")
+SOFTMAX_MODELS = [model.key for model in MODELS if model.softmax]
 LETTERS = 16  # of a prompt that fit in a line beside a row of pictures
 
 

@@ -3,7 +3,9 @@
 import math
 from typing import Any
 
-MODELS = ("source", "control", "converted", "calibrated", "frozen", "finetuned")
+from t5lib.report.models import MODELS
+
+ORDER = [model.key for model in sorted(MODELS, key=lambda model: not model.softmax)]
 # What a table of scores shows, in this order: name of the score, heading, whether less is better, digits.
 METRICS = {
     "loss": ("held-out loss", "lower", 4),
@@ -28,7 +30,7 @@ def score_table(scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a report shows of the scores of several models, as plain data.
 
     Args:
-        scores: model to its scores, such as the dictionaries above put together; models in any order, those of MODELS
+        scores: model to its scores, such as the dictionaries above put together; models in any order, those of ORDER
             first; a score may be missing.
 
     Returns:
@@ -36,7 +38,7 @@ def score_table(scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "values": {model: number or None}}, …], "extractors": [name, …], "notes": [sentence, …]}; only metrics that
         some model has, in the order of METRICS.
     """
-    models = [name for name in MODELS if name in scores] + [name for name in scores if name not in MODELS]
+    models = [name for name in ORDER if name in scores] + [name for name in scores if name not in ORDER]
     rows = []
     for metric, (label, better, digits) in METRICS.items():
         values = {name: _number(scores[name].get(metric)) for name in models}

@@ -4,35 +4,41 @@ Shapes: B images, L layers, H heads, N image tokens, T text tokens (of a joint a
 width, C channels.
 """
 
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from t5lib.families.base import Adapter
 from t5lib.layers.attention import TTTLayer
+from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid
-from t5lib.layers.mixers import make_mixer
 from t5lib.utils.errors import T5Error
+
+if TYPE_CHECKING:
+    from t5lib.training.calibration import CalibrateConfig
 
 Example = tuple[Tensor, ...]
 
 
 class Seen:
-    """What attentions of a softmax model got and gave in one run, by name: see `watch` of the family's adapter."""
+    """What attentions of a softmax model got and gave in one run, by name (Adapter.watch), and where the image's
+    tokens lie in it."""
 
-    def __init__(self):
+    def __init__(self, grid: TokenGrid):
+        self.grid = grid
         self.inputs: dict[str, tuple[Tensor, ...]] = {}
         self.outputs: dict[str, Tensor] = {}
 
     def kind_of(self, name: str, layer: TTTLayer) -> tuple:
         """Layers for which this is equal can be fitted as one mixer, at any size of the image."""
-        tokens, given = self.inputs[name], self.outputs[name]
-        drops_text = given.shape[1] < sum(part.shape[1] for part in tokens)
+        tokens, output = self.inputs[name], self.outputs[name]
+        drops_text = output.shape[1] < sum(part.shape[1] for part in tokens)
         channels = tuple(part.shape[2] for part in tokens)
         return layer.mixer.config, layer.num_heads, layer.head_dim, channels, drops_text
 
 
-class Kind:
+class LayerGroup:
     """Layers of one kind, fitted as one mixer of L·H heads.
 
     An example is a tuple: inputs x (B, L, N, C), in a joint attention the text's (B, L, T, C), softmax outputs
@@ -44,21 +50,21 @@ class Kind:
         layers: by name, for all of which Seen.kind_of is the same.
         parts: 2 for joint attention, 1 for image tokens alone.
         sources: the softmax attentions, by the same names.
-        config: a CalibrateConfig.
+        config: of the calibration.
     """
 
     def __init__(
         self,
-        family: ModuleType,
+        family: Adapter,
         layers: dict[str, TTTLayer],
         sources: dict[str, nn.Module],
         parts: int,
-        config,
+        config: "CalibrateConfig",
         device: torch.device,
     ):
         first = next(iter(layers.values()))
         self.family, self.layers, self.sources, self.parts = family, layers, sources, parts
-        self.grid, self.objective = first.grid, config.objective
+        self.objective = config.objective
         settings = first.mixer.config
         self.mixer = make_mixer(first.num_heads, first.head_dim, settings, len(layers)).to(device)
         if config.objective == "attention" and not hasattr(self.mixer, "attention_map"):
@@ -85,55 +91,55 @@ class Kind:
         target = torch.stack([seen.outputs[name] for name in self.layers], dim=1)
         tokens = zip(*(seen.inputs[name] for name in self.layers), strict=True)
         x = tuple(torch.stack(part, dim=1).to(target.dtype) for part in tokens)  # autocast would, every step
-        given = self._project(x) if self.projected else x
+        known = self._project(x, seen.grid) if self.projected else x
         if self.objective == "output":
-            return *given, target
+            return *known, target
         maps = [self.family.project(self.sources[name], seen.inputs[name])[:2] for name in self.layers]
-        return *given, target, *(torch.cat(part, dim=1) for part in zip(*maps, strict=True))
+        return *known, target, *(torch.cat(part, dim=1) for part in zip(*maps, strict=True))
 
-    def error(self, *example: Tensor) -> Tensor:
+    def error(self, grid: TokenGrid, *example: Tensor) -> Tensor:
         """Squared error of each layer's heads over the variance of its target, (L,).
 
         Image and text have a variance each, and count as many times as they have tokens.
         """
-        (q, k, v), (target, *_) = self._split(example)
-        o = self.mixer(q, k, v, self._layout(q))
+        (q, k, v), (target, *_) = self._split(example, grid)
+        o = self.mixer(q, k, v, self._layout(q, grid))
         B, _, N, D = o.shape
         o = o.view(B, len(self.layers), -1, N, D).transpose(2, 3).flatten(3).float()
         target = target.float()
-        image, tokens = self.grid.patches.stop, target.shape[2]
+        image, tokens = grid.patches.stop, target.shape[2]
         error = _relative_error(o[:, :, :image], target[:, :, :image])
         if image == tokens:
             return error
         return torch.lerp(error, _relative_error(o[:, :, image:], target[:, :, image:]), 1 - image / tokens)
 
-    def _attention_loss(self, *example: Tensor) -> Tensor:
+    def _attention_loss(self, grid: TokenGrid, *example: Tensor) -> Tensor:
         """Cross-entropy from the teacher's softmax map to the mixer's map, mean over heads and queries, (L,)."""
-        (q, k, _), (_, teacher_q, teacher_k) = self._split(example)
+        (q, k, _), (_, teacher_q, teacher_k) = self._split(example, grid)
         wanted = (teacher_q.float() * teacher_q.shape[-1] ** -0.5 @ teacher_k.float().mT).softmax(-1)
-        given = self.mixer.attention_map(q, k).float().clamp_min(1e-8)
-        return -(wanted * given.log()).sum(-1).unflatten(1, (len(self.layers), -1)).mean(dim=(0, 2, 3))
+        ours = self.mixer.attention_map(q, k).float().clamp_min(1e-8)
+        return -(wanted * ours.log()).sum(-1).unflatten(1, (len(self.layers), -1)).mean(dim=(0, 2, 3))
 
-    def _split(self, example: Example) -> tuple[Example, Example]:
+    def _split(self, example: Example, grid: TokenGrid) -> tuple[Example, Example]:
         """The layers' q, k, v, and what is to be matched."""
         if self.projected:
             return example[:3], example[3:]
-        return self._project(example[: self.parts]), example[self.parts :]
+        return self._project(example[: self.parts], grid), example[self.parts :]
 
-    def _project(self, x: tuple[Tensor, ...]) -> Example:
+    def _project(self, x: tuple[Tensor, ...], grid: TokenGrid) -> Example:
         """x (B, L, N, C), and perhaps the text's (B, L, T, C), to q, k, v, each (B, L·H, N + T, D)."""
         image, *text = x
         together = image.transpose(1, 2).flatten(2)  # the layers' channels side by side, as the stacked mixer has them
-        prepared = self.mixer.prepare(together, self.grid).unflatten(2, (len(self.layers), -1))
+        prepared = self.mixer.prepare(together, grid).unflatten(2, (len(self.layers), -1))
         made = [
             self.family.project(layer, (prepared[:, :, index], *(part[:, index] for part in text)))
             for index, layer in enumerate(self.layers.values())
         ]
         return tuple(torch.cat(part, dim=1) for part in zip(*made, strict=True))
 
-    def _layout(self, q: Tensor) -> TokenGrid:
-        """Of q's tokens, as TTTLayer.grid_of tells it."""
-        return self.grid if self.parts == 1 else self.grid.with_suffix(q.shape[2] - self.grid.patches.stop)
+    def _layout(self, q: Tensor, grid: TokenGrid) -> TokenGrid:
+        """Of q's tokens, text included; `grid` is the image's."""
+        return grid if self.parts == 1 else grid.with_suffix(q.shape[2] - grid.patches.stop)
 
     @torch.no_grad()
     def copy(self, *, to_layers: bool) -> None:

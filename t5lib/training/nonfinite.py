@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from t5lib.data.batches import Inputs, run_on
+from t5lib.families import family_of
+from t5lib.families.inputs import Inputs
 
 LARGE = 1e4
 
@@ -13,7 +14,7 @@ def activation_peaks(model: nn.Module, inputs: Inputs) -> dict[str, float]:
     """Largest absolute output of every leaf and attention module, in order of execution.
 
     Args:
-        inputs: what `model` is called with (t5lib.data.batches).
+        inputs: what `model` is called with.
     """
     peaks: dict[str, float] = {}
     hooks = []
@@ -21,7 +22,7 @@ def activation_peaks(model: nn.Module, inputs: Inputs) -> dict[str, float]:
         if not list(module.children()) or name.rpartition(".")[2].startswith("attn"):
             hooks.append(module.register_forward_hook(_recorder(peaks, name)))
     try:
-        run_on(model, inputs)
+        family_of(model).call(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-"""What a denoiser is trained on: how latents are noised, and the loss of what the model says about them.
+"""How latents are noised, and the loss of what a denoiser says about them.
 
 Shapes: B images, C latent channels of h × w, L text tokens of D channels, P channels of the pooled text. A batch is a
 dictionary with "latents" (B, C, h, w) and what the model is conditioned on: "labels" (B,), or "prompt_embeds" (B, L, D)
@@ -7,18 +7,23 @@ and "pooled" (B, P). Captions and labels are dropped, for guidance, where batche
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from pydantic import Field
 from torch import Tensor
 
-from t5lib.utils.config import one_of
+from t5lib.data.batches import Batches, open_batches, seeded
+from t5lib.families.inputs import Inputs, placed
+from t5lib.utils.config import Positive, settings
 from t5lib.utils.errors import T5Error
 
 Batch = dict[str, Tensor]
-WEIGHTINGS = ("logit_normal", "mode", "sigma_sqrt", "cosmap", "none")
+LOOKED_AT = 2  # what tells the noise of a calibration, or of a look at a model, from that of a training
 CONDITIONS = {"labels": "class_labels", "prompt_embeds": "encoder_hidden_states", "pooled": "pooled_projections"}
 
 
@@ -38,12 +43,11 @@ class Noised:
     level: Tensor
 
     def to(self, device: torch.device) -> "Noised":
-        moved = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        rest = {name: getattr(self, name).to(device, non_blocking=True) for name in ("clean", "noise", "level")}
-        return Noised(inputs=moved, **rest)
+        rest = placed({"clean": self.clean, "noise": self.noise, "level": self.level}, device)
+        return Noised(inputs=placed(self.inputs, device), **rest)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RectifiedFlow:
     """x_t = (1 - sigma) x_0 + sigma ε; the model predicts the velocity ε - x_0; weighted squared error.
 
@@ -56,16 +60,11 @@ class RectifiedFlow:
     Source: "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (arXiv 2403.03206), section 3.1.
     """
 
-    shift: float = 3.0
-    weighting: str = "logit_normal"
+    shift: Positive = 3.0
+    weighting: Literal["logit_normal", "mode", "sigma_sqrt", "cosmap", "none"] = "logit_normal"
     logit_mean: float = 0.0
-    logit_std: float = 1.0
+    logit_std: Positive = 1.0
     mode_scale: float = 1.29
-
-    def __post_init__(self):
-        one_of(self.weighting, WEIGHTINGS, "objective: weighting")
-        if self.shift <= 0 or self.logit_std <= 0:
-            raise T5Error(f"objective: shift is {self.shift}, logit_std {self.logit_std}; expected positive numbers")
 
     def noised(self, batch: Batch, generator: torch.Generator) -> Noised:
         """Draw a noise level for every image, and noise, from a CPU generator: the same numbers on any device."""
@@ -93,7 +92,7 @@ class RectifiedFlow:
         return (weight * error.square().mean(dim=(1, 2, 3))).mean()
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class NoiseAndVariance:
     """DiT's: x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε; squared error of the predicted ε, and a bound for a learned variance.
 
@@ -108,15 +107,15 @@ class NoiseAndVariance:
     bound, 0.001 times the number of steps, is 1 here; "Scalable Diffusion Models with Transformers" (arXiv 2212.09748).
     """
 
-    steps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
+    steps: Annotated[int, Field(ge=2)] = 1000
+    beta_start: Positive = 1e-4
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
 
     def __post_init__(self):
-        if self.steps < 2 or not 0 < self.beta_start <= self.beta_end < 1:
+        if self.beta_start > self.beta_end:
             raise T5Error(
-                f"objective: steps {self.steps}, beta_start {self.beta_start}, beta_end {self.beta_end}; expected 2 "
-                "steps or more and 0 < beta_start <= beta_end < 1, such as 1000, 1.0e-4 and 0.02"
+                f"beta_start is {self.beta_start} and beta_end {self.beta_end}; expected beta_start <= beta_end, such "
+                "as 1.0e-4 and 0.02"
             )
 
     def noised(self, batch: Batch, generator: torch.Generator) -> Noised:
@@ -188,14 +187,34 @@ class NoiseAndVariance:
         return {name: values.float() for name, values in tables.items()}
 
 
-Objective = RectifiedFlow | NoiseAndVariance
+Noising = RectifiedFlow | NoiseAndVariance
 
 
-def objective_of(scheduler: SchedulerMixin, **changes: float | str) -> Objective:
-    """The objective that a pipeline's scheduler belongs to, with its noise schedule.
+def noised_inputs(batches: Batches, noising: Noising, seed: int) -> Batches:
+    """What a denoiser is called with for batches of latents, at levels drawn as in training: for calibration.
 
     Args:
-        changes: other settings of the objective, such as RectifiedFlow's weighting.
+        batches: latents and conditions; see t5lib.data.batches.
+        seed: of the noise, which follows from it and the batch's number.
+    """
+
+    def from_batch(start: int) -> Iterator[Inputs]:
+        for number, batch in enumerate(open_batches(batches, start), start):
+            yield noised_batch(batch, noising, seed, number)
+
+    return from_batch
+
+
+def noised_batch(batch: Batch, noising: Noising, seed: int, number: int = 0) -> Inputs:
+    """What a denoiser is called with for a batch of latents, each at one level: to look at a model."""
+    return noising.noised(batch, seeded(seed, LOOKED_AT, number)).inputs
+
+
+def noising_of(scheduler: SchedulerMixin, **changes: float | str) -> Noising:
+    """How latents are noised where a pipeline has this scheduler, with its noise schedule.
+
+    Args:
+        changes: other settings, such as RectifiedFlow's weighting.
 
     Raises:
         T5Error: neither a flow nor a linear noise schedule with predicted noise.

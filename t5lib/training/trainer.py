@@ -1,37 +1,44 @@
-"""What every training shares: what is trained and how fast, averaged weights, checkpoints, a look at every loss.
+"""Training by every protocol: freeze (new parameters only), adapters, fine-tune, control (all of it).
 
-t5lib.training.classifier (classifiers) and t5lib.training.denoiser (denoisers) add what a batch is and what its loss is.
+What a model learns from is an Objective (t5lib.training.classifier, t5lib.training.denoiser); everything else is here:
+what is trained and how fast, averaged weights, checkpoints, a look at every loss.
 """
 
 import contextlib
 import math
-import time
+import os
+import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from pydantic import Field
+from safetensors.torch import load_model, save_model
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from t5lib.conversion import new_parameters
-from t5lib.data.batches import Batches, Inputs, open_batches
+from t5lib.data.batches import Batches, open_batches
+from t5lib.families import family_of
+from t5lib.families.inputs import Inputs
 from t5lib.training import lora
-from t5lib.training.checkpoints import Done, deferred_interrupt, load_checkpoint, save_checkpoint
+from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.training.nonfinite import explain_blow_up
-from t5lib.utils.config import one_of
+from t5lib.utils.config import AtLeastOne, NotNegative, Positive, Share, WholeNumber, settings
 from t5lib.utils.errors import T5Error
-from t5lib.utils.progress import progress
+from t5lib.utils.files import read_json, write_json
 
-Log = Callable[[dict[str, float], int], None]
-Rules = tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...]
+E = TypeVar("E")  # an example: a batch as the objective wants it
 KINDS_OF_BLOCKS = 256  # that one process may compile
+Decay = Annotated[float, Field(gt=0, lt=1)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class LoopConfig:
     """The part of a training recipe that does not depend on the loss.
 
@@ -48,46 +55,48 @@ class LoopConfig:
         lora_rank, lora_alpha: width of the adapters, and their factor times lora_rank.
         precision: "fp32" or "bf16" (autocast).
         compile: torch.compile the transformer blocks, each by itself; one compilation serves all that are alike.
+        gradient_checkpointing: compute a block's activations again in the backward pass instead of keeping them.
+        optimizer: "adamw", or "adamw8bit", whose state takes a quarter of the memory (needs bitsandbytes).
         checkpoint_every: steps between checkpoints.
     """
 
-    batch_size: int = 64
-    accumulate: int = 1
-    lr: float = 2e-5
-    lr_new: float = 4e-4
-    min_lr: float = 0.01
-    warmup: float = 0.1
-    weight_decay: float = 0.05
-    clip_norm: float | None = 1.0
-    ema: float | None = None
-    trainable: str = "all"
-    lora_rank: int = 8
-    lora_alpha: float = 16.0
-    precision: str = "fp32"
+    batch_size: AtLeastOne = 64
+    accumulate: AtLeastOne = 1
+    lr: NotNegative = 2e-5
+    lr_new: NotNegative = 4e-4
+    min_lr: Share = 0.01
+    warmup: Share = 0.1
+    weight_decay: NotNegative = 0.05
+    clip_norm: Positive | None = 1.0
+    ema: Decay | None = None
+    trainable: Literal["all", "new", "lora"] = "all"
+    lora_rank: AtLeastOne = 8
+    lora_alpha: Positive = 16.0
+    precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
-    checkpoint_every: int = 100
-    seed: int = 0
+    gradient_checkpointing: bool = False
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    checkpoint_every: AtLeastOne = 100
+    seed: WholeNumber = 0
 
-    def __post_init__(self):
-        one_of(self.trainable, ("all", "new", "lora"), "train.trainable")
-        one_of(self.precision, ("fp32", "bf16"), "train.precision")
-        self.check(
-            (
-                (("batch_size", "accumulate", "checkpoint_every"), lambda v: v > 0, "more than 0"),
-                (("lora_rank", "lora_alpha"), lambda v: v > 0, "more than 0"),
-                (("lr", "lr_new", "weight_decay"), lambda v: v >= 0, "0 or more"),
-                (("min_lr", "warmup"), lambda v: 0 <= v <= 1, "a part, from 0 to 1"),
-                (("ema",), lambda v: v is None or 0 < v < 1, "a decay between 0 and 1, or null"),
-                (("clip_norm",), lambda v: v is None or v > 0, "more than 0, or null for no bound"),
-            )
-        )
 
-    def check(self, rules: Rules) -> None:
-        """Raise T5Error for the first of the named settings that its rule does not hold for."""
-        for names, holds, expected in rules:
-            for name in names:
-                if not holds(getattr(self, name)):
-                    raise T5Error(f"train: {name} is {getattr(self, name)}; expected {expected}")
+class Objective(ABC, Generic[E]):
+    """What a model learns from. The trainer asks for an example of every batch, and for its loss."""
+
+    def begin(self, trainer: "Trainer") -> None:
+        """Called once, when model and averaged weights are in their place."""
+
+    @abstractmethod
+    def example(self, batch: Any, number: int, trainer: "Trainer") -> E:
+        """A batch as `loss` wants it, on the device. `number` counts the batches of this process from the start."""
+
+    @abstractmethod
+    def inputs(self, example: E) -> Inputs:
+        """What the model is called with, for the search after a loss that is not finite."""
+
+    @abstractmethod
+    def loss(self, example: E, trainer: "Trainer") -> Tensor:
+        """A scalar; `trainer.output` runs the model."""
 
 
 @dataclass(kw_only=True)
@@ -100,43 +109,63 @@ class TrainReport:
     loss: float
 
 
-class Trainer:
-    """Model, optimizer, averaged weights and counters of one training; Accelerate places them.
+def train(
+    model: nn.Module,
+    batches: Batches,
+    objective: Objective,
+    config: LoopConfig,
+    *,
+    steps: int,
+    resume_dir: Path | None = None,
+    log: Log | None = None,
+) -> TrainReport:
+    """Train `model` in place.
 
-    A subclass says what a batch is to the model (`example`), what its loss is, and what the model itself takes.
+    Args:
+        model: of any family, converted or not, in float32.
+        batches: what the objective takes; see t5lib.data.batches. Every process passes its own part.
+        objective: what is learned, t5lib.training.classifier.Classification or t5lib.training.denoiser.Denoising.
+        steps: optimizer steps in all.
+        resume_dir: checkpoints; a second call with the same folder continues and, on a CPU, ends with the same bits.
+        log: called in the main process with loss, learning rates, gradient norm, and the step.
+
+    Raises:
+        T5Error: nothing to train, weights in half precision, a missing bitsandbytes, or a loss that is not finite
+            (step, layers and advice named).
+        KeyboardInterrupt: Ctrl-C, at the end of the step and after a checkpoint has been written.
     """
+    narrow = {str(p.dtype) for p in model.parameters() if p.dtype.itemsize < 4}
+    if narrow:
+        raise T5Error(
+            f"train: the model's weights are {', '.join(narrow)}, in which small steps are lost; load it with "
+            "torch_dtype=torch.float32 and set precision: bf16"
+        )
+    return Trainer(model, objective, config, steps).run(batches, resume_dir, log)
 
-    def __init__(self, model: nn.Module, config: LoopConfig, steps: int):
+
+class Trainer(Work):
+    """Model, optimizer, averaged weights and counters of one training; Accelerate places them."""
+
+    def __init__(self, model: nn.Module, objective: Objective, config: LoopConfig, steps: int):
         # Not Accelerate's mixed precision: it would leave its autocast on the model for good. `cpu`: or else several
         # processes on a machine without accelerator would each train on their own.
         self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
-        self.config, self.total, self.plain = config, steps, model
+        self.config, self.total, self.plain, self.objective = config, steps, model, objective
+        self.adapter = family_of(model)
+        make_optimizer = _adamw8bit() if config.optimizer == "adamw8bit" else self._adamw
         model.to(self.device).train()
         model.zero_grad(set_to_none=True)
         set_seed(config.seed)  # adapters start alike in all processes
         self.frozen = freeze(model, config)
         set_seed(config.seed, device_specific=True)  # Python, NumPy (mixup) and torch
         self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None
-        self.model, self.optimizer = self.accelerator.prepare(model, self.make_optimizer(_groups(model, config)))
+        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(_groups(model, config)))
         self.compiled = contextlib.ExitStack()
-        if config.compile:
-            self.compiled.enter_context(compiled_blocks(model))
+        self.compile_blocks(model)
+        if config.gradient_checkpointing:
+            self.adapter.checkpoint_gradients(model, True)
         self.done = Done()
-
-    def example(self, batch: Any, number: int) -> Any:
-        """A batch as `loss` wants it, on the device. `number` counts the batches of this process from the start."""
-        raise NotImplementedError
-
-    def loss(self, example: Any) -> Tensor:
-        """A scalar."""
-        raise NotImplementedError
-
-    def inputs(self, example: Any) -> Inputs:
-        """What the model is called with, for the search after a loss that is not finite."""
-        raise NotImplementedError
-
-    def make_optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, fused=self.device.type == "cuda")
+        objective.begin(self)
 
     @property
     def device(self) -> torch.device:
@@ -145,80 +174,113 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
+    def output(self, inputs: Inputs, model: nn.Module | None = None) -> Tensor:
+        """What the model (or a teacher beside it) says of inputs."""
+        with self.autocast():
+            return self.adapter.call(model or self.model, inputs)
+
+    def compile_blocks(self, model: nn.Module) -> None:
+        """Compile the model's blocks, or those of a teacher beside it, until the training ends, if it is to be so."""
+        if self.config.compile:
+            self.compiled.enter_context(compiled_blocks(model))
+
     def run(self, batches: Batches, resume_dir: Path | None, log: Log | None) -> TrainReport:
-        """All steps that are not done yet; see t5lib.training.classifier.train."""
-        config, loss = self.config, math.nan
+        """All steps that are not done yet; see `train`."""
+        config = self.config
         try:
             if resume_dir:
-                load_checkpoint(self.accelerator, resume_dir, self.done, self.ema)
-            source = open_batches(batches, self.done.step * config.accumulate)
-            title = f"train ({config.trainable})"
-            with progress(title, self.total, self.done.step) as bar, deferred_interrupt() as interrupted:
-                stop = False
-                while self.done.step < self.total and not stop:
-                    begun = time.monotonic()
-                    taken = _take(source, config.accumulate, interrupted)
-                    if taken:
-                        values = self.step(taken)
-                        self.done.seconds += time.monotonic() - begun
-                        loss = values["loss"]
-                        bar.advance(self.done.step, loss=loss)
-                        if log and self.accelerator.is_main_process:
-                            log(values, self.done.step)
-                    stop = self.any_process(interrupted())
-                    if resume_dir and (stop or self.done.step % config.checkpoint_every == 0):
-                        save_checkpoint(self.accelerator, resume_dir, self.done, self.ema)
-                if stop:
-                    raise KeyboardInterrupt
+                self.load(resume_dir)
+            self.source = open_batches(batches, self.done.step * config.accumulate)
+            values = run_steps(
+                self,
+                title=f"train ({config.trainable})",
+                total=self.total,
+                resume_dir=resume_dir,
+                every=config.checkpoint_every,
+                log=log if self.accelerator.is_main_process else None,
+            )
             if self.ema:
                 self.plain.load_state_dict(self.ema.module.state_dict())
         finally:
             self.close()
         seconds = self.done.seconds
         count = self.total * config.batch_size * config.accumulate * self.accelerator.num_processes
-        return TrainReport(steps=self.total, seconds=seconds, samples_per_second=count / max(seconds, 1e-9), loss=loss)
+        rate = count / max(seconds, 1e-9)
+        return TrainReport(steps=self.total, seconds=seconds, samples_per_second=rate, loss=values["loss"])
 
-    def step(self, batches: list[Any]) -> dict[str, float]:
-        """One optimizer step over the given forward passes; returns what is worth a curve."""
+    def step(self) -> dict[str, float]:
+        """One optimizer step over `accumulate` forward passes."""
+        batches = [next(self.source) for _ in range(self.config.accumulate)]
         rates = self._set_rates()
         losses = []
         for index, batch in enumerate(batches):
-            example = self.example(batch, self.done.step * len(batches) + index)
+            example = self.objective.example(batch, self.done.step * len(batches) + index, self)
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self.loss(example)
+                loss = self.objective.loss(example, self)
                 self.accelerator.backward(loss / len(batches))
             losses.append(loss.detach())
         norm = self.accelerator.clip_grad_norm_(self.plain.parameters(), self.config.clip_norm or math.inf)
         value, norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()  # the only wait for the device in a step
         if not (math.isfinite(value) and math.isfinite(norm)):
             self.compiled.close()  # what looks for the cause hooks into every module
-            inputs = self.inputs(example)
+            inputs = self.objective.inputs(example)
             raise T5Error(explain_blow_up(self.plain, inputs, self.config, self.done.step + 1, value, norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.done.step += 1
         if self.ema:
-            self.ema.update(self.plain, step=self.done.step)
+            self.ema.update(self.plain, step=self.done.step + 1)
         return {"loss": value, **rates, "grad_norm": norm}
 
     def any_process(self, holds: bool) -> bool:
-        """Whether it holds in any process: all must stop after the same step."""
         if self.accelerator.num_processes == 1:
             return holds
         if holds:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
 
+    def save(self, folder: Path) -> None:
+        """Write `folder`/step-N; a kill at any moment leaves this one or the one before it whole."""
+        final = folder / f"step-{self.done.step:07d}"
+        temporary = folder / f".{final.name}"
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            # not registered with Accelerate, which would unpickle them when they are loaded
+            write_json(temporary / "done.json", asdict(self.done))
+            if self.ema:
+                save_model(self.ema, str(temporary / "ema.safetensors"))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            for old in folder.glob("step-*"):
+                if old != final:
+                    shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, folder: Path) -> None:
+        """Continue from the newest whole checkpoint in `folder`, if there is one."""
+        checkpoints = sorted(folder.glob("step-*"))
+        if not checkpoints:
+            return
+        self.accelerator.load_state(str(checkpoints[-1]))
+        self.done = Done(**read_json(checkpoints[-1] / "done.json"))
+        if self.ema:
+            load_model(self.ema, checkpoints[-1] / "ema.safetensors")
+
     def close(self) -> None:
         """The model is a plain one again, in eval mode, with a gradient for everything that had one."""
         self.compiled.close()
+        if self.config.gradient_checkpointing:
+            self.adapter.checkpoint_gradients(self.plain, False)
         if self.config.trainable == "lora":
             lora.merge(self.plain)
         for parameter in self.frozen:
             parameter.requires_grad_(True)
         self.plain.eval()
         self.accelerator.free_memory()
+
+    def _adamw(self, groups: list[dict]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, fused=self.device.type == "cuda")
 
     def _set_rates(self) -> dict[str, float]:
         factor = rate_factor(self.done.step, self.total, self.config)
@@ -231,20 +293,19 @@ def rate_factor(step: int, total: int, config: LoopConfig) -> float:
     """Learning rate at `step` (from 0) as a part of the peak: linear warm-up, then cosine to `min_lr`."""
     warm = round(config.warmup * total)
     if step < warm:
-        return (step + 1) / warm
-    through = (step - warm) / max(total - warm, 1)
-    return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * through))
+        return warmed_up(step, warm)
+    return cosine((step - warm) / max(total - warm, 1), config.min_lr)
 
 
 @contextlib.contextmanager
 def compiled_blocks(model: nn.Module) -> Iterator[None]:
-    """Within, each transformer block of a timm or diffusers model is compiled by itself; one serves all of its kind.
+    """Within, each transformer block of a model is compiled by itself; one compilation serves all of its kind.
 
     Blocks that differ in more than their weights (kind of attention, rate of stochastic depth) are compiled anew, more
     often than torch allows by default, past which it would quietly run the rest uncompiled. At the end the model is a
     plain one. What was compiled serves the next model of the same kind in this process.
     """
-    blocks = model.blocks if hasattr(model, "blocks") else model.transformer_blocks
+    blocks = list(family_of(model).blocks(model))
     with torch._dynamo.config.patch(recompile_limit=KINDS_OF_BLOCKS):
         try:
             for block in blocks:
@@ -295,11 +356,9 @@ def _groups(model: nn.Module, config: LoopConfig) -> list[dict]:
     ]
 
 
-def _take(source: Iterator[Any], count: int, interrupted: Callable[[], bool]) -> list[Any] | None:
-    """Batches for one step; None once Ctrl-C, which reaches the processes of a loader too, has ended them."""
-    try:
-        return [next(source) for _ in range(count)]
-    except RuntimeError:
-        if interrupted():
-            return None
-        raise
+def _adamw8bit() -> Callable[[list[dict]], torch.optim.Optimizer]:
+    with contextlib.suppress(ImportError):
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit
+    raise T5Error("train: optimizer 'adamw8bit' needs bitsandbytes; install it (pip install bitsandbytes), or 'adamw'")

@@ -1,24 +1,105 @@
-"""Strict configuration: frozen dataclasses built from plain dictionaries, where a typing slip is an error."""
+"""Strict settings: frozen dataclasses that pydantic checks however they are made, where a typing slip is an error.
+
+    @settings
+    class TrainConfig:
+        batch_size: AtLeastOne = 64
+        lr: NotNegative = 2e-5
+
+    TrainConfig(batch_size=0)                      # T5Error: batch_size is 0; expected 1 or more
+    from_dict(TrainConfig, section, "params.yaml: targets.x.finetune")
+
+What one value must be stands at the value. What several must be together stands in `__post_init__`, which raises
+T5Error.
+"""
 
 import dataclasses
 import difflib
-import types
+import functools
 import typing
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, Field, Strict, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import core_schema
 
 from t5lib.utils.errors import T5Error
 
 T = TypeVar("T")
 
+AtLeastOne = Annotated[int, Field(ge=1)]
+WholeNumber = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Several = Annotated[tuple[T, ...], Strict(False)]  # a list will do, as YAML writes it
+Pair = Annotated[tuple[T, T], Strict(False)]
+Triple = Annotated[tuple[T, T, T], Strict(False)]
+
+
+class SettingError(T5Error):
+    """A value that does not fit its annotation; the message begins with the setting's name."""
+
+
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+
+
+class Choice:
+    """For names that a table holds: Annotated[str, Choice(TABLE)] is one of them."""
+
+    def __init__(self, allowed: Iterable[str]):
+        self.allowed = list(allowed)
+
+    def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> core_schema.CoreSchema:
+        return core_schema.literal_schema(self.allowed)
+
+
+_TYPES = {
+    "int_type": "int",
+    "float_type": "float",
+    "string_type": "str",
+    "bool_type": "bool",
+    "tuple_type": "tuple",
+    "dict_type": "dict",
+    "none_required": "null",
+}
+_BOUNDS = {
+    "greater_than_equal": ("ge", "{} or more"),
+    "greater_than": ("gt", "more than {}"),
+    "less_than_equal": ("le", "at most {}"),
+    "less_than": ("lt", "less than {}"),
+}
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen, keyword-only dataclass whose values are checked against its annotations.
+
+    Values are not converted: text is no number. A value that does not fit raises T5Error with what came, what was
+    expected and, where something is near, what may be meant.
+    """
+    made = dataclass(cls, frozen=True, kw_only=True, config=_STRICT)
+    check = made.__init__
+
+    @functools.wraps(check)
+    def init(self: Any, *args: Any, **values: Any) -> None:
+        try:
+            check(self, *args, **values)
+        except ValidationError as error:
+            raise SettingError(_sentence(made, values, error)) from None
+
+    made.__init__ = init
+    return made
+
 
 def from_dict(cls: type[T], data: dict[str, Any] | None, where: str) -> T:
-    """Build the dataclass `cls` from `data`.
+    """Build the settings `cls` from `data`, nested settings from nested dictionaries.
 
-    Nested dataclasses and lists (for tuple fields) are converted; `where` names the origin in messages,
-    e.g. "params.yaml: targets.dinov2-fashion.convert".
+    Args:
+        where: names the origin in messages, such as "params.yaml: targets.dinov2-fashion.convert".
 
     Raises:
-        T5Error: unknown key (names the nearest), missing key, or a value of the wrong type.
+        T5Error: an unknown key (names the nearest), a missing key, or a value that does not fit.
     """
     if not isinstance(data, dict | None):
         raise T5Error(f"{where} must be a mapping of settings, got {data!r}")
@@ -28,29 +109,35 @@ def from_dict(cls: type[T], data: dict[str, Any] | None, where: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(fields)}"
-            raise T5Error(f"{where}: unknown setting '{key}'; {hint}")
-    hints = typing.get_type_hints(cls)
-    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
-    missing = [name for name, field in fields.items() if name not in values and _required(field)]
+            raise T5Error(f"{where}: unknown setting '{key}'; {_nearest(str(key), fields)}")
+    missing = [name for name, field in fields.items() if name not in data and _required(field)]
     if missing:
         raise T5Error(f"{where}: missing {', '.join(missing)}; add it to this section")
-    return cls(**values)
+    hints = typing.get_type_hints(cls)
+    values = {key: _nested(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    try:
+        return cls(**values)
+    except T5Error as error:
+        raise T5Error(f"{where}{'.' if isinstance(error, SettingError) else ': '}{error}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The dataclass as JSON-ready plain values (tuples become lists)."""
+    """The settings as JSON-ready plain values (tuples become lists)."""
     return _plain(dataclasses.asdict(config))
 
 
-def one_of(value: Any, allowed: typing.Iterable[Any], what: str) -> None:
+def one_of(value: Any, allowed: Iterable[Any], what: str) -> None:
     """Raise T5Error naming the nearest allowed value unless `value` is one of `allowed`."""
     allowed = list(allowed)
     if value not in allowed:
         near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise T5Error(f"{what} '{value}' is unknown; expected one of {', '.join(map(str, allowed))}{hint}")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
 
 
 def _plain(value: Any) -> Any:
@@ -63,49 +150,63 @@ def _required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return _convert_union(hint, value, where)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        one_of(value, args, where)
-        return value
-    if origin is tuple and isinstance(value, list | tuple):
-        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
-        if inner is None and len(args) != len(value):
-            raise T5Error(f"{where}: expected {len(args)} values, got {value!r}")
-        kinds = [inner] * len(value) if inner is not None else args
-        return tuple(_convert(kind, item, where) for kind, item in zip(kinds, value, strict=True))
-    if origin is dict and isinstance(value, dict):  # keys are names; YAML reads some as numbers
-        return {str(key): _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if hint is float and type(value) is int:
-        return float(value)
-    expected = origin or hint
-    if expected is Any or (isinstance(value, expected) and not (isinstance(value, bool) and expected is not bool)):
-        return value
-    raise T5Error(
-        f"{where}: expected {getattr(expected, '__name__', hint)}, got {value!r}{_number_hint(expected, value)}"
-    )
+def _nested(hint: Any, value: Any, where: str) -> Any:
+    """`value` with dictionaries made the settings that `hint` wants in their place, and lists made tuples."""
+    options = (hint, *typing.get_args(hint))
+    kinds = [option for option in options if dataclasses.is_dataclass(option)]
+    tuples = [option for option in options if typing.get_origin(option) is tuple]
+    if isinstance(value, list | tuple) and tuples:
+        member = typing.get_args(tuples[0])[0]
+        return tuple(_nested(member, item, where) for item in value)
+    if kinds and (isinstance(value, dict) or (value is None and kinds[0] is hint) or hint is kinds[0]):
+        return value if isinstance(value, kinds[0]) else from_dict(kinds[0], value, where)
+    if isinstance(value, dict):
+        return {str(key): item for key, item in value.items()}  # keys are names; YAML reads some as numbers
+    return value
 
 
-def _convert_union(hint: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(hint)
-    if value is None and type(None) in options:  # first: a missing section would otherwise mean its defaults
-        return None
-    problems: dict[bool, str] = {}  # the first of each; of an option of the value's own kind says more
-    for option in options:
-        if option is not type(None):
-            try:
-                return _convert(option, value, where)
-            except T5Error as error:
-                problems.setdefault(type(value) is (typing.get_origin(option) or option), str(error))
-    raise T5Error(problems.get(True) or problems[False])
+def _sentence(cls: type, values: dict[str, Any], error: ValidationError) -> str:
+    """The problem in our words; of several, which a choice of types has, the one that came nearest to fitting."""
+    problem = max(error.errors(), key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
+    name = _place(problem["loc"], values)
+    kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind == "unexpected_keyword_argument":
+        return f"unknown setting '{name}'; {_nearest(name, [field.name for field in dataclasses.fields(cls)])}"
+    if kind == "missing":
+        return f"missing {name}" if len(problem["loc"]) == 1 else f"{name}: expected more values, got {value!r}"
+    if kind == "literal_error":
+        return _unknown(name, value, context["expected"])
+    if kind in _BOUNDS:
+        key, phrase = _BOUNDS[kind]
+        return f"{name} is {value}; expected {phrase.format(f'{context[key]:g}')}"
+    if kind == "finite_number":
+        return f"{name} is {value}; expected a finite number"
+    expected = _TYPES.get(kind) or problem["msg"].removeprefix("Input should be ")
+    return f"{name}: expected {expected}, got {value!r}{_number_hint(expected, value)}"
 
 
-def _number_hint(expected: Any, value: Any) -> str:
+def _place(loc: tuple[int | str, ...], values: Any) -> str:
+    """Where in `values` a problem is. Pydantic's path also names the types that it tried; those are left out."""
+    parts = [loc[0]]
+    values = values.get(loc[0]) if isinstance(values, dict) else None
+    for part in loc[1:]:
+        if (isinstance(values, dict) and part in values) or (
+            isinstance(part, int) and isinstance(values, list | tuple)
+        ):
+            parts.append(part)
+            values = values[part] if isinstance(values, dict) or part < len(values) else None
+    return ".".join(map(str, parts))
+
+
+def _unknown(name: str, value: Any, expected: str) -> str:
+    allowed = [word.strip(" '") for part in expected.split(" or ") for word in part.split(",")]
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"{name} '{value}' is unknown; expected one of {', '.join(allowed)}{hint}"
+
+
+def _number_hint(expected: str, value: Any) -> str:
     """YAML reads 1e-3 as text; the usual slip deserves its own remedy."""
-    if expected in (int, float) and isinstance(value, str):
+    if expected in ("int", "float") and isinstance(value, str):
         return " (text, not a number; in YAML write 1.0e-3, with a dot)"
     return ""

@@ -1,4 +1,4 @@
-"""Small file helpers: every write is atomic (a temporary sibling, then a rename)."""
+"""Small file helpers. Every write is atomic: a temporary sibling, then a rename."""
 
 import hashlib
 import json
@@ -13,19 +13,35 @@ from typing import Any
 from t5lib.utils.errors import T5Error
 
 
-def write_text(path: Path | str, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the new one, never a part."""
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary file beside `path`, to be written, that takes its place on success and vanishes on error.
+
+    A reader sees the old file or the new one, never a part; a kill leaves the old one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        yield temporary
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write `text`, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Write `content`, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path | str, value: Any) -> None:

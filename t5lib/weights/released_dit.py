@@ -164,7 +164,7 @@ def _check_present(weights: dict[str, Tensor], needed: tuple[str, ...], source: 
     missing = [name for name in needed if name not in weights]
     if missing:
         raise T5Error(
-            f"{source} is not {what}: it has no {missing}; t5lib.weights.released_vit.load reads released DiT5, "
+            f"{source} is not {what}: it has no {missing}; t5lib.load_released reads released DiT5, "
             "t5lib.weights.released_dit.load DiT with softmax"
         )
 

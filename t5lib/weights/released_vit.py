@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from t5lib.families import timm_vit
+from t5lib.families.timm_vit import ADAPTER, VisionTransformer
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.errors import T5Error
 
@@ -39,7 +39,7 @@ INNER = {("w1", "w2", "w3"): "swiglu", ("w1", "w2"): "two_layer"}
 ARCHITECTURES = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
 
 
-def load(
+def load_released(
     path: Path | str,
     *,
     which: str | None = None,
@@ -88,7 +88,7 @@ def _load_vit(
     arguments = describe(weights, source, img_size)
     config = config or infer_config(weights, arguments["depth"], source)
     with torch.device("meta"):
-        model = timm_vit.build(ARCHITECTURES.get(arguments["embed_dim"], ARCHITECTURES[192]), arguments, config)
+        model = ADAPTER.build(ARCHITECTURES.get(arguments["embed_dim"], ARCHITECTURES[192]), arguments, config)
     weights = to_ours(weights)
     check_fit(weights, model.state_dict(), source)
     model.load_state_dict(weights, assign=True)
@@ -101,7 +101,7 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         T5Error: it holds new weights that the released code has no name for (named).
     """
-    if not isinstance(model, timm_vit.VisionTransformer):
+    if not isinstance(model, VisionTransformer):
         raise T5Error(f"{type(model).__name__} is not a timm VisionTransformer; only its weights can be named back")
     released, unknown = {}, []
     for name, value in model.state_dict().items():

@@ -8,7 +8,7 @@ from t5lib.data.captions import open_captioned
 from t5lib.data.encoders import ImageEncoder, TextEncoder, encoding_pipeline
 from t5lib.data.encoding import EncodingConfig, encode
 from t5lib.data.shards import ShardSet
-from t5lib.data.stored import MANIFEST
+from t5lib.data.latents import MANIFEST
 from t5lib.utils.files import read_json
 from tasks.denoisers.data import LatentsConfig
 from tasks.runtime.stage import Stage

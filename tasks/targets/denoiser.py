@@ -8,7 +8,7 @@ from torch import nn
 import t5lib
 from t5lib.data.batches import Batches
 from t5lib.data.latents import LatentSet, LatentShards
-from t5lib.data.stored import MANIFEST
+from t5lib.data.latents import MANIFEST
 from t5lib.training.objectives import Batch, Objective, objective_of
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json

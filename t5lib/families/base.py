@@ -1,0 +1,242 @@
+"""What t5lib has to know about a family of models, all of it: one subclass of Adapter a family, one file each."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from t5lib.families.inputs import ExampleSize, Inputs
+from t5lib.layers.attention import TTTLayer
+from t5lib.layers.config import TTTConfig
+from t5lib.layers.grid import TokenGrid, carry_grid, drop_grid
+from t5lib.utils.errors import T5Error
+
+Tokens = tuple[Tensor, ...]  # the image's (B, N, C), and in a joint attention the text's (B, T, C)
+
+
+class Adapter(ABC):
+    """A family of models: where its attentions are, how its tokens lie, how it is called, described and rebuilt.
+
+    An adapter holds no model and no state; every method is given the model, or a part of it.
+
+    Shapes: B images, N image tokens, T text tokens, C channels, H heads, D head width.
+
+    Attributes:
+        name: of the family, in t5.json of saved models.
+        package: the library whose version matters to a saved model.
+        input_name: the argument of the model's forward that holds images or latents (B, C, H, W).
+        compiled_by_block: torch.compile takes the blocks one by one; they are large and alike, one compilation serves
+            all of a kind. Otherwise it takes the model as a whole.
+        has_attention_maps: an attention is over the tokens of one image and nothing else, so that where it looks can be
+            shown on that image.
+    """
+
+    name: ClassVar[str]
+    package: ClassVar[str]
+    input_name: ClassVar[str]
+    compiled_by_block: ClassVar[bool] = False
+    has_attention_maps: ClassVar[bool] = False
+
+    # Where the attentions are.
+
+    @abstractmethod
+    def check_convertible(self, model: nn.Module) -> None:
+        """Raises T5Error naming what in `model` cannot be converted, and why."""
+
+    @abstractmethod
+    def attention_names(self, model: nn.Module) -> list[str]:
+        """Names of all attentions, in order; position i is layer i of TTTConfig.layers."""
+
+    @abstractmethod
+    def layer_sets(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """What the names in TTTConfig.layers mean here: {"all": (0, 1, …), "paper": …}."""
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> nn.Sequential | nn.ModuleList:
+        """The blocks, in the container that the model's forward iterates."""
+
+    def block_name(self, attention: str) -> str:
+        """The name of the block that the attention of that name is in."""
+        return attention.rpartition(".")[0]
+
+    def block_tokens(self, output: Any) -> Tensor:
+        """The image's tokens (B, N, C) in what a block gives."""
+        return output
+
+    # How tokens lie, and how the layers learn it.
+
+    @abstractmethod
+    def grid(self, model: nn.Module, inputs: Inputs) -> TokenGrid:
+        """Where the image's tokens lie in a forward pass on `inputs`; text is not in it.
+
+        Raises:
+            T5Error: images or latents of a size that the model cannot take.
+        """
+
+    def fixed_grid(self, model: nn.Module) -> TokenGrid | None:
+        """The grid of a model that takes images of one size, None of one that takes any."""
+        return None
+
+    @abstractmethod
+    def embedding(self, model: nn.Module) -> nn.Module:
+        """The part that a forward calls with images or latents before it comes to its blocks."""
+
+    @staticmethod
+    @abstractmethod
+    def announce(embedding: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """A forward pre-hook of `embedding` that says the grid of its input (t5lib.layers.grid.announce_grid)."""
+
+    def carry_grid(self, model: nn.Module) -> None:
+        """Let every forward of `model` hand its grid to its converted layers."""
+        self.embedding(model).register_forward_pre_hook(self.announce)
+        carry_grid(self.blocks(model))
+
+    def drop_grid(self, model: nn.Module) -> None:
+        """Undo `carry_grid`."""
+        hooks = self.embedding(model)._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is self.announce]:
+            del hooks[key]
+        drop_grid(self.blocks(model))
+
+    # Conversion.
+
+    @abstractmethod
+    def new_layer(self, model: nn.Module, attention: nn.Module, config: TTTConfig) -> TTTLayer:
+        """The layer that takes the place of `attention`, a part of `model`."""
+
+    @abstractmethod
+    def softmax_attention(self, layer: TTTLayer) -> nn.Module:
+        """The attention that a TTTLayer stands for, with its present parts (shared)."""
+
+    @abstractmethod
+    def reset_left_out(self, model: nn.Module, name: str, inherit: str) -> list[str]:
+        """Give a fresh start to what `inherit` leaves out around the attention `name`.
+
+        Fresh tensors take the place of the pretrained ones, which stay as they are for who shares them.
+
+        Args:
+            inherit: "all" resets nothing, "attention" the block's MLPs, "mlp" the attention's projections.
+
+        Returns:
+            The full names of the parameters that were reset.
+        """
+
+    def mark(self, model: nn.Module, config: TTTConfig) -> None:
+        """Make `model` known as converted."""
+        model.t5_config = config
+
+    def unmark(self, model: nn.Module) -> None:
+        """Undo `mark`."""
+        del model.t5_config, model.t5_report
+
+    # Inside an attention.
+
+    @abstractmethod
+    def watch(
+        self, attention: nn.Module, inputs: dict[str, Tokens], outputs: dict[str, Tensor], name: str
+    ) -> list[RemovableHandle]:
+        """While the model runs, keep what `attention` gets and gives, under `name`.
+
+        Args:
+            inputs: gets its tokens.
+            outputs: gets the merged heads (B, N, H·D), of a joint attention (B, N + T, H·D) unless it drops the text,
+                as they are before output projections.
+
+        Returns:
+            Handles whose `remove` ends it.
+        """
+
+    @abstractmethod
+    def project(self, attention: nn.Module, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of a softmax attention or a TTTLayer, each (B, H, N + T, D), the image's tokens first."""
+
+    @abstractmethod
+    def projections(self, layer: nn.Module) -> list[nn.Module]:
+        """The modules that make q, k and v of `layer`'s input, that of the image's queries first."""
+
+    # Calling a model.
+
+    def inputs(self, batch: Any) -> Inputs:
+        """What the model is called with for a batch.
+
+        Args:
+            batch: images (B, C, H, W), or a tuple or list that begins with them; or the keyword arguments themselves.
+
+        Raises:
+            T5Error: it is something else.
+        """
+        if isinstance(batch, Mapping):
+            return self._keyword_arguments(batch)
+        images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise T5Error(f"a batch must hold images (B, 3, H, W), got {shape}")
+        return {self.input_name: images}
+
+    def _keyword_arguments(self, batch: Mapping[str, Tensor]) -> Inputs:
+        if self.input_name not in batch:
+            raise T5Error(
+                f"the model is called by name: expected '{self.input_name}' and what else the model's forward takes, "
+                f"got {', '.join(map(repr, batch))}. A denoiser's latents and captions are noised first: "
+                "t5lib.training.objectives.noised_inputs"
+            )
+        return dict(batch)
+
+    @abstractmethod
+    def call(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """The model's output as a tensor."""
+
+    @abstractmethod
+    def checkpoint_gradients(self, model: nn.Module, on: bool) -> None:
+        """Whether blocks compute their activations again in the backward pass instead of keeping them."""
+
+    @abstractmethod
+    def num_tokens(self, model: nn.Module, inputs: Inputs) -> int:
+        """Tokens that attention sees in one image: patches, prefix tokens, text tokens."""
+
+    @abstractmethod
+    def at_resolution(self, model: nn.Module, size: ExampleSize) -> nn.Module:
+        """A copy of the model, in eval mode, for square images of that size; learned positions are resampled.
+
+        Raises:
+            T5Error: the resolution is no multiple of what a token covers, or more than the model's positions hold.
+        """
+
+    @abstractmethod
+    def example_inputs(self, model: nn.Module, size: ExampleSize) -> Inputs:
+        """Random inputs of that size, float32 on the CPU; the same numbers every time."""
+
+    # Whole models.
+
+    @abstractmethod
+    def describe(self, model: nn.Module) -> tuple[str, dict[str, Any]]:
+        """A name and arguments that rebuild `model` as it was before conversion, weights aside.
+
+        Raises:
+            T5Error: they cannot be told from the model.
+        """
+
+    @abstractmethod
+    def build(self, architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> nn.Module:
+        """The model of `describe`, with fresh weights and, given `config`, converted."""
+
+    @abstractmethod
+    def skeleton(self, architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> nn.Module:
+        """As `build`, without weights, to load some into."""
+
+    @abstractmethod
+    def fresh(self, model: nn.Module, seed: int) -> nn.Module:
+        """A model like `model`, in the same place, with the architecture's random initialization: a control.
+
+        Raises:
+            T5Error: none can be made.
+        """
+
+
+def check_multiple(resolution: int, unit: int, what: str) -> None:
+    """Raises T5Error unless `resolution` is a multiple of `unit`, which is `what`."""
+    if resolution % unit:
+        nearest = max(1, round(resolution / unit)) * unit
+        raise T5Error(f"resolution {resolution} is no multiple of {what} {unit}; nearest is {nearest}")

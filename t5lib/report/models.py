@@ -1,0 +1,42 @@
+"""The models that a target's stages make, and how each is shown: the one list of them."""
+
+from dataclasses import dataclass
+
+# Blue against vermilion stays apart for every common colour blindness (Okabe and Ito); blue is always softmax.
+SOFTMAX, T5, T5_LIGHT, T5_PALE = "#0b63a5", "#cf4f08", "#e8963f", "#f0c08a"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is evaluated.
+
+    Attributes:
+        key: its name in the results.
+        made_by: the stage whose output it is.
+        label, what: for people.
+        colour: of its bars and lines.
+        trained_by: the stages whose time made it, counted from the source on.
+    """
+
+    key: str
+    made_by: str
+    label: str
+    what: str
+    colour: str
+    trained_by: tuple[str, ...] = ()
+
+    @property
+    def softmax(self) -> bool:
+        return self.colour == SOFTMAX
+
+
+MODELS = (
+    Model("source", "source", "Source", "softmax, the model that is converted", SOFTMAX),
+    Model("converted", "convert", "Converted", "T5, nothing trained yet", T5_PALE),
+    Model("calibrated", "calibrate", "Calibrated", "T5, attention transfer, no labels", T5_LIGHT, ("calibrate",)),
+    Model("frozen", "freeze", "Freeze protocol", "T5, only new parameters trained", T5_LIGHT, ("calibrate", "freeze")),
+    Model("finetuned", "finetune", "Fine-tuned", "T5, all parameters trained", T5, ("calibrate", "finetune")),
+    Model("control", "control", "Control", "softmax, fine-tuned with the same budget", SOFTMAX, ("control",)),
+)
+KEYS = tuple(model.key for model in MODELS)
+OF_STAGE = {model.made_by: model for model in MODELS}

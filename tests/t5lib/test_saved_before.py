@@ -1,0 +1,35 @@
+"""Models and pipelines that version 0.1 saved load, and give the very same outputs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import t5lib
+from t5lib.conversion import ttt_layers
+
+SAVED = Path(__file__).parents[1] / "data/saved"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def expected(name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    tensors = load_file(SAVED / f"{name}-output.safetensors")
+    return tensors, tensors.pop("output")
+
+
+@torch.no_grad()
+def test_a_saved_model_gives_the_same_bits():
+    inputs, output = expected("vit")
+    model = t5lib.load(SAVED / "vit")
+    assert [layer.mixer.config.locality for layer in ttt_layers(model).values()] == ["dwc_qk", "dwc_qk+nat3"]
+    assert torch.equal(model(inputs["inputs"]), output)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dit", "sd3"])
+def test_a_saved_pipeline_gives_the_same_bits(name):
+    inputs, output = expected(name)
+    pipe = t5lib.load_pipeline(SAVED / f"{name}-pipeline")
+    assert ttt_layers(pipe.transformer)
+    assert torch.equal(pipe.transformer(**inputs, return_dict=False)[0], output)
