@@ -2,26 +2,22 @@
 
 from typing import Any
 
-import torch
-
 import t5lib
-from t5lib.benchmarks.resolution_sweep import BenchmarkConfig, benchmark, break_even_sentence, cost_ratios
+from t5lib.benchmarks.resolution_sweep import benchmark, break_even_sentence, cost_ratios
 from t5lib.report import plots
-from t5lib.utils.files import write_json
-from tasks.runtime.stage import Stage, main
+from tasks.targets.base import Target, device
+from tasks.targets.run import main
 
-SECTIONS = {"benchmark": BenchmarkConfig}
+READS = ("benchmark",)
 
 
-def run(stage: Stage) -> dict[str, Any]:
+def run(target: Target) -> dict[str, Any]:
     """Measure softmax and converted model side by side on the GPU if there is one, else on the CPU."""
-    config = stage.params(BenchmarkConfig)
-    softmax, converted = t5lib.load(stage.input("source")), t5lib.load(stage.input("finetune"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = benchmark(softmax, converted, config, device=device, on_row=_tell)
+    config, stage = target.section(), target.stage
+    softmax, converted = (t5lib.load(stage.input(name)) for name in ("source", "finetune"))
+    result = benchmark(softmax, converted, config, device=device(), on_row=_tell)
     print(break_even_sentence(result), flush=True)
-    write_json(stage.out / "benchmark.json", result)
-    stage.artifact(stage.out / "benchmark.json")
+    stage.write_json("benchmark.json", result)
     for name, draw, key in (
         ("speed.png", plots.speed_curves, "break_even_tokens"),
         ("flops.png", plots.flops_curves, "break_even_tokens_flops"),

@@ -1,29 +1,19 @@
 """Stage `calibrate`: attention transfer from the softmax model, without labels."""
 
-from torch import nn
-
 import t5lib
-from t5lib.data.images import AugmentConfig, DataConfig
-from t5lib.training.calibration import CalibrateConfig, CalibrationReport
-from tasks.runtime.stage import Stage, main
-from tasks.targets.classifier import device, stream
+from tasks.targets.base import Target
+from tasks.targets.run import main
 
-SECTIONS = {"calibrate": CalibrateConfig, "data": DataConfig}
+READS = ("calibrate", "data")
 
 
-def run(stage: Stage) -> dict:
-    config, data = stage.params(CalibrateConfig), stage.params(DataConfig, "data")
-    model = t5lib.load(stage.input("convert"), device())
-    teacher = t5lib.load(stage.input("source"), device())
-    batches = stream(stage.input("shards"), data, AugmentConfig(hflip=0.5), config.batch_size, config.seed)
+def run(target: Target) -> dict[str, float]:
+    config, stage = target.section(), target.stage
+    model, teacher = target.load("convert"), target.load("source")
+    batches = target.calibration_batches(config)
     report = t5lib.calibrate(
         model, teacher=teacher, batches=batches, config=config, resume_dir=stage.resume_dir(), log=stage.log
     )
-    return write(stage, model, report)
-
-
-def write(stage: Stage, model: nn.Module, report: CalibrationReport) -> dict[str, float]:
-    """Save the model; returns the metrics."""
     t5lib.save(model, stage.out)
     metrics = {"steps": report.steps, "seconds": report.seconds}
     for moment, errors in (("before", report.error_before), ("after", report.error_after)):

@@ -1,15 +1,14 @@
 """Stage `control`: the softmax source fine-tuned with the very recipe of `finetune`: what T5 must be compared with."""
 
-from t5lib.data.images import DataConfig
-from t5lib.training.classifier import TrainConfig
-from tasks.finetune import finetune
-from tasks.runtime.stage import Stage, main
+from tasks.finetune import train_stage
+from tasks.targets.base import Target
+from tasks.targets.run import main
 
-SECTIONS = {"finetune": TrainConfig, "data": DataConfig}
+READS = ("finetune", "data")
 
 
-def run(stage: Stage) -> dict:
-    return finetune(stage, "source")
+def run(target: Target) -> dict[str, float]:
+    return train_stage(target, "source", target.section("finetune"))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,22 @@
 """Stage `convert`: softmax attention out, TTT layers in, every parameter accounted for."""
 
+from dataclasses import asdict
+
 import t5lib
-from t5lib.layers.config import TTTConfig
-from t5lib.utils import files
-from tasks.runtime.stage import Stage, main
+from tasks.targets.base import Target
+from tasks.targets.run import main
 
-SECTIONS = {"convert": TTTConfig}
+READS = ("convert",)
 
 
-def run(stage: Stage) -> dict:
-    config = stage.params(TTTConfig)
-    model = t5lib.load(stage.input("source"))
-    model = t5lib.convert(model, config, inplace=True)
-    report = model.t5_report
-    t5lib.save(model, stage.out)
-    account = {"layers": report.layers, "inherited": report.inherited, "new": report.new, "dropped": report.dropped}
-    account["reset"] = report.reset
-    files.write_json(stage.out / "account.json", account)
-    stage.artifact(stage.out / "account.json")
-    return report.numbers | {"layers": len(report.layers)}
+def run(target: Target) -> dict[str, int]:
+    config = target.section()
+    model = t5lib.convert(t5lib.load(target.stage.input("source")), config, inplace=True)
+    t5lib.save(model, target.stage.out)
+    account = asdict(model.t5_report)
+    numbers = account.pop("numbers")
+    target.stage.write_json("account.json", account)
+    return numbers | {"layers": len(model.t5_report.layers)}
 
 
 if __name__ == "__main__":

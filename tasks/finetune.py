@@ -1,29 +1,35 @@
 """Stage `finetune`: all weights of the calibrated model, trained a little."""
 
 import t5lib
-from t5lib.data.images import DataConfig
-from t5lib.training.classifier import TrainConfig
-from tasks.runtime.stage import Stage, main
-from tasks.targets.classifier import device, evaluate_one, fit, outcome
+from t5lib.training.trainer import LoopConfig
+from tasks.targets.base import Target
+from tasks.targets.run import main
 
-SECTIONS = {"finetune": TrainConfig, "data": DataConfig}
+READS = ("finetune", "data")
 
 
-def run(stage: Stage) -> dict:
+def run(target: Target) -> dict[str, float]:
     """Start from the calibrated model, once the freeze gate is passed (dvc.yaml makes that a dependency)."""
-    return finetune(stage, "calibrate")
+    return train_stage(target, "calibrate", target.section("finetune"))
 
 
-def finetune(stage: Stage, start: str) -> dict:
-    """Train the model of stage `start` by the section `finetune`; the source is the teacher if the recipe has one."""
-    config, data = stage.params(TrainConfig, "finetune"), stage.params(DataConfig, "data")
-    model = t5lib.load(stage.input(start), device())
-    teacher = t5lib.load(stage.input("source"), device()) if config.distill else None
-    shards = stage.input("shards")
-    report = fit(stage, model, config, data, shards, teacher)
-    score = evaluate_one(model, data, shards)
-    t5lib.save(model, stage.out)
-    return outcome(report, score)
+def train_stage(target: Target, start: str, recipe: LoopConfig, gate: object | None = None) -> dict[str, float]:
+    """Train the model of stage `start` by `recipe` and save it; returns the metrics of a training stage.
+
+    Args:
+        gate: the section `freeze`, where the result has to pass its check before it is saved.
+    """
+    model = target.load(start)
+    report = target.fit(model, recipe)
+    metrics = target.held_out(model)
+    if gate is not None:
+        metrics |= target.check_gate(metrics, gate)
+    t5lib.save(model, target.stage.out)
+    return metrics | {
+        "steps": report.steps,
+        "seconds": report.seconds,
+        "samples_per_second": report.samples_per_second,
+    }
 
 
 if __name__ == "__main__":

@@ -5,57 +5,53 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from t5lib.benchmarks.resolution_sweep import describe_device
-from t5lib.data.images import DataConfig
+from t5lib.benchmarks.timing import describe_device
 from t5lib.report import page
+from t5lib.report.data import ReportData
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_text
-from tasks.runtime.params import resolve
-from tasks.runtime.stage import Stage, main, read_history
+from tasks.runtime.stage import Stage, read_history
 from tasks.runtime.tracking import git_commit
+from tasks.targets import resolve
+from tasks.targets.base import Target
+from tasks.targets.run import main
 
-SECTIONS = {"data": DataConfig}
+READS = ("data",)
 REQUIRED = ("convert", "calibrate", "finetune", "evaluate")
 OPTIONAL = ("source", "diagnose", "freeze", "control", "explain", "benchmark")
 CURVES = ("calibrate", "freeze", "finetune", "control")
 
 
-def run(stage: Stage) -> dict[str, Any]:
-    """Write page.html and summary.md."""
-    return write(stage, gather(stage, stage.params(DataConfig, "data")))
-
-
-def write(stage: Stage, data: page.ReportData) -> dict[str, Any]:
-    """The page and the summary."""
-    write_text(stage.out / "page.html", page.html(data))
-    write_text(stage.out / "summary.md", page.summary(data))
-    for name in ("page.html", "summary.md"):
+def run(target: Target) -> dict[str, Any]:
+    """Write report.html and summary.md."""
+    stage, data = target.stage, gather(target)
+    quality = target.quality(data)
+    write_text(stage.out / "report.html", page.html(data, quality))
+    write_text(stage.out / "summary.md", page.summary(data, quality))
+    for name in ("report.html", "summary.md"):
         stage.artifact(stage.out / name)
     return {"sections_missing": sum(name not in data.metrics for name in OPTIONAL)}
 
 
-def gather(stage: Stage, data: DataConfig | None, samples: bytes | None = None) -> page.ReportData:
+def gather(target: Target) -> ReportData:
     """Read what the stages of the target wrote.
-
-    Args:
-        data, samples: as the page takes them.
 
     Raises:
         T5Error: one that the report cannot do without is absent.
     """
+    stage, samples = target.stage, target.samples()
     metrics = {name: stage.metrics(name) for name in REQUIRED}
-    metrics |= {name: found for name in OPTIONAL if (found := _if_made(stage.metrics, name)) is not None}
+    metrics |= {name: made for name in OPTIONAL if (made := _if_made(stage.metrics, name)) is not None}
     curves = {name: stage.input(name) / "history.jsonl" for name in CURVES if name in metrics}
     benchmark = read_json(stage.input("benchmark") / "benchmark.json") if "benchmark" in metrics else None
     explained = stage.input("explain") if "explain" in metrics else None
-    return page.ReportData(
+    return ReportData(
         target=stage.target,
         metrics=metrics,
         histories={name: read_history(path) for name, path in curves.items() if path.is_file()},
         account=read_json(stage.input("convert") / "account.json"),
         description=read_json(stage.input("finetune") / "t5.json"),
-        data=data,
-        samples=samples,
+        samples=samples and samples.read_bytes(),
         shift=read_json(stage.input("diagnose") / "shift_ratio.json") if "diagnose" in metrics else None,
         explanation=read_json(explained / "explanation.json") if explained else None,
         maps=tuple(path.read_bytes() for path in sorted(explained.glob("maps-*.png"))) if explained else (),

@@ -158,7 +158,7 @@ class LatentShards(LatentSet):
                     raise T5Error(f"{shard.path} has sha256 {found}, its manifest says {shard.sha256}; encode it again")
                 bar.advance(done)
 
-    def resident(self, device: str | torch.device) -> "InMemoryLatents":
+    def in_memory(self, device: str | torch.device) -> "InMemoryLatents":
         """All samples read into the memory of `device`."""
         groups, done = [], 0
         with progress(f"load {self.shards.name}", len(self)) as bar:

@@ -12,6 +12,7 @@ Unfinished downloads live in a hidden folder beside the destination, which itsel
 import difflib
 import hashlib
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -167,3 +168,19 @@ def _deliver(path: Path, folder: Path) -> Path:
     for inner in [inner for inner in path.rglob("*") if inner.is_file()]:
         _deliver(inner, folder / inner.relative_to(path).parent)
     return folder
+
+
+def kept(source: str, folder: Path) -> Path:
+    """Where the files of `source` lie; fetched into a folder of their own in `folder`, once, and kept there.
+
+    For what is too large to copy among outputs. What a file: source names stays where it is.
+    """
+    if source.startswith("file:"):
+        return fetch(source, folder)
+    source = resolve(source)
+    place = folder / re.sub(r"[^\w.]+", "-", source)
+    if not place.exists():
+        incoming = place.with_name(f".{place.name}.incoming")
+        fetch(source, incoming)
+        os.replace(incoming, place)
+    return place

@@ -24,10 +24,10 @@ from t5lib.report.plots import (
 )
 
 
-def all_pictures(found: dict[str, Any], pictures: Sequence[Any]) -> dict[str, Figure]:
+def all_pictures(found: dict[str, Any], pictures: Sequence[Any] | None) -> dict[str, Figure]:
     """All pictures of an explanation (t5lib.analysis.explanation, as dictionary), by name.
 
-    `pictures`: the images given, each (H, W, 3), 0 to 1, those that have maps at least.
+    `pictures`: the images given, each (H, W, 3), 0 to 1, those that have maps at least; None where there are no maps.
     """
     figures = {}
     for image in sorted({one["image"] for one in found["maps"]}):

@@ -1,17 +1,10 @@
-"""params.yaml: reading it, checking a whole target before any work starts, adding a target to `enabled`.
+"""params.yaml: reading it, checking the settings of a target, adding a target to `enabled`."""
 
-`python -m tasks.runtime.params dinov2-fashion` checks every section of that target and prints the settings with their defaults.
-"""
-
-import argparse
 import ast
+import copy
 import difflib
-import importlib
-import importlib.util
-import json
-import sys
+from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
@@ -19,7 +12,6 @@ import yaml
 from t5lib.utils.config import from_dict, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import write_text
-from tasks.runtime import readiness
 
 
 def read(root: Path | str = ".") -> dict[str, Any]:
@@ -46,36 +38,34 @@ def read_target(root: Path | str, target: str) -> dict[str, Any]:
     return targets[target]
 
 
-def resolve(root: Path | str, target: str) -> dict[str, Any]:
-    """Every section of a target with its defaults filled in, as plain values.
+def checked(settings: dict[str, Any], sections: dict[str, type], where: str) -> dict[str, Any]:
+    """The sections of a target with their defaults filled in, as plain values.
+
+    Args:
+        sections: those that its kind of target has, and what each is.
+        where: names the origin of `settings` in messages.
 
     Raises:
-        T5Error: an unknown setting, a wrong type, or a section that no stage reads.
+        T5Error: an unknown setting, a wrong type, a section that no stage reads, or a missing one.
     """
-    return checked(root, read_target(root, target), f"params.yaml: targets.{target}")
-
-
-def checked(root: Path | str, settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """The sections of a target with their defaults filled in; `where` names their origin. Raises as `resolve` does."""
-    classes = _sections(Path(root), settings)
     for section in settings:
-        if section not in classes:
-            raise T5Error(f"{where}.{section} is read by no stage; known sections: {', '.join(sorted(classes))}")
-    missing = [section for section in classes if section not in settings]
+        if section not in sections:
+            raise T5Error(f"{where}.{section} is read by no stage; known sections: {', '.join(sorted(sections))}")
+    missing = [section for section in sections if section not in settings]
     if missing:
         raise T5Error(
             f"{where} lacks the sections {', '.join(missing)}; add them, empty if need be: {missing[0]}: {{}}"
         )
-    return {name: to_dict(from_dict(classes[name], settings[name], f"{where}.{name}")) for name in settings}
+    return {name: to_dict(from_dict(sections[name], settings[name], f"{where}.{name}")) for name in settings}
 
 
-def resolve_with(root: Path | str, target: str, changes: list[str]) -> dict[str, Any]:
-    """`resolve`, with values replaced by command line words such as `evaluate.sampling.steps=20`; values are YAML.
+def changed(settings: dict[str, Any], changes: Iterable[str], target: str) -> dict[str, Any]:
+    """A copy of `settings` with values replaced by words such as `evaluate.sampling.steps=20`; values are YAML.
 
     Raises:
-        T5Error: as `resolve`, and for a word without "=" or a setting inside of what is no section.
+        T5Error: a word without "=", or a setting inside of what is no section.
     """
-    settings = resolve(root, target)
+    settings = copy.deepcopy(settings)
     for word in changes:
         path, equals, value = word.partition("=")
         *sections, name = path.split(".")
@@ -87,25 +77,12 @@ def resolve_with(root: Path | str, target: str, changes: list[str]) -> dict[str,
             if not isinstance(section, dict):
                 raise T5Error(f"--set {word}: '{key}' is no section of {target}; expected SECTION.NAME=VALUE")
         section[name] = yaml.safe_load(value)
-    return checked(root, settings, f"{target} with --set")
-
-
-def kind(settings: dict[str, Any]) -> str:
-    """What a target's model is, which its fetch section tells: a diffusers pipeline's "denoiser", or a "classifier"."""
-    return "denoiser" if (settings.get("fetch") or {}).get("format") == "pipeline" else "classifier"
-
-
-def stage_module(name: str, settings: dict[str, Any]) -> ModuleType:
-    """The module of stage `name` for a target with these settings: of some stages denoisers have their own."""
-    special = f"tasks.denoisers.{name}"
-    if kind(settings) == "denoiser" and importlib.util.find_spec(special):
-        return importlib.import_module(special)
-    return importlib.import_module(f"tasks.{name}")
+    return settings
 
 
 def stage_modules(root: Path | str = ".") -> list[str]:
-    """The names of the modules in tasks/ that are stages: those with a `SECTIONS`. Imports none of them."""
-    return [path.stem for path in sorted((Path(root) / "tasks").glob("*.py")) if _assigns(path, "SECTIONS")]
+    """The names of the modules in tasks/ that are stages: those with a `READS`. Imports none of them."""
+    return [path.stem for path in sorted((Path(root) / "tasks").glob("*.py")) if _assigns(path, "READS")]
 
 
 def enable(root: Path | str, target: str) -> bool:
@@ -136,32 +113,7 @@ def with_enabled(text: str, target: str) -> str:
     return out.getvalue()
 
 
-def _sections(root: Path, settings: dict[str, Any]) -> dict[str, type]:
-    classes: dict[str, type] = {}
-    for name in stage_modules(root):
-        classes.update(stage_module(name, settings).SECTIONS)
-    return classes
-
-
 def _assigns(path: Path, name: str) -> bool:
     body = ast.parse(path.read_text(encoding="utf-8")).body
     targets = [t for node in body if isinstance(node, ast.Assign) for t in node.targets]
     return any(isinstance(t, ast.Name) and t.id == name for t in targets)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tasks.runtime.params", description=__doc__)
-    parser.add_argument("target", help="a section of `targets` in params.yaml")
-    parser.add_argument("--ready", action="store_true", help="also see that its weights and images can be had")
-    args = parser.parse_args()
-    try:
-        settings = resolve(".", args.target)
-        if args.ready:
-            readiness.check(Path("."), args.target, settings)
-        print(json.dumps(settings))
-    except T5Error as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

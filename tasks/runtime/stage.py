@@ -1,31 +1,9 @@
-"""What a stage is given, and how it is run: `python -m tasks.convert dinov2-fashion`, or `run_stage` in process.
+"""What a stage is given: its settings, its inputs, and the places for what it makes, so that a crash costs little."""
 
-A stage module holds `SECTIONS`, the sections of params.yaml it reads and their dataclasses, and `run`:
-
-    SECTIONS = {"convert": TTTConfig, "data": DataConfig}
-
-    def run(stage: Stage) -> dict:
-        config = stage.params(TTTConfig)
-        model = t5lib.load(stage.input("source"))
-        ...
-        return {"new": 123}
-
-    if __name__ == "__main__":
-        main(run)
-
-Neither DVC nor Prefect nor MLflow is needed to run one. Where a stage does something else for denoisers than for
-classifiers, its module in tasks/denoisers/ takes over (tasks.runtime.params.stage_module).
-"""
-
-import argparse
 import hashlib
 import json
 import shutil
-import signal
-import sys
-import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,8 +12,7 @@ import yaml
 from t5lib.utils.config import from_dict, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, sha256, write_json, write_text
-from tasks.runtime.params import read_target, stage_module
-from tasks.runtime.tracking import NoRun, device, flatten, start_run
+from tasks.runtime.tracking import NoRun
 
 T = TypeVar("T")
 
@@ -54,6 +31,7 @@ class Stage:
         self.run_log: NoRun = NoRun()  # its MLflow run
         self._settings, self._sections = settings, sections
         self._declared = _declared(root, name, target)
+        self._configs: dict[str, Any] = {}
         self._used: dict[str, str] = {}  # what input() and metrics() gave out, as checksums
         self._resume_dir: Path | None = None
 
@@ -64,10 +42,10 @@ class Stage:
             T5Error: missing section, unknown setting, or a value of the wrong type.
         """
         section = section or self.name
+        if section in self._configs:
+            return self._configs[section]
         if self._sections.get(section) is not cls:
-            raise RuntimeError(
-                f'tasks/{self.name}.py reads "{section}": add "{section}": {cls.__name__} to its SECTIONS'
-            )
+            raise RuntimeError(f'tasks/{self.name}.py reads "{section}", a {cls.__name__}: add it to its READS')
         where = f"params.yaml: targets.{self.target}"
         if section not in self._settings:
             raise T5Error(f"{where} has no section '{section}', which stage '{self.name}' reads; add it, empty: {{}}")
@@ -76,6 +54,7 @@ class Stage:
         self._still_open(f'params("{section}")')
         self.resolved[section] = to_dict(config)
         self.run_log.log_params(self.resolved)
+        self._configs[section] = config
         return config
 
     def input(self, stage: str) -> Path:
@@ -84,8 +63,9 @@ class Stage:
         self._must_be_declared(f"data/out/{self.target}/{stage}")
         if not path.is_dir():
             raise T5Error(f"{path} does not exist, and '{self.name}' needs it; {self._remedy(stage)}")
-        self._still_open(f'input("{stage}")')
-        self._used[stage] = _checksum(path)
+        if stage not in self._used:
+            self._still_open(f'input("{stage}")')
+            self._used[stage] = _checksum(path)
         return path
 
     def metrics(self, stage: str) -> dict[str, Any]:
@@ -106,7 +86,8 @@ class Stage:
     def resume_dir(self) -> Path:
         """The folder for checkpoints: the same one again after a crash, as long as settings and inputs are the same.
 
-        Call it (and `log`) after the last params(), input() and metrics(). It is removed on success.
+        Call it (and `log`) after params(), input() and metrics() were asked for the last new one. It is removed on
+        success.
         """
         if self._resume_dir is None:
             made_from = json.dumps([self.resolved, self._used], sort_keys=True)
@@ -125,6 +106,11 @@ class Stage:
     def artifact(self, path: Path | str) -> None:
         """Also show this picture or JSON file in MLflow (not weights: DVC keeps those)."""
         self.run_log.log_artifact(Path(path))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file among the outputs, and show it in MLflow."""
+        write_json(self.out / name, value)
+        self.artifact(self.out / name)
 
     @property
     def metrics_file(self) -> Path:
@@ -193,57 +179,6 @@ class Stage:
                 "traceback": "".join(traceback.format_exception(error)),
             },
         )
-
-
-def run_stage(
-    name: str, target: str, *, params: dict[str, Any] | None = None, root: Path | str = Path("."), track: bool = False
-) -> dict[str, Any]:
-    """Run stage `name` of `target` in this process and return its metrics.
-
-    `params` replaces the target's section of params.yaml; `track` records the run in MLflow.
-    Errors are written to `data/scratch/<target>/<stage>.error.json` and raised again.
-    """
-    return _run(name, target, params, Path(root), track)
-
-
-def main(run: Callable[[Stage], dict[str, Any]]) -> None:
-    """The command line of the stage `run` is of: one argument, the target. Exit status 1 on error, 130 when stopped."""
-    name = Path(run.__code__.co_filename).stem
-    parser = argparse.ArgumentParser(prog=f"python -m tasks.{name}", description=run.__globals__["__doc__"])
-    parser.add_argument("target", help="a section of `targets` in params.yaml")
-    target = parser.parse_args().target
-    for stop in (signal.SIGINT, signal.SIGTERM):  # also where a background shell made us ignore Ctrl-C
-        signal.signal(stop, signal.default_int_handler)
-    started = time.monotonic()
-    try:
-        metrics = _run(name, target, None, Path("."), track=True)
-    except T5Error as error:
-        sys.exit(f"{name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    shown = [f"{key} {value:.4g}" for key, value in flatten(metrics).items() if isinstance(value, int | float)]
-    print(f"{name} done in {time.monotonic() - started:.0f} s: {', '.join(shown[:6])}", flush=True)
-
-
-def _run(name: str, target: str, settings: dict[str, Any] | None, root: Path, track: bool) -> dict[str, Any]:
-    settings = read_target(root, target) if settings is None else settings
-    module = stage_module(name, settings)
-    stage = Stage(name, target, settings=settings, sections=module.SECTIONS, root=root)
-    stage.begin()
-    if track:
-        stage.run_log = start_run(root, target, name, settings, {"stage": name, "protocol": name})
-    try:
-        metrics = module.run(stage)
-        stage.succeed(metrics)
-    except BaseException as error:
-        stage.fail(error)
-        stage.run_log.set_tags({"device": device()})
-        stage.run_log.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
-    stage.run_log.log_metrics(metrics)
-    stage.run_log.set_tags({"device": device(), "metrics_sha256": sha256(stage.metrics_file)})
-    stage.run_log.finish()
-    return metrics
 
 
 def _declared(root: Path, name: str, target: str) -> set[str] | None:

@@ -1,1 +1,43 @@
-"""The kinds of targets: what their sections are, how they are loaded, fed, fitted and judged."""
+"""The kinds of targets. Which kind a target is of, its `fetch` section says, and nothing else asks.
+
+`python -m tasks.targets dinov2-fashion` checks a target's settings and prints all of them with their defaults.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.runtime import params
+
+if TYPE_CHECKING:
+    from tasks.targets.base import Target
+
+# fetch.format → module and class. Looked up by name: diffusers takes 15 seconds to import.
+_KINDS = {"pipeline": ("denoiser", "DenoiserTarget")}
+_USUAL = ("classifier", "ClassifierTarget")
+
+
+def kind(settings: dict[str, Any]) -> "type[Target]":
+    """The class of a target with these settings."""
+    module, name = _KINDS.get((settings.get("fetch") or {}).get("format"), _USUAL)
+    return getattr(import_module(f"tasks.targets.{module}"), name)
+
+
+def resolve(root: Path | str, target: str, changes: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """Every section of a target with its defaults filled in, as plain values.
+
+    Args:
+        changes: command line words that replace values, such as `evaluate.sampling.steps=20` (params.changed).
+
+    Raises:
+        T5Error: an unknown setting, a wrong type, or a section that no stage reads.
+    """
+    settings = checked(params.read_target(root, target), f"params.yaml: targets.{target}")
+    if not changes:
+        return settings
+    return checked(params.changed(settings, changes, target), f"{target} with --set")
+
+
+def checked(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """The sections of a target with their defaults filled in; `where` names their origin. Raises as `resolve` does."""
+    return params.checked(settings, kind(settings).SECTIONS, where)

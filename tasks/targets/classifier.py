@@ -1,94 +1,223 @@
-"""What several stages do alike: the device, the training stream, a run of the training loop, a first score."""
+"""Targets that are classifiers: timm models, labelled image shards, top-1."""
 
-from pathlib import Path
+import math
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import PartialState
-from torch import nn
+from pydantic import Field
+from torch import Tensor, nn
 
-from t5lib.data.images import AugmentConfig, DataConfig, ShardSet, eval_batches, train_batches, transform
+import t5lib
+from t5lib.data.batches import Batches
+from t5lib.data.images import AugmentConfig, DataConfig, eval_batches, train_batches, transform
+from t5lib.data.shards import ShardSet
 from t5lib.evaluation.classifier import Score, evaluate
-from t5lib.training.classifier import TrainConfig, TrainReport, train
+from t5lib.report import classifier as report
+from t5lib.report.common import Quality
+from t5lib.report.data import ReportData
+from t5lib.report.explanation_plots import as_pictures
+from t5lib.training.calibration import CalibrateConfig
+from t5lib.training.classifier import Classification, TrainConfig
+from t5lib.training.trainer import TrainReport, train
+from t5lib.utils.config import NotNegative, settings
+from t5lib.utils.errors import T5Error
 from t5lib.utils.progress import progress
-from tasks.runtime.stage import Stage
+from tasks.targets.base import Target, precision
+from tasks.targets.image_shards import open_labelled, refuse_overlap
+from tasks.targets.linear_head import fit_head
+from tasks.targets.timm_model import FetchConfig, fetched_model
 
 
-def device() -> torch.device:
-    """The device of this process, as Accelerate assigns it."""
-    return PartialState().device
+@settings
+class ShardsConfig:
+    """Where the images are. Each of both is one of
+
+        file:data/fashion-mnist/train.json          a manifest; its shards are checked against it
+        file:/data/imagenet/train                   a folder of tar files, or a pattern: file:/data/in1k/train-*.tar
+        hf:datasets/OWNER/REPO@COMMIT#train-*.tar   the same from the hub, kept in data/datasets
+
+    Tar files without a manifest (img2dataset and webdataset layout: `<key>.jpg` and `<key>.cls`) are counted and
+    hashed, once. Paths are relative to the repository.
+    """
+
+    train: str
+    val: str
 
 
-def precision(wanted: str = "auto") -> str:
-    """What models are run in when they are only looked at: "auto" is bf16 on CUDA, else fp32."""
-    return ("bf16" if device().type == "cuda" else "fp32") if wanted == "auto" else wanted
+@settings
+class SourceConfig:
+    """How the classifier comes about.
+
+    Attributes:
+        head: "keep" the fetched one, or "fit" a linear head on the frozen features (logistic regression).
+        l2: weight of the head's squared norm, on standardized features.
+        finetune: recipe to train the whole softmax model with afterwards; null for none.
+    """
+
+    head: Literal["keep", "fit"] = "fit"
+    l2: NotNegative = 1e-3
+    finetune: TrainConfig | None = None
 
 
-def stream(shards: Path, data: DataConfig, augment: AugmentConfig | None, batch_size: int, seed: int):
-    """A function from a batch number to the endless training batches from there on (t5lib.data.batches)."""
-    state, images = PartialState(), ShardSet.read(shards / "train.json")
+@settings
+class FreezeConfig:
+    """`floor`: top-1 in percent below which the flow stops here; `train`: the recipe (trainable: new)."""
 
-    def from_batch(start: int):
-        return train_batches(
-            images,
-            transform(data, augment),
-            batch_size=batch_size,
-            seed=seed,
-            start=start,
-            workers=data.workers,
-            rank=state.process_index,
-            world_size=state.num_processes,
+    floor: Annotated[float, Field(ge=0, le=100)]
+    train: TrainConfig = Field(default_factory=lambda: TrainConfig(trainable="new"))
+
+    def __post_init__(self):
+        if self.train.trainable != "new":
+            raise T5Error(f"train.trainable is '{self.train.trainable}'; this protocol needs 'trainable: new'")
+
+
+@settings
+class EvaluateConfig:
+    """`precision`: "fp32", "bf16", or "auto", which is bf16 on CUDA and fp32 elsewhere."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+class ClassifierTarget(Target):
+    """See Target."""
+
+    SECTIONS = Target.SECTIONS | {
+        "fetch": FetchConfig,
+        "shards": ShardsConfig,
+        "data": DataConfig,
+        "source": SourceConfig,
+        "freeze": FreezeConfig,
+        "finetune": TrainConfig,
+        "evaluate": EvaluateConfig,
+    }
+
+    def fetch(self) -> dict[str, Any]:
+        model, origin = fetched_model(self.section("fetch"), self.stage.resume_dir() / "source")
+        t5lib.save(model, self.stage.out)
+        return origin | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+    def shards(self) -> dict[str, int]:
+        """Check the shards and write train.json and val.json."""
+        config, classes = self.section("shards"), self.section("data").num_classes
+        train, val = (open_labelled(getattr(config, split), split, classes, self.stage) for split in ("train", "val"))
+        _refuse_mismatch(train, val, classes)
+        for split, shards in (("train", train), ("val", val)):
+            shards.write(self.stage.out / f"{split}.json", root=self.stage.root)
+            self.stage.artifact(self.stage.out / f"{split}.json")
+        sizes = {"train": train.count, "val": val.count, "classes": classes}
+        return sizes | {"train_shards": len(train.shards), "val_shards": len(val.shards)}
+
+    def source(self) -> dict[str, float]:
+        """The fetched model, with a head for the target's classes."""
+        config, model, steps, begun = self.section("source"), self.load("fetch"), 0, time.monotonic()
+        if config.head == "fit":
+            data, images = self.section("data"), self._shards("train")
+            batches = eval_batches(images, transform(data), batch_size=data.eval_batch_size, workers=data.workers)
+            fit_head(model, batches, images.count, config.l2)
+        if config.finetune:
+            steps = self.fit(model, config.finetune).steps
+        seconds = time.monotonic() - begun
+        measured = self.held_out(model)
+        t5lib.save(model, self.stage.out)
+        return measured | {"seconds": seconds, "steps": steps}
+
+    def evaluate(self, models: dict[str, str]) -> dict[str, dict[str, Any]]:
+        config, loaded = self.section("evaluate"), {name: self.load(made_by) for name, made_by in models.items()}
+        scores = self._scores(loaded, reference="source", precision=precision(config.precision))
+        return {name: score.as_dict() for name, score in scores.items()}
+
+    def calibration_batches(self, config: CalibrateConfig) -> Batches:
+        return self._stream(AugmentConfig(hflip=0.5), config.batch_size, config.seed)
+
+    def some_batch(self, split: str, images: int, seed: int) -> Tensor:
+        data = self.section("data")
+        batches = eval_batches(self._shards(split), transform(data), batch_size=data.eval_batch_size, limit=images)
+        return torch.cat([images for images, _ in batches])
+
+    def pictures(self, batch: Tensor) -> Sequence[Any]:
+        data = self.section("data")
+        return as_pictures(batch, data.mean, data.std)
+
+    def fit(self, model: nn.Module, recipe: TrainConfig) -> TrainReport:
+        """See Target; the source is the teacher, where the recipe has one."""
+        data, teacher = self.section("data"), self.load("source") if recipe.distill else None
+        count = self._shards("train").count
+        return train(
+            model,
+            self._stream(recipe.augment, recipe.batch_size, recipe.seed),
+            Classification(recipe, data.num_classes, teacher),
+            recipe,
+            steps=recipe.steps(count, PartialState().num_processes),
+            resume_dir=self.stage.resume_dir(),
+            log=self.stage.log,
         )
 
-    return from_batch
+    def held_out(self, model: nn.Module) -> dict[str, float]:
+        score = self._scores({"model": model}, precision=precision())["model"]
+        return {"top1": score.top1, "loss": score.loss}
+
+    def check_gate(self, measured: dict[str, float], config: FreezeConfig) -> dict[str, float]:
+        if not math.isfinite(measured["loss"]):
+            raise T5Error(
+                f"freeze gate: the validation loss is {measured['loss']}, so a converted layer overflows on images it "
+                "was not trained on; a fine-tune would diverge. Use key_norm 'instance', calibrate with a lower lr, or "
+                "evaluate in fp32"
+            )
+        if measured["top1"] < config.floor:
+            raise T5Error(
+                f"freeze gate: top-1 is {measured['top1']:.1f} % with only the new parameters trained, below the floor "
+                f"of {config.floor:g} %. The new layers do not stand in for attention yet, and a fine-tune would "
+                "overwrite pretrained weights to make up for it. Calibrate longer (calibrate.steps), use inner "
+                "'swiglu' with key_norm 'instance' and locality 'dwc_qk', or lower freeze.floor if this is good enough "
+                "for your task"
+            )
+        return {}
+
+    def quality(self, data: ReportData) -> Quality:
+        return report.quality(data, self.section("data"))
+
+    def _shards(self, split: str) -> ShardSet:
+        return ShardSet.read(self.stage.input("shards") / f"{split}.json")
+
+    def _stream(self, augment: AugmentConfig, batch_size: int, seed: int) -> Batches:
+        """Endless training batches of this process, from any batch number on."""
+        state, images, data = PartialState(), self._shards("train"), self.section("data")
+
+        def from_batch(start: int):
+            return train_batches(
+                images,
+                transform(data, augment),
+                batch_size=batch_size,
+                seed=seed,
+                start=start,
+                workers=data.workers,
+                rank=state.process_index,
+                world_size=state.num_processes,
+            )
+
+        return from_batch
+
+    def _scores(
+        self, models: dict[str, nn.Module], *, precision: str, reference: str | None = None
+    ) -> dict[str, Score]:
+        """On all validation images."""
+        data, images = self.section("data"), self._shards("val")
+        batches = eval_batches(images, transform(data), batch_size=data.eval_batch_size, workers=data.workers)
+        with progress("evaluate", images.count) as bar:
+            return evaluate(models, batches, reference=reference, precision=precision, on_batch=bar.advance)
 
 
-def fit(
-    stage: Stage,
-    model: nn.Module,
-    config: TrainConfig,
-    data: DataConfig,
-    shards: Path,
-    teacher: nn.Module | None = None,
-) -> TrainReport:
-    """Train `model` in place by `config` on the target's training images, resuming where the stage stopped before."""
-    count = ShardSet.read(shards / "train.json").count
-    return train(
-        model,
-        stream(shards, data, config.augment, config.batch_size, config.seed),
-        config,
-        steps=config.steps(count, PartialState().num_processes),
-        num_classes=data.num_classes,
-        teacher=teacher,
-        resume_dir=stage.resume_dir(),
-        log=stage.log,
-    )
-
-
-def evaluate_all(
-    models: dict[str, nn.Module],
-    data: DataConfig,
-    shards: Path,
-    *,
-    precision: str,
-    reference: str | None = None,
-) -> dict[str, Score]:
-    """Scores of `models` on all validation images."""
-    images = ShardSet.read(shards / "val.json")
-    batches = eval_batches(images, transform(data), batch_size=data.eval_batch_size, workers=data.workers)
-    with progress("evaluate", images.count) as bar:
-        return evaluate(models, batches, reference=reference, precision=precision, on_batch=bar.advance)
-
-
-def evaluate_one(model: nn.Module, data: DataConfig, shards: Path) -> Score:
-    return evaluate_all({"model": model}, data, shards, precision=precision())["model"]
-
-
-def outcome(report: TrainReport, score: Score) -> dict[str, float]:
-    """The metrics of a training stage."""
-    return {
-        "top1": score.top1,
-        "loss": score.loss,
-        "steps": report.steps,
-        "seconds": report.seconds,
-        "samples_per_second": report.samples_per_second,
-    }
+def _refuse_mismatch(train: ShardSet, val: ShardSet, num_classes: int) -> None:
+    if train.classes != val.classes:
+        raise T5Error(
+            f"train has {len(train.classes)} classes and val {len(val.classes)}, or they have other names "
+            "or another order; both must come from the same data set"
+        )
+    if len(train.classes) != num_classes:
+        raise T5Error(
+            f"the shards have {len(train.classes)} classes, but data.num_classes is {num_classes}; correct it"
+        )
+    refuse_overlap(train, val)

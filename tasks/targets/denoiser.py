@@ -1,59 +1,309 @@
-"""What the stages of denoisers are given: encoded images, the objective, models."""
+"""Targets that are denoisers: diffusers pipelines, encoded images with captions or classes, generated pictures."""
 
+import functools
+import math
+import os
+import shutil
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import diffusers
 from accelerate import PartialState
+from pydantic import Field
 from torch import nn
 
 import t5lib
 from t5lib.data.batches import Batches
-from t5lib.data.latents import LatentSet, LatentShards
-from t5lib.data.latents import MANIFEST
-from t5lib.training.objectives import Batch, Objective, objective_of
+from t5lib.data.captions import open_captioned
+from t5lib.data.encoders import ImageEncoder, TextEncoder, encoding_pipeline
+from t5lib.data.encoding import EncodingConfig, encode
+from t5lib.data.latents import MANIFEST, LatentSet, LatentShards
+from t5lib.data.shards import ShardSet
+from t5lib.download import kept
+from t5lib.families.inputs import Inputs
+from t5lib.report import denoiser as report
+from t5lib.report import plots
+from t5lib.report.common import Quality
+from t5lib.report.data import ReportData
+from t5lib.report.sample_grid import sample_grid
+from t5lib.training.calibration import CalibrateConfig
+from t5lib.training.denoiser import DenoiserTrainConfig, Denoising, validation_loss
+from t5lib.training.objectives import Noising, noised_batch, noised_inputs, noising_of
+from t5lib.training.trainer import TrainReport, train
+from t5lib.utils.config import AtLeastOne, Share, WholeNumber, settings
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json
-from tasks.denoisers.data import LatentsConfig
-from tasks.targets.classifier import device
+from t5lib.utils.files import read_json, write_json
+from tasks.targets import diffusers_folder, timm_model
+from tasks.targets.base import Target, device, precision
+from tasks.targets.image_shards import COUNTED, open_labelled, refuse_overlap
+from tasks.targets.sample_evaluator import EvaluateConfig, SampleEvaluator
 
 SCHEDULER = "scheduler"  # its folder in what the stage `source` made
+SPLITS = ("train", "val")
 
 
-def latents(shards: Path, split: str, data: LatentsConfig) -> LatentSet:
-    """The encoded images of "train" or "val" in what the stage `shards` made."""
-    found = LatentShards(shards / split / MANIFEST)
-    return found.resident(device()) if data.resident else found
+@settings
+class FetchConfig:
+    """Where the pipeline comes from, and what its images are scored with.
+
+    Attributes:
+        source: a folder as diffusers saves it, file:FOLDER or hf:OWNER/REPO@COMMIT (t5lib.download).
+        features: a DINOv2 of timm's, as classifiers are fetched: for FD-DINOv2, retrieval, and distances to the source.
+        inception: torch-fidelity's weights, as a source of t5lib.download: then FID, KID and IS are the standard ones.
+        clip: transformers' CLIP, as a source of t5lib.download, for the CLIP score.
+    """
+
+    format: Literal["pipeline"]
+    source: str
+    features: timm_model.FetchConfig
+    inception: str | None = None
+    clip: str | None = None
 
 
-def stream(shards: Path, data: LatentsConfig, batch_size: int, seed: int) -> Batches:
-    """Endless training batches of this process, from any batch number on."""
-    state = PartialState()
-    return latents(shards, "train", data).batches(
-        batch_size,
-        seed=seed,
-        drop=data.drop,
-        workers=0 if data.resident else data.workers,
-        rank=state.process_index,
-        world_size=state.num_processes,
-    )
+@settings
+class ShardsConfig:
+    """Where the images are, and how they are encoded.
+
+    Attributes:
+        train, val: file:MANIFEST.json, file:FOLDER or file:PATTERN of tar files, with <key>.jpg (.png, .webp) and
+            <key>.txt or .json as img2dataset writes them. Relative paths start at the repository. For a
+            class-conditional denoiser as classifiers have them (tasks/targets/classifier.py).
+        encode: sizes, mirror images, threads.
+        dtype: of the encoders.
+        max_sequence_length: tokens of the T5 encoder's text.
+    """
+
+    train: str
+    val: str
+    encode: EncodingConfig
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    max_sequence_length: AtLeastOne = 256
 
 
-def some(shards: Path, split: str, data: LatentsConfig, images: int, seed: int, setting: str) -> Batch:
-    """So many encoded images of one size. `setting`: what asks for them, for the error where they are not there."""
-    found = latents(shards, split, data)
-    if images > len(found):
-        raise T5Error(f"{setting} is {images}; there are {len(found)} {split} images")
-    return next(found.batches(images, seed=seed)(0))
+@settings
+class LatentsConfig:
+    """How encoded images are read, and what a denoiser learns from them.
+
+    Attributes:
+        drop: part of the captions or labels that is left out in training, for guidance.
+        in_memory: hold all latents in the memory of the device; for small sets.
+        workers: processes that read ahead; 0 reads when needed.
+        eval_batch_size: images at once where nothing is learned.
+        objective: changes to what the pipeline's scheduler stands for, such as {weighting: mode}
+            (t5lib.training.objectives).
+    """
+
+    drop: Share = 0.1
+    in_memory: bool = False
+    workers: WholeNumber = 2
+    eval_batch_size: AtLeastOne = 16
+    objective: dict[str, Any] = Field(default_factory=dict)
 
 
-def objective(source: Path, data: LatentsConfig) -> Objective:
-    """Of the scheduler that the stage `source` kept, with the changes in `data`."""
-    import diffusers
-
-    config = read_json(source / SCHEDULER / "scheduler_config.json")
-    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-    return objective_of(scheduler, **data.objective)
+@settings
+class SourceConfig:
+    """Nothing is to be chosen: the denoiser is converted as it was fetched."""
 
 
-def load(folder: Path) -> nn.Module:
-    """A model on the device of this process."""
-    return t5lib.load(folder, device())
+@settings
+class FreezeConfig:
+    """`ceiling`: times the source's held-out loss above which the flow stops here; `train`: the recipe."""
+
+    ceiling: Annotated[float, Field(gt=0)]
+    train: DenoiserTrainConfig = Field(default_factory=lambda: DenoiserTrainConfig(trainable="new"))
+
+    def __post_init__(self):
+        if self.train.trainable != "new":
+            raise T5Error(f"train.trainable is '{self.train.trainable}'; this protocol needs 'trainable: new'")
+
+
+class DenoiserTarget(Target):
+    """See Target."""
+
+    SECTIONS = Target.SECTIONS | {
+        "fetch": FetchConfig,
+        "shards": ShardsConfig,
+        "data": LatentsConfig,
+        "source": SourceConfig,
+        "freeze": FreezeConfig,
+        "finetune": DenoiserTrainConfig,
+        "evaluate": EvaluateConfig,
+    }
+
+    def fetch(self) -> dict[str, Any]:
+        """Fetch and check pipeline and scorers. Large files stay where they were downloaded to or lie already."""
+        config, out, models = self.section("fetch"), self.stage.out, self.stage.root / "data/models"
+        folder = kept(_pipeline_source(config.source), models)
+        noted = diffusers_folder.note(folder, config.source, out, self.stage.root)
+        features, origin = timm_model.fetched_model(config.features, self.stage.resume_dir() / "features")
+        t5lib.save(features, out / "features")
+        scorers = {"inception": config.inception, "clip": config.clip}
+        places = {name: source and _kept_file(source, models) for name, source in scorers.items()}
+        write_json(out / diffusers_folder.SCORERS, places)
+        size = sum(file["bytes"] for file in noted["files"].values())
+        return {"source": config.source, "files": len(noted["files"]), "bytes": size, "features": origin}
+
+    def shards(self) -> dict[str, int]:
+        """Write train/ and val/ (t5lib.data.encoding), and images-*.json, the manifests of what was encoded."""
+        config = self.section("shards")
+        self.section("data")
+        folder = diffusers_folder.folder_of(self.stage.input("fetch"), self.stage.root)
+        sets = {split: self._images(getattr(config, split), split, folder) for split in SPLITS}
+        refuse_overlap(sets["train"], sets["val"])
+        images, text = _encoders(folder, config)
+        work, sizes = self.stage.resume_dir(), {}
+        for split, shards in sets.items():
+            encode(shards, work / split, images=images, text=text, config=config.encode)
+        for split, shards in sets.items():  # together at the end: what is encoded already must outlive a crash
+            os.replace(work / split, self.stage.out / split)
+            shards.write(self.stage.out / f"images-{split}.json", root=self.stage.root)
+            sizes[split] = read_json(self.stage.out / split / MANIFEST)["count"]
+            sizes[f"{split}_left_out"] = shards.count - sizes[split]
+        return sizes
+
+    def source(self) -> dict[str, float]:
+        """The pipeline's transformer in single precision, and its noise schedule beside it."""
+        self.section("source")
+        fetched, out = self.stage.input("fetch"), self.stage.out
+        model = diffusers_folder.transformer(fetched, self.stage.root)
+        t5lib.save(model, out)
+        shutil.copytree(diffusers_folder.folder_of(fetched, self.stage.root) / "scheduler", out / SCHEDULER)
+        measured = self.held_out(model.to(device()), source=out)
+        return measured | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+    def evaluate(self, models: dict[str, str]) -> dict[str, dict[str, Any]]:
+        """Every model draws the same prompts from the same noise; writes every image and a picture of some."""
+        config, stage = self.section("evaluate"), self.stage
+        folders = {name: stage.input(made_by) for name, made_by in models.items()}
+        evaluator = self.sample_evaluator(config)
+        images = stage.resume_dir() / "images"
+        drawn = {name: evaluator.draw(name, folder, images / name) for name, folder in folders.items()}
+        scores = evaluator.scores(drawn)
+        os.replace(images, stage.out / "images")
+        few = {name: each.pictures[: config.shown] for name, each in drawn.items()}
+        plots.save(sample_grid(few, evaluator.prompts[: config.shown]), stage.out / "samples.png")
+        stage.artifact(stage.out / "samples.png")
+        return scores
+
+    def sample_evaluator(self, config: EvaluateConfig) -> SampleEvaluator:
+        """What draws and scores, the same for all models of the target."""
+        stage = self.stage
+        return SampleEvaluator(
+            config,
+            fetched=stage.input("fetch"),
+            shards=stage.input("shards"),
+            root=stage.root,
+            held_out=lambda model: self.held_out(model)["loss"],
+        )
+
+    def calibration_batches(self, config: CalibrateConfig) -> Batches:
+        return noised_inputs(self._stream(config.batch_size, config.seed), self._noising(), config.seed)
+
+    def some_batch(self, split: str, images: int, seed: int) -> Inputs:
+        latents = self._latents(split)
+        if images > len(latents):
+            raise T5Error(f"{self.stage.name}.images is {images}; there are {len(latents)} {split} images")
+        return noised_batch(next(latents.batches(images, seed=seed)(0)), self._noising(), seed)
+
+    def pictures(self, batch: Inputs) -> None:
+        """Noised latents are no pictures."""
+
+    def fit(self, model: nn.Module, recipe: DenoiserTrainConfig) -> TrainReport:
+        """See Target; the source is the teacher, where the recipe asks for it."""
+        teacher = self.load("source") if recipe.align and recipe.teacher == "source" else None
+        return train(
+            model,
+            self._stream(recipe.batch_size, recipe.seed),
+            Denoising(recipe, self._noising(), teacher),
+            recipe,
+            steps=recipe.steps,
+            resume_dir=self.stage.resume_dir(),
+            log=self.stage.log,
+        )
+
+    def held_out(self, model: nn.Module, source: Path | None = None) -> dict[str, float]:
+        """On all validation images, each at one noise level; the same noise and levels for every model.
+
+        Args:
+            source: what the stage `source` made; None where it is that of another stage.
+        """
+        batches = self._latents("val").eval_batches(self.section("data").eval_batch_size)
+        noising = self._noising(source)
+        return {"loss": validation_loss({"model": model}, batches, noising=noising, precision=precision())["model"]}
+
+    def check_gate(self, measured: dict[str, float], config: FreezeConfig) -> dict[str, float]:
+        loss, source = measured["loss"], self.held_out(self.load("source"))["loss"]
+        if not math.isfinite(loss) or loss > config.ceiling * source:
+            raise T5Error(
+                f"freeze gate: with only the new parameters trained the held-out loss is {loss:.4g}, more than "
+                f"{config.ceiling:g} times the source's {source:.4g}. The new layers do not stand in for attention "
+                "yet, and a fine-tune would overwrite pretrained weights to make up for it. Calibrate longer "
+                "(calibrate.steps), use inner 'swiglu' with key_norm 'instance' and locality 'dwc_qk', convert fewer "
+                "layers (layers: paper), or raise freeze.ceiling if this is good enough for your task"
+            )
+        return {"of_source": loss / source}
+
+    def quality(self, data: ReportData) -> Quality:
+        return report.quality(data)
+
+    def samples(self) -> Path:
+        return self.stage.input("evaluate") / "samples.png"
+
+    @functools.cache  # noqa: B019 (a target lives as long as its stage)
+    def _latents(self, split: str) -> LatentSet:
+        """The encoded images of "train" or "val" in what the stage `shards` made."""
+        latents = LatentShards(self.stage.input("shards") / split / MANIFEST)
+        return latents.in_memory(device()) if self.section("data").in_memory else latents
+
+    def _stream(self, batch_size: int, seed: int) -> Batches:
+        """Endless training batches of this process, from any batch number on."""
+        state, data = PartialState(), self.section("data")
+        return self._latents("train").batches(
+            batch_size,
+            seed=seed,
+            drop=data.drop,
+            workers=0 if data.in_memory else data.workers,
+            rank=state.process_index,
+            world_size=state.num_processes,
+        )
+
+    def _noising(self, source: Path | None = None) -> Noising:
+        """Of the scheduler that the stage `source` kept, with the changes in the section `data`."""
+        config = read_json((source or self.stage.input("source")) / SCHEDULER / "scheduler_config.json")
+        scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+        return noising_of(scheduler, **self.section("data").objective)
+
+    def _images(self, source: str, split: str, folder: Path) -> ShardSet:
+        if not diffusers_folder.takes_text(folder):
+            return open_labelled(source, split, diffusers_folder.classes(folder), self.stage)
+        root, name = self.stage.root, f"{self.stage.target} {split}"
+        return open_captioned(source, name=name, root=root, notes=root / COUNTED)
+
+
+def _pipeline_source(source: str) -> str:
+    """A hub repo without #FILES means the pipeline's files alone."""
+    if source.startswith("hf:datasets/"):
+        raise T5Error(
+            f"fetch.source is '{source}', a data set; expected a pipeline: file:FOLDER or hf:OWNER/REPO@COMMIT"
+        )
+    return f"{source}#{diffusers_folder.HUB_FILES}" if source.startswith("hf:") and "#" not in source else source
+
+
+def _kept_file(source: str, models: Path) -> str:
+    """The file, or the folder of several."""
+    place = kept(source, models)
+    files = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else [place]
+    return str((files[0] if len(files) == 1 else place).resolve())
+
+
+def _encoders(folder: Path, config: ShardsConfig) -> tuple[ImageEncoder, TextEncoder | None]:
+    options = {"dtype": config.dtype, "device": str(device())}
+    image_options = options | {
+        "channels": diffusers_folder.image_channels(folder),
+        "patch": diffusers_folder.patch(folder),
+    }
+    if not diffusers_folder.takes_text(folder):
+        return ImageEncoder(diffusers_folder.image_vae(folder), **image_options), None
+    parts = encoding_pipeline(folder, config.dtype)
+    text = TextEncoder(parts, max_sequence_length=config.max_sequence_length, **options)
+    return ImageEncoder(parts.vae, **image_options), text

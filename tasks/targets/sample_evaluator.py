@@ -1,31 +1,31 @@
 """Draws what validation images show, with any model of a target, and scores the pictures."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+import t5lib
 from t5lib.evaluation import cutout_retrieval, features, scores
 from t5lib.evaluation.generation import GenerateConfig, generate, read_images
 from t5lib.evaluation.prompts import Job, seed_of
 from t5lib.pipelines import load_pipeline
-from t5lib.training.denoiser import validation_loss
+from t5lib.utils.config import AtLeastOne, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
-from tasks.denoisers.data import LatentsConfig
 from tasks.targets import diffusers_folder, real_images
-from tasks.targets.classifier import device, precision
-from tasks.targets.denoiser import latents, load, objective
+from tasks.targets.base import device
 
 REAL = "real images"  # the row of a table that says what can be reached
 REFERENCES = 20  # pictures of each name that generated ones are compared with
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class EvaluateConfig:
     """What is drawn.
 
@@ -38,55 +38,58 @@ class EvaluateConfig:
             backgrounds. Then they tell what a picture shows (t5lib.evaluation.cutout_retrieval), and not training images.
     """
 
-    samples: int = 1000
-    shown: int = 8
-    sampling: GenerateConfig = field(default_factory=GenerateConfig)
-    cutouts: str | None = None
+    samples: Annotated[int, Field(ge=scores.LEAST)] = 1000
+    shown: AtLeastOne = 8
+    sampling: GenerateConfig = Field(default_factory=GenerateConfig)
+    cutouts: Annotated[str, Field(pattern="^file:")] | None = None
 
     def __post_init__(self) -> None:
-        if self.samples < scores.LEAST or not 1 <= self.shown <= self.samples:
-            raise T5Error(
-                f"evaluate: samples {self.samples}, shown {self.shown}; expected at least {scores.LEAST} samples, and "
-                "1 or more of them shown"
-            )
-        if self.cutouts is not None and not self.cutouts.startswith("file:"):
-            raise T5Error(f"evaluate.cutouts is '{self.cutouts}'; expected file:MANIFEST.json")
+        if self.shown > self.samples:
+            raise T5Error(f"shown is {self.shown} of {self.samples} samples; expected 1 or more of them")
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a model did: its held-out loss, and its pictures (n, C, H, W) uint8, one for each of `Judge.asked`."""
+    """What a model did: its held-out loss, and its pictures (n, C, H, W) uint8, one for each of `SampleEvaluator.asked`."""
 
     loss: float
     pictures: Tensor
 
 
-class Judge:
+class SampleEvaluator:
     """One for all models of a target: prompts, noise and real images are the same.
 
     Args:
-        config, data: sections of the target.
-        fetched, shards, source: what these stages made.
+        config: the section `evaluate`.
+        fetched, shards: what these stages made.
         root: of the repository.
+        held_out: a model's held-out loss.
 
     Attributes:
         asked: the validation images whose captions or classes are drawn, in order.
     """
 
     def __init__(
-        self, config: EvaluateConfig, data: LatentsConfig, *, fetched: Path, shards: Path, source: Path, root: Path
+        self,
+        config: EvaluateConfig,
+        *,
+        fetched: Path,
+        shards: Path,
+        root: Path,
+        held_out: Callable[[nn.Module], float],
     ):
-        self.config, self.data, self.fetched = config, data, fetched
+        self.config, self.fetched = config, fetched
         self.folder = diffusers_folder.folder_of(fetched, root)
         self.channels = diffusers_folder.image_channels(self.folder)
-        images = {"size": config.sampling.size or diffusers_folder.image_size(self.folder), "channels": self.channels}
-        held_out = real_images.read(shards / "images-val.json", **images, most=config.samples)
-        if len(held_out) < scores.LEAST:
-            raise T5Error(f"evaluate: shards.val holds {len(held_out)} images; expected at least {scores.LEAST}")
-        self.asked = [held_out[number % len(held_out)] for number in range(config.samples)]
+        size = config.sampling.size or diffusers_folder.image_size(self.folder)
+        images = {"size": size, "channels": self.channels}
+        validation = real_images.read(shards / "images-val.json", **images, most=config.samples)
+        if len(validation) < scores.LEAST:
+            raise T5Error(f"evaluate: shards.val holds {len(validation)} images; expected at least {scores.LEAST}")
+        self.asked = [validation[number % len(validation)] for number in range(config.samples)]
         self._root = root
         self._known = lambda: real_images.references(shards / "images-train.json", **images, most=REFERENCES)
-        self._held_out = _held_out(data, shards, source)
+        self._held_out = held_out
         self._pipe: Any = None
 
     @property
@@ -97,7 +100,7 @@ class Judge:
     def draw(self, name: str, model: Path, images: Path) -> Drawn:
         """Load the model (of t5lib.save), take its loss, and draw into `images` what is not there yet; bf16 on CUDA."""
         dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
-        loaded = nn.Module.to(load(model), dtype)  # diffusers' own `to` warns of every cast
+        loaded = nn.Module.to(t5lib.load(model, device()), dtype)  # diffusers' own `to` warns of every cast
         if self._pipe is None:
             self._pipe = load_pipeline(self.folder, transformer=loaded, torch_dtype=dtype).to(device())
         else:
@@ -167,14 +170,3 @@ class Judge:
     def _references(self) -> dict[str, Tensor]:
         known = self._known()
         return scores.tokens_of(known, self._dinov2) if known else {}
-
-
-def _held_out(data: LatentsConfig, shards: Path, source: Path) -> Callable[[nn.Module], float]:
-    """A model's loss on all validation images; the same noise for every model."""
-    val, aim = latents(shards, "val", data), objective(source, data)
-
-    def measure(model: nn.Module) -> float:
-        batches = val.eval_batches(data.eval_batch_size)
-        return validation_loss({"model": model}, batches, objective=aim, precision=precision())["model"]
-
-    return measure

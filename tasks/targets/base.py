@@ -1,0 +1,146 @@
+"""What the stages have to know about a kind of target, all of it: one subclass of Target a kind, one file each."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+import t5lib
+from t5lib.benchmarks.resolution_sweep import BenchmarkConfig
+from t5lib.data.batches import Batches
+from t5lib.layers.config import TTTConfig
+from t5lib.report.common import Quality
+from t5lib.report.data import ReportData
+from t5lib.training.calibration import CalibrateConfig
+from t5lib.training.trainer import LoopConfig, TrainReport
+from t5lib.utils.config import AtLeastOne, WholeNumber, settings
+from tasks.runtime.stage import Stage
+
+
+@settings
+class DiagnoseConfig:
+    """`images`: how many training images the shift ratio is averaged over."""
+
+    images: AtLeastOne = 64
+    seed: WholeNumber = 0
+
+
+@settings
+class ExplainConfig:
+    """What is measured on.
+
+    Attributes:
+        images: validation images for errors, CKA and shift ratios; a denoiser's are noised once each.
+        map_images: how many of them for attention distances and maps, which cost more (of classifiers).
+        queries: patches whose attention distance is taken.
+        probes: precision of a converted layer's attention map (t5lib.implicit_attention).
+        seed: of the noise.
+    """
+
+    images: AtLeastOne = 64
+    map_images: AtLeastOne = 4
+    queries: AtLeastOne = 49
+    probes: AtLeastOne = 2
+    seed: WholeNumber = 0
+
+
+class Target(ABC):
+    """A target as one of its stages sees it.
+
+    Attributes:
+        SECTIONS: the sections of params.yaml that targets of this kind have, and what each is.
+        stage: the stage that runs: its settings, its inputs, and the places for what it makes.
+    """
+
+    SECTIONS: ClassVar[dict[str, type]] = {
+        "diagnose": DiagnoseConfig,
+        "convert": TTTConfig,
+        "calibrate": CalibrateConfig,
+        "explain": ExplainConfig,
+        "benchmark": BenchmarkConfig,
+    }
+
+    def __init__(self, stage: Stage):
+        self.stage = stage
+
+    def section(self, name: str | None = None) -> Any:
+        """A section of the target's settings, by default the one of the stage's own name."""
+        name = name or self.stage.name
+        return self.stage.params(self.SECTIONS[name], name)
+
+    def load(self, made_by: str) -> nn.Module:
+        """The model that another stage made, on the device of this process."""
+        return t5lib.load(self.stage.input(made_by), device())
+
+    # Stages that differ altogether; each returns the stage's metrics.
+
+    @abstractmethod
+    def fetch(self) -> dict[str, Any]:
+        """Fetch the softmax model, checked."""
+
+    @abstractmethod
+    def shards(self) -> dict[str, Any]:
+        """Open and check the training and validation images."""
+
+    @abstractmethod
+    def source(self) -> dict[str, Any]:
+        """Make the softmax model that is converted."""
+
+    @abstractmethod
+    def evaluate(self, models: dict[str, str]) -> dict[str, dict[str, Any]]:
+        """The scores of models, by name; `models` says which stage made each."""
+
+    # What other stages are made of.
+
+    @abstractmethod
+    def calibration_batches(self, config: CalibrateConfig) -> Batches:
+        """What t5lib.calibrate is fed with."""
+
+    @abstractmethod
+    def some_batch(self, split: str, images: int, seed: int) -> Any:
+        """A batch of so many images of "train" or "val", to look at models with (t5lib.diagnose, t5lib.explain)."""
+
+    @abstractmethod
+    def pictures(self, batch: Any) -> Sequence[Any] | None:
+        """The images of `some_batch` as pictures to draw over; None where they cannot be shown."""
+
+    @abstractmethod
+    def fit(self, model: nn.Module, recipe: LoopConfig) -> TrainReport:
+        """Train `model` in place by `recipe`, resuming where the stage stopped before."""
+
+    @abstractmethod
+    def held_out(self, model: nn.Module) -> dict[str, float]:
+        """How good `model` is on the validation images: "loss", and what else tells it at a glance."""
+
+    @abstractmethod
+    def check_gate(self, measured: dict[str, float], config: Any) -> dict[str, float]:
+        """Whether a model with these held-out measures is worth a fine-tune, by the section `freeze`.
+
+        Returns:
+            More metrics, where the check made some.
+
+        Raises:
+            T5Error: it is not, with what to do.
+        """
+
+    @abstractmethod
+    def quality(self, data: ReportData) -> Quality:
+        """The part of the report that depends on the kind of model."""
+
+    def samples(self) -> Path | None:
+        """A picture of what the models draw, where they draw."""
+        return None
+
+
+def device() -> torch.device:
+    """The device of this process, as Accelerate assigns it."""
+    return PartialState().device
+
+
+def precision(wanted: str = "auto") -> str:
+    """What models are run in when they are only looked at: "auto" is bf16 on CUDA, else fp32."""
+    return ("bf16" if device().type == "cuda" else "fp32") if wanted == "auto" else wanted

@@ -1,0 +1,86 @@
+"""How a stage is run: `python -m tasks.convert dinov2-fashion`, or `run_stage` in process.
+
+A stage is a module of tasks/ with the sections that it reads and what it does with a target:
+
+    READS = ("convert",)
+
+    def run(target: Target) -> dict:
+        config = target.section()
+        model = target.load("source")
+        ...
+        return {"new": 123}
+
+    if __name__ == "__main__":
+        main(run)
+
+Neither DVC nor Prefect nor MLflow is needed to run one.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from t5lib.utils.errors import T5Error
+from t5lib.utils.files import sha256
+from tasks.runtime.params import read_target
+from tasks.runtime.stage import Stage
+from tasks.runtime.tracking import device, flatten, start_run
+from tasks.targets import kind
+
+
+def run_stage(
+    name: str, target: str, *, params: dict[str, Any] | None = None, root: Path | str = Path("."), track: bool = False
+) -> dict[str, Any]:
+    """Run stage `name` of `target` in this process and return its metrics.
+
+    Args:
+        params: replaces the target's section of params.yaml.
+        track: record the run in MLflow.
+
+    Raises:
+        Exception: what the stage raises; it is also written to `data/scratch/<target>/<stage>.error.json`.
+    """
+    root = Path(root)
+    settings = read_target(root, target) if params is None else params
+    module, of_kind = import_module(f"tasks.{name}"), kind(settings)
+    sections = {section: of_kind.SECTIONS[section] for section in module.READS}
+    stage = Stage(name, target, settings=settings, sections=sections, root=root)
+    stage.begin()
+    if track:
+        stage.run_log = start_run(root, target, name, settings, {"stage": name, "protocol": name})
+    try:
+        metrics = module.run(of_kind(stage))
+        stage.succeed(metrics)
+    except BaseException as error:
+        stage.fail(error)
+        stage.run_log.set_tags({"device": device()})
+        stage.run_log.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    stage.run_log.log_metrics(metrics)
+    stage.run_log.set_tags({"device": device(), "metrics_sha256": sha256(stage.metrics_file)})
+    stage.run_log.finish()
+    return metrics
+
+
+def main(run: Callable[..., dict[str, Any]]) -> None:
+    """The command line of the stage `run` is of: one argument, the target. Exit status 1 on error, 130 when stopped."""
+    name = Path(run.__code__.co_filename).stem
+    parser = argparse.ArgumentParser(prog=f"python -m tasks.{name}", description=run.__globals__["__doc__"])
+    parser.add_argument("target", help="a section of `targets` in params.yaml, such as dinov2-fashion")
+    target = parser.parse_args().target
+    for stop in (signal.SIGINT, signal.SIGTERM):  # also where a background shell made us ignore Ctrl-C
+        signal.signal(stop, signal.default_int_handler)
+    started = time.monotonic()
+    try:
+        metrics = run_stage(name, target, track=True)
+    except T5Error as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    shown = [f"{key} {value:.4g}" for key, value in flatten(metrics).items() if isinstance(value, int | float)]
+    print(f"{name} done in {time.monotonic() - started:.0f} s: {', '.join(shown[:6])}", flush=True)
