@@ -11,36 +11,41 @@ only. What was finished is kept in --work and not done again. Needs neither Pref
 import argparse
 import copy
 import dataclasses
-import hashlib
-import json
 import statistics
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 import t5lib
-from t5lib.benchmarks.resolution_sweep import at_resolution, count_flops, describe_device
+from t5lib.benchmarks.resolution_sweep import count_flops
+from t5lib.benchmarks.timing import describe_device
 from t5lib.conversion import convert
+from t5lib.data.images import DataConfig
+from t5lib.data.in_memory import InMemoryImages, decode
+from t5lib.data.shards import ShardSet
+from t5lib.families import family_of
+from t5lib.families.inputs import ExampleSize
 from t5lib.layers.config import SOFTMAX, TTTConfig
 from t5lib.planning.cost_model import KINDS, Plan, PlanConfig, plan, verify
 from t5lib.planning.layer_search import choose, compare_rules, fixed_rules, scan, select, total
 from t5lib.report import plots
 from t5lib.training.calibration import CalibrateConfig
-from t5lib.utils.config import from_dict, one_of, to_dict
+from t5lib.utils.config import AtLeastOne, Several, WholeNumber, from_dict, settings, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, sha256, write_json, write_text
 from t5lib.utils.progress import progress
-from tasks.studies import layer_choice_report
+from tasks.studies import common, layer_choice_report
+from tasks.studies.common import load_or_make
 from tasks.studies.layer_choice_report import BY_SUM, SOLVER
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Settings:
     """What is planned and how; every value decides about the result, apart from `seeds`.
 
@@ -62,24 +67,20 @@ class Settings:
     model: str
     train: str
     test: str
-    resolution: int
-    train_images: int = 4000
-    test_images: int = 5000
-    scan_images: int = 1000
-    kinds: tuple[str, ...] = KINDS
-    cost: str = "time"
-    budgets: int = 4
-    verify: int = 8
-    shortlist: int = 8
-    eval_batch_size: int = 64
-    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
-    timing: PlanConfig = field(default_factory=PlanConfig)
+    resolution: AtLeastOne
+    train_images: AtLeastOne = 4000
+    test_images: AtLeastOne = 5000
+    scan_images: AtLeastOne = 1000
+    kinds: Several[str] = KINDS
+    cost: Literal["time", "flops"] = "time"
+    budgets: AtLeastOne = 4
+    verify: WholeNumber = 8
+    shortlist: AtLeastOne = 8
+    eval_batch_size: AtLeastOne = 64
+    calibrate: CalibrateConfig = Field(default_factory=CalibrateConfig)
+    timing: PlanConfig = Field(default_factory=PlanConfig)
 
     def __post_init__(self):
-        one_of(self.cost, ("time", "flops"), "cost")
-        for name in ("budgets", "shortlist", "scan_images", "eval_batch_size", "test_images"):
-            if getattr(self, name) < 1:
-                raise T5Error(f"{name} is {getattr(self, name)}; expected 1 or more")
         if self.scan_images >= self.train_images:
             raise T5Error(
                 f"scan_images is {self.scan_images} of {self.train_images} training images; none would be left to "
@@ -107,12 +108,8 @@ def open_images(settings: Settings, model: nn.Module, device: torch.device, work
     Raises:
         T5Error: too few images.
     """
-    from t5lib.data.images import DataConfig
-    from t5lib.data.in_memory import InMemoryImages, decode
-    from t5lib.data.shards import ShardSet
-
-    found = resolve_model_data_config(model)
-    shared = {name: found[name] for name in ("mean", "std", "interpolation", "crop_pct")}
+    of_model = resolve_model_data_config(model)
+    shared = {name: of_model[name] for name in ("mean", "std", "interpolation", "crop_pct")}
     data = DataConfig(img_size=settings.resolution, num_classes=model.num_classes, **shared)
 
     def read(where: str, limit: int) -> InMemoryImages:
@@ -123,14 +120,14 @@ def open_images(settings: Settings, model: nn.Module, device: torch.device, work
         return InMemoryImages(whole.images[:limit], whole.labels[:limit], data)
 
     train, test = read(settings.train, settings.train_images), read(settings.test, settings.test_images)
-    kept = len(train) - settings.scan_images
-    if kept < settings.calibrate.batch_size:
+    fit = len(train) - settings.scan_images  # so many are left to calibrate on
+    if fit < settings.calibrate.batch_size:
         raise T5Error(
             f"{settings.train} gives {len(train)} images, {settings.scan_images} of them for the scan; the rest does "
             f"not make a calibration batch of {settings.calibrate.batch_size}"
         )
-    fitted = InMemoryImages(train.images[:kept], train.labels[:kept], data)
-    held_out = InMemoryImages(train.images[kept:], train.labels[kept:], data)
+    fitted = InMemoryImages(train.images[:fit], train.labels[:fit], data)
+    held_out = InMemoryImages(train.images[fit:], train.labels[fit:], data)
     return Images(
         calibrate=lambda seed: fitted.batches(settings.calibrate.batch_size, seed=seed, hflip=0.5),
         scan=lambda: held_out.eval_batches(settings.eval_batch_size),
@@ -144,9 +141,9 @@ def run(settings: Settings, seeds: list[int], out: Path, work: Path, device: tor
     `out`.json is there from the first verified times on, without "summary" until all is done.
     """
     work = work / _fingerprint(settings, device)
-    softmax = at_resolution(t5lib.load(settings.model), settings.resolution).to(device)
-    kept = _kept(work / "plan.json", lambda: to_dict(_measured(softmax, settings, device)))
-    planned = from_dict(Plan, kept, str(work / "plan.json"))
+    softmax = _softmax(settings).to(device)
+    times = load_or_make(work / "plan.json", lambda: to_dict(_measured(softmax, settings, device)))
+    planned = from_dict(Plan, times, str(work / "plan.json"))
     print(planned.verdict(), flush=True)
     prices = Prices.of(settings.cost, planned, softmax)
     budgets = wanted_budgets(prices.layers, settings.budgets)
@@ -163,7 +160,7 @@ def run(settings: Settings, seeds: list[int], out: Path, work: Path, device: tor
     }
 
     def verified(name: str, maps: list[list[str]]) -> list[dict[str, Any]]:
-        return _kept(work / f"verified-{name}.json", lambda: verify(planned, softmax, maps, device))
+        return load_or_make(work / f"verified-{name}.json", lambda: verify(planned, softmax, maps, device))
 
     fixed = fixed_maps(planned)[: settings.verify]
     result |= {"verified": verified("fixed", fixed), "seeds": {}}  # before the long work: it may be cut off
@@ -172,7 +169,7 @@ def run(settings: Settings, seeds: list[int], out: Path, work: Path, device: tor
     for seed in seeds:
         folder = work / f"seed-{seed}"
         job = _Seed(settings, planned, prices.layers, softmax, images, seed, folder)
-        result["seeds"][str(seed)] = _kept(folder / "result.json", lambda job=job: job.run(budgets))
+        result["seeds"][str(seed)] = load_or_make(folder / "result.json", lambda job=job: job.run(budgets))
         write_json(out.with_suffix(".json"), result)
     chosen = chosen_maps(next(iter(result["seeds"].values())), fixed)[: settings.verify - len(fixed)]
     if chosen:  # softmax once more, to be measured beside
@@ -197,15 +194,16 @@ class Prices:
         """Milliseconds a pass as `planned`, or GFLOPs an image, counted (a multiply-add is 2)."""
         if cost == "time":
             return cls("ms", planned.block_costs(), planned.timing.rest_ms)
-        bare = copy.deepcopy(softmax)
+        bare, size = copy.deepcopy(softmax), ExampleSize(planned.resolution)
         bare.blocks = nn.Sequential()
-        rest = _gflops(bare)
-        block = {SOFTMAX: (_gflops(softmax) - rest) / planned.depth}
+        rest = _gflops(bare, size)
+        block = {SOFTMAX: (_gflops(softmax, size) - rest) / planned.depth}
         for kind in planned.kinds:
             settings = TTTConfig().named(kind)
             near = 4 * softmax.patch_embed.num_patches * softmax.embed_dim * (settings.window or 0) ** 2 / 1e9
             alone = convert(softmax, dataclasses.replace(settings, locality=settings.convolution))
-            block[kind] = (_gflops(alone) - rest) / planned.depth + near  # what runs on the meta device masks more
+            # `near` by hand: what attends to a neighborhood on the meta device computes every pair and masks most
+            block[kind] = (_gflops(alone, size) - rest) / planned.depth + near
         return cls("GFLOPs", [block] * planned.depth, rest)
 
     def whole(self, blocks: float) -> float:
@@ -213,8 +211,8 @@ class Prices:
         return blocks + self.rest
 
 
-def _gflops(model: nn.Module) -> float:
-    return count_flops(model, torch.zeros(1, model.in_chans, *model.patch_embed.img_size)) / 1e9
+def _gflops(model: nn.Module, size: ExampleSize) -> float:
+    return count_flops(model, family_of(model).example_inputs(model, size)) / 1e9
 
 
 def wanted_budgets(costs: list[dict[str, float]], count: int) -> list[float]:
@@ -235,12 +233,12 @@ def fixed_maps(planned: Plan) -> list[list[str]]:
 
 def chosen_maps(first: dict[str, Any], known: list[list[str]]) -> list[list[str]]:
     """What the solver chose; none of like parts twice, or like a known one."""
-    seen, found = {tuple(sorted(assignment)) for assignment in known}, []
+    seen, new = {tuple(sorted(assignment)) for assignment in known}, []
     for assignment in first["chosen"]:
         if tuple(sorted(assignment)) not in seen:
             seen.add(tuple(sorted(assignment)))
-            found.append(assignment)
-    return found
+            new.append(assignment)
+    return new
 
 
 @dataclass(frozen=True)
@@ -260,11 +258,11 @@ class _Seed:
         for kind in self.planned.kinds:
             calibrated[kind], errors[kind] = self._calibrated(kind)
         how = {"precision": "bf16" if next(self.softmax.parameters()).is_cuda else "fp32"}
-        table = _kept(self.folder / "scan.json", lambda: self._scan(calibrated, how))
+        table = load_or_make(self.folder / "scan.json", lambda: self._scan(calibrated, how))
         chosen, rows = [], []
         if budgets:
             increase = table["increase"]
-            chosen = _kept(self.folder / "chosen.json", lambda: self._choose(calibrated, increase, budgets, how))
+            chosen = load_or_make(self.folder / "chosen.json", lambda: self._choose(calibrated, increase, budgets, how))
             named = [
                 {SOLVER: own, BY_SUM: choose(increase, costs, budget), SOFTMAX: self.planned.uniform(SOFTMAX)}
                 for own, budget in zip(chosen, budgets, strict=True)
@@ -299,10 +297,15 @@ class _Seed:
         if recipe.compile:
             torch.compiler.reset()  # the next kind compiles anew; without this torch soon gives up and runs eager
         errors = {"before": report.error_before, "after": report.error_after}
-        found = {moment: statistics.mean(values.values()) for moment, values in errors.items()}
+        means = {moment: statistics.mean(values.values()) for moment, values in errors.items()}
         t5lib.save(model, folder)
-        write_json(folder / "calibration.json", found)
-        return model.eval(), found
+        write_json(folder / "calibration.json", means)
+        return model.eval(), means
+
+
+def _softmax(settings: Settings) -> nn.Module:
+    model = t5lib.load(settings.model)
+    return family_of(model).at_resolution(model, ExampleSize(settings.resolution))
 
 
 def _measured(softmax: nn.Module, settings: Settings, device: torch.device) -> Plan:
@@ -313,28 +316,38 @@ def _measured(softmax: nn.Module, settings: Settings, device: torch.device) -> P
     return plan(softmax, settings.resolution, device, settings.kinds, settings.timing, on_timing=tell)
 
 
-def _kept(file: Path, make: Callable[[], Any]) -> Any:
-    """What `file` holds, made and written first if there is none."""
-    if not file.is_file():
-        write_json(file, make())
-    return read_json(file)
-
-
 def _fingerprint(settings: Settings, device: torch.device) -> str:
     weights = sha256(Path(settings.model) / "model.safetensors")  # a source may be trained anew at the same place
-    about = [to_dict(settings), weights, describe_device(device), torch.__version__]
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+    return common.checksum([to_dict(settings), weights, describe_device(device), torch.__version__])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tasks.studies.layer_choice", description=__doc__.splitlines()[0])
+    arguments = _parser().parse_args()
+    plain = ("model", "train", "test", "resolution", "train_images", "test_images", "scan_images", "budgets", "verify")
+    recipe = {name: getattr(arguments, name) for name in ("steps", "batch_size", "compile")}
+    with common.reported("layer_choice"):
+        settings = Settings(
+            **{name: getattr(arguments, name) for name in (*plain, "cost", "shortlist", "eval_batch_size")},
+            kinds=tuple(arguments.kinds),
+            calibrate=CalibrateConfig(**recipe),
+            timing=PlanConfig(
+                batch=arguments.batch, repeats=arguments.repeats, graphs=False if arguments.no_graphs else None
+            ),
+        )
+        device = torch.device(arguments.device)
+        result = run(settings, arguments.seeds, arguments.out, arguments.work, device)
+        print(layer_choice_report.table(result))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = common.parser("layer_choice", __doc__)
     parser.add_argument("model", help="folder of a saved softmax model")
     for name, text in (("train", "to calibrate and choose on"), ("test", "for the last comparison")):
         parser.add_argument(f"--{name}", required=True, help=f"manifest of shards, or decoded images, {text}")
         parser.add_argument(f"--{name}-images", type=int, default=getattr(Settings, f"{name}_images"))
-    parser.add_argument("--resolution", type=int, required=True)
+    parser.add_argument("--resolution", type=int, required=True, help="side of the images in pixels")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="new layers, as convert.layers names them")
     parser.add_argument("--cost", choices=["time", "flops"], default=Settings.cost, help="what the budgets are of")
     for name in ("scan-images", "budgets", "verify", "shortlist", "eval-batch-size"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name.replace("-", "_")))
@@ -346,20 +359,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the calibration step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True, help="where the .json, .md and .png go, without ending")
-    parser.add_argument("--work", type=Path, default=Path("data/scratch/plan"))
-    given = parser.parse_args()
-    plain = ("model", "train", "test", "resolution", "train_images", "test_images", "scan_images", "budgets", "verify")
-    try:
-        settings = Settings(
-            **{name: getattr(given, name) for name in (*plain, "cost", "shortlist", "eval_batch_size")},
-            kinds=tuple(given.kinds),
-            calibrate=CalibrateConfig(steps=given.steps, batch_size=given.batch_size, compile=given.compile),
-            timing=PlanConfig(batch=given.batch, repeats=given.repeats, graphs=False if given.no_graphs else None),
-        )
-        result = run(settings, given.seeds, given.out, given.work, torch.device(given.device))
-    except T5Error as error:
-        sys.exit(f"plan: {error}")
-    print(layer_choice_report.table(result))
+    parser.add_argument("--work", type=Path, default=Path("data/scratch/plan"), help="where partial work is kept")
+    return parser
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from t5lib.report import plots
+from t5lib.utils import markdown
+from tasks.studies.common import plus_minus, spread
 
 MARKERS = {"first": "v", "last": "^", "evenly spaced": "s", "all": "D"}
 COLOURS = (plots.MUTED, plots.T5_LIGHT, plots.T5_PALE)  # of the rules, by kind
 SOLVER, BY_SUM, SOFTMAX = "solver", "solver, by the sum alone", "softmax"
+AXES, DIGITS = {"top1": "top-1 accuracy (%)", "loss": "loss"}, {"top1": 2, "loss": 4}
 NO_RULES = (SOLVER, BY_SUM, SOFTMAX)
 
 
@@ -20,19 +23,19 @@ def summarize(result: dict[str, Any]) -> dict[str, Any]:
     """Over seeds, for each budget: mean and spread of every map by name, and the solver beside the best fixed rule."""
     runs = [run["compared"] for run in result["seeds"].values()]
     budgets = []
-    for index, budget in enumerate(result["budgets"]):
+    for index, budget in enumerate(map(dict, result["budgets"])):
         named: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for run in runs:
             for row in run[index]:
                 named[row["name"]].append(row)
-        rows = {name: _over_seeds(found) for name, found in named.items()}
+        rows = {name: _over_seeds(of_name) for name, of_name in named.items()}
         rules = {name: row for name, row in rows.items() if name not in NO_RULES}
         best = min(rules, key=lambda name: rules[name]["loss"]["mean"])
-        found = {"rows": rows, "best_rule": best, "best_rule_behind": rules[best]["behind"]}
+        budget |= {"rows": rows, "best_rule": best, "best_rule_behind": rules[best]["behind"]}
         if "top1" in rows[SOLVER]:  # in points, against the rule that is best by this measure
             top1 = max(row["top1"]["mean"] for row in rules.values())
-            found["top1_ahead"] = rows[SOLVER]["top1"]["mean"] - top1
-        budgets.append({**budget, **found})
+            budget["top1_ahead"] = rows[SOLVER]["top1"]["mean"] - top1
+        budgets.append(budget)
     deviations = [abs(row["deviation"]) for row in result["verified"]]
     return {
         "budgets": budgets,
@@ -42,9 +45,9 @@ def summarize(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    spread = {key: _spread([row[key] for row in rows]) for key in ("loss", "top1", "cost", "behind") if key in rows[0]}
-    spread["behind"]["image_error"] = statistics.mean(row["behind_error"] for row in rows)
-    return spread | {"layers": [row["layers"] for row in rows], "seeds": len(rows)}
+    spreads = {key: spread([row[key] for row in rows]) for key in ("loss", "top1", "cost", "behind") if key in rows[0]}
+    spreads["behind"]["image_error"] = statistics.mean(row["behind_error"] for row in rows)
+    return spreads | {"layers": [row["layers"] for row in rows], "seeds": len(rows)}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -85,91 +88,85 @@ def _conclusion(summary: dict[str, Any]) -> list[str]:
 
 def _times(result: dict[str, Any]) -> list[str]:
     """Predicted and measured times; the first row is softmax, against which the speed-ups are."""
-    lines = [
-        "| layers | predicted ms | measured ms | deviation | predicted speed-up | measured speed-up | "
-        "measured ms without CUDA graph | error against float64 |",
-        "|---" * 8 + "|",
-    ]
+    columns = ["layers", "predicted ms", "measured ms", "deviation", "predicted speed-up", "measured speed-up"]
+    columns += ["measured ms without CUDA graph", "error against float64"]
     softmax = result["verified"][0]
-    for row in result["verified"]:
-        launched = f"{row['launched_ms']:.3f}" if row["launched_ms"] else "–"
-        speedups = [softmax[key] / row[key] for key in ("predicted_ms", "measured_ms")]
-        cells = [
+    rows = [
+        [
             _layers(row["layers"]),
             *(f"{row[key]:.3f}" for key in ("predicted_ms", "measured_ms")),
             f"{100 * row['deviation']:+.1f}%",
-            *(f"{speedup:.2f}x" for speedup in speedups),
-            launched,
+            *(f"{softmax[key] / row[key]:.2f}x" for key in ("predicted_ms", "measured_ms")),
+            f"{row['launched_ms']:.3f}" if row["launched_ms"] else "–",
             f"{row['relative_error']:.1e}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        for row in result["verified"]
+    ]
+    return markdown.table(columns, rows)
 
 
 def _scan(result: dict[str, Any]) -> list[str]:
     """The increase of the loss by layer and kind, mean over seeds."""
     scans, kinds = [run["scan"] for run in result["seeds"].values()], result["plan"]["kinds"]
-    lines = [
+
+    def cell(layer: int, kind: str) -> str:
+        keys = ("increase", "standard_error")
+        mean, error = (statistics.mean(scan[key][layer][kind] for scan in scans) for key in keys)
+        return f"{mean:+.4f} ({error:.4f})"
+
+    rows = [[layer, *(cell(layer, kind) for kind in kinds)] for layer in range(result["plan"]["depth"])]
+    return [
         f"Increase of the loss ({scans[0]['loss']}, {scans[0]['images']} images held out of the training images) when "
         "one layer alone is converted, mean over seeds; in brackets its standard error over the images:",
         "",
-        "| layer | " + " | ".join(kinds) + " |",
-        "|---" * (len(kinds) + 1) + "|",
+        *markdown.table(["layer", *kinds], rows),
     ]
-    for layer in range(result["plan"]["depth"]):
-        cells = [
-            f"{statistics.mean(scan['increase'][layer][kind] for scan in scans):+.4f} "
-            f"({statistics.mean(scan['standard_error'][layer][kind] for scan in scans):.4f})"
-            for kind in kinds
-        ]
-        lines.append(f"| {layer} | " + " | ".join(cells) + " |")
-    return lines
 
 
 def _budget(budget: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    first = next(iter(budget["rows"].values()))
-    scored = "top1" in first
-    lines = [
+    scores = [key for key in ("top1", "loss") if key in next(iter(budget["rows"].values()))]
+    headings = {"top1": "top-1", "loss": "loss"}
+    rows = []
+    for name, row in sorted(budget["rows"].items(), key=lambda item: item[1]["loss"]["mean"]):
+        maps = dict.fromkeys(_layers(layers) for layers in row["layers"])
+        cells = [name, f"{row['cost']['mean'] + result['rest']:.3f}", *(_text(row, key) for key in scores)]
+        behind = f"{row['behind']['mean']:+.4f} ± {row['behind']['image_error']:.4f}"
+        rows.append([*cells, behind, "; ".join(maps)])
+    columns = ["map", result["unit"], *map(headings.get, scores), "loss behind the solver", "layers (by seed)"]
+    return [
         f"Within {budget['cost']:.3f} {result['unit']} (softmax in every layer: {result['softmax_cost']:.3f}), "
         "test images:",
         "",
-        f"| map | {result['unit']} |{' top-1 |' if scored else ''} loss | loss behind the solver | layers (by seed) |",
-        "|---" * (6 if scored else 5) + "|",
+        *markdown.table(columns, rows),
     ]
-    for name, row in sorted(budget["rows"].items(), key=lambda item: item[1]["loss"]["mean"]):
-        behind = row["behind"]
-        cells = [name, f"{row['cost']['mean'] + result['rest']:.3f}"]
-        cells += [_text(row, "top1", 2)] if scored else []
-        cells += [_text(row, "loss", 4), f"{behind['mean']:+.4f} ± {behind['image_error']:.4f}"]
-        maps = dict.fromkeys(_layers(layers) for layers in row["layers"])
-        lines.append("| " + " | ".join([*cells, "; ".join(maps)]) + " |")
-    return lines
 
 
+@plots.styled
 def picture(result: dict[str, Any]) -> Figure:
     """Quality on the test images against predicted speed-up: the solver's maps and every fixed rule's."""
-    with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(plots.WIDTH, 4.2), layout="constrained")
-        gain = "predicted speed-up" if result["unit"] == "ms" else f"{result['unit']} of softmax over those of the map"
-        axes = figure.add_subplot(title="Which layers to convert", xlabel=gain)
-        budgets, kinds = result["summary"]["budgets"], result["plan"]["kinds"]
-        key = "top1" if budgets and "top1" in budgets[0]["rows"][SOLVER] else "loss"
-        axes.set_ylabel("top-1 accuracy (%)" if key == "top1" else "loss")
-        for label, points in _lines(result, key).items():
-            x, y = zip(*sorted((result["softmax_cost"] / cost, value) for cost, value in points), strict=True)
-            if label == SOLVER:
-                axes.plot(x, y, "o-", color=plots.T5, label=label, zorder=3)
-                continue
-            rule, kind = label.rsplit(" ", 1)
-            colour = COLOURS[kinds.index(kind) % len(COLOURS)]
-            axes.plot(x, y, MARKERS[rule] + "--", color=colour, label=label, ms=4, linewidth=1)
-        if budgets:
-            level = budgets[0]["rows"][SOFTMAX][key]["mean"]
-            axes.axhline(level, color=plots.SOFTMAX, linewidth=1.2, label="softmax in every layer (1×)")
-            figure.legend(loc="outside lower center", ncols=2, handlelength=1.6)
-        else:
-            axes.text(0.5, 0.5, "no kind costs less than softmax here", ha="center", transform=axes.transAxes)
+    gain = "predicted speed-up" if result["unit"] == "ms" else f"{result['unit']} of softmax over those of the map"
+    budgets = result["summary"]["budgets"]
+    key = "top1" if budgets and "top1" in budgets[0]["rows"][SOLVER] else "loss"
+    figure, axes = plots.new_axes(4.2, "Which layers to convert", gain, AXES[key])
+    if not budgets:
+        axes.text(0.5, 0.5, "no kind costs less than softmax here", ha="center", transform=axes.transAxes)
+        return figure
+    for label, points in _lines(result, key).items():
+        _draw(axes, label, [(result["softmax_cost"] / cost, value) for cost, value in points], result["plan"]["kinds"])
+    level = budgets[0]["rows"][SOFTMAX][key]["mean"]
+    axes.axhline(level, color=plots.SOFTMAX, linewidth=1.2, label="softmax in every layer (1×)")
+    figure.legend(loc="outside lower center", ncols=2, handlelength=1.6)
     return figure
+
+
+def _draw(axes: Axes, label: str, points: list[tuple[float, float]], kinds: list[str]) -> None:
+    x, y = zip(*sorted(points), strict=True)
+    if label == SOLVER:
+        axes.plot(x, y, "o-", color=plots.T5, label=label, zorder=3)
+        return
+    rule, kind = label.rsplit(" ", 1)
+    colour = COLOURS[kinds.index(kind) % len(COLOURS)]
+    axes.plot(x, y, MARKERS[rule] + "--", color=colour, label=label, ms=4, linewidth=1)
 
 
 def _lines(result: dict[str, Any], key: str) -> dict[str, list[tuple[float, float]]]:
@@ -187,11 +184,7 @@ def _layers(layers: dict[str, str]) -> str:
     return ", ".join(f"{numbers}: {kind}" for numbers, kind in layers.items())
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
-
-
-def _text(row: dict[str, Any], key: str, digits: int) -> str:
+def _text(row: dict[str, Any], key: str) -> str:
     """The mean and, with several seeds, their standard deviation."""
-    spread = f" ± {row[key]['std']:.{digits}f}" if row["seeds"] > 1 else ""
-    return f"{row[key]['mean']:.{digits}f}{spread}"
+    digits = DIGITS[key]
+    return plus_minus(row[key], digits) if row["seeds"] > 1 else f"{row[key]['mean']:.{digits}f}"

@@ -1,166 +1,201 @@
-"""Run a target's stages for several seeds in one process, without DVC, and write a table of means and spreads.
+"""Run a target's stages for several seeds, without DVC, and write a table of means and spreads.
 
     python -m tasks.studies.seeds dinov2-fashion-24k --seeds 0 1 2 --out docs/results/dinov2-fashion-24k
 
-writes OUT.json (every seed's figures, the settings, the device), OUT.md and OUT.png. Every seed sets all the target's
-seeds: head, source, new weights, calibration, order of images, training. Finished seeds are not run again.
+writes OUT.json (every seed's figures, the settings, the device), OUT.md and OUT.png, for any kind of target. Every seed
+sets all the target's seeds: head, source, new weights, calibration, order of images, training. Finished seeds are not
+run again.
 """
 
-import argparse
-import statistics
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from matplotlib.figure import Figure
 
-from t5lib.benchmarks.resolution_sweep import describe_device
-from t5lib.report import common, plots
+from t5lib.report import plots
+from t5lib.report.models import MODELS
+from t5lib.report.score_table import METRICS
+from t5lib.utils import markdown
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json, write_text
-from tasks.evaluate import MODELS
-from tasks.runtime.params import resolve
-from tasks.runtime.stage import run_stage
-from tasks.targets.classifier import device
+from tasks.studies import common
+from tasks.studies.common import plus_minus, spread, with_seed, workspace
+from tasks.targets import resolve
+from tasks.targets.run import run_stage
 
-STAGES = ("fetch", "shards", "source", "diagnose", "convert", "calibrate", "freeze", "finetune", "control", "evaluate")
-MADE = ("out", "scratch", "mlflow", "prefect", "cache")  # folders of data/ that runs fill
-TIMED = ("source", "calibrate", "freeze", "finetune", "control")
+LAST = "evaluate"  # the stage up to which every seed is run
+# What is shown of a model, where it has it: name of the score, heading, whether less is better, digits.
+SCORES = {
+    "top1": ("top-1 (%)", "higher", 2),
+    "top5": ("top-5 (%)", "higher", 2),
+    "agreement": ("agreement with source (%)", "higher", 2),
+} | METRICS
+DRAWN = ("top1", "fid", "fd_dinov2", "retrieval_r1")  # the scores that the picture shows
+GAPS = (("finetuned", "control"), ("calibrated", "source"))  # differences that matter, taken seed by seed
 
 
-def compare(target: str, seeds: list[int], out: Path, work: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    """Run every seed in `work`/seed-N and write the summary of all to `out`.json, .md and .png."""
-    settings = resolve(Path("."), target)
-    for key, value in changes.items():
-        section, _, name = key.partition(".")
-        settings[section][name] = value
-    runs = {seed: _one_seed(target, with_seed(settings, seed), work / f"seed-{seed}") for seed in seeds}
+@dataclass(frozen=True)
+class Job:
+    """One seed: `settings` are the target's with that seed, `root` is the folder that its stages work in."""
+
+    target: str
+    seed: int
+    settings: dict[str, Any]
+    root: Path
+
+
+def run(
+    target: str, settings: dict[str, Any], seeds: list[int], out: Path, work: Path, at_once: int = 1
+) -> dict[str, Any]:
+    """Run every seed in `work`/seed-N and write the summary of all to `out`.json, .md and .png.
+
+    Args:
+        settings: of the target, resolved.
+        at_once: seeds, each in a process of its own.
+
+    Raises:
+        T5Error: a seed that broke, after the others were done.
+    """
+    jobs = [Job(target, seed, with_seed(settings, seed), work / f"seed-{seed}") for seed in seeds]
+    outcomes = list(common.run_jobs(run_seed, jobs, at_once))
+    problems = [f"seed {outcome.job.seed} broke: {outcome.problem}" for outcome in outcomes if outcome.problem]
+    if problems:
+        raise T5Error("\n".join(problems))
+    runs = {outcome.job.seed: outcome.result for outcome in outcomes}
     result = {
         "target": target,
-        "device": next(iter(runs.values()))["device"],
-        "torch": next(iter(runs.values()))["torch"],
+        "device": runs[seeds[0]]["device"],
+        "torch": runs[seeds[0]]["torch"],
         "settings": settings,
-        "seeds": {str(seed): run for seed, run in runs.items()},
-        "summary": summarize(list(runs.values())),
+        "seeds": {str(seed): runs[seed] for seed in seeds},
+        "summary": summarize([runs[seed] for seed in seeds]),
     }
     write_json(out.with_suffix(".json"), result)
     write_text(out.with_suffix(".md"), table(result))
-    plots.save(picture(result["summary"]["top1"]), out.with_suffix(".png"))
+    plots.save(picture(result["summary"]["scores"]), out.with_suffix(".png"))
     return result
 
 
-def picture(top1: dict[str, dict[str, float]]) -> Figure:
-    """Bars of mean top-1 over the seeds; the whisker is their standard deviation."""
-    looks = {model.key: model for model in common.MODELS}
-    bars = [
-        {"label": looks[name].label.lower(), "colour": looks[name].colour, "top1": s["mean"], "error": s["std"]}
-        for name, s in top1.items()
-    ]
-    return plots.quality_bars(bars)
-
-
-def with_seed(settings: Any, seed: int) -> Any:
-    """`settings` with the value of every key named "seed" replaced."""
-    if not isinstance(settings, dict):
-        return settings
-    return {key: seed if key == "seed" else with_seed(value, seed) for key, value in settings.items()}
+def run_seed(job: Job) -> dict[str, Any]:
+    """Every stage of the target with one seed, or what is kept of them; the models' scores, and what the stages say."""
+    done = job.root / "result.json"
+    if done.is_file() and (known := read_json(done))["settings"] == job.settings:
+        return known
+    metrics = {}
+    for stage in common.stages_of(Path("."), LAST):
+        print(f"== {job.root.name}: {stage}", flush=True)
+        metrics[stage] = run_stage(stage, job.target, params=job.settings, root=workspace(job.root))
+        common.clean_up()
+    models = metrics.pop(LAST)["models"]
+    result = {"models": models, "stages": metrics, **common.machine(), "settings": job.settings}
+    write_json(done, result)
+    return result
 
 
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds of top-1 and agreement, and of the two gaps that matter, in points."""
-    top1 = {name: [run["models"][name]["top1"] for run in runs] for name in MODELS}
-    return {
-        "top1": {name: spread(values) for name, values in top1.items()},
-        "agreement": {name: spread([run["models"][name]["agreement"] for run in runs]) for name in MODELS},
-        "finetuned_minus_control": spread([a - b for a, b in zip(top1["finetuned"], top1["control"], strict=True)]),
-        "calibrated_minus_source": spread([a - b for a, b in zip(top1["calibrated"], top1["source"], strict=True)]),
-        "seconds": {stage: spread([run["seconds"][stage] for run in runs]) for stage in TIMED},
-    }
+    """Mean and standard deviation over seeds: of every model's scores, of the gaps, and of the stages' seconds."""
+    scores = [{name: _numbers(score) for name, score in run["models"].items()} for run in runs]
+    summary = {"scores": {name: _spreads([each[name] for each in scores]) for name in scores[0]}}
+    for ours, theirs in GAPS:
+        gaps = [
+            {metric: each[ours][metric] - each[theirs][metric] for metric in each[ours] if metric in each[theirs]}
+            for each in scores
+        ]
+        summary[f"{ours}_minus_{theirs}"] = _spreads(gaps)
+    seconds = [
+        {stage: metrics["seconds"] for stage, metrics in run["stages"].items() if "seconds" in metrics} for run in runs
+    ]
+    return summary | {"seconds": _spreads(seconds)}
+
+
+def _numbers(score: dict[str, Any]) -> dict[str, float]:
+    """Those of SCORES that a model has."""
+    return {metric: score[metric] for metric in SCORES if score.get(metric) is not None}
+
+
+def _spreads(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """By name, over the runs that have it."""
+    names = dict.fromkeys(name for run in runs for name in run)
+    return {name: spread([run[name] for run in runs if name in run]) for name in names}
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
-    summary, seeds = result["summary"], list(result["seeds"])
-    n = next(iter(result["seeds"].values()))["models"]["source"]["n"]
+    """The result as Markdown: a row a model, a column a score; then the foremost score seed by seed."""
+    summary, runs = result["summary"], result["seeds"]
+    scores = summary["scores"]
+    metrics = [metric for metric in SCORES if any(metric in score for score in scores.values())]
+    rows = [[name, *_cells(score, metrics)] for name, score in scores.items()]
+    rows += [[f"{ours} − {theirs}", *_cells(summary[f"{ours}_minus_{theirs}"], metrics)] for ours, theirs in GAPS]
+    main = next(metric for metric in DRAWN if metric in metrics)
+    heading, _, digits = SCORES[main]
+    each = [
+        [name, *(f"{run['models'][name][main]:.{digits}f}" for run in runs.values())]
+        for name, score in scores.items()
+        if main in score
+    ]
+    seconds = [f"{stage} {plus_minus(value, 0)}" for stage, value in summary["seconds"].items()]
+    measured = common.measured_on(next(iter(runs.values()))["models"])
     lines = [
         f"# {result['target']}",
         "",
-        f"Top-1 in percent of {n:,} validation images, seeds {', '.join(seeds)}; mean ± standard deviation.",
-        f"Device: {result['device']}, torch {result['torch']}.",
+        f"Seeds {', '.join(runs)}; mean ± standard deviation. {measured}.",
+        f"Device: {result['device']}, torch {result['torch']}. An arrow says which way is better.",
         "",
-        "| model | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | agreement with source |",
-        "|---" * (len(seeds) + 3) + "|",
-    ]
-    for name in MODELS:
-        values = [f"{run['models'][name]['top1']:.2f}" for run in result["seeds"].values()]
-        means = [plus_minus(summary[key][name]) for key in ("top1", "agreement")]
-        lines.append(f"| {name} | " + " | ".join(values + means) + " |")
-    lines += [
+        *markdown.table(["model", *(common.heading(SCORES[metric]) for metric in metrics)], rows, numbers=True),
         "",
-        f"Fine-tuned T5 minus control: {plus_minus(summary['finetuned_minus_control'])} points.",
-        f"Calibrated (no labels, no fine-tune) minus source: {plus_minus(summary['calibrated_minus_source'])} points.",
-        "Seconds: " + ", ".join(f"{stage} {plus_minus(summary['seconds'][stage], 0)}" for stage in TIMED) + ".",
+        f"{heading} of every seed:",
+        "",
+        *markdown.table(["model", *(f"seed {seed}" for seed in runs)], each, numbers=True),
+        "",
+        f"Seconds: {', '.join(seconds)}.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _one_seed(target: str, settings: dict[str, Any], root: Path) -> dict[str, Any]:
-    done = root / "result.json"
-    if done.is_file() and read_json(done)["settings"] == settings:
-        return read_json(done)
-    metrics = {}
-    for stage in STAGES:
-        print(f"== {root.name}: {stage}", flush=True)
-        metrics[stage] = run_stage(stage, target, params=settings, root=workspace(root))
-        torch.compiler.reset()  # every stage compiles new modules; without this torch soon gives up and runs eager
-    result = {
-        "models": metrics["evaluate"]["models"],
-        "seconds": {stage: metrics[stage]["seconds"] for stage in TIMED},
-        "calibration_error": {key: value for key, value in metrics["calibrate"].items() if key.startswith("error")},
-        "shift_ratio": metrics["diagnose"],
-        "device": describe_device(device()),
-        "torch": torch.__version__,
-        "settings": settings,
-    }
-    write_json(done, result)
-    return result
+def _cells(score: dict[str, dict[str, float]], metrics: list[str]) -> list[str | None]:
+    return [plus_minus(score[metric], SCORES[metric][2]) if metric in score else None for metric in metrics]
 
 
-def workspace(root: Path) -> Path:
-    """A folder that looks like the repository to a stage: its own outputs, the repository's images and models."""
-    (root / "data").mkdir(parents=True, exist_ok=True)
-    for folder in Path("data").glob("*"):
-        link = root / "data" / folder.name
-        if folder.is_dir() and folder.name not in MADE and not link.exists():
-            link.symlink_to(folder.resolve())
-    return root
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
-
-
-def plus_minus(spread: dict[str, float], digits: int = 2) -> str:
-    return f"{spread['mean']:.{digits}f} ± {spread['std']:.{digits}f}"
+@plots.styled
+def picture(scores: dict[str, dict[str, dict[str, float]]]) -> Figure:
+    """A panel a score: every model's mean over the seeds; the whisker is the standard deviation."""
+    models = [model for model in MODELS if model.key in scores]
+    drawn = [metric for metric in DRAWN if any(metric in scores[model.key] for model in models)]
+    figure = Figure(figsize=(plots.WIDTH, (0.8 + 0.26 * len(models)) * len(drawn)), layout="constrained")
+    for axes, metric in zip(figure.subplots(len(drawn), 1, squeeze=False)[:, 0], drawn, strict=True):
+        for row, model in enumerate(models):
+            value = scores[model.key][metric]
+            axes.errorbar(value["mean"], row, xerr=value["std"], fmt="o", color=model.colour, capsize=3)
+            text = f"{value['mean']:.{SCORES[metric][2]}f}"
+            axes.annotate(text, (value["mean"], row), (0, 5), textcoords="offset points", ha="center", fontsize=8)
+        name, better, _ = SCORES[metric]
+        axes.set_title(f"{name}, {better} is better")
+        axes.set_yticks(range(len(models)), [model.label.lower() for model in models], color=plots.INK)
+        axes.set_ylim(len(models) - 0.5, -0.9)
+        axes.margins(x=0.12)
+        axes.spines["left"].set_visible(False)
+        if common.needs_logarithm(axes.dataLim.intervalx, better):
+            axes.set_xscale("log")
+            plots.plain_log_ticks(axes.xaxis)
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tasks.studies.seeds", description=__doc__.splitlines()[0])
-    parser.add_argument("target")
+    parser = common.parser("seeds", __doc__)
+    common.add_target(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, required=True, help="where the .json and .md go, without ending")
-    parser.add_argument("--work", type=Path, default=Path("data/scratch/compare"))
-    parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="settings to replace")
+    parser.add_argument("--out", type=Path, required=True, help="where the .json, .md and .png go, without ending")
+    parser.add_argument("--work", type=Path, default=Path("data/scratch/seeds"), help="where partial work is kept")
+    common.add_jobs(parser)
+    common.add_changes(parser)
     arguments = parser.parse_args()
-    changes = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in arguments.set)}
-    try:
-        result = compare(arguments.target, arguments.seeds, arguments.out, arguments.work / arguments.target, changes)
-    except T5Error as error:
-        sys.exit(f"compare: {error}")
-    print(table(result))
+    with common.reported("seeds"):
+        settings = resolve(Path("."), arguments.target, arguments.set)
+        work = arguments.work / arguments.target
+        result = run(arguments.target, settings, arguments.seeds, arguments.out, work, arguments.jobs)
+        print(table(result))
 
 
 if __name__ == "__main__":

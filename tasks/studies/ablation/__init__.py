@@ -1,1 +1,1 @@
-"""The parts of `python -m tasks.studies.ablation`: many variants of one model, run and told alike."""
+"""The parts of `python -m tasks.studies.ablation`: many variants of one model, tried alike and put into tables."""

@@ -1,40 +1,44 @@
-"""What an ablation is: a section of `ablations` in params.yaml, checked and resolved before any work.
+"""What an ablation is: a YAML file beside this one, or the user's own, checked and resolved before any work.
 
-    ablations:
-      dinov2-fashion:
-        target: dinov2-fashion-24k       # gives the model, the images and the source (fetch, shards, data, source)
-        convert: {inner: swiglu}         # what all variants share: these settings and the recipes below,
-        calibrate: {steps: 600}          # each the section of that name in a target; `freeze` is a recipe by itself
-        pilot: {steps: 100, grid: [{lr: 0.003}, {lr: 0.01}]}
-        freeze: {epochs: 1}
-        finetune: {epochs: 1}
-        variants:
-          softmax: {convert: null}       # the control: the softmax source, fine-tuned alike
-          swiglu: {}
-          linear: {convert: {inner: linear}}
-        tables:
-          inner: {title: Inner models, rows: {linear: linear, swiglu: swiglu}, paper: {linear: {freeze: 3.71}}}
+    target: dinov2-fashion-24k       # gives the model, the images and the source (fetch, shards, data, source)
+    convert: {inner: swiglu}         # what all variants share: these settings and the recipes below,
+    calibrate: {steps: 600}          # each the section of that name in a target; `freeze` is a recipe by itself
+    pilot: {steps: 100, grid: [{lr: 0.003}, {lr: 0.01}]}
+    freeze: {epochs: 1}
+    finetune: {epochs: 1}
+    variants:
+      softmax: {convert: null}       # the control: the softmax source, fine-tuned alike
+      swiglu: {}
+      linear: {convert: {inner: linear}}
+    tables:
+      inner: {title: Inner models, rows: {linear: linear, swiglu: swiglu}, paper: {linear: {freeze: 3.71}}}
 
 A variant adds its own settings to the shared ones. It is run once, with every protocol that some table shows of it.
 """
 
 import difflib
-import hashlib
-import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from t5lib.utils.config import from_dict, one_of, to_dict
+import yaml
+from pydantic import Field
+
+from t5lib.utils.config import AtLeastOne, Several, WholeNumber, from_dict, one_of, settings, to_dict
 from t5lib.utils.errors import T5Error
+from tasks import targets
 from tasks.runtime import params
+from tasks.studies.common import checksum
 
+FOLDER = Path(__file__).parent  # of the project's own ablations
 PROTOCOLS = ("freeze", "finetune")
 SOURCE_SECTIONS = ("fetch", "shards", "data", "source")  # what decides about the model that variants start from
+Settings = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Pilot:
     """How calibration's learning rates are chosen, without labels, the same way for every variant.
 
@@ -42,73 +46,80 @@ class Pilot:
     taken. What a variant sets itself is not tried. `steps: 0`: no pilot.
     """
 
-    steps: int = 0
-    grid: tuple[dict[str, Any], ...] = ()
+    steps: WholeNumber = 0
+    grid: Several[Settings] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Images:
     """How many images of each split are used, the first ones; null for all."""
 
-    train: int | None = None
-    val: int | None = None
+    train: AtLeastOne | None = None
+    val: AtLeastOne | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Variant:
     """Settings that one variant adds to the shared ones, by section.
 
     `convert: null` is the softmax source itself; `calibrate: null` goes without attention transfer.
     """
 
-    convert: dict[str, Any] | None = field(default_factory=dict)
-    calibrate: dict[str, Any] | None = field(default_factory=dict)
-    freeze: dict[str, Any] = field(default_factory=dict)
-    finetune: dict[str, Any] = field(default_factory=dict)
+    convert: Settings | None = Field(default_factory=dict)
+    calibrate: Settings | None = Field(default_factory=dict)
+    freeze: Settings = Field(default_factory=dict)
+    finetune: Settings = Field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Table:
     """Rows to show side by side.
 
     Attributes:
         rows: what the table calls a row, and the variant it shows.
-        protocols: the trainings that are shown (of PROTOCOLS).
+        protocols: the trainings that are shown.
         paper: figures to stand beside, {row: {protocol: number or text}}; paper_says: what they are of.
         note: what a reader must know.
     """
 
     title: str
     rows: dict[str, str]
-    protocols: tuple[str, ...] = PROTOCOLS
-    paper: dict[str, dict[str, Any]] = field(default_factory=dict)
+    protocols: Several[Literal["freeze", "finetune"]] = PROTOCOLS
+    paper: dict[str, Settings] = Field(default_factory=dict)
     paper_says: str = ""
     note: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Ablation:
-    """A section of `ablations` (see the top of this file).
+    """The content of an ablation's file (see the top of this one).
 
-    `resolution`: pixels in place of the target's; `source`: changes to the target's section; `control`: the variant
-    that every table shows for comparison. `note`: what a reader must know of all tables.
+    Attributes:
+        target: a section of `targets` in params.yaml.
+        resolution: pixels in place of the target's.
+        images, seeds: what all variants are tried on and with.
+        fetch, data, source: changes to the target's sections of these names.
+        convert, calibrate, pilot, freeze, finetune: what all variants share.
+        control: the variant that every table shows for comparison.
+        variants, tables: each a Variant and a Table, by name.
+        note: what a reader must know of all tables.
     """
 
     target: str
-    resolution: int | None = None
-    images: Images = field(default_factory=Images)
-    seeds: tuple[int, ...] = (0, 1)
-    fetch: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    source: dict[str, Any] = field(default_factory=dict)
-    convert: dict[str, Any] = field(default_factory=dict)
-    calibrate: dict[str, Any] = field(default_factory=dict)
-    pilot: Pilot = field(default_factory=Pilot)
-    freeze: dict[str, Any] = field(default_factory=dict)
-    finetune: dict[str, Any] = field(default_factory=dict)
+    resolution: AtLeastOne | None = None
+    images: Images = Field(default_factory=Images)
+    seeds: Several[WholeNumber] = (0, 1)
+    fetch: Settings = Field(default_factory=dict)
+    data: Settings = Field(default_factory=dict)
+    source: Settings = Field(default_factory=dict)
+    convert: Settings = Field(default_factory=dict)
+    calibrate: Settings = Field(default_factory=dict)
+    pilot: Pilot = Field(default_factory=Pilot)
+    freeze: Settings = Field(default_factory=dict)
+    finetune: Settings = Field(default_factory=dict)
     control: str | None = None
-    variants: dict[str, Any]
-    tables: dict[str, Any]
+    variants: Settings
+    tables: Settings
     note: str = ""
 
 
@@ -123,9 +134,13 @@ class Unit:
     """
 
     variant: str
-    settings: dict[str, Any]
+    settings: Settings
     key: str
     protocols: tuple[str, ...]
+
+    def result_file(self, work: Path, seed: int) -> Path:
+        """Where the record of a run with that seed is written."""
+        return work / f"results/{self.variant}--seed-{seed}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +151,7 @@ class Plan:
     target: str
     seeds: tuple[int, ...]
     images: Images
-    settings: dict[str, Any]
+    settings: Settings
     source_key: str
     units: tuple[Unit, ...]
     tables: dict[str, Table]
@@ -147,22 +162,22 @@ class Plan:
         return next(unit for unit in self.units if unit.variant == variant)
 
 
-def resolve(root: Path, name: str, changes: dict[str, Any] | None = None) -> Plan:
-    """Read and check the ablation `name`.
+def resolve(root: Path, name: str, changes: Iterable[str] = ()) -> Plan:
+    """Read and check an ablation.
 
     Args:
-        changes: values to replace, by dotted name: {"finetune.epochs": 0.5}.
+        name: of a file beside this one, such as smoke; or the path of a file, such as my.yaml, from `root` on.
+        changes: words such as `finetune.epochs=0.5` that replace values (tasks.runtime.params.changed).
 
     Raises:
         T5Error: an unknown ablation, target, variant or setting, or a value that does not fit.
     """
-    where = f"params.yaml: ablations.{name}"
-    raw = _read(root, name)
-    for key, value in (changes or {}).items():
-        _set(raw, key.split("."), value, where)
-    ablation = from_dict(Ablation, raw, where)
+    file = _file(root, name)
+    where = f"{file.name}: ablation"
+    whole = to_dict(from_dict(Ablation, _read(file), where))  # every section is there, so that a change can reach it
+    ablation = from_dict(Ablation, params.changed(whole, changes, file.stem), where)
     written = _target_written(root, ablation)
-    settings = _target_settings(root, ablation, written)
+    target = _target_settings(ablation, written)
     odd = [variant for variant in ablation.variants if not re.fullmatch(r"[\w-]+", variant)]
     if odd:
         raise T5Error(f"{where}.variants: {', '.join(map(repr, odd))}: expected letters, digits, _ and - in a name")
@@ -170,15 +185,15 @@ def resolve(root: Path, name: str, changes: dict[str, Any] | None = None) -> Pla
     tables = {key: _table(own, variants, f"{where}.tables.{key}") for key, own in ablation.tables.items()}
     if ablation.control is not None:
         one_of(ablation.control, variants, f"{where}.control")
-    resolver = _Resolver(ablation, settings, written, where)
+    resolver = _Resolver(ablation, target, written, file.name)
     protocols = _protocols(tables, ablation.control)
     units = tuple(resolver.unit(key, variants[key], protocols[key]) for key in protocols)
     return Plan(
-        name=name,
+        name=file.stem,
         target=ablation.target,
         seeds=ablation.seeds,
         images=ablation.images,
-        settings=settings,
+        settings=target,
         source_key=checksum(resolver.source_written),
         units=units,
         tables=tables,
@@ -187,7 +202,7 @@ def resolve(root: Path, name: str, changes: dict[str, Any] | None = None) -> Pla
     )
 
 
-def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+def merged(base: Settings, change: Settings) -> Settings:
     """`base` with the values of `change`, sections within sections too."""
     result = dict(base)
     for key, value in change.items():
@@ -199,7 +214,7 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 class _Resolver:
     """Makes units: the shared settings, a variant's own on top, and what they are with all defaults."""
 
-    def __init__(self, ablation: Ablation, settings: dict[str, Any], written: dict[str, Any], where: str):
+    def __init__(self, ablation: Ablation, settings: Settings, written: Settings, where: str):
         self.ablation, self.where = ablation, where
         images = {"images": to_dict(ablation.images)}
         self.of_source = images | {section: settings[section] for section in SOURCE_SECTIONS}
@@ -220,10 +235,10 @@ class _Resolver:
         key = checksum(self.source_written | written)
         return Unit(variant=name, settings=self.of_source | settings, key=key, protocols=runnable)
 
-    def _written(self, variant: Variant, protocols: tuple[str, ...]) -> dict[str, Any]:
+    def _written(self, variant: Variant, protocols: tuple[str, ...]) -> Settings:
         """The sections as params.yaml means them, without defaults: these may change, results stay what they are."""
         shared, TTTConfig = self.ablation, _classes()["convert"]
-        written: dict[str, Any] = {"convert": None, "calibrate": None, "pilot": {"steps": 0, "grid": []}}
+        written: Settings = {"convert": None, "calibrate": None, "pilot": {"steps": 0, "grid": []}}
         if variant.convert is not None:
             written["convert"] = merged(shared.convert, TTTConfig.expand(variant.convert))
         if variant.convert is not None and variant.calibrate is not None:
@@ -236,7 +251,7 @@ class _Resolver:
         return written
 
 
-def _grid(pilot: Pilot, own: dict[str, Any]) -> list[dict[str, Any]]:
+def _grid(pilot: Pilot, own: Settings) -> list[Settings]:
     """What is tried: the pilot's entries without what the variant sets itself, each once; none where none is left."""
     entries = [{key: value for key, value in entry.items() if key not in own} for entry in pilot.grid]
     distinct = [entry for index, entry in enumerate(entries) if entry and entry not in entries[:index]]
@@ -252,7 +267,7 @@ def _classes() -> dict[str, type]:
     return {"convert": TTTConfig, "calibrate": CalibrateConfig, "freeze": TrainConfig, "finetune": TrainConfig}
 
 
-def _target_written(root: Path, ablation: Ablation) -> dict[str, Any]:
+def _target_written(root: Path, ablation: Ablation) -> Settings:
     """The target's sections as params.yaml has them, with the ablation's changes."""
     changes = {"fetch": ablation.fetch, "data": ablation.data, "source": ablation.source}
     if ablation.resolution:
@@ -263,16 +278,23 @@ def _target_written(root: Path, ablation: Ablation) -> dict[str, Any]:
     return merged(params.read_target(root, ablation.target), changes)
 
 
-def _target_settings(root: Path, ablation: Ablation, written: dict[str, Any]) -> dict[str, Any]:
+def _target_settings(ablation: Ablation, written: Settings) -> Settings:
+    from tasks.targets.classifier import ClassifierTarget
+
+    if not issubclass(targets.kind(written), ClassifierTarget):
+        raise T5Error(
+            f"the target '{ablation.target}' is a denoiser, and an ablation compares classifiers; "
+            "`python -m tasks.studies.curves` compares layer sets of a denoiser"
+        )
     where = f"params.yaml: targets.{ablation.target} with the ablation's changes"
-    settings = params.checked(root, written, where)
-    recipe = settings["source"]["finetune"]
+    resolved = targets.checked(written, where)
+    recipe = resolved["source"]["finetune"]
     if recipe:
         _refuse_augmentation(recipe, f"{where}, source.finetune")
-    return settings
+    return resolved
 
 
-def _refuse_augmentation(recipe: dict[str, Any], where: str) -> None:
+def _refuse_augmentation(recipe: Settings, where: str) -> None:
     """All runs take their images from the device's memory, where only the mirror image is to be had."""
     more = [key for key, value in recipe["augment"].items() if value and key != "hflip"]
     if more:
@@ -287,37 +309,33 @@ def _table(own: Any, variants: dict[str, Variant], where: str) -> Table:
         one_of(row, table.rows, f"{where}.paper: row")
         for protocol in figures:
             one_of(protocol, PROTOCOLS, f"{where}.paper.{row}: protocol")
-    for protocol in table.protocols:
-        one_of(protocol, PROTOCOLS, f"{where}.protocols")
     return table
 
 
 def _protocols(tables: dict[str, Table], control: str | None) -> dict[str, tuple[str, ...]]:
     """The variants in the order in which they are run, control first, and the trainings that some table shows."""
-    found: dict[str, tuple[str, ...]] = {control: ("finetune",)} if control else {}
+    shown: dict[str, set[str]] = {control: {"finetune"}} if control else {}
     for table in tables.values():
         for variant in table.rows.values():
-            shown = (*found.get(variant, ()), *table.protocols)
-            found[variant] = tuple(protocol for protocol in PROTOCOLS if protocol in shown)
-    return found
+            shown.setdefault(variant, set()).update(table.protocols)
+    return {variant: tuple(each for each in PROTOCOLS if each in protocols) for variant, protocols in shown.items()}
 
 
-def _read(root: Path, name: str) -> dict[str, Any]:
-    ablations = params.read(root).get("ablations") or {}
-    if name not in ablations:
-        near = difflib.get_close_matches(name, ablations, n=1, cutoff=0.3)
+def _file(root: Path, name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        return root / name
+    known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
         hint = f"did you mean '{near[0]}'? " if near else ""
-        raise T5Error(f"params.yaml has no ablation '{name}'; {hint}Ablations: {', '.join(ablations) or 'none'}")
-    return json.loads(json.dumps(ablations[name]))  # YAML's anchors share objects, which changes must not
+        raise T5Error(f"there is no ablation '{name}'; {hint}Known: {', '.join(known)}, or a file: NAME.yaml")
+    return FOLDER / f"{name}.yaml"
 
 
-def _set(section: dict[str, Any], path: list[str], value: Any, where: str) -> None:
-    for key in path[:-1]:
-        section = section.setdefault(key, {})
-        if not isinstance(section, dict):
-            raise T5Error(f"{where}: cannot set {'.'.join(path)}, since {key} is {section!r}, not a section")
-    section[path[-1]] = value
-
-
-def checksum(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+def _read(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise T5Error(f"{file} does not exist; expected an ablation in YAML, such as {FOLDER / 'smoke.yaml'}") from None
+    except yaml.YAMLError as error:
+        raise T5Error(f"{file} is not valid YAML: {error}") from None

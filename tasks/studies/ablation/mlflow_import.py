@@ -101,8 +101,8 @@ def _child(root: Path, result: Result, record: dict[str, Any], parent: str) -> b
 
 
 def _means(records: list[dict[str, Any]]) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     for record in records:
         for name, score in record["models"].items():
-            found.setdefault(name, []).append(score["top1"])
-    return {name: statistics.mean(values) for name, values in found.items()}
+            scores.setdefault(name, []).append(score["top1"])
+    return {name: statistics.mean(values) for name, values in scores.items()}

@@ -1,5 +1,6 @@
 """An ablation from its definition to one JSON file with every variant and seed that is done."""
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from typing import Any
 from t5lib.utils.config import one_of, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
-from tasks.studies.ablation.crew import Crew, Task, result_file
-from tasks.studies.ablation.definition import Plan, Unit, checksum
+from tasks.studies.ablation.definition import Plan, Unit
+from tasks.studies.common import Outcome, checksum, run_jobs
 
 FORMAT = 1
 Result = dict[str, Any]
+OnResult = Callable[[Result, dict[str, Any]], None]  # the result file's content, and a new record in it
 
 
 def run(
@@ -24,47 +26,43 @@ def run(
     seeds: list[int],
     only: list[str] | None = None,
     jobs: int = 1,
-    until: float | None = None,
+    until: float = math.inf,
     commit: str,
-    on_result: Callable[[Result, dict[str, Any]], None] = lambda result, record: None,
+    on_result: OnResult = lambda result, record: None,
 ) -> Result:
     """Run what is not done yet and write all results to `out`, after every variant.
 
     Args:
-        work: for sources, decoded images and single results; what is found there or in `out` is not made again.
+        work: for sources, decoded images and single results; what lies there or in `out` is not made again.
         only: the variants to run; None for all.
+        jobs: processes at once.
         until: seconds after which no variant is begun.
-        on_result: called with the result file's content and each new record.
+        on_result: called with each new record.
 
     Raises:
         T5Error: an unknown variant, or `out` holds something else; and, once all else is done, what broke by a bug.
     """
-    begun = time.monotonic()
+    begun, work = time.time(), work.resolve()
     for variant in only or ():
         one_of(variant, [unit.variant for unit in plan.units], "variant")
     result = _collected(plan, work, out)
-    todo = [(unit, _missing(result, unit, seeds)) for unit in plan.units if not only or unit.variant in only]
-    todo = [(unit, left) for unit, left in todo if left]
+    todo = {unit.variant: _missing(result, unit, seeds) for unit in plan.units if not only or unit.variant in only}
+    todo = {variant: missing for variant, missing in todo.items() if missing}
     problems: dict[str, str] = {}
     if todo:
-        prepare(plan, work)
-        with Crew(plan, work, jobs, commit) as crew:
-            _sources(crew, sorted({seed for _, left in todo for seed in left}))
-
-            def report(task: Task, problem: str | None) -> None:
-                variant, left = task[1]
-                for seed in left:
-                    if _take_in(result, plan.unit(variant), seed, work):
-                        on_result(result, result["records"][variant][str(seed)])
-                write_json(out, result)
-                if problem:
-                    problems[variant] = problem
-                print(_line(result, variant, left, problem, time.monotonic() - begun), flush=True)
-
-            tasks = [("unit", (unit.variant, left)) for unit, left in todo]
-            unbegun = crew.do(tasks, report, lambda: until is None or time.monotonic() - begun < until)
-        if unbegun:
-            print("not begun in time: " + ", ".join(task[1][0] for task in unbegun), flush=True)
+        make_sources(plan, work=work, seeds=sorted({seed for missing in todo.values() for seed in missing}), jobs=jobs)
+        for outcome in _variants(plan, work, todo, jobs, commit, begun + until):
+            variant = outcome.job.variant
+            missing = todo.pop(variant)
+            for seed in missing:
+                if _take_in(result, plan.unit(variant), seed, work):
+                    on_result(result, result["records"][variant][str(seed)])
+            write_json(out, result)
+            if outcome.problem:
+                problems[variant] = outcome.problem
+            print(f"[{time.time() - begun:5.0f} s] {_line(result, variant, missing, outcome)}", flush=True)
+        if todo:
+            print(f"not begun in time: {', '.join(todo)}", flush=True)
     write_json(out, result)
     if problems:
         raise T5Error("\n".join(f"{variant} broke: {problem}" for variant, problem in problems.items()))
@@ -72,24 +70,28 @@ def run(
 
 
 def make_sources(plan: Plan, *, work: Path, seeds: list[int], jobs: int) -> None:
-    """Everything that comes before the first variant."""
-    prepare(plan, work)
-    with Crew(plan, work, jobs, commit="") as crew:
-        _sources(crew, seeds)
-
-
-def prepare(plan: Plan, work: Path) -> None:
+    """Everything that comes before the first variant: weights, images and the softmax source of every seed."""
     from tasks.studies.ablation import context  # loads torch and timm
 
+    work = work.resolve()
     context.prepare(plan, work)
+    sources = [context.SourceJob(plan, work, seed) for seed in seeds]
+    for outcome in run_jobs(context.make_source, [job for job in sources if not job.done], jobs, logs=_logs(work)):
+        if outcome.problem:
+            raise T5Error(f"the source of seed {outcome.job.seed} could not be made: {outcome.problem}")
 
 
-def _sources(crew: Crew, seeds: list[int]) -> None:
-    def report(task: Task, problem: str | None) -> None:
-        if problem:
-            raise T5Error(f"the source of seed {task[1]} could not be made: {problem}")
+def _variants(plan: Plan, work: Path, todo: dict[str, list[int]], jobs: int, commit: str, until: float):
+    """The outcomes of the variants of `todo`, with the seeds that it names."""
+    from tasks.studies.ablation.variant import VariantJob, make_variant
 
-    crew.do([("source", seed) for seed in seeds], report)
+    shared = {"plan": plan, "work": work, "commit": commit, "shared_card": jobs > 1}
+    variants = [VariantJob(variant=variant, seeds=tuple(seeds), **shared) for variant, seeds in todo.items()]
+    return run_jobs(make_variant, variants, jobs, until=until, logs=_logs(work))
+
+
+def _logs(work: Path) -> Path:
+    return work / "logs"
 
 
 def _collected(plan: Plan, work: Path, out: Path) -> Result:
@@ -121,13 +123,13 @@ def _collected(plan: Plan, work: Path, out: Path) -> Result:
     if other:
         kept = out.with_name(f"{out.stem}.{checksum(other)}.json")
         write_json(kept, known | {"records": other})
-        print(f"{out}: made with other settings, and moved to {kept}: {', '.join(other)}", flush=True)
+        print(f"{out}: results of other settings were moved to {kept}: {', '.join(other)}", flush=True)
     return result
 
 
 def _take_in(result: Result, unit: Unit, seed: int, work: Path) -> bool:
     """Put a record that lies in `work` into the result, if it is one of these settings."""
-    file = result_file(work, unit.variant, seed)
+    file = unit.result_file(work, seed)
     record = read_json(file) if file.is_file() else {"key": None}
     if record["key"] != unit.key:
         return False
@@ -147,19 +149,19 @@ def load(file: Path) -> Result:
     return result
 
 
-def told(stopped: str) -> str:
+def why_stopped(message: str) -> str:
     """What a table says of a training's error: at which step it diverged, or that it could not be."""
-    step = re.search(r"\bstep (\d+)", stopped)
+    step = re.search(r"\bstep (\d+)", message)
     return f"diverged at step {step[1]}" if step else "not possible"
 
 
-def _line(result: Result, variant: str, seeds: list[int], problem: str | None, seconds: float) -> str:
-    """What a log shows of a finished variant."""
-    said = []
+def _line(result: Result, variant: str, seeds: list[int], outcome: Outcome) -> str:
+    """What a log shows of a variant that ended."""
+    parts = []
     for seed in seeds:
         record = result["records"].get(variant, {}).get(str(seed))
         if record:
             scores = [f"{name} {score['top1']:.2f}" for name, score in record["models"].items() if name != "source"]
-            said.append(f"seed {seed}: " + ", ".join(scores + [f"{at} stopped" for at in record["stopped"]]))
-    broke = f"; broke: {problem.strip().splitlines()[-1]}" if problem else ""
-    return f"[{seconds:5.0f} s] {variant}: {'; '.join(said) or 'no result'}{broke}"
+            parts.append(f"seed {seed}: " + ", ".join(scores + [f"{at} stopped" for at in record["stopped"]]))
+    broke = f"; broke: {outcome.last_words}" if outcome.problem else ""
+    return f"{variant}: {'; '.join(parts) or 'no result'}{broke}"

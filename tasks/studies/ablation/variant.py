@@ -5,44 +5,67 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import t5lib
-from t5lib.benchmarks.resolution_sweep import describe_device
 from t5lib.conversion import new_parameters
-from t5lib.evaluation.classifier import Score
 from t5lib.layers.config import TTTConfig
+from t5lib.report.models import OF_STAGE
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.training.classifier import TrainConfig
 from t5lib.utils.config import from_dict
 from t5lib.utils.errors import T5Error
-from tasks.studies.ablation.context import Lab
-from tasks.studies.ablation.definition import Unit, merged
-from tasks.studies.seeds import with_seed
+from t5lib.utils.files import write_json
+from tasks.studies.ablation.context import Context
+from tasks.studies.ablation.definition import Plan, Unit, merged
+from tasks.studies.common import clean_up, machine, with_seed
 
-RESULT_OF = {"freeze": "frozen", "finetune": "finetuned"}  # the names that stage `evaluate` gives to models
+
+@dataclass(frozen=True, kw_only=True)
+class VariantJob:
+    """One variant with some seeds; `shared_card` says whether others run beside it, `commit` which code it is."""
+
+    plan: Plan
+    work: Path
+    variant: str
+    seeds: tuple[int, ...]
+    commit: str
+    shared_card: bool
 
 
-def run(unit: Unit, seed: int, lab: Lab, *, commit: str, shared_card: bool) -> dict[str, Any]:
+def make_variant(job: VariantJob) -> None:
+    """Run the variant with each seed, and write the record of each to its `Unit.result_file`."""
+    unit, about = job.plan.unit(job.variant), {"git_commit": job.commit, "shared_card": job.shared_card}
+    try:
+        for seed in job.seeds:
+            record = run(unit, seed, Context.of(job.plan, job.work))
+            write_json(unit.result_file(job.work, seed), record | about)
+            print(f"{job.variant}, seed {seed}: done", flush=True)
+    finally:
+        clean_up()  # the next variant is other code; seeds of one share theirs
+
+
+def run(unit: Unit, seed: int, context: Context) -> dict[str, Any]:
     """Everything that is shown of the variant with that seed, as plain values.
 
     What cannot be trained (a loss that is not finite, layers that do not fit the model) is a result too: it stands
     under "stopped" with the error's message, by the section it stopped in.
     """
-    return _Run(unit, seed, lab).all() | {"git_commit": commit, "shared_card": shared_card}
+    return _Run(unit, seed, context).all()
 
 
 class _Run:
-    def __init__(self, unit: Unit, seed: int, lab: Lab):
-        self.unit, self.seed, self.lab = unit, seed, lab
+    def __init__(self, unit: Unit, seed: int, context: Context):
+        self.unit, self.seed, self.context = unit, seed, context
         self.settings = with_seed(unit.settings, seed)
+        self.source = context.source(seed)
         self.seconds: dict[str, float] = {}
         self.stopped: dict[str, str] = {}
-        self.models: dict[str, Any] = {"source": lab.source_score(seed)}
+        self.models: dict[str, Any] = {"source": self.source.score}
         self.calibration: dict[str, Any] = {}
         self.new = 0
 
@@ -64,8 +87,7 @@ class _Run:
             "new_parameters": self.new,
             "stopped": self.stopped,
             "seconds": self.seconds,
-            "device": describe_device(self.lab.device),
-            "torch": torch.__version__,
+            **machine(),
             "started": started,
             "ended": time.time(),
         }
@@ -73,7 +95,7 @@ class _Run:
     def _begin(self) -> nn.Module | None:
         """The model that the trainings start from, None where there is none."""
         if self.settings["convert"] is None:
-            return self.lab.source(self.seed)
+            return self.source.model
         model = None
         with self._part("convert"):
             model = self._converted()
@@ -91,7 +113,7 @@ class _Run:
         return calibrated
 
     def _converted(self) -> nn.Module:
-        return t5lib.convert(self.lab.source(self.seed), from_dict(TTTConfig, self.settings["convert"], "convert"))
+        return t5lib.convert(self.source.model, from_dict(TTTConfig, self.settings["convert"], "convert"))
 
     def _calibrated(self) -> nn.Module:
         """Calibrated with the best rates of the pilot; with the next best where these break on the way."""
@@ -102,7 +124,7 @@ class _Run:
         for index, choice in enumerate(choices):
             model = self._converted()
             try:
-                report = self.lab.calibrate(model, self.seed, self._recipe(choice))
+                report = self.context.calibrate(model, self.seed, self._recipe(choice))
             except T5Error:
                 if index == len(choices) - 1:
                     raise
@@ -122,7 +144,7 @@ class _Run:
         for choice in pilot["grid"] if len(pilot["grid"]) > 1 else ():
             try:
                 recipe = replace(self._recipe(choice), steps=pilot["steps"])
-                error = _mean(self.lab.calibrate(self._converted(), self.seed, recipe).error_after)
+                error = _mean(self.context.calibrate(self._converted(), self.seed, recipe).error_after)
             except T5Error:
                 error = None
             results.append({"settings": choice, "error": error})
@@ -133,13 +155,11 @@ class _Run:
 
     def _train(self, model: nn.Module, protocol: str) -> None:
         config = from_dict(TrainConfig, self.settings[protocol], protocol)
-        teacher = self.lab.source(self.seed) if config.distill else None
-        self.lab.train(model, config, teacher)
-        name = "control" if self.settings["convert"] is None else RESULT_OF[protocol]
-        self._score(name, model)
+        self.context.train(model, config, self.source.model if config.distill else None)
+        self._score("control" if self.settings["convert"] is None else OF_STAGE[protocol].key, model)
 
     def _score(self, name: str, model: nn.Module) -> None:
-        result: Score = self.lab.score(model, self.seed)
+        result = self.context.score(model, self.seed)
         self.models[name] = result.as_dict() | {"loss": _finite(result.loss)}
 
     @contextmanager
