@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from t5kernels.choice import Candidate, choose
-from t5kernels.neighborhood import natten, reference
+from t5kernels.neighborhood import reference
 from t5kernels.precision import autocast_dtype
 
 
@@ -99,7 +99,7 @@ def _check_tokens(op: str, q: Tensor, k: Tensor, v: Tensor, rows: int, columns: 
 
 def _natten(q: Tensor) -> Candidate:
     def obstacle() -> str | None:
-        if _on_card(q) and q.shape[3] % 8 == 0 and natten.is_installed():
+        if _on_card(q) and q.shape[3] % 8 == 0 and _module("natten").is_installed():
             return None
         return (
             f"{_described(q)}; expected natten installed with its CUDA kernels, CUDA tensors in float32 or half "
@@ -131,12 +131,16 @@ def _described(q: Tensor) -> str:
 
 
 def _module(impl: str) -> ModuleType:
+    """An implementation's module. Those for CUDA are imported where they are used: they import much of torch."""
     if impl == "flex":
-        # Imported where it is used: it takes long, and most processes never need it.
         from t5kernels.neighborhood import flex
 
         return flex
-    return {"reference": reference, "natten": natten}[impl]
+    if impl == "natten":
+        from t5kernels.neighborhood import natten
+
+        return natten
+    return reference
 
 
 def _call(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **sizes: int) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.types import Number
 
 from t5kernels.launch import (
     Tile,
@@ -129,9 +130,11 @@ def launch_accumulate_backward(
     return dk, dv, sums.view(groups, H, chunks, 3, D, D).sum((0, 2)).transpose(0, 1).contiguous()
 
 
+# torch.compile would fix the value of a float argument, and with it the number of tokens from which the scale comes. A
+# Number is traced as it is.
 @torch.library.custom_op("t5kernels::ttt_swiglu_accumulate", mutates_args=())
-def _accumulate(k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, scale: float) -> Tensor:
-    return launch_accumulate(k, v, [w1, w2, w3], scale)
+def _accumulate(k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, scale: Number) -> Tensor:
+    return launch_accumulate(k, v, [w1, w2, w3], float(scale))
 
 
 @_accumulate.register_fake
@@ -142,10 +145,10 @@ def _(k, v, w1, w2, w3, scale):
 
 @torch.library.custom_op("t5kernels::ttt_swiglu_accumulate_backward", mutates_args=())
 def _accumulate_backward(
-    d_step: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, scale: float
+    d_step: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, scale: Number
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dk, dv, and (3, H, D, D) gradients of the weights in float32."""
-    return launch_accumulate_backward(d_step, k, v, [w1, w2, w3], scale)
+    return launch_accumulate_backward(d_step, k, v, [w1, w2, w3], float(scale))
 
 
 @_accumulate_backward.register_fake

@@ -119,14 +119,12 @@ def ttt_layer(
     _check_tokens(image, text)
     _check_conv(image[0], grid, q_conv, k_conv)
     _check_norms(image[0], text, norms)
-    tokens = image[0].shape[2] + (text[0].shape[2] if text else 0)
-    scale = image[0].shape[3] ** -0.5 / tokens
     if choose("ttt_layer", impl, _kernels(image, text, weights, settings)) == "triton":
-        return _fused(image, weights, settings, grid, q_conv, k_conv, text, norms, scale)
+        return _fused(image, weights, settings, grid, q_conv, k_conv, text, norms)
     if norms:
         image = reference.rms_normalized(image, norms.image, norms.eps)
         text = text and reference.rms_normalized(text, norms.text, norms.eps)
-    return reference.layer(image, text, weights, q_conv, k_conv, grid, settings, scale)
+    return reference.layer(image, text, weights, q_conv, k_conv, grid, settings)
 
 
 def _kernels(image: Tokens, text: Tokens | None, weights: Sequence[Tensor], settings: Settings) -> Candidate:
@@ -138,7 +136,7 @@ def _kernels(image: Tokens, text: Tokens | None, weights: Sequence[Tensor], sett
     return candidate._replace(obstacle=lambda: wrong)
 
 
-def _fused(image, weights, settings, grid, q_conv, k_conv, text, norms, scale) -> tuple[Tensor, Tensor | None]:
+def _fused(image, weights, settings, grid, q_conv, k_conv, text, norms) -> tuple[Tensor, Tensor | None]:
     from t5kernels.ttt_layer import triton
 
     dtype = image[0].dtype
@@ -146,7 +144,7 @@ def _fused(image, weights, settings, grid, q_conv, k_conv, text, norms, scale) -
     grid = grid or Grid(rows=0, columns=0)
     rms = norms or (None, None, 0.0)
     parts = as_in_autocast(*image), as_in_autocast(*(text or ()))
-    o, text_o = triton.layer(*parts, weights, q_conv, k_conv, grid, norm, settings.eps, scale, rms)
+    o, text_o = triton.layer(*parts, weights, q_conv, k_conv, grid, norm, settings.eps, rms)
     return o.to(dtype), text_o.to(dtype) if text else None
 
 

@@ -17,11 +17,11 @@ Conv = tuple[Tensor, Tensor]
 
 
 def layer(
-    image: Tokens, text: Tokens | None, weights, q_conv: Conv | None, k_conv: Conv | None, grid, settings, scale: float
+    image: Tokens, text: Tokens | None, weights, q_conv: Conv | None, k_conv: Conv | None, grid, settings
 ) -> tuple[Tensor, Tensor | None]:
-    """The layer without RMS norms. Arguments and results are those of `ttt_layer`; `scale` is as `ttt` takes it."""
+    """The layer without RMS norms. Arguments and results are those of `ttt_layer`."""
     q, k, v = image
-    count = k.shape[2]
+    count, scale = k.shape[2], inner_rate(q, text[0] if text else None)
     k, text_k = _normalized_keys(k, text[1] if text else None, settings)
     if q_conv is not None and k_conv is not None:
         q, k = q + convolved(q, *q_conv, grid), k + convolved(k, *k_conv, grid)
@@ -29,6 +29,12 @@ def layer(
         q, k, v = torch.cat([q, text[0]], dim=2), torch.cat([k, text_k], dim=2), torch.cat([v, text[2]], dim=2)
     o = ttt(q, k, v, weights, inner=settings.inner, loss=settings.loss, scale=scale, impl="reference")
     return (o, None) if text is None else (o[:, :, :count], o[:, :, count:])
+
+
+def inner_rate(q: Tensor, text_q: Tensor | None) -> float:
+    """The inner learning rate of the method, for queries (B, H, N, D) and (B, H, T, D): D**-0.5 / (N + T)."""
+    tokens = q.shape[2] if text_q is None else q.shape[2] + text_q.shape[2]
+    return q.shape[3] ** -0.5 / tokens
 
 
 def _normalized_keys(k: Tensor, text_k: Tensor | None, settings) -> tuple[Tensor, Tensor | None]:

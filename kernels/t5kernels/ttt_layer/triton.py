@@ -15,6 +15,7 @@ from torch import Tensor
 from t5kernels.launch import MOST_CHUNKS, like_tokens
 from t5kernels.ttt import triton as ttt
 from t5kernels.ttt_layer import triton_launch, triton_norms
+from t5kernels.ttt_layer.reference import inner_rate
 from t5kernels.ttt_layer.triton_launch import Convolution, KeyNorm, Preparation, RmsNorm
 
 EVERY_TILE = ttt.TILES | triton_launch.TILES  # the tiles of all kernels that the layer launches
@@ -31,7 +32,7 @@ class Part(NamedTuple):
     for_k: Preparation
 
 
-def layer(image, text, weights, q_conv, k_conv, grid, norm: str, eps: float, scale: float, rms) -> tuple:
+def layer(image, text, weights, q_conv, k_conv, grid, norm: str, eps: float, rms) -> tuple:
     """The outputs of image and text, each (B, H, N, D); the text's is empty where there is no text.
 
     `norm`: "none" or a norm_scope. `rms`: gains (D,) of the image's q and k and of the text's, or None; and their eps.
@@ -41,7 +42,7 @@ def layer(image, text, weights, q_conv, k_conv, grid, norm: str, eps: float, sca
     image_gains, text_gains, rms_eps = rms
     gains = (*(image_gains or (None, None)), *(text_gains or (None, None)))
     place = (grid.rows, grid.columns, grid.num_prefix_tokens)
-    return _layer(*image, *text, *weights, *convs, *gains, *place, norm, eps, rms_eps, scale)[:2]
+    return _layer(*image, *text, *weights, *convs, *gains, *place, norm, eps, rms_eps)[:2]
 
 
 @torch.library.custom_op("t5kernels::ttt_layer", mutates_args=())
@@ -50,14 +51,16 @@ def _layer(
     w1: Tensor, w2: Tensor, w3: Tensor,
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
     q_gain: Tensor | None, k_gain: Tensor | None, text_q_gain: Tensor | None, text_k_gain: Tensor | None,
-    rows: int, columns: int, prefix: int, norm: str, eps: float, rms_eps: float, scale: float,
+    rows: int, columns: int, prefix: int, norm: str, eps: float, rms_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The two outputs, and in float32 what the backward needs beside the inputs.
 
     That is the step (B, H, 3, D, D); the sums (B·H, capacity, STATISTICS, D) of the image's keys and then of the
     text's; and the factors (2, B·H, N + T) of the RMS norms of q and k, empty where there is no such norm.
+
+    The inner learning rate is no argument: torch.compile would fix its value, and with it the number of tokens.
     """
-    weights = [w1, w2, w3]
+    weights, scale = [w1, w2, w3], inner_rate(q, text_q)
     convs = convolutions(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
     gains = ((q_gain, k_gain), (text_q_gain, text_k_gain))
     sums, factors = empty_sums(k, text_k, norm), _empty_factors(q, text_q, q_gain)
@@ -72,7 +75,7 @@ def _layer(
 @_layer.register_fake
 def _(
     q, k, v, text_q, text_k, text_v, w1, w2, w3, q_weight, q_bias, k_weight, k_bias,
-    q_gain, k_gain, text_q_gain, text_k_gain, rows, columns, prefix, norm, eps, rms_eps, scale,
+    q_gain, k_gain, text_q_gain, text_k_gain, rows, columns, prefix, norm, eps, rms_eps,
 ):  # fmt: skip
     B, H, _, D = q.shape
     text_out = q.new_empty(0) if text_q is None else like_tokens(text_q)
@@ -87,14 +90,14 @@ def _layer_backward(
     w1: Tensor, w2: Tensor, w3: Tensor,
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
     q_gain: Tensor | None, k_gain: Tensor | None, text_q_gain: Tensor | None, text_k_gain: Tensor | None,
-    rows: int, columns: int, prefix: int, norm: str, eps: float, scale: float,
+    rows: int, columns: int, prefix: int, norm: str, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of the six tokens (empty without text), and in float32 those of the parameters.
 
     They are those of the weights (3, H, D, D); of the convolutions of q and k, (H, 10, D) each: nine places and the
     bias (empty without convolutions); and of the gains, a row each.
     """
-    weights = [w1, w2, w3]
+    weights, scale = [w1, w2, w3], inner_rate(q, text_q)
     convs = convolutions(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
     gains = ((q_gain, k_gain), (text_q_gain, text_k_gain))
     parts = parts_of((q, k, v), (text_q, text_k, text_v), convs, gains, sums, factors, norm, eps)
@@ -113,7 +116,7 @@ def _layer_backward(
 def _(
     d_out, d_text, step, sums, factors, q, k, v, text_q, text_k, text_v, w1, w2, w3,
     q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain,
-    rows, columns, prefix, norm, eps, scale,
+    rows, columns, prefix, norm, eps,
 ):  # fmt: skip
     _, H, _, D = q.shape
     tokens = [like_tokens(t) for t in (q, k, v)]
@@ -124,14 +127,14 @@ def _(
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:
-    tensors, (*ctx.numbers, _, ctx.scale) = inputs[:INPUT_TENSORS], inputs[INPUT_TENSORS:]
+    tensors, (*ctx.numbers, _) = inputs[:INPUT_TENSORS], inputs[INPUT_TENSORS:]
     ctx.save_for_backward(*tensors, *output[2:])
 
 
 def _differentiate(ctx, d_out, d_text, *_d_kept):
     saved = ctx.saved_tensors  # read once, because checkpointing allows no more
     tensors, kept = saved[:INPUT_TENSORS], saved[INPUT_TENSORS:]
-    gradients = _layer_backward(d_out, d_text, *kept, *tensors, *ctx.numbers, ctx.scale)
+    gradients = _layer_backward(d_out, d_text, *kept, *tensors, *ctx.numbers)
     weights, convs, gains = tensors[6:9], tensors[9:13], tensors[13:]
     d_tokens = gradients[:3] if tensors[3] is None else gradients[:6]
     d_tokens = (*d_tokens, *(None,) * (6 - len(d_tokens)))
@@ -139,7 +142,7 @@ def _differentiate(ctx, d_out, d_text, *_d_kept):
     d_convs = (*_conv_gradients(gradients[7], *convs[:2]), *_conv_gradients(gradients[8], *convs[2:]))
     d_gains = [own.to(gain.dtype) for own, gain in zip(gradients[9], gains, strict=False)]
     d_gains = (*d_gains, *(None,) * (4 - len(d_gains)))
-    return *d_tokens, *d_weights, *d_convs, *d_gains, *(None,) * 7
+    return *d_tokens, *d_weights, *d_convs, *d_gains, *(None,) * 6
 
 
 _layer.register_autograd(_differentiate, setup_context=_keep_for_backward)

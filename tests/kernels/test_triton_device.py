@@ -1,0 +1,23 @@
+"""What the tests change of Triton's interpreter makes it faster and nothing else."""
+
+import numpy as np
+import pytest
+import triton.language as tl
+from t5kernels.ttt_layer import triton_norms
+from triton.runtime import interpreter
+from triton_device import CUDA, ORIGINAL_REDUCE, reduce_by_slices
+
+
+@pytest.mark.skipif(CUDA, reason="about the interpreter")
+@pytest.mark.parametrize("axis", [0, 1])
+def test_reductions_by_slices_give_the_bits_that_the_interpreter_gives(axis):
+    data = np.random.default_rng(0).standard_normal((4, 8), np.float32)
+    block = tl.core.tensor(interpreter.TensorHandle(data, tl.float32), tl.block_type(tl.float32, [4, 8]))
+    reduction = interpreter.ReduceOps(axis, triton_norms._add, keep_dims=False)
+    scope = interpreter._patch_lang(triton_norms._add.fn)
+    try:
+        (fast,), (slow,) = reduce_by_slices(reduction, (block,)), ORIGINAL_REDUCE(reduction, (block,))
+    finally:
+        scope.restore()
+    assert fast.shape == slow.shape
+    np.testing.assert_array_equal(fast.handle.data, slow.handle.data)

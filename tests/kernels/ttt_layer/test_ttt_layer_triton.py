@@ -1,0 +1,189 @@
+"""The layer's kernels are as exact as plain PyTorch, the same from run to run, and at home in PyTorch's machinery.
+
+Without a CUDA device Triton's interpreter runs them.
+"""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from exactness import assert_as_exact_as_plain
+from layer_cases import BARE, FULL, LEAST, TINY, Case, call, draw, kernel_results, results
+from t5kernels import Settings, ttt_layer
+from t5kernels.tools.graphs import recorded
+from t5kernels.ttt_layer import triton as kernels
+from torch.testing import assert_close
+from triton_device import CUDA, DEVICE, by_dtype, needs_cuda
+
+MODALITY = Settings(norm_scope="modality")
+# A program convolves three rows of the grid; the tokens make two chunks, and the inner model two slices.
+WIDE = Case(heads=1, rows=9, columns=8, prefix=5, width=72)
+SMALL = [
+    Case(images=2, heads=1, rows=5),  # a program convolves two rows, the last program one
+    Case(heads=1, settings=BARE),
+    Case(images=2, conv=False),
+    Case(heads=1, text=7, after=2),
+    Case(images=2, heads=1, rows=2, text=2, settings=MODALITY),
+    Case(heads=1, text=3, conv=False, settings=BARE),
+    Case(rows=1, columns=1, prefix=4, width=32, settings=BARE),
+    WIDE,
+    Case(images=2, heads=1, rows=2, columns=33, prefix=0, width=8),  # two segments of columns, in the backward five
+    FULL,
+    Case(images=2, rows=2, text=2, rms=True, rms_eps=0.1, settings=MODALITY),
+    Case(rows=2, text=3, conv=False, rms=True, settings=BARE),
+    replace(WIDE, rms=True),
+]
+LARGE = [
+    Case(images=2, heads=24, rows=64, columns=64, prefix=0, width=64),
+    Case(images=2, heads=24, rows=32, columns=48, prefix=0, width=64, text=333),
+    Case(images=2, heads=24, rows=32, columns=48, prefix=0, width=64, text=333, rms=True),
+    Case(images=64, heads=6, rows=14, columns=14, prefix=1, width=64),
+    Case(images=2, heads=16, rows=33, columns=31, prefix=0, width=72),
+    Case(images=1, heads=10, rows=40, columns=41, prefix=0, width=128),
+]
+# For opcheck, which runs an op a dozen times and asks nothing about its numbers.
+SPECK = Case(heads=1, rows=1, columns=2, prefix=0, text=2, width=8, rms=True)
+SPECK_BARE = replace(SPECK, text=0, rms=False, conv=False, settings=BARE)
+
+
+def check(case, dtype):
+    inputs = draw(case, dtype)
+    exact, plain = results(case, inputs.map(torch.Tensor.double), "reference"), results(case, inputs, "reference")
+    assert_as_exact_as_plain(kernel_results(case, dtype), plain, exact)
+
+
+@by_dtype
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_outputs_and_gradients_are_as_exact_as_plain_pytorch(case, dtype):
+    if dtype == torch.float32 and case not in SMALL[:4] and not CUDA:
+        pytest.skip("the interpreter is slow, and float32 differs from float16 by its tile alone")
+    check(case, dtype)
+
+
+def test_a_single_token_which_the_key_norm_makes_0_is_as_exact_in_half_precision():
+    # In float32 the mean, which is subtracted after the convolution, leaves the rounding of a multiplication.
+    check(Case(rows=1, columns=1, prefix=0, width=32), torch.float16)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_sizes_of_real_models_are_as_exact_as_plain_pytorch(case):
+    check(case, torch.bfloat16)
+
+
+def test_a_large_shift_of_all_keys_costs_no_digits():
+    case = Case(heads=1, rows=2)
+    leaves = draw(case).leaves
+    leaves["k"] = leaves["k"] + 1000
+    shifted, plain = (call(case, leaves, impl)[0] for impl in ("triton", "reference"))
+    assert_close(shifted, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_the_text_is_not_convolved_and_is_fitted_on():
+    leaves = draw(LEAST).leaves
+    before = kernel_results(LEAST, torch.float32)
+    image, text = call(LEAST, leaves | {"q_weight": 2 * leaves["q_weight"]}, "triton")
+    assert torch.equal(text, before["out1"])
+    assert not torch.equal(image, before["out0"])
+    image, _ = call(LEAST, leaves | {"text_v": leaves["text_v"] + 1}, "triton")
+    assert not torch.equal(image, before["out0"])
+
+
+def test_memory_outside_the_tokens_is_not_read_and_all_results_are_written():
+    def between_nans(x):
+        field = torch.full((*x.shape[:2], x.shape[2] + 40, x.shape[3] + 12), torch.nan, dtype=x.dtype, device=DEVICE)
+        field[:, :, 20:-20, 4:-8] = x
+        return field[:, :, 20:-20, 4:-8]
+
+    inputs = draw(FULL, torch.float16)
+    is_token = {id(t) for name, t in inputs.leaves.items() if t.ndim == 4 and "weight" not in name}
+    is_token |= {id(d_out) for d_out in inputs.d_outs}
+    poisoned = inputs.map(lambda t: between_nans(t) if id(t) in is_token else t)
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
+    try:
+        actual = results(FULL, poisoned, "triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(actual, kernel_results(FULL, torch.float16), rtol=0, atol=0)
+
+
+def test_runs_are_bit_equal():
+    case = SMALL[-1]
+    again = results(case, draw(case, torch.float16), "triton")
+    first = kernel_results(case, torch.float16)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_the_backward_keeps_the_inputs_and_little_more():
+    case = Case(prefix=0, text=4, rms=True)
+    leaves = {name: t.detach().requires_grad_() for name, t in draw(case).leaves.items()}
+    own = {t.untyped_storage().data_ptr() for t in leaves.values()}
+    sizes = {}
+
+    def note_size(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note_size, lambda tensor: tensor):
+        call(case, leaves, "triton")
+    extra = sorted(size for pointer, size in sizes.items() if pointer not in own)
+    # A number a token and head of q and of k for the RMS norms; the step; and the sums of at most 2 · 32 programs.
+    assert extra == sorted([2 * 2 * (3 * 5 + 4), 2 * 3 * 16 * 16, 2 * 64 * 3 * 16])
+
+
+@pytest.mark.slow
+def test_it_compiles_as_one_graph_for_all_sizes():
+    compiled = torch.compile(ttt_layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for case in (LEAST, replace(LEAST, rows=3, text=4)):
+        with torch._dynamo.config.patch(error_on_recompile=case != LEAST):
+            eager, traced = kernel_results(case, torch.float32), results(case, draw(case), "triton", op=compiled)
+        assert_close(traced, eager, rtol=1e-6, atol=1e-6)
+        assert {name: t.stride() for name, t in traced.items()} == {name: t.stride() for name, t in eager.items()}
+
+
+def test_checkpointing_gives_the_same_gradients():
+    checkpointed = functools.partial(torch.utils.checkpoint.checkpoint, ttt_layer, use_reentrant=False)
+    plain, again = kernel_results(LEAST, torch.float32), results(LEAST, draw(LEAST), "triton", op=checkpointed)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [SPECK, SPECK_BARE], ids=str)
+def test_the_custom_ops_keep_what_pytorch_asks_of_them(case):
+    inputs = draw(case)
+    names = ("q", "k", "v", "text_q", "text_k", "text_v", "w1", "w2", "w3", "q_weight", "q_bias", "k_weight", "k_bias")
+    names += ("q_gain", "k_gain", "text_q_gain", "text_k_gain")
+    norm = "none" if case.settings.key_norm == "none" else case.settings.norm_scope
+    numbers = (case.rows, case.columns, case.prefix, norm, 1.0, 1e-6)
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.leaves.items()}
+    torch.library.opcheck(kernels._layer, (*map(leaves.get, names), *numbers))
+    plain = [inputs.leaves.get(name) for name in names]
+    *_, step, sums, factors = kernels._layer(*plain, *numbers)
+    d_text = inputs.d_outs[1] if case.text else torch.empty(0, device=DEVICE)
+    arguments = (inputs.d_outs[0], d_text, step, sums, factors, *plain, *numbers[:5])
+    torch.library.opcheck(kernels._layer_backward, arguments)
+
+
+def test_autocast_is_followed_and_weights_may_stay_in_float32():
+    leaves = draw(TINY).leaves
+    narrow = {name: t.half() if name.removeprefix("text_") in "qkv" else t for name, t in leaves.items()}
+    expected = call(TINY, narrow, "triton")
+    with torch.autocast(DEVICE, torch.float16):
+        outs = call(TINY, leaves, "triton")
+    for out, half in zip(outs, expected, strict=True):
+        assert out.dtype == torch.float32
+        assert torch.equal(out, half.float())
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_cuda_graph_replays_it_and_16_bit_tokens_take_the_kernels_by_themselves():
+    case = Case(images=2, rows=20, columns=20, width=64)
+    leaves = draw(case, torch.bfloat16).leaves
+    expected = call(case, leaves, None)[0]
+    assert torch.equal(expected, call(case, leaves, "triton")[0])
+    replay = recorded(lambda: call(case, leaves, None)[0])
+    replay().fill_(torch.nan)
+    assert torch.equal(replay(), expected)
