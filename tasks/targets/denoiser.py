@@ -174,6 +174,7 @@ class DenoiserTarget(Target):
     def evaluate(self, models: dict[str, str]) -> dict[str, dict[str, Any]]:
         """Every model draws the same prompts from the same noise; writes every image and a picture of some."""
         config, stage = self.section("evaluate"), self.stage
+        self.section("data")  # asked for before resume_dir, which depends on it
         folders = {name: stage.input(made_by) for name, made_by in models.items()}
         evaluator = self.sample_evaluator(config)
         images = stage.resume_dir() / "images"
