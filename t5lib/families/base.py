@@ -85,17 +85,17 @@ class Adapter(ABC):
 
     @staticmethod
     @abstractmethod
-    def announce(embedding: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """A forward pre-hook of `embedding` that says the grid of its input (t5lib.layers.grid.announce_grid)."""
+    def announce(embedding: nn.Module, arguments: tuple[Tensor, ...], _output: Tensor) -> None:
+        """A forward hook of `embedding` that says the grid of its input (t5lib.layers.grid.announce_grid)."""
 
     def carry_grid(self, model: nn.Module) -> None:
         """Let every forward of `model` hand its grid to its converted layers."""
-        self.embedding(model).register_forward_pre_hook(self.announce)
+        self.embedding(model).register_forward_hook(self.announce)
         carry_grid(self.blocks(model))
 
     def drop_grid(self, model: nn.Module) -> None:
         """Undo `carry_grid`."""
-        hooks = self.embedding(model)._forward_pre_hooks
+        hooks = self.embedding(model)._forward_hooks
         for key in [key for key, hook in hooks.items() if hook is self.announce]:
             del hooks[key]
         drop_grid(self.blocks(model))

@@ -167,7 +167,7 @@ class DiffusersAdapter(Adapter):
         return model.pos_embed
 
     @staticmethod
-    def announce(embedding: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def announce(embedding: nn.Module, arguments: tuple[Tensor, ...], _output: Tensor) -> None:
         announce_grid(*latent_grid(embedding, arguments[0]))
 
     def new_layer(self, model: nn.Module, attention: nn.Module, config: TTTConfig) -> DiffusersTTTAttention:

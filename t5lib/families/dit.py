@@ -99,7 +99,7 @@ class DiT(DiffusersAdapter):
         return TokenGrid(*_square_grid(model.pos_embed, inputs[self.input_name]))
 
     @staticmethod
-    def announce(embedding: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def announce(embedding: nn.Module, arguments: tuple[Tensor, ...], _output: Tensor) -> None:
         announce_grid(*_square_grid(embedding, arguments[0]))
 
     def example_conditions(self, model: nn.Module, size: ExampleSize, generator: torch.Generator) -> Inputs:

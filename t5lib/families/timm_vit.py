@@ -72,7 +72,7 @@ class TimmVit(Adapter):
         return model.patch_embed
 
     @staticmethod
-    def announce(embedding: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def announce(embedding: nn.Module, arguments: tuple[Tensor, ...], _output: Tensor) -> None:
         announce_grid(*embedding.dynamic_feat_size(arguments[0].shape[-2:]))
 
     def new_layer(self, model: nn.Module, attention: nn.Module, config: TTTConfig) -> TTTAttention:

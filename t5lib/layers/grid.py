@@ -61,8 +61,9 @@ class _Thread(threading.local):
     every new size another compilation.
     """
 
-    announced: Tensor | None = None  # of the forward that has begun and has not come to its blocks yet
-    current: Tensor | None = None  # of the block that is running
+    def __init__(self) -> None:
+        self.announced: Tensor | None = None  # of the forward that has begun and has not come to its blocks yet
+        self.current: Tensor | None = None  # of the block that is running
 
 
 _thread = _Thread()

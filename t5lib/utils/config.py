@@ -59,7 +59,7 @@ _TYPES = {
     "float_type": "float",
     "string_type": "str",
     "bool_type": "bool",
-    "tuple_type": "tuple",
+    "tuple_type": "a list",
     "dict_type": "dict",
     "none_required": "null",
 }

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import t5lib
 from t5lib.layers.config import TTTConfig
-from t5lib.training.classifier import TrainConfig, TrainReport, train
+from t5lib.training.classifier import Classification, TrainConfig
+from t5lib.training.trainer import TrainReport, train
 
 STEPS = 8
 PLAIN = TrainConfig(batch_size=4, lr=1e-3, lr_new=1e-2, warmup=0.25, checkpoint_every=3)
@@ -35,8 +36,10 @@ def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
     return (batch(number) for number in count(start))
 
 
-def run(model: nn.Module, config: TrainConfig = PLAIN, *, source=batches, steps: int = STEPS, **options) -> TrainReport:
-    return train(model, source, config, steps=steps, num_classes=7, **options)
+def run(
+    model: nn.Module, config: TrainConfig = PLAIN, *, source=batches, steps: int = STEPS, teacher=None, **options
+) -> TrainReport:
+    return train(model, source, Classification(config, 7, teacher), config, steps=steps, **options)
 
 
 def job(out: Path, resume_dir: Path, pause_at: int | None = None) -> None:

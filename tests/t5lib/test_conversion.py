@@ -8,7 +8,6 @@ import torch
 from timm.layers import Attention
 from tiny import KINDS, random_images, tiny_vit
 from torch import nn
-from torch.utils.checkpoint import CheckpointError
 
 import t5lib
 from t5lib.conversion import new_parameters, ttt_layers
@@ -30,12 +29,6 @@ def bits(model: nn.Module) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
 
 
-def grids(model: nn.Module) -> set[int]:
-    """Identities of all token grids of a model: those of its layers, and those that read the image size."""
-    hooks = [hook for hook in model.patch_embed._forward_pre_hooks.values() if isinstance(hook, TokenGrid)]
-    return {id(hook) for hook in hooks} | {id(layer.grid) for layer in ttt_layers(model).values()}
-
-
 @every_kind
 def test_convert_and_revert_give_the_original_back_bit_for_bit(kind, images):
     model = tiny_vit(kind)
@@ -43,7 +36,8 @@ def test_convert_and_revert_give_the_original_back_bit_for_bit(kind, images):
     assert bits(back) == bits(model)
     assert str(back) == str(model)
     assert torch.equal(back(images), model(images))
-    assert not hasattr(back, "t5_config") and not grids(back)
+    assert not hasattr(back, "t5_config") and not back.patch_embed._forward_pre_hooks
+    assert type(back.blocks) is type(model.blocks)
 
 
 @every_kind
@@ -99,7 +93,7 @@ def test_gated_attention_is_converted_with_its_gate(images):
     with torch.no_grad():
         gate.bias -= 1e4  # shuts it
     assert not torch.equal(converted(images), open_gate)
-    shut = converted.blocks[0].attn(torch.randn(1, 17, 32))
+    shut = converted.blocks[0].attn(torch.randn(1, 17, 32), grid=TokenGrid(4, 4, 1))
     torch.testing.assert_close(shut, converted.blocks[0].attn.proj.bias.expand_as(shut))
     assert torch.equal(t5lib.revert(t5lib.convert(model))(images), model(images))
 
@@ -145,7 +139,6 @@ def test_set_input_size_moves_the_grid_along():
     assert converted(random_images(2, 40, 24)).shape == (2, 7)
     converted.set_input_size(img_size=(32, 32), patch_size=(16, 8))
     assert converted(random_images(2)).shape == (2, 7)
-    assert {(layer.grid.rows, layer.grid.columns) for layer in ttt_layers(converted).values()} == {(2, 4)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -170,16 +163,6 @@ def test_new_weights_follow_from_the_seed_alone():
     assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads, one.blocks[1].attn.mixer.w1)
 
 
-def test_a_copy_has_one_grid_of_its_own(images):
-    converted = t5lib.convert(tiny_vit(dynamic_img_size=True))
-    twin = copy.deepcopy(converted)
-    assert len(grids(converted)) == len(grids(twin)) == 1
-    assert grids(converted).isdisjoint(grids(twin))
-    expected = twin(images)
-    converted(random_images(1, 16, 48))
-    assert torch.equal(twin(images), expected)
-
-
 def test_timm_interface_still_works(images):
     converted = t5lib.convert(tiny_vit("dinov2_registers"))
     features = converted.forward_features(images)
@@ -200,15 +183,6 @@ def test_gradient_checkpointing_gives_equal_gradients(images):
     converted(images).square().sum().backward()
     for name, parameter in converted.named_parameters():
         torch.testing.assert_close(parameter.grad, plain[name], msg=name)
-
-
-def test_gradient_checkpointing_of_two_image_sizes_in_one_step_is_not_silently_wrong():
-    """Layers run again in the backward pass, when the grid has moved on to the last image's."""
-    converted = t5lib.convert(tiny_vit(dynamic_img_size=True)).train()
-    converted.set_grad_checkpointing()
-    wide, tall = random_images(1, 32, 48), random_images(1, 48, 32)
-    with pytest.raises(CheckpointError, match="different metadata"):
-        (converted(wide).sum() + converted(tall).sum()).backward()
 
 
 def test_compiled_model_agrees_also_after_the_image_size_changed():

@@ -93,7 +93,7 @@ def test_a_model_in_half_precision_is_measured():
 
 
 def test_what_cannot_be_measured_is_refused():
-    with pytest.raises(T5Error, match=r"expects images \(B, 3, H, W\), got \(3, 32, 32\)"):
+    with pytest.raises(T5Error, match=r"must hold images \(B, 3, H, W\), got \(3, 32, 32\)"):
         t5lib.diagnose(tiny_vit(), torch.zeros(3, 32, 32))
     with pytest.raises(T5Error, match="is converted already"):
         t5lib.diagnose(t5lib.convert(tiny_vit()), random_images())

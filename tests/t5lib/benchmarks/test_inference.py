@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from t5lib.benchmarks import inference
+from t5lib.benchmarks.timing import TimingConfig
 from t5lib.conversion import ttt_layers
 from t5lib.families.sd3 import MEDIUM
+from t5lib.layers.grid import TokenGrid
 from t5lib.utils.files import read_json
 
 CPU = torch.device("cpu")
@@ -16,7 +18,8 @@ SHAPE |= {"dual_attention_layers": (0, 1, 2)}
 
 @pytest.fixture
 def told(tmp_path):
-    return {"out": tmp_path / "inference.json", "device": CPU, "dtype": torch.float32, "shape": SHAPE, "repeats": 2}
+    config = TimingConfig(batch=2, dtype="float32", repeats=2)
+    return {"out": tmp_path / "inference.json", "device": CPU, "shape": SHAPE, "config": config}
 
 
 def test_models_share_weights_and_differ_in_their_layers():
@@ -36,8 +39,9 @@ def test_rest_uses_every_projection_and_mixes_nothing():
     model = inference.models(SHAPE, CPU, torch.float32)["rest"]
     layer = next(iter(ttt_layers(model).values()))
     x = torch.randn(1, 4, 16)
-    out, text = layer(hidden_states=x, encoder_hidden_states=torch.randn(1, 3, 16))
-    moved = layer(hidden_states=x.flip(1), encoder_hidden_states=torch.randn(1, 3, 16))[0]
+    grid = TokenGrid(2, 2)
+    out, text = layer(x, torch.randn(1, 3, 16), grid=grid)
+    moved = layer(x.flip(1), torch.randn(1, 3, 16), grid=grid)[0]
     torch.testing.assert_close(moved.flip(1), out)
     assert text.shape == (1, 3, 16)
 
@@ -50,7 +54,7 @@ def test_every_size_is_written_once_and_goes_into_the_table(told):
     assert [row["resolution"] for row in again["rows"]] == [32] * 4 + [64] * 4
     assert all(row["relative_error"] < 1e-4 for row in again["rows"])
     assert [row["speedup"] for row in again["rows"] if row["model"] == "softmax"] == [1.0, 1.0]
-    assert inference.table(again).count("\n") == 9
+    assert inference.report(again).count("\n") == 9
     other = inference.run(resolutions=[32], **told | {"shape": SHAPE | {"num_layers": 5}})
     assert len(other["rows"]) == 4, "of another shape nothing is kept"
 

@@ -10,7 +10,7 @@ from tiny_denoisers import tiny_dit, tiny_sd3
 from torch import nn
 
 import t5lib
-from t5lib.benchmarks import resolution_sweep as bench
+from t5lib.benchmarks import timing
 from t5lib.benchmarks.resolution_sweep import (
     BenchmarkConfig,
     benchmark,
@@ -18,6 +18,8 @@ from t5lib.benchmarks.resolution_sweep import (
     break_even_tokens,
     count_flops,
 )
+from t5lib.families import family_of
+from t5lib.families.inputs import ExampleSize
 from t5lib.utils.errors import T5Error
 
 WIDTH, DEPTH, HEADS, PATCH, CLASSES = 32, 2, 2, 14, 5
@@ -38,6 +40,10 @@ def pair():
     return model, t5lib.convert(model).eval()
 
 
+def at_side(model: nn.Module, side: int) -> nn.Module:
+    return family_of(model).at_resolution(model, ExampleSize(side))
+
+
 def shared_flops(patches: int, batch: int) -> int:
     """Everything but the token mixing: patch embedding, projections, MLP, head; 2 FLOPs a multiply-add."""
     tokens = patches + 1
@@ -49,8 +55,8 @@ def shared_flops(patches: int, batch: int) -> int:
 def test_flops_of_softmax_and_converted_equal_the_hand_formula(pair, side):
     batch, patches = 3, (side // PATCH) ** 2
     tokens, head_dim = patches + 1, WIDTH // HEADS
-    softmax, converted = (bench.at_resolution(model, side) for model in pair)
-    images = torch.zeros(batch, 3, side, side)
+    softmax, converted = (at_side(model, side) for model in pair)
+    images = {"x": torch.zeros(batch, 3, side, side)}
     attention = 4 * tokens**2 * WIDTH
     nine_products = 18 * tokens * head_dim * WIDTH
     convolutions = 2 * 2 * 9 * patches * WIDTH
@@ -60,8 +66,8 @@ def test_flops_of_softmax_and_converted_equal_the_hand_formula(pair, side):
 
 
 def test_fused_and_written_out_attention_count_alike(pair):
-    model = bench.at_resolution(pair[0], 56)
-    images = torch.zeros(1, 3, 56, 56)
+    model = at_side(pair[0], 56)
+    images = {"x": torch.zeros(1, 3, 56, 56)}
     fused = count_flops(model, images)
     for block in model.blocks:
         block.attn.fused_attn = False
@@ -95,14 +101,14 @@ def test_wrong_results_give_no_speed(pair):
         def forward(self, x):
             return x if x.dtype == torch.float64 else x * 1.01
 
-    wrong = bench.at_resolution(pair[1], 28)
+    wrong = at_side(pair[1], 28)
     wrong.norm = Drifting()
     with pytest.raises(T5Error, match=r"t5 at 28 px.*0\.01.*at most 0\.001.*no speed"):
         benchmark(pair[0], wrong, BenchmarkConfig(resolutions=(28,)))
 
 
 def test_output_that_is_not_finite_gives_no_speed(pair):
-    broken = bench.at_resolution(pair[1], 28)
+    broken = at_side(pair[1], 28)
     nn.init.constant_(broken.head.bias, math.nan)
     with pytest.raises(T5Error, match=r"t5 at 28 px.*finite"):
         benchmark(pair[0], broken, BenchmarkConfig(resolutions=(28,)))
@@ -124,20 +130,18 @@ def test_denoisers_are_measured_on_latents_of_the_size_asked_for(make):
         benchmark(softmax, converted, BenchmarkConfig(resolutions=(18,), pixels_per_latent=2))
 
 
-def test_only_denoisers_of_many_tokens_are_checked_against_float32(pair, monkeypatch):
+def test_models_of_many_tokens_are_checked_against_float32(monkeypatch):
     denoiser = tiny_sd3()
-    inputs = bench.random_inputs(denoiser, 16, 1, pixels_per_latent=2)
-    monkeypatch.setattr(bench, "MOST_IN_FLOAT64", 3)
-    assert bench.reference_dtype(denoiser, inputs) == torch.float32
-    assert bench.reference_dtype(pair[0], torch.zeros(1, 3, 28, 28)) == torch.float64
-    monkeypatch.undo()
-    assert bench.reference_dtype(denoiser, inputs) == torch.float64
+    inputs = family_of(denoiser).example_inputs(denoiser, ExampleSize(16, pixels_per_latent=2))
+    assert timing.reference_dtype(denoiser, inputs) == torch.float64
+    monkeypatch.setattr(timing, "MOST_IN_FLOAT64", 3)
+    assert timing.reference_dtype(denoiser, inputs) == torch.float32
 
 
 def test_a_denoiser_whose_positions_end_is_told():
     model = tiny_sd3()
     with pytest.raises(T5Error, match=r"latents of 64, .* end at 32; measure up to 64 pixels"):
-        bench.at_resolution(model, 128, 2)
+        family_of(model).at_resolution(model, ExampleSize(128, pixels_per_latent=2))
 
 
 def test_resolution_must_be_a_multiple_of_the_patch(pair):
@@ -154,7 +158,7 @@ def test_config_refuses_what_measures_nothing(bad):
 def test_rounds_alternate_and_warm_up_is_not_timed():
     order = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    runs = bench.time_interleaved(calls, warmup=1, repeats=2, device=torch.device("cpu"))
+    runs = timing.time_interleaved(calls, warmup=1, repeats=2, device=torch.device("cpu"))
     assert "".join(order) == "ab" + "ab" + "ba"
     assert {name: len(times) for name, times in runs.items()} == {"a": 2, "b": 2}
 

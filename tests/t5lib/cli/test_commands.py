@@ -15,8 +15,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
 from t5kernels import INNER_WEIGHTS, KEY_NORMS
+from command_line import refused, run, words
 from tiny import tiny_vit
-from typer.testing import CliRunner
 
 import t5lib
 from t5lib.benchmarks.resolution_sweep import count_flops
@@ -27,27 +27,6 @@ from t5lib.layers.config import CONVOLUTIONS, PRESETS, TTTConfig
 from t5lib.training.calibration import CalibrateConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(*arguments: object):
-    """The result of `t5 …`; an exception that the command does not turn into a message fails the test."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "100"})
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def words(text: str) -> str:
-    """`text` with single spaces: tests do not depend on where lines were broken."""
-    return " ".join(text.split())
-
-
-def refused(*arguments: object) -> str:
-    """The message of a command that ends with exit code 1 and one message."""
-    result = run(*arguments)
-    assert result.exit_code == 1, result.output
-    assert "Traceback" not in result.output
-    assert not result.stdout
-    return words(result.stderr)
 
 
 @pytest.fixture(scope="module")

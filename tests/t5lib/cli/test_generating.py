@@ -5,7 +5,7 @@ import re
 
 import pytest
 from PIL import Image
-from test_cli import refused, run, words
+from command_line import refused, run, words
 from tiny_pipelines import SIDE, tiny_dit_pipeline, tiny_sd3_pipeline
 
 from t5lib.evaluation.prompts import seed_of

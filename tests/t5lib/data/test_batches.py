@@ -3,9 +3,8 @@
 from itertools import count, islice
 
 import pytest
-import torch
 
-from t5lib.data.batches import images_of, open_batches
+from t5lib.data.batches import open_batches
 from t5lib.utils.errors import T5Error
 
 
@@ -34,12 +33,3 @@ def test_an_iterator_that_is_used_up_is_refused():
         take(iter([1, 2]), 0, 3)
     with pytest.raises(T5Error, match="gave no batch"):
         take([], 0, 1)
-
-
-def test_images_are_found_with_and_without_labels():
-    images = torch.zeros(2, 3, 4, 4)
-    for batch in (images, (images, 1), [images, 1, 2]):
-        assert images_of(batch) is images
-    for batch, shown in ((images[0], r"got \(3, 4, 4\)"), ({"image": images}, "got dict"), ((1, images), "got int")):
-        with pytest.raises(T5Error, match=rf"must hold images \(B, 3, H, W\), {shown}"):
-            images_of(batch)

@@ -53,16 +53,16 @@ def test_fit_covers_the_size_and_keeps_centre_and_proportions():
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "message"),
     [
-        {},
-        {"sizes": ((64, 64),), "resolution": 64},
-        {"sizes": ((64, 0),)},
-        {"resolution": 100, "step": 64},
-        {"resolution": 64, "max_aspect": 0.5},
-        {"resolution": 64, "step": 0},
+        ({}, "buckets"),
+        ({"sizes": ((64, 64),), "resolution": 64}, "buckets"),
+        ({"sizes": ((64, 0),)}, r"sizes\.0\.1 is 0; expected 1 or more"),
+        ({"resolution": 100, "step": 64}, "buckets"),
+        ({"resolution": 64, "max_aspect": 0.5}, r"max_aspect is 0\.5; expected 1 or more"),
+        ({"resolution": 64, "step": 0}, "step is 0; expected 1 or more"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(wrong):
-    with pytest.raises(T5Error, match="buckets"):
+def test_settings_that_make_no_sense_are_refused(wrong, message):
+    with pytest.raises(T5Error, match=message):
         BucketConfig(**wrong)

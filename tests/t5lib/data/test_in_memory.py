@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from t5lib.data.images import DataConfig, eval_batches, in_memory, transform
+from t5lib.data import in_memory
+from t5lib.data.images import DataConfig, eval_batches, transform
 from t5lib.data.in_memory import InMemoryImages, decode
 from t5lib.data.shards import ShardSet
 from t5lib.utils.errors import T5Error

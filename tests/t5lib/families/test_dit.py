@@ -87,9 +87,9 @@ def test_other_square_latents_work_and_others_are_refused_with_the_reason():
 def test_watching_an_attention_tells_what_its_processor_takes_and_gives():
     model, inside, outside = tiny_dit(), {}, {}
     attention = model.transformer_blocks[1].attn1
-    handles = dit.watch(attention, inside, outside, "x")
+    handles = dit.ADAPTER.watch(attention, inside, outside, "x")
     run(model)
-    q, k, v = dit.project(attention, inside["x"])
+    q, k, v = dit.ADAPTER.project(attention, inside["x"])
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(outside["x"], expected)
     torch.testing.assert_close(attention.to_out[0](outside["x"]), attention(*inside["x"]))

@@ -15,6 +15,7 @@ import t5lib
 from t5lib.conversion import new_parameters, ttt_layers
 from t5lib.families import family_of, sd3
 from t5lib.layers.config import TTTConfig
+from t5lib.layers.grid import TokenGrid
 from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,7 +61,7 @@ def test_convert_and_revert_give_the_original_back_bit_for_bit(kind):
 def test_the_mixer_does_the_q_and_k_norms_unless_it_needs_normalized_tokens_itself(monkeypatch):
     import t5kernels
 
-    from t5lib.layers import mixers
+    from t5lib.layers import ttt_mixer
 
     given = []
 
@@ -68,7 +69,7 @@ def test_the_mixer_does_the_q_and_k_norms_unless_it_needs_normalized_tokens_itse
         given.append(norms is not None)
         return t5kernels.ttt_layer(*args, norms=norms, **rest)
 
-    monkeypatch.setattr(mixers, "ttt_layer", watched)
+    monkeypatch.setattr(ttt_mixer, "ttt_layer", watched)
     source = tiny_sd3()
     with torch.no_grad():
         for name, gain in source.named_parameters():
@@ -134,8 +135,8 @@ def test_a_converted_model_learns_in_every_parameter_but_those_of_text_that_is_d
 def test_layers_are_numbered_joint_first_and_named_sets_are_the_papers():
     model = tiny_sd3(num_layers=7, dual_attention_layers=(0, 1, 3))
     names = [f"transformer_blocks.{i}.attn" for i in range(7)] + [f"transformer_blocks.{i}.attn2" for i in (0, 1, 3)]
-    assert sd3.attention_names(model) == names
-    assert sd3.layer_sets(model) == {"all": tuple(range(10)), "paper": (2, 3, 4, 5, 6, 7, 8, 9)}
+    assert sd3.ADAPTER.attention_names(model) == names
+    assert sd3.ADAPTER.layer_sets(model) == {"all": tuple(range(10)), "paper": (2, 3, 4, 5, 6, 7, 8, 9)}
     assert list(t5lib.convert(model, TTTConfig(layers="paper")).t5_report.layers) == names[2:]
     assert list(t5lib.convert(model, TTTConfig(layers="all")).t5_report.layers) == names
     mapped = t5lib.convert(model, TTTConfig(layers={"0-6": "softmax", "8": "two_layer+nat3"}))
@@ -171,9 +172,9 @@ def test_any_size_and_text_length_in_any_sequence():
 def test_a_joint_layer_computes_the_method_on_both_modalities(scope, last):
     """METHOD: key norm, convolution over the image alone, one gradient step on all tokens; here by autograd."""
     rows, columns, text = 3, 5, 4
-    softmax = tiny_sd3().double().transformer_blocks[-1 if last else 0].attn
-    grid = sd3.LatentGrid(rows, columns)
-    layer = sd3.new_layer(softmax, TTTConfig(key_norm_scope=scope), grid).double()
+    model = tiny_sd3().double()
+    softmax = model.transformer_blocks[-1 if last else 0].attn
+    layer = sd3.ADAPTER.new_layer(model, softmax, TTTConfig(key_norm_scope=scope)).double()
     generator = torch.Generator().manual_seed(0)
     width = HEADS * HEAD_DIM
     image, words = (torch.randn(2, n, width, dtype=torch.float64, generator=generator) for n in (rows * columns, text))
@@ -212,7 +213,7 @@ def test_a_joint_layer_computes_the_method_on_both_modalities(scope, last):
     loss = -(HEAD_DIM**-0.5) / (rows * columns + text) * (inner(k, weights) * v).sum()
     stepped = [w - g for w, g in zip(weights, torch.autograd.grad(loss, weights), strict=True)]
     merged = inner(q, stepped).transpose(1, 2).reshape(2, -1, width)
-    image_out, text_out = layer(hidden_states=image, encoder_hidden_states=words)
+    image_out, text_out = layer(image, words, grid=TokenGrid(rows, columns))
     close = {"rtol": 1e-5, "atol": 1e-6}  # diffusers' RMS norm takes its mean in single precision
     torch.testing.assert_close(image_out, softmax.to_out[0](merged[:, : rows * columns]), **close)
     if last:
@@ -230,13 +231,13 @@ def test_watching_an_attention_tells_what_its_processor_takes_and_gives(name):
     attention, kept = model.get_submodule(name), {}
     attention.register_forward_hook(lambda _module, _inputs, out: kept.update(out=out))
     inside, outside = {}, {}
-    handles = sd3.watch(attention, inside, outside, name)
+    handles = sd3.ADAPTER.watch(attention, inside, outside, name)
     run(model)
     tokens, heads = inside[name], outside[name]
     text = 0 if name.endswith("2") else tokens[1].shape[1]
     image, N = tokens[0], tokens[0].shape[1]
     assert len(tokens) == (1 if name.endswith("2") else 2) and N == 4 * 6
-    q, k, v = sd3.project(attention, tokens)
+    q, k, v = sd3.ADAPTER.project(attention, tokens)
     assert q.shape == (2, HEADS, N + text, HEAD_DIM)
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     dropped = attention.to_add_out is None and text
@@ -252,21 +253,21 @@ def test_watching_an_attention_tells_what_its_processor_takes_and_gives(name):
     assert not inside and image.shape == (2, N, HEADS * HEAD_DIM)
 
 
-def test_a_grid_follows_the_inputs_of_a_softmax_model_and_a_layers_mixer_takes_its_tokens():
+def test_a_layers_mixer_takes_the_tokens_of_a_softmax_model_on_the_grid_of_its_inputs():
     model, converted = tiny_sd3(), t5lib.convert(tiny_sd3())
     for name, layer in ttt_layers(converted).items():
         inside, outside = {}, {}
-        handles = [sd3.follow_inputs(model, layer.grid), *sd3.watch(model.get_submodule(name), inside, outside, name)]
+        handles = sd3.ADAPTER.watch(model.get_submodule(name), inside, outside, name)
         run(model, height=6, width=10, text=5)
         for handle in handles:
             handle.remove()
-        assert (layer.grid.rows, layer.grid.columns) == (3, 5)
-        tokens = inside[name]
-        o = layer.mixer(*sd3.project(layer, tokens), layer.grid_of(tokens)).transpose(1, 2).flatten(2)
-        expected = layer(*tokens)
+        tokens, grid = inside[name], TokenGrid(3, 5)
+        whole = grid.with_suffix(tokens[1].shape[1] if len(tokens) > 1 else 0)
+        o = layer.mixer(*sd3.ADAPTER.project(layer, tokens), whole).transpose(1, 2).flatten(2)
+        expected = layer(*tokens, grid=grid)
         expected = expected if isinstance(expected, tuple) else (expected,)
         torch.testing.assert_close(layer.to_out[0](o[:, :15]), expected[0])
-        assert all(isinstance(part, nn.Module) for part in sd3.projections(layer))
+        assert all(isinstance(part, nn.Module) for part in sd3.ADAPTER.projections(layer))
 
 
 @every_kind
@@ -343,7 +344,9 @@ def test_calls_that_a_linear_layer_cannot_answer_are_refused():
     with pytest.raises(T5Error, match="sees its own tokens; call it without others"):
         block.attn2(x, x)
     with pytest.raises(T5Error, match="grid 4×6 holds 24 tokens"):
-        block.attn2(x[:, 1:])
+        block.attn2(x[:, 1:], grid=TokenGrid(4, 6))
+    with pytest.raises(T5Error, match="outside of its model's blocks.*pass grid=TokenGrid"):
+        block.attn2(x)
 
 
 def test_what_cannot_be_converted_is_refused_by_name():

@@ -1,5 +1,7 @@
 """The layer: inherited projections around a TTT mixer, on any grid, with any number of prefix tokens."""
 
+from functools import partial
+
 import pytest
 import torch
 from t5kernels import KEY_NORMS, key_norm, ttt
@@ -9,7 +11,8 @@ from torch import nn
 from t5lib.layers.attention import TTTAttention, project
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
-from t5lib.layers.mixers import TTTMixer, convolved
+from t5lib.layers.mixers import convolved
+from t5lib.layers.ttt_mixer import TTTMixer
 from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,10 +24,11 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def layer(config: TTTConfig | None = None, grid: TokenGrid | None = None, **attention) -> TTTAttention:
+def layer(config: TTTConfig | None = None, **attention) -> partial:
+    """A layer called on a grid of its own."""
     torch.manual_seed(0)
     softmax = Attention(C, H, **attention).double()
-    return TTTAttention(softmax, config or TTTConfig(), grid or TokenGrid(3, 5, num_prefix_tokens=2))
+    return partial(TTTAttention(softmax, config or TTTConfig(), 2), grid=TokenGrid(3, 5, num_prefix_tokens=2))
 
 
 def per_pixel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -74,7 +78,7 @@ def test_layer_ignores_a_key_shift_with_a_centring_norm_alone(kind):
     x = draw(B, 17, C)
     before = ttt_layer(x)
     with torch.no_grad():
-        ttt_layer.qkv.bias[C : 2 * C] += 5 * draw(C, seed=1)
+        ttt_layer.func.qkv.bias[C : 2 * C] += 5 * draw(C, seed=1)
     change = ((ttt_layer(x) - before).norm() / before.norm()).item()
     assert change < 1e-12 if kind in ("instance", "instance_no_std") else change > 0.05
 
@@ -96,7 +100,7 @@ def test_pretrained_parts_around_the_mixer_are_those_of_softmax_attention(option
     """With softmax in the mixer's place, the layer gives what the timm attention it came from gives."""
     torch.manual_seed(0)
     softmax = Attention(C, H, **options).double().eval()
-    ours = TTTAttention(softmax, TTTConfig(locality="none"), TokenGrid(3, 5, num_prefix_tokens=2))
+    ours = TTTAttention(softmax, TTTConfig(locality="none"), 2)
     x = draw(B, 17, C)
     q, k, v = project(ours, x)
     expected_heads = nn.functional.scaled_dot_product_attention(q, k, v)
@@ -125,7 +129,7 @@ def test_masks_are_refused(mask):
 
 def test_new_weights_take_the_device_and_dtype_of_the_pretrained_ones():
     softmax = Attention(C, H).to("meta", torch.bfloat16)
-    ttt_layer = TTTAttention(softmax, TTTConfig(), TokenGrid(3, 5))
+    ttt_layer = TTTAttention(softmax, TTTConfig(), 0)
     assert {(p.device.type, p.dtype) for p in ttt_layer.parameters()} == {("meta", torch.bfloat16)}
 
 

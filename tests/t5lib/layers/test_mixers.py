@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
-from t5lib.layers.mixers import make_mixer
+from t5lib.layers.factory import make_mixer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 H, D = 2, 8

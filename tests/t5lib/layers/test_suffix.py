@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from t5lib.layers import mixers
+from t5lib.layers import ttt_mixer
 from t5lib.layers.config import INNERS, LOCALITIES, SCOPES, TTTConfig
+from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid
-from t5lib.layers.mixers import make_mixer
 from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,7 +57,7 @@ def test_the_op_gets_image_and_text_without_a_copy(monkeypatch):
         seen.extend((*image, *text))
         return image[0], text[0]
 
-    monkeypatch.setattr(mixers, "ttt_layer", listening)
+    monkeypatch.setattr(ttt_mixer, "ttt_layer", listening)
     qkv = tokens()
     mixer()(*qkv, AFTER)
     assert {t.untyped_storage().data_ptr() for t in seen} == {qkv.untyped_storage().data_ptr()}

@@ -11,7 +11,9 @@ from torch import nn
 
 from t5lib.benchmarks import timing
 from t5lib.conversion import ttt_layers
-from t5lib.planning.cost_model import PlanConfig, cost_model, plan, verify
+from t5lib.layers.config import TTTConfig
+from t5lib.planning import cost_model
+from t5lib.planning.cost_model import PlanConfig, plan, verify
 from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,6 +24,10 @@ REST = 0.7
 @pytest.fixture(scope="module")
 def model():
     return tiny_vit("augreg", depth=DEPTH)
+
+
+def took(ms_runs: list[float]) -> timing.ModelTime:
+    return timing.ModelTime(ms_runs, None, 0.0, torch.float64, None)
 
 
 @pytest.fixture
@@ -35,10 +41,10 @@ def clock(monkeypatch):
             quadratic = (len(whole.blocks) - len(layers)) * softmax * (tokens / 17) ** 2
             return REST + quadratic + sum(kinds[inner] for inner in layers) * tokens / 17
 
-        def race(models, side, config, rules):
-            return {name: timing.Race([cost(m)] * config.repeats, None, 0.0) for name, m in models.items()}
+        def time_models(models, inputs, config, rules, where):
+            return {name: took([cost(model)] * config.repeats) for name, model in models.items()}
 
-        monkeypatch.setattr(cost_model, "race", race)
+        monkeypatch.setattr(cost_model, "time_models", time_models)
 
     return install
 
@@ -108,7 +114,7 @@ def test_budgets_are_for_the_blocks_and_refused_when_out_of_reach(model, clock):
 
 
 def test_sizes_too_small_for_a_neighborhood_are_left_out(model):
-    settings = {"swiglu+nat3": cost_model.TTTConfig().named("swiglu+nat3")}
+    settings = {"swiglu+nat3": TTTConfig().named("swiglu+nat3")}
     assert cost_model._sides(model, 32, settings, PlanConfig()) == [32, 64]
     assert cost_model._sides(model, 32, {}, PlanConfig()) == [16, 32, 64]
     with pytest.raises(T5Error, match="grid of 2 patches a side, and a neighborhood window is 3: plan for 24 px"):
@@ -126,7 +132,7 @@ def test_sizes_too_small_for_a_neighborhood_are_left_out(model):
     ],
 )
 def test_refusals_come_before_any_timing(model, monkeypatch, arguments, message):
-    monkeypatch.setattr(cost_model, "race", None)
+    monkeypatch.setattr(cost_model, "time_models", None)
     with pytest.raises(T5Error, match=message):
         plan(model, **({"resolution": 32} | arguments))
 
@@ -145,15 +151,15 @@ def test_noise_that_swallows_a_block_is_an_error(model, clock):
 
 def test_a_busy_machine_is_told_by_how_far_typical_passes_are_from_the_fastest(model, clock, monkeypatch):
     clock(softmax=3.0, swiglu=1.0, two_layer=2.0)
-    steady = cost_model.race
+    steady = cost_model.time_models
 
     def restless(models, *others):
         found = steady(models, *others)
         fastest = found["softmax"].ms_runs[0]
-        return found | {"softmax": timing.Race([fastest, 1.5 * fastest, 1.5 * fastest], None, 0.0)}
+        return found | {"softmax": took([fastest, 1.5 * fastest, 1.5 * fastest])}
 
     assert plan(model, 32, kinds=KINDS).unrest == 0
-    monkeypatch.setattr(cost_model, "race", restless)
+    monkeypatch.setattr(cost_model, "time_models", restless)
     assert plan(model, 32, kinds=KINDS).unrest == pytest.approx(0.5)
 
 

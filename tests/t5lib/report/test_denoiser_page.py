@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusion.encodable import captioned, write_tar
+from encodable import captioned, write_tar
 from tiny_pipelines import tiny_dit_pipeline
 
 from t5lib.conversion import ttt_layers

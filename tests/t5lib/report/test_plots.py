@@ -70,7 +70,7 @@ def test_save_writes_a_png_and_replaces_the_old_one_only_when_done(tmp_path, mon
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(plots.os, "replace", full_disk)
+    monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(OSError, match="No space"):
         plots.save(FIGURES["quality"](), path)
     assert path.read_bytes() == before

@@ -13,10 +13,12 @@ import t5lib
 from t5lib.conversion import new_parameters
 from t5lib.layers.attention import project
 from t5lib.layers.config import TTTConfig
+from t5lib.layers.grid import TokenGrid
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+GRID = TokenGrid(4, 4, num_prefix_tokens=1)  # of a tiny model's images
 QUICK = CalibrateConfig(steps=24, batch_size=4, warmup=2, pool=2, reuse=2, checkpoint_every=4, lr_inherited=0.0)
 
 
@@ -45,7 +47,7 @@ def layer_error(model: nn.Module, teacher: nn.Module, name: str, images: Tensor)
     ]
     with torch.no_grad():
         teacher(images)
-        out = layer.mixer(*project(layer, seen["x"]), layer.grid).transpose(1, 2).flatten(2)
+        out = layer.mixer(*project(layer, seen["x"]), GRID).transpose(1, 2).flatten(2)
     for hook in hooks:
         hook.remove()
     return ((out - seen["target"]).square().mean() / seen["target"].var(correction=0)).item()
@@ -136,7 +138,7 @@ def test_one_step_equals_adam_on_the_layer_itself():
     teacher.blocks[0].attn.norm.register_forward_pre_hook(lambda _, args: seen.update(target=args[0]))
     with torch.no_grad():
         teacher(torch.cat([random_images(4, seed=1), random_images(4, seed=2)]))
-    out = layer.mixer(*project(layer, seen["x"]), layer.grid).transpose(1, 2).flatten(2)
+    out = layer.mixer(*project(layer, seen["x"]), GRID).transpose(1, 2).flatten(2)
     ((out - seen["target"]).square().mean() / seen["target"].var(correction=0)).backward()
     torch.optim.Adam(layer.mixer.parameters(), lr=QUICK.lr).step()
     for name, parameter in new_parameters(by_hand).items():

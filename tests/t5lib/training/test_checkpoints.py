@@ -28,7 +28,7 @@ from training_job import (
     state,
 )
 
-from t5lib.training import checkpoints
+from t5lib.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,8 +95,8 @@ def test_ctrl_c_waits_for_the_step_writes_a_checkpoint_and_the_rest_ends_with_th
     if moment == "in a step":
         handle = register_optimizer_step_pre_hook(lambda *_: press(4))
     if moment == "in a checkpoint":
-        save = checkpoints.save_checkpoint
-        monkeypatch.setattr("t5lib.training.trainer.save_checkpoint", lambda *args: (press(3), save(*args)))
+        save = Trainer.save
+        monkeypatch.setattr(Trainer, "save", lambda *args: (press(3), save(*args)))
     try:
         with pytest.raises(KeyboardInterrupt):
             run(converted(), ALL_ON, source=source, resume_dir=tmp_path, log=lambda _, step: steps.append(step))

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 import t5lib
 from t5lib.conversion import new_parameters
 from t5lib.data.batches import seeded
-from t5lib.training.denoiser import DenoiserTrainConfig, train_diffusion, validation_loss
+from t5lib.training.denoiser import Denoising, DenoiserTrainConfig, validation_loss
 from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow
+from t5lib.training.trainer import train
 from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,9 +25,9 @@ PLAIN = DenoiserTrainConfig(steps=4, batch_size=4, lr=1e-3, lr_new=1e-2, warmup=
 MODELS = {"sd3": (tiny_sd3, sd3_batches, RectifiedFlow()), "dit": (tiny_dit, dit_batches, NoiseAndVariance())}
 
 
-def run(model: nn.Module, config: DenoiserTrainConfig = PLAIN, *, source=None, objective=None, **options):
-    _, batches, usual = MODELS["dit" if "DiT" in type(model).__name__ else "sd3"]
-    return train_diffusion(model, source or batches, config, objective=objective or usual, **options)
+def run(model: nn.Module, config: DenoiserTrainConfig = PLAIN, *, source=None, teacher=None, **options):
+    _, batches, noising = MODELS["dit" if "DiT" in type(model).__name__ else "sd3"]
+    return train(model, source or batches, Denoising(config, noising, teacher), config, steps=config.steps, **options)
 
 
 def losses(model: nn.Module, config: DenoiserTrainConfig = PLAIN, **options) -> list[float]:
@@ -58,9 +59,9 @@ def test_loss_falls_and_everything_is_trained(kind, converted):
     model = t5lib.convert(make()) if converted else make()
     before, batch = state(model), next(batches(0))
     held_out = [batch]
-    first = validation_loss({"": model}, held_out, objective=objective)[""]
+    first = validation_loss({"": model}, held_out, noising=objective)[""]
     report = run(model, dataclasses.replace(PLAIN, steps=30, lr=3e-3, lr_new=3e-3), source=lambda _: iter([batch] * 30))
-    assert validation_loss({"": model}, held_out, objective=objective)[""] < 0.9 * first
+    assert validation_loss({"": model}, held_out, noising=objective)[""] < 0.9 * first
     unused = {"attn.add_q_proj", "attn.norm_added_q"}  # in the last block, whose text is dropped
     last = f"transformer_blocks.{len(model.transformer_blocks) - 1}."
     untrained = {name for name, _ in model.named_parameters()} - changed(model, before)
@@ -202,13 +203,13 @@ def test_validation_compares_models_on_the_same_noise(kind):
     make, batches, objective = MODELS[kind]
     held_out = [next(batches(100)), next(batches(101))]
     one, other = make(), make(seed=1)
-    together = validation_loss({"one": one, "other": other}, held_out, objective=objective)
-    assert together == validation_loss({"one": one, "other": other}, held_out, objective=objective)
-    assert validation_loss({"other": other}, held_out, objective=objective)["other"] == together["other"]
+    together = validation_loss({"one": one, "other": other}, held_out, noising=objective)
+    assert together == validation_loss({"one": one, "other": other}, held_out, noising=objective)
+    assert validation_loss({"other": other}, held_out, noising=objective)["other"] == together["other"]
     assert together["one"] != together["other"]
-    assert validation_loss({"one": one}, held_out, objective=objective, seed=1)["one"] != together["one"]
+    assert validation_loss({"one": one}, held_out, noising=objective, seed=1)["one"] != together["one"]
     with pytest.raises(T5Error, match="validation batches are empty"):
-        validation_loss({"one": one}, [], objective=objective)
+        validation_loss({"one": one}, [], noising=objective)
 
 
 def test_8_bit_optimizer_is_that_of_bitsandbytes(monkeypatch):

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 import t5lib
 from t5lib.conversion import new_parameters
-from t5lib.data.batches import seeded
 from t5lib.layers.config import TTTConfig
-from t5lib.training.calibration import CALIBRATION, CalibrateConfig
-from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow
+from t5lib.training.calibration import CalibrateConfig
+from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noised_batch, noised_inputs
 from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,12 +30,11 @@ def kind(request) -> str:
 
 
 def calibrated(model: nn.Module, teacher: nn.Module, kind: str, *, source=None, **changes):
-    _, batches, objective = MODELS[kind]
+    _, batches, noising = MODELS[kind]
     options = {name: changes.pop(name) for name in ("resume_dir", "log") if name in changes}
     config = dataclasses.replace(QUICK, **changes)
-    return t5lib.calibrate(
-        model, teacher=teacher, batches=source or batches, config=config, objective=objective, **options
-    )
+    source = noised_inputs(source or batches, noising, config.seed)
+    return t5lib.calibrate(model, teacher=teacher, batches=source, config=config, **options)
 
 
 def same(one: nn.Module, two: nn.Module) -> bool:
@@ -47,8 +45,8 @@ def same(one: nn.Module, two: nn.Module) -> bool:
 @torch.no_grad()
 def layer_error(model: nn.Module, teacher: nn.Module, name: str, kind: str) -> float:
     """One layer run by itself on what its attention got in the teacher; softmax by hand from q, k and v there."""
-    _, batches, objective = MODELS[kind]
-    noised, seen = objective.noised(next(batches(0)), seeded(QUICK.seed, CALIBRATION, 0)), {}
+    _, batches, noising = MODELS[kind]
+    inputs, seen = noised_batch(next(batches(0)), noising, QUICK.seed), {}
     source, layer = teacher.get_submodule(name), model.get_submodule(name)
 
     def keep(_module, args, named):
@@ -56,13 +54,13 @@ def layer_error(model: nn.Module, teacher: nn.Module, name: str, kind: str) -> f
         seen[name] = tuple(part for part in given if part is not None)
 
     handle = source.register_forward_pre_hook(keep, with_kwargs=True)
-    teacher(**noised.inputs)
+    teacher(**inputs)
     handle.remove()
-    model(**noised.inputs)  # sets its grid
     tokens, family = seen[name], t5lib.families.family_of(model)
+    grid = family.grid(model, inputs).with_suffix(tokens[1].shape[1] if len(tokens) > 1 else 0)
     q, k, v = family.project(source, tokens)
     target = merged((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v)
-    out = merged(layer.mixer(*family.project(layer, tokens), layer.grid_of(tokens)))
+    out = merged(layer.mixer(*family.project(layer, tokens), grid))
     image = tokens[0].shape[1]
     parts = [slice(0, image)]
     if len(tokens) == 2 and source.to_add_out is not None:
@@ -132,13 +130,13 @@ def test_layers_fitted_together_equal_each_fitted_alone(lr_inherited, kind):
 
 
 def test_each_batch_has_noise_and_levels_of_its_own_and_a_condition(kind):
-    make, batches, objective = MODELS[kind]
+    make, batches, noising = MODELS[kind]
     teacher, seen = make(), []
     teacher.register_forward_pre_hook(lambda _, args, named: seen.append(named), with_kwargs=True)
     calibrated(t5lib.convert(make()), teacher, kind, steps=4)
     probe, pool, again = seen
     assert all(torch.equal(probe[name], again[name]) for name in probe)
-    expected = [objective.noised(next(batches(n)), seeded(QUICK.seed, CALIBRATION, n)).inputs for n in (1, 2)]
+    expected = [noised_batch(next(batches(n)), noising, QUICK.seed, n) for n in (1, 2)]
     for name, given in pool.items():
         assert torch.equal(given, torch.cat([inputs[name] for inputs in expected])), name
 

@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
 from t5lib.data.batches import seeded
-from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, objective_of
+from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noising_of
 from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -203,14 +203,14 @@ def test_seeds_tell_combinations_of_numbers_apart():
 
 
 def test_objective_follows_from_the_pipelines_scheduler():
-    assert objective_of(FlowMatchEulerDiscreteScheduler(shift=2.0), weighting="mode") == RectifiedFlow(
+    assert noising_of(FlowMatchEulerDiscreteScheduler(shift=2.0), weighting="mode") == RectifiedFlow(
         shift=2.0, weighting="mode"
     )
     for kind in (DDIMScheduler, DPMSolverMultistepScheduler):
         scheduler = kind(num_train_timesteps=500, beta_start=1e-3, beta_end=0.03, beta_schedule="linear")
-        assert objective_of(scheduler) == NoiseAndVariance(steps=500, beta_start=1e-3, beta_end=0.03)
+        assert noising_of(scheduler) == NoiseAndVariance(steps=500, beta_start=1e-3, beta_end=0.03)
     with pytest.raises(T5Error, match=r"DDPMScheduler has .*\('linear', 'v_prediction'\)"):
-        objective_of(DDPMScheduler(prediction_type="v_prediction"))
+        noising_of(DDPMScheduler(prediction_type="v_prediction"))
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_an_optional_section_may_be_null_or_given():
         ("{steps: 1, mean: [0, 1]}", r"mean.*: expected more values, got \(0, 1\)"),
         ("{steps: 1, mean: [0, 1, x]}", "mean.2: expected float, got 'x'"),
         ("{steps: 1, inner: {depht: 2}}", "train.inner: unknown setting 'depht'; did you mean 'depth'"),
-        ("{steps: 1, inner: {names: a}}", "inner.names: expected tuple, got 'a'"),
+        ("{steps: 1, inner: {names: a}}", "inner.names: expected a list, got 'a'"),
         ("{steps: 1, inner: 3}", "train.inner must be a mapping of settings, got 3"),
         ("{steps: 1, maybe: {depht: 2}}", "train.maybe: unknown setting 'depht'"),
         ("{steps: 1, places: {a: null}}", "places.a: expected str, got None"),

@@ -1,19 +1,10 @@
 """The layers agree with the method's released code: outputs and every gradient, in float64."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from timm.layers import Attention
+from parity import CASES, FOLDER, build, grid_of
 
-from t5lib.layers.attention import TTTAttention
-from t5lib.layers.config import TTTConfig
-from t5lib.layers.grid import TokenGrid
-
-FOLDER = Path(os.environ.get("T5_PARITY_DIR") or Path(__file__).parents[2] / "data" / "parity")
-CASES = sorted(FOLDER.glob("*.npz"))
 RELEASED_NAMES = {"q_conv2d": "mixer.q_conv", "k_conv2d": "mixer.k_conv"}
 
 
@@ -33,7 +24,7 @@ def test_layer_agrees_with_the_released_one(path):
             parameters[name].copy_(case[f"param.{theirs}"].reshape(parameters[name].shape))
 
     x = case["x"].requires_grad_()
-    out = layer(x)
+    out = layer(x, grid=grid_of(x))
     (out * case["grad_out"]).sum().backward()
 
     assert relative_error(out, case["out"]) < 1e-10
@@ -41,18 +32,6 @@ def test_layer_agrees_with_the_released_one(path):
     for name, theirs in released.items():
         expected = case[f"grad.{theirs}"].reshape(parameters[name].shape)
         assert relative_error(parameters[name].grad, expected) < 1e-10, name
-
-
-def build(case: dict, num_heads: int, *, residual: bool) -> TTTAttention:
-    tokens, channels = case["x"].shape[1:]
-    side = int(tokens**0.5)
-    config = TTTConfig(
-        inner="swiglu" if "param.w3" in case else "two_layer",
-        inner_loss="residual" if residual else "dot",
-        locality="dwc_qk" if "param.q_conv2d.weight" in case else "none",
-    )
-    attention = Attention(channels, num_heads, qkv_bias="param.qkv.bias" in case).double()
-    return TTTAttention(attention, config, TokenGrid(side, side))
 
 
 def ours(released: str) -> str:

@@ -1,0 +1,221 @@
+"""The grid of a forward reaches the layers of that forward and no others: under threads, checkpointing and compilers.
+
+Every comparison is with a model that sees images of one size alone.
+"""
+
+import copy
+import functools
+import threading
+
+import pytest
+import torch
+import torch._dynamo.testing
+from tiny import tiny_vit
+from tiny_denoisers import dit_batch, sd3_batch, tiny_dit, tiny_sd3
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import t5lib
+from t5lib.conversion import ttt_layers
+from t5lib.families import family_of
+from t5lib.layers.config import TTTConfig
+from t5lib.layers.grid import TokenGrid, current_grid
+from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noised_batch
+from t5lib.utils.errors import T5Error
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIZES = [(16, 24), (24, 16), (32, 32), (16, 48), (48, 16), (24, 32)]  # 2×3 and 3×2 hold as many tokens
+
+
+def vit_inputs(size: tuple[int, int]) -> dict[str, Tensor]:
+    return {"x": torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(sum(size)))}
+
+
+def sd3_inputs(size: tuple[int, int]) -> dict[str, Tensor]:
+    height, width = (side // 4 for side in size)
+    return noised_batch(sd3_batch(0, 2, height, width), RectifiedFlow(), 0)
+
+
+def softmax(kind: str) -> nn.Module:
+    return tiny_sd3() if kind == "sd3" else tiny_vit(dynamic_img_size=True)
+
+
+def make(kind: str) -> nn.Module:
+    """Converted, its convolutions large enough to tell one grid from another."""
+    return t5lib.convert(softmax(kind), TTTConfig(locality="dwc_qk"))
+
+
+INPUTS = {"vit": vit_inputs, "sd3": sd3_inputs}
+both = pytest.mark.parametrize("kind", INPUTS)
+
+
+@functools.cache
+def expected(kind: str) -> list[Tensor]:
+    """What a model gives that sees each size alone."""
+    with torch.no_grad():
+        return [call(make(kind), INPUTS[kind](size)) for size in SIZES]
+
+
+def call(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return family_of(model).call(model, inputs)
+
+
+def gradients(model: nn.Module, kind: str) -> dict[str, Tensor]:
+    """Of a loss over all sizes, whose backward pass comes after the last forward."""
+    model.zero_grad()
+    sum(call(model, INPUTS[kind](size)).square().sum() for size in SIZES).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@both
+def test_threads_share_a_model_at_several_sizes(kind):
+    model, wrong = make(kind), []
+
+    @torch.no_grad()
+    def serve(first: int) -> None:
+        for number in range(first, first + 100):
+            index = number % len(SIZES)
+            if not torch.equal(call(model, INPUTS[kind](SIZES[index])), expected(kind)[index]):
+                wrong.append(number)
+
+    expected(kind)
+    threads = [threading.Thread(target=serve, args=(first,)) for first in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, f"{len(wrong)} of 300 outputs are of another grid"
+
+
+@both
+def test_replicas_in_threads_as_data_parallel_makes_them(kind):
+    model, outputs = make(kind), {}
+
+    def replicate(module: nn.Module) -> nn.Module:
+        replica = module._replicate_for_data_parallel()
+        for name, child in module._modules.items():
+            replica._modules[name] = None if child is None else replicate(child)
+        replica._parameters = dict(module._parameters)
+        return replica
+
+    @torch.no_grad()
+    def work(index: int) -> None:
+        outputs[index] = call(replicate(model), INPUTS[kind](SIZES[index]))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(SIZES))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(outputs[index], output) for index, output in enumerate(expected(kind)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@both
+def test_recomputation_uses_the_grid_of_its_own_forward(kind, reentrant):
+    plain, model = make(kind), make(kind)
+    if kind == "sd3":
+        model.enable_gradient_checkpointing(lambda block, *args: checkpoint(block, *args, use_reentrant=reentrant))
+        plain.proj_out.register_forward_pre_hook(lambda *_: None)
+    else:
+        model.set_grad_checkpointing(True)
+        checkpointed = functools.partial(checkpoint, use_reentrant=reentrant)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.utils.checkpoint, "checkpoint", lambda f, x, use_reentrant: checkpointed(f, x))
+            assert_same(gradients(model, kind), gradients(plain, kind))
+        return
+    assert_same(gradients(model, kind), gradients(plain, kind))
+
+
+def test_a_checkpoint_around_the_whole_model_follows_its_input():
+    plain, model = make("vit"), make("vit")
+    whole = copy.copy(model)
+    whole.forward = lambda x: checkpoint(type(model).forward, model, x, use_reentrant=False)
+    assert_same(gradients(whole, "vit"), gradients(plain, "vit"))
+
+
+@both
+@torch.no_grad()
+def test_a_converted_model_compiles_whole_and_no_more_often_than_the_softmax_model(kind):
+    def graphs(model: nn.Module, outputs: list[Tensor]) -> int:
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+        compiled = torch.compile(model, backend=counter, dynamic=True, fullgraph=True)
+        for size in SIZES[:3]:
+            result = compiled(**INPUTS[kind](size), **({"return_dict": False} if kind == "sd3" else {}))
+            outputs.append(result[0] if kind == "sd3" else result)
+        return counter.frame_count
+
+    of_softmax, of_ttt = [], []
+    assert graphs(make(kind), of_ttt) == graphs(softmax(kind), of_softmax)
+    for ours, theirs in zip(of_ttt, expected(kind)[:3], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@both
+@torch.no_grad()
+def test_blocks_compiled_one_by_one_serve_all_sizes(kind):
+    torch._dynamo.reset()
+    model, counter = make(kind), torch._dynamo.testing.CompileCounterWithBackend("eager")
+    for block in family_of(model).blocks(model):
+        block.compile(backend=counter, dynamic=True, fullgraph=True)
+    for size, output in zip(SIZES[:3], expected(kind)[:3], strict=True):
+        torch.testing.assert_close(call(model, INPUTS[kind](size)), output)
+    assert counter.frame_count <= 2 * len(family_of(model).blocks(model))
+
+
+@torch.no_grad()
+def test_an_exported_model_takes_other_sizes_and_batches():
+    auto = torch.export.Dim.AUTO
+    exported = torch.export.export(
+        make("vit"), (), vit_inputs((32, 32)), dynamic_shapes={"x": {0: auto, 2: auto, 3: auto}}
+    ).module()
+    for size, output in zip(SIZES, expected("vit"), strict=True):
+        torch.testing.assert_close(exported(**vit_inputs(size)), output)
+    assert exported(x=torch.randn(5, 3, 24, 32)).shape == (5, 7)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_a_trace_is_of_its_own_size():
+    traced = torch.jit.trace(make("vit"), vit_inputs((16, 24))["x"], check_trace=False)
+    torch.testing.assert_close(traced(vit_inputs((16, 24))["x"]), expected("vit")[0])
+
+
+def test_a_batch_of_no_image_gives_no_output():
+    no_images = torch.zeros(0, 3, 32, 32)
+    assert t5lib.convert(tiny_vit(), TTTConfig(locality="dwc_qk"))(no_images).shape == tiny_vit()(no_images).shape
+
+
+def test_a_dit_takes_square_latents_of_any_size():
+    model = t5lib.convert(tiny_dit())
+    for side in (4, 8, 6):
+        batch = {"latents": torch.randn(2, 4, side, side), "labels": torch.tensor([0, 1])}
+        assert call(model, noised_batch(batch, NoiseAndVariance(), 0)).shape == (2, 8, side, side)
+    with pytest.raises(T5Error, match="square latents only, got 4×6"):
+        call(model, noised_batch(dit_batch(0) | {"latents": torch.randn(4, 4, 4, 6)}, NoiseAndVariance(), 0))
+
+
+def test_blocks_are_blocks_outside_of_a_forward_even_after_one_that_broke():
+    model = make("vit")
+    for _ in range(2):
+        blocks = list(model.blocks)
+        assert all(isinstance(block, nn.Module) for block in blocks) and blocks[0] is model.blocks[0]
+        with pytest.raises(RuntimeError):
+            model(torch.zeros(2, 4, 32, 32))  # four channels: the embedding refuses them
+    assert isinstance(model.blocks[:1], nn.Sequential) and len(ttt_layers(model)) == 2
+
+
+def test_a_layer_called_by_itself_wants_its_grid():
+    layer, x = make("vit").blocks[0].attn, torch.randn(1, 17, 32)
+    with pytest.raises(T5Error, match=r"outside of its model's blocks.*pass grid=TokenGrid"):
+        layer(x)
+    assert layer(x, grid=TokenGrid(4, 4, num_prefix_tokens=1)).shape == x.shape
+    with pytest.raises(T5Error):
+        current_grid()
