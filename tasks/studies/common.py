@@ -61,14 +61,17 @@ def add_jobs(parser: argparse.ArgumentParser) -> None:
 @contextlib.contextmanager
 def reported(name: str) -> Iterator[None]:
     """End the program with a T5Error's message and status 1, or with status 130 when it is interrupted."""
-    for stop in (signal.SIGINT, signal.SIGTERM):  # also where a background shell made us ignore Ctrl-C
-        signal.signal(stop, signal.default_int_handler)
+    stops = (signal.SIGINT, signal.SIGTERM)  # also where a background shell made us ignore Ctrl-C
+    before = {stop: signal.signal(stop, signal.default_int_handler) for stop in stops}
     try:
         yield
     except T5Error as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
 
 
 # Settings, folders and results.
@@ -120,15 +123,16 @@ def machine() -> dict[str, str]:
 
 
 def clean_up() -> None:
-    """Forget what was compiled, and give back the memory of models that are gone.
+    """Forget what was compiled, and give back the memory of a GPU that gone models held.
 
     Every stage compiles new modules; without this torch soon gives up and runs them uncompiled.
     """
     import torch
 
-    torch.compiler.reset()
-    gc.collect()
+    if "torch._dynamo" in sys.modules:  # otherwise nothing was compiled, and to import it takes ten seconds
+        torch.compiler.reset()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

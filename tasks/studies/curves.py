@@ -128,13 +128,13 @@ def run(
         for arm in arms
     ]
     _make_shared(planned[0])
-    problems = []
+    problems, written = [], False
     for outcome in common.run_jobs(add_points, [job for job in planned if not job.done()], jobs, until=until):
         name = f"{outcome.job.arm.name}, seed {outcome.job.seed}"
         print(f"{name}: {outcome.problem or ('done' if outcome.job.done() else 'out of time')}", flush=True)
         problems += [f"{name}: {outcome.last_words}"] if outcome.problem else []
-        _write(target, settings, planned, out)
-    written = _write(target, settings, planned, out)
+        written = _write(target, settings, planned, out)
+    written = written or _write(target, settings, planned, out)
     if problems:
         raise T5Error(f"{len(problems)} of {len(planned)} arms broke: {'; '.join(problems)}")
     if not written:

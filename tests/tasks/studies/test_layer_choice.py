@@ -12,7 +12,8 @@ import t5lib
 from t5lib.benchmarks import timing
 from t5lib.conversion import ttt_layers
 from t5lib.layers.config import TTTConfig
-from t5lib.planning.cost_model import PlanConfig, cost_model
+from t5lib.planning import cost_model
+from t5lib.planning.cost_model import PlanConfig
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
@@ -25,20 +26,29 @@ PRICES = {"swiglu": 1.0, "two_layer": 1.5}
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 7}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # operations this small take longer to hand out than to do
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def clock():
     """A device without noise; a call sets the price of a softmax block."""
     patch = pytest.MonkeyPatch()
 
     def install(softmax: float):
-        def race(models, side, config, rules):
+        def time_models(models, inputs, config, rules, where):
             def cost(model):
                 new = [PRICES[layer.mixer.config.inner] for layer in ttt_layers(model).values()]
                 return 1 + (len(model.blocks) - len(new)) * softmax + sum(new)
 
-            return {name: timing.Race([cost(model)], None, 1e-6) for name, model in models.items()}
+            exact = torch.float64
+            return {name: timing.ModelTime([cost(model)], None, 1e-6, exact, None) for name, model in models.items()}
 
-        patch.setattr(cost_model, "race", race)
+        patch.setattr(cost_model, "time_models", time_models)
 
     yield install
     patch.undo()
@@ -150,7 +160,7 @@ def test_prices_in_flops_are_those_of_whole_models_and_the_same_on_every_clock(s
     softmax = t5lib.load(settings.model)
     planned = cost_model.plan(softmax, 32, "cpu", ("swiglu", "two_layer+nat3"), PlanConfig(factors=(1.0,)))
     prices = task.Prices.of("flops", planned, softmax)
-    image = torch.zeros(1, 3, 32, 32)
+    image = {"x": torch.zeros(1, 3, 32, 32)}
     whole = task.count_flops(softmax, image) / 1e9
     assert prices.whole(4 * prices.layers[0]["softmax"]) == pytest.approx(whole)
     alone = t5lib.convert(softmax, TTTConfig(inner="two_layer"))

@@ -61,7 +61,7 @@ def test_every_table_has_its_picture(written):
 def test_the_picture_is_drawn_from_the_rows():
     result = ablation.result()
     table = tables.from_dict(tables.Table, result["tables"]["inner"], "")
-    figure = tables.pictures.dots(table, tables.rows_of(result, table), tables.softmax(result))
+    figure = tables.dots(table, tables.rows_of(result, table), tables.softmax(result))
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["linear", "swiglu"]
     drawn = {tuple(line.get_xdata()) for line in axes.lines}
