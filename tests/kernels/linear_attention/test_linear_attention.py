@@ -35,6 +35,13 @@ def test_sums_over_many_tokens_hold_in_half_precision_and_under_autocast():
     assert half[0, 0, 0].item() == pytest.approx(0.3001, rel=1e-3)
 
 
+def test_a_batch_may_be_empty():
+    x = torch.zeros(0, H, N, F, requires_grad=True)
+    out = linear_attention(x, x, x)
+    assert out.shape == x.shape
+    out.sum().backward()
+
+
 def test_a_query_whose_features_are_all_zero_gives_zero_and_finite_gradients():
     q, k, v = features().float().zero_().requires_grad_(), features().float().requires_grad_(), values().float()
     out = linear_attention(q, k, v)

@@ -3,13 +3,17 @@
 The reference is compared with loops over queries and keys in float64, the fast implementations with the reference.
 """
 
+import functools
 import math
 
 import pytest
 import torch
+from fake_card import fake_card
 from t5kernels import circular_attention, neighborhood_attention
-from t5kernels.neighborhood import flex, natten
+from t5kernels.neighborhood import flex, natten, reference
 from torch import Tensor
+from torch.testing import assert_close
+from triton_device import needs_cuda
 
 B, H = 2, 3
 GRIDS = pytest.mark.parametrize(
@@ -19,7 +23,6 @@ CIRCLES = pytest.mark.parametrize(
     ("rows", "columns", "num_prefix_tokens", "radius"),
     [(4, 6, 0, 2), (5, 4, 1, math.sqrt(13)), (3, 3, 5, 1.5), (2, 5, 1, 0), (3, 4, 2, math.inf)],
 )
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_natten = pytest.mark.skipif(not natten.is_installed(), reason="natten is not installed with its CUDA kernels")
 
 
@@ -32,9 +35,9 @@ def by_loops(q: Tensor, k: Tensor, v: Tensor, sees) -> Tensor:
     """Softmax attention, query by query, to the keys j with sees(i, j)."""
     out = torch.empty_like(q)
     for i in range(q.shape[2]):
-        seen = [j for j in range(q.shape[2]) if sees(i, j)]
-        scores = (q[:, :, i, None] * k[:, :, seen]).sum(-1) / math.sqrt(q.shape[3])
-        out[:, :, i] = (scores.softmax(-1)[..., None] * v[:, :, seen]).sum(2)
+        keys = [j for j in range(q.shape[2]) if sees(i, j)]
+        scores = (q[:, :, i, None] * k[:, :, keys]).sum(-1) / math.sqrt(q.shape[3])
+        out[:, :, i] = (scores.softmax(-1)[..., None] * v[:, :, keys]).sum(2)
     return out
 
 
@@ -62,7 +65,7 @@ def test_every_token_sees_its_square_window(rows, columns, window, width):
 
     assert all(sum(sees(i, j) for j in range(rows * columns)) == window**2 for i in range(rows * columns))
     out = neighborhood_attention(q, k, v, rows=rows, columns=columns, window=window)
-    torch.testing.assert_close(out, by_loops(q, k, v, sees), rtol=1e-12, atol=1e-12)
+    assert_close(out, by_loops(q, k, v, sees), rtol=1e-12, atol=1e-12)
 
 
 @CIRCLES
@@ -71,7 +74,7 @@ def test_tokens_see_their_circle_and_prefix_tokens_everything(rows, columns, num
     sizes = {"rows": rows, "columns": columns, "num_prefix_tokens": num_prefix_tokens}
     out = circular_attention(q, k, v, **sizes, radius=radius)
     expected = by_loops(q, k, v, lambda i, j: in_circle(i, j, columns, num_prefix_tokens, radius))
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_reach_q_k_and_v():
@@ -106,13 +109,13 @@ CASES = pytest.mark.parametrize(
 def test_flex_equals_the_reference_on_a_cpu(op, sizes, width):
     q, k, v = tokens(count_of(sizes), width, torch.float32)
     out = op(q, k, v, **sizes, impl="flex")
-    torch.testing.assert_close(out, op(q, k, v, **sizes, impl="reference"), rtol=1e-5, atol=1e-6)
+    assert_close(out, op(q, k, v, **sizes, impl="reference"), rtol=1e-5, atol=1e-6)
 
 
 def test_masks_are_built_once_though_first_used_while_a_model_is_traced(monkeypatch):
     monkeypatch.setattr(flex, "_masks", flex._Masks())
-    built, build = [], flex._build
-    monkeypatch.setattr(flex, "_build", lambda *geometry: built.append(geometry) or build(*geometry))
+    geometries, build = [], flex._build
+    monkeypatch.setattr(flex, "_build", lambda *geometry: geometries.append(geometry) or build(*geometry))
 
     def layers(x):
         for window in (3, 5, 3):
@@ -121,12 +124,12 @@ def test_masks_are_built_once_though_first_used_while_a_model_is_traced(monkeypa
 
     q = tokens(144, 16, torch.float32)[0]
     with torch.inference_mode():
-        traced = torch.compile(layers, backend="aot_eager", fullgraph=True)
-        out = traced(q)
+        compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
+        out = compiled(q)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            torch.testing.assert_close(traced(q), out)
-        torch.testing.assert_close(layers(q), out)
-    assert [geometry[1] for geometry in built] == [(12, 12, 3), (12, 12, 5), (9, 16, 3)]
+            assert_close(compiled(q), out)
+        assert_close(layers(q), out)
+    assert [geometry[1] for geometry in geometries] == [(12, 12, 3), (12, 12, 5), (9, 16, 3)]
     assert not any(mask.kv_indices.is_inference() for mask in vars(flex._masks).values())
 
 
@@ -139,7 +142,7 @@ def test_flex_is_traced_with_a_dynamic_number_of_tokens(op, sizes):
     q, k, v = tokens(count_of(sizes), 16, torch.float32)
     traced = torch.compile(op, backend="aot_eager", fullgraph=True, dynamic=True)
     expected = op(q, k, v, **sizes, impl="reference")
-    torch.testing.assert_close(traced(q, k, v, **sizes, impl="flex"), expected, rtol=1e-5, atol=1e-6)
+    assert_close(traced(q, k, v, **sizes, impl="flex"), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -182,8 +185,8 @@ def assert_equal_to_reference(op, sizes, width, impl, traced, dtype):
     inputs = tokens(count_of(sizes), width, device="cuda")
     exact = with_gradients(op, inputs, torch.float64, sizes, "reference")
     reference = with_gradients(op, inputs, dtype, sizes, "reference")
-    found = with_gradients(torch.compile(op, fullgraph=True) if traced else op, inputs, dtype, sizes, impl)
-    for name, a, b, c in zip(("o", "dq", "dk", "dv"), found, reference, exact, strict=True):
+    fast = with_gradients(torch.compile(op, fullgraph=True) if traced else op, inputs, dtype, sizes, impl)
+    for name, a, b, c in zip(("o", "dq", "dk", "dv"), fast, reference, exact, strict=True):
         error, allowed = (a.double() - c).norm(), 2 * (b.double() - c).norm() + 1e-3 * c.norm()
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
@@ -209,7 +212,39 @@ def test_the_output_has_the_type_of_the_queries_under_autocast_too():
     assert 1e-4 * exact.norm() < (cast - exact).norm() < 0.02 * exact.norm()
 
 
-def test_shapes_are_found_on_the_meta_device():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("installed", "width"), [(True, 8), (True, 12), (False, 8)])
+def test_on_a_card_natten_comes_first_where_it_can_be_used_and_flex_next(installed, width, dtype, monkeypatch):
+    monkeypatch.setattr(natten, "is_installed", lambda: installed)
+    names = []
+    for module in (natten, flex, reference):
+        for op in ("neighborhood_attention", "circular_attention"):
+            call = functools.partial(note, names, module.__name__.rpartition(".")[2])
+            monkeypatch.setattr(module, op, call, raising=False)
+    with fake_card():
+        x = torch.empty(B, H, 12, width, dtype=dtype, device="cuda", requires_grad=True)
+        neighborhood_attention(x, x, x, rows=3, columns=4, window=3)
+        circular_attention(x, x, x, rows=3, columns=4, num_prefix_tokens=0, radius=2)
+    without_natten = "reference" if dtype == torch.float64 else "flex"
+    with_natten = installed and width == 8 and dtype != torch.float64
+    assert names == ["natten" if with_natten else without_natten, without_natten]
+
+
+def note(names, name, q, k, v, **sizes):
+    names.append(name)
+    return q
+
+
+@pytest.mark.parametrize("op", [neighborhood_attention, circular_attention])
+def test_a_batch_may_be_empty(op):
+    x = torch.zeros(0, H, 12, 8, requires_grad=True)
+    kind = {"window": 3} if op is neighborhood_attention else {"num_prefix_tokens": 0, "radius": 2}
+    out = op(x, x, x, rows=3, columns=4, **kind)
+    assert out.shape == x.shape
+    out.sum().backward()
+
+
+def test_shapes_are_known_on_the_meta_device():
     q, k, v = tokens(12, device="meta")
     assert neighborhood_attention(q, k, v, rows=3, columns=4, window=3).shape == q.shape
     sizes = {"rows": 2, "columns": 5, "num_prefix_tokens": 2}
@@ -226,16 +261,15 @@ def test_shapes_are_found_on_the_meta_device():
         ({"k": torch.zeros(B, H, 12, 4)}, r"k \(2, 3, 12, 4\)"),
         ({"q": torch.zeros(H, 12, 8)}, r"q \(3, 12, 8\)"),
         ({"impl": "triton"}, "impl is 'triton'; expected one of"),
-        ({"impl": "natten"}, "'natten' cannot be used with torch.float64, head width 8, on cpu.*install natten"),
+        ({"impl": "natten"}, "impl='natten' cannot be used with torch.float64, head width 8, on cpu.*install natten"),
         ({"impl": "flex", "q": torch.zeros(B, H, 12, 8, requires_grad=True)}, "'flex' cannot be used.*use 'reference'"),
     ],
     ids=lambda value: str(list(value)) if isinstance(value, dict) else "",
 )
 def test_a_neighborhood_that_cannot_be_is_refused_with_what_came(change, message):
     q, k, v = tokens(12)
-    given = {"q": q, "k": k, "v": v, "rows": 3, "columns": 4, "window": 3} | change
     with pytest.raises(ValueError, match=message):
-        neighborhood_attention(**given)
+        neighborhood_attention(**{"q": q, "k": k, "v": v, "rows": 3, "columns": 4, "window": 3} | change)
 
 
 @pytest.mark.parametrize(
@@ -244,12 +278,11 @@ def test_a_neighborhood_that_cannot_be_is_refused_with_what_came(change, message
         ({"radius": -1}, "radius is -1; expected 0 or more"),
         ({"radius": math.nan}, "radius is nan"),
         ({"num_prefix_tokens": 2}, r"\(B, H, 14, D\) for 2 prefix tokens and a grid of 3×4"),
-        ({"impl": "natten"}, r"impl is 'natten'; expected one of \('reference', 'flex'\)"),
+        ({"impl": "natten"}, r"impl is 'natten'; expected one of \('flex', 'reference'\)"),
     ],
     ids=str,
 )
 def test_a_circle_that_cannot_be_is_refused_with_what_came(change, message):
     q, k, v = tokens(12)
-    given = {"rows": 3, "columns": 4, "num_prefix_tokens": 0, "radius": 2.0} | change
     with pytest.raises(ValueError, match=message):
-        circular_attention(q, k, v, **given)
+        circular_attention(q, k, v, **{"rows": 3, "columns": 4, "num_prefix_tokens": 0, "radius": 2.0} | change)

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from t5kernels import bench
-from t5kernels.cases import CASES, Case, Inputs
+from t5kernels.tools import bench
+from t5kernels.tools.cases import CASES, Case, Inputs
 
 CASE = Case(
     name="small",
@@ -25,33 +25,34 @@ def inputs():
     return Inputs.draw(CASE, torch.float32, "cpu")
 
 
-def changed(inputs, factor):
+def scaled(inputs, factor):
+    """A run whose outputs are so many times what they should be."""
     right = bench.layer(inputs, "reference")
     return bench.Run(lambda: tuple(factor * o for o in right.forward()), right.leaves, right.d_outs)
 
 
 def test_a_right_run_passes_and_a_wrong_one_fails(inputs):
-    runs = {name: changed(inputs, by) for name, by in (("right", 1), ("wrong", 1.001), ("nan", math.nan))}
-    checked = bench.check(inputs, runs)
-    assert checked["correct"] == {"right": True, "wrong": False, "nan": False}
-    assert set(checked["errors"]["right"]) == {"out", "text_out", *(f"d_{name}" for name in inputs.leaves)}
+    runs = {name: scaled(inputs, by) for name, by in (("right", 1), ("wrong", 1.001), ("nan", math.nan))}
+    verdict = bench.check(inputs, runs)
+    assert verdict["correct"] == {"right": True, "wrong": False, "nan": False}
+    assert set(verdict["errors"]["right"]) == {"out", "text_out", *(f"d_{name}" for name in inputs.leaves)}
 
 
 def report(inputs, monkeypatch, **runs):
-    """What one case's row holds after `measure`, with runs and clock of our own; and how often it was written."""
-    written = []
+    """Every version of one case's row that `measure` wrote, with runs and a clock of our own."""
+    versions = []
     monkeypatch.setattr(bench.Inputs, "draw", lambda case: inputs)
     monkeypatch.setattr(bench, "make", lambda name, inputs: runs[name])
     monkeypatch.setattr(bench, "peak_bytes", lambda run: run.forward() and 3 * CASE.elements)
-    monkeypatch.setattr(bench, "graphed", lambda run: run)
+    monkeypatch.setattr(bench, "recorded", lambda run: run)
     monkeypatch.setattr(bench, "median_ms", lambda run, milliseconds: (run(), 0.5)[1])
     machine = {"bytes_a_second": 1e9, "flops_a_second": 1e12}
-    bench.measure(CASE, list(runs), machine, 1, lambda row: written.append(json.loads(json.dumps(row))))
-    return written
+    bench.measure(CASE, list(runs), machine, 1, lambda row: versions.append(json.loads(json.dumps(row))))
+    return versions
 
 
 def test_the_table_stands_every_time_beside_its_bounds_its_targets_and_its_check(inputs, monkeypatch):
-    *_, row = report(inputs, monkeypatch, kernels=changed(inputs, 1), compiled=changed(inputs, 2))
+    *_, row = report(inputs, monkeypatch, kernels=scaled(inputs, 1), compiled=scaled(inputs, 2))
     *_, name, _, right, wrong = bench.table([row]).splitlines()
     assert name == "small: 1 x 12+5 tokens, 2 x 8"
     assert row["bounds"]["forward_bytes_ms"] == pytest.approx(5 * 17 * 2 * 8 * 2 / 1e9 * 1e3)
@@ -63,17 +64,17 @@ def test_the_table_stands_every_time_beside_its_bounds_its_targets_and_its_check
 
 
 def test_what_was_measured_is_written_as_it_comes_and_can_be_shown(inputs, monkeypatch):
-    written = report(inputs, monkeypatch, kernels=changed(inputs, 1))
-    assert [len(row["runs"]["kernels"]) for row in written] == [1, 2, 3, 4, 5]  # memory and check, then four times
-    assert "-" in bench.table([written[0]]).splitlines()[-1]
+    versions = report(inputs, monkeypatch, kernels=scaled(inputs, 1))
+    assert [len(row["runs"]["kernels"]) for row in versions] == [1, 2, 3, 4, 5]  # memory and check, then four times
+    assert "-" in bench.table([versions[0]]).splitlines()[-1]
 
 
 def test_a_run_that_cannot_do_a_case_is_left_out(inputs, monkeypatch, capsys):
     def refuse():
         raise RuntimeError("no kernel")
 
-    written = report(inputs, monkeypatch, cudnn=bench.Run(refuse, [], ()), kernels=changed(inputs, 1))
-    assert list(written[-1]["runs"]) == ["kernels"]
+    *_, row = report(inputs, monkeypatch, cudnn=bench.Run(refuse, [], ()), kernels=scaled(inputs, 1))
+    assert list(row["runs"]) == ["kernels"]
     assert "cudnn cannot do it and is left out: no kernel" in capsys.readouterr().out
 
 

@@ -8,32 +8,31 @@ import sys
 import pytest
 
 # Bytes a thread: what the present tiles take with the compilers that were tried, and a little more.
-SPILLED = {"accumulate": 16, "accumulate_backward": 512, "apply_backward": 128}
+MOST_SPILLED = {"accumulate": 16, "accumulate_backward": 512, "apply_backward": 128}
 LINE = re.compile(r"(\d+)  (\w+) +registers +(\d+)  spilled +(\d+)  shared +(\d+)  carried +(\d+)")
-# Values that a loop hands from turn to turn: pointers and sums of tokens.
-CARRIED = {"prepare": 2 + 2, "prepare_backward": 3 + 12 + 4, "accumulate": 3, "apply_backward": 3}
+# The values that a loop hands from turn to turn: pointers, and sums over tokens.
+LOOP_VALUES = {"prepare": 2 + 2, "prepare_backward": 3 + 12 + 4, "accumulate": 3, "apply_backward": 3}
 
 
-def told(*arguments):
-    """What the command prints, by head width and kernel; in a process where kernels are compiled, not interpreted."""
+@pytest.fixture(scope="module")
+def occupancy():
+    """By head width and kernel, what the command prints, in a process where kernels are compiled, not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "t5kernels.occupancy", *arguments]
+    command = [sys.executable, "-m", "t5kernels.tools.occupancy", "--width", "64", "72"]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     return {(int(width), kernel): tuple(map(int, rest)) for width, kernel, *rest in LINE.findall(output)}
 
 
 @pytest.mark.slow
-def test_no_kernel_spills_more_than_it_did_and_all_fit_a_multiprocessor():
-    found = told("--width", "64", "72")
-    assert len(found) == 16
-    for (width, kernel), (registers, spilled, shared, _) in found.items():
+def test_no_kernel_spills_more_than_it_did_and_all_fit_a_multiprocessor(occupancy):
+    assert len(occupancy) == 16
+    for (width, kernel), (registers, spilled, shared, _) in occupancy.items():
         assert 0 < registers <= 255
-        assert spilled <= SPILLED.get(kernel, 0), (width, kernel)
+        assert spilled <= MOST_SPILLED.get(kernel, 0), (width, kernel)
         assert shared <= 227 * 1024
 
 
 @pytest.mark.slow
-def test_a_compiled_loop_hands_on_all_that_the_interpreted_one_does():
+def test_a_compiled_loop_hands_on_all_that_the_interpreted_one_does(occupancy):
     # The compiler leaves out names that take each other's values where they begin alike; the interpreter does not.
-    found = told("--width", "64", "--kernel", *CARRIED)
-    assert {kernel: carried for (_, kernel), (*_, carried) in found.items()} == CARRIED
+    assert {kernel: occupancy[64, kernel][-1] for kernel in LOOP_VALUES} == LOOP_VALUES

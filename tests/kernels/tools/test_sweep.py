@@ -4,21 +4,16 @@ import functools
 
 import pytest
 import torch
-import triton  # noqa: F401  (before TRITON_INTERPRET is set, which its own functions are not made for)
-
-CUDA = torch.cuda.is_available()
-with pytest.MonkeyPatch.context() as patch:
-    # Read when the kernels are defined, which is when they are imported.
-    patch.setenv("TRITON_INTERPRET", "0" if CUDA else "1")
-    from t5kernels import sweep
-    from t5kernels.cases import Case
+from t5kernels.tools import sweep
+from t5kernels.tools.cases import Case
+from triton_device import DEVICE
 
 CASE = Case(name="small", images=2, rows=5, columns=7, heads=1, width=24)
 
 
 @pytest.fixture(scope="module")
 def calls():
-    draw = functools.partial(sweep.Inputs.draw, dtype=torch.float16, device="cuda" if CUDA else "cpu")
+    draw = functools.partial(sweep.Inputs.draw, dtype=torch.float16, device=DEVICE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "Inputs", type("Drawn", (), {"draw": staticmethod(draw)}))
         return sweep.calls(CASE)
@@ -30,10 +25,10 @@ def test_any_tile_gives_the_same_and_the_one_in_use_stays(kernel, calls, monkeyp
     other = sweep.Tile(hidden=16 if in_use.hidden else 0, block=in_use.block // 2, warps=4)
     monkeypatch.setattr(sweep, "median_ms", lambda call, milliseconds: sweep.EVERY_TILE[kernel][32].block)
     monkeypatch.setattr(sweep, "candidates", lambda kernel, width: [other, in_use])
-    seen = []
-    rows = sweep.sweep(kernel, calls[kernel], 32, seen.append)
+    timed = []
+    rows = sweep.sweep(kernel, calls[kernel], 32, timed.append)
     assert [row["tile"] for row in rows] == [str(other), str(in_use)]
-    assert [row["in_use"] for row in seen] == [True, False]
+    assert [row["in_use"] for row in timed] == [True, False]
     assert rows[0]["deviation"] < 3e-3
     assert rows[1]["deviation"] == 0
     assert sweep.EVERY_TILE[kernel][32] == in_use

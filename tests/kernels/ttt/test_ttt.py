@@ -5,9 +5,10 @@ Everything is compared with what torch.autograd makes of the written inner model
 
 import pytest
 import torch
-from t5kernels import INNER_LOSSES, INNER_WEIGHTS, ttt
+from t5kernels import INNER_LOSSES, INNER_WEIGHTS, ttt, ttt_accumulate, ttt_apply
 from t5kernels.ttt.api import INNER_MODELS
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 B, H, N, D = 2, 3, 5, 4
 SCALE = D**-0.5 / N
@@ -79,14 +80,14 @@ def test_inner_step_is_the_gradient_of_the_written_loss(inner, loss):
     q, k, v, weights = inputs(inner)
     out = ttt(q, k, v, weights, inner=inner, loss=loss, scale=SCALE)
     expected = by_autograd(q, k, v, weights, inner, loss)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
 @all_kinds
 def test_queries_may_be_more_tokens_than_keys(inner, loss):
     q, k, v, weights = inputs(inner, tokens=3, queries=7)
     out = ttt(q, k, v, weights, inner=inner, loss=loss, scale=SCALE)
-    torch.testing.assert_close(out, by_autograd(q, k, v, weights, inner, loss), rtol=1e-12, atol=1e-12)
+    assert_close(out, by_autograd(q, k, v, weights, inner, loss), rtol=1e-12, atol=1e-12)
 
 
 @all_kinds
@@ -106,7 +107,7 @@ def test_order_of_tokens_does_not_matter(inner, loss):
     order = torch.tensor([3, 0, 4, 1, 2])
     out = ttt(q, k, v, weights, inner=inner, loss=loss, scale=SCALE)
     shuffled = ttt(q, k[:, :, order], v[:, :, order], weights, inner=inner, loss=loss, scale=SCALE)
-    torch.testing.assert_close(shuffled, out, rtol=1e-12, atol=1e-12)
+    assert_close(shuffled, out, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -137,8 +138,11 @@ def test_autocast_leaves_the_output_in_the_type_of_the_queries_and_near_the_exac
     [
         ({"inner": "swigloo"}, "inner='swigloo'"),
         ({"loss": "l1"}, "loss='l1'"),
-        ({"weights": 2}, r"swiglu takes 3 weights of shape \(3, 4, 4\), got \[\(3, 4, 4\), \(3, 4, 4\)\]"),
-        ({"weights": torch.zeros(H, D, D + 1)}, r"takes 3 weights of shape \(3, 4, 4\), got \[\(3, 4, 5\)"),
+        (
+            {"weights": (torch.zeros(H, D, D),) * 2},
+            r"takes 3 weights of shape \(3, 4, 4\), got \[\(3, 4, 4\), \(3, 4, 4\)\]",
+        ),
+        ({"weights": (torch.zeros(H, D, D + 1),) * 3}, r"takes 3 weights of shape \(3, 4, 4\), got \[\(3, 4, 5\)"),
         ({"k": torch.zeros(B, H, N, D + 1)}, r"k \(2, 3, 5, 5\)"),
         ({"k": torch.zeros(B, H, N + 1, D)}, r"k \(2, 3, 6, 4\), v \(2, 3, 5, 4\)"),
         ({"v": torch.zeros(B, H + 1, N, D)}, r"v \(2, 4, 5, 4\)"),
@@ -149,10 +153,30 @@ def test_autocast_leaves_the_output_in_the_type_of_the_queries_and_near_the_exac
 )
 def test_arguments_that_do_not_fit_are_refused_with_what_came(change, message):
     q, k, v, weights = inputs("swiglu")
-    given = {"q": q, "k": k, "v": v, "weights": weights, "inner": "swiglu", "loss": "dot"} | change
-    if isinstance(given["weights"], int):
-        given["weights"] = weights[: given["weights"]]
-    elif torch.is_tensor(given["weights"]):
-        given["weights"] = (given["weights"],) * 3
+    arguments = {"q": q, "k": k, "v": v, "weights": weights, "inner": "swiglu", "loss": "dot"} | change
     with pytest.raises(ValueError, match=message):
-        ttt(**given, scale=SCALE)
+        ttt(**arguments, scale=SCALE)
+
+
+@all_kinds
+def test_a_batch_may_be_empty(inner, loss):
+    q, k, v, weights = inputs(inner)
+    tokens = [t[:0].requires_grad_() for t in (q, k, v)]
+    out = ttt(*tokens, weights, inner=inner, loss=loss, scale=SCALE)
+    assert out.shape == (0, H, N, D)
+    out.sum().backward()
+
+
+def test_the_halves_take_an_empty_batch():
+    q, k, v, weights = inputs("swiglu")
+    step = ttt_accumulate(k[:0], v[:0], weights, inner="swiglu", scale=SCALE)
+    assert step.shape == (0, H, 3, D, D)
+    assert ttt_apply(q[:0], weights, step, inner="swiglu").shape == (0, H, N, D)
+
+
+def test_halves_of_models_that_take_no_step_are_refused():
+    q, k, v, weights = inputs("swiglu")
+    with pytest.raises(ValueError, match="inner='linear' takes no gradient step"):
+        ttt_accumulate(k, v, (), inner="linear", scale=0.1)
+    with pytest.raises(ValueError, match=r"step \(2, 3, 2, 4, 4\)"):
+        ttt_apply(q, weights, torch.zeros(B, H, 2, D, D), inner="swiglu")
