@@ -1,4 +1,4 @@
-"""The flow `ablate`: an ablation of params.yaml, from the weights to the tables, a Prefect task for every variant.
+"""The flow `ablate`: an ablation, from the weights to the tables, a Prefect task for every variant.
 
 `python -m flows.ablate smoke`, or in Python `from flows.ablate import ablate; ablate("smoke")`, or a deployment
 (prefect.yaml). Run again, it makes what is missing. A variant that breaks leaves the others their turn.
@@ -20,14 +20,16 @@ from flows.process import environment, stream
 from t5lib.utils.errors import T5Error
 
 TASK = [sys.executable, "-m", "tasks.studies.ablation"]
-SAID_AT_MOST = 15  # lines of a broken command that its error shows
+PREFIX = "ablation: "  # of the command's own errors
+SHOWN = 15  # last lines of a broken command that its error shows
 
 
 @flow(name="ablate", flow_run_name="{name}", persist_result=False)
 def ablate(name: str = "dinov2-fashion", seeds: list[int] | None = None, out: str | None = None) -> list[str]:
-    """Run the ablation `name` and write its tables; returns the files that hold them.
+    """Run an ablation and write its tables; returns the files that hold them.
 
     Args:
+        name: of a file in tasks/studies/ablation, or the path of a file, such as my.yaml.
         seeds: default: those of the ablation.
         out: where the results go, without ending; default: docs/results/ablation-NAME.
 
@@ -36,7 +38,7 @@ def ablate(name: str = "dinov2-fashion", seeds: list[int] | None = None, out: st
     """
     # A returned state, not an exception, so that Prefect shows the message alone.
     try:
-        return _run(Path.cwd(), name, seeds, out or f"docs/results/ablation-{name}")
+        return _run(Path.cwd(), name, seeds, out or f"docs/results/ablation-{Path(name).stem}")
     except T5Error as error:
         return Failed(message=str(error), data=error)
 
@@ -44,17 +46,22 @@ def ablate(name: str = "dinov2-fashion", seeds: list[int] | None = None, out: st
 def _run(root: Path, name: str, seeds: list[int] | None, out: str) -> list[str]:
     plan = _plan(root, name)
     seeds = seeds or plan["seeds"]
+    variants = [unit["variant"] for unit in plan["units"]]
+    get_run_logger().info(
+        "%s: prepare → %d variants with seeds %s (%s) → tables; what is done with the same settings is skipped",
+        *(plan["name"], len(variants), ", ".join(map(str, seeds)), ", ".join(variants)),
+    )
     chosen = ["--seeds", *map(str, seeds)]
     _task("prepare")(str(root), ["prepare", name, *chosen], return_state=True).result()
-    broken = []
-    for unit in plan["units"]:
-        command = ["run", name, *chosen, "--out", f"{out}.json", "--only", unit["variant"]]
-        state = _task(unit["variant"])(str(root), command, return_state=True)
+    problems = []
+    for variant in variants:
+        command = ["run", name, *chosen, "--out", f"{out}.json", "--only", variant]
+        state = _task(variant)(str(root), command, return_state=True)
         if state.is_failed():
-            broken.append(f"{unit['variant']}: {state.message}")
+            problems.append(f"{variant}: {state.message}")
     files = _task("tables")(str(root), ["tables", f"{out}.json", "--out", out], return_state=True).result()
-    if broken:
-        raise T5Error("\n".join(broken))
+    if problems:
+        raise T5Error("\n".join(problems))
     return files
 
 
@@ -64,32 +71,33 @@ def _task(name: str) -> Task:
 
 def run_command(root: str, arguments: list[str]) -> State:
     """Run `python -m tasks.studies.ablation ARGUMENTS` in `root`; the state carries its last lines."""
-    log, said = get_run_logger(), []
+    log, lines = get_run_logger(), []
 
     def on_line(line: str) -> None:
-        said.append(line)
+        lines.append(line)
         log.info(line)
 
     code = stream([*TASK, *arguments], on_line, cwd=Path(root), env=environment({}))
     if code:
-        told = [line for line in said if line.startswith("ablate: ")] or said[-SAID_AT_MOST:]
-        error = T5Error("\n".join(told).removeprefix("ablate: ") or f"ended with status {code}")
+        own = [line for line in lines if line.startswith(PREFIX)] or lines[-SHOWN:]
+        error = T5Error("\n".join(own).removeprefix(PREFIX) or f"ended with status {code}")
         return Failed(message=str(error), data=error)
-    return Completed(message=said[-1] if said else "nothing to do", data=said)
+    return Completed(message=lines[-1] if lines else "nothing to do", data=lines)
 
 
 def _plan(root: Path, name: str) -> dict[str, Any]:
     """The ablation, checked and resolved, in a process of its own, which loads torch."""
     run = subprocess.run([*TASK, "show", name], cwd=root, env=environment({}), capture_output=True, text=True)
     if run.returncode:
-        raise T5Error(run.stderr.strip().removeprefix("ablate: "))
+        raise T5Error(run.stderr.strip().removeprefix(PREFIX))
     return json.loads(run.stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flows.ablate", description="Run an ablation, to its tables.")
-    parser.add_argument("name", nargs="?", default="dinov2-fashion", help="a section of `ablations` in params.yaml")
-    parser.add_argument("--seeds", type=int, nargs="+")
+    names = "an ablation of tasks/studies/ablation, or a file, such as my.yaml"
+    parser.add_argument("name", nargs="?", default="dinov2-fashion", help=names)
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the ablation")
     parser.add_argument("--out", help="where the results go, without ending")
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell made us ignore Ctrl-C

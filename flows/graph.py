@@ -18,10 +18,10 @@ def stages(root: Path, target: str) -> list[str]:
     Raises:
         T5Error: DVC cannot read dvc.yaml, or it has no stages for this target.
     """
-    found = order(dvc_dag(root), target)
-    if not found:
+    names = order(dvc_dag(root), target)
+    if not names:
         raise T5Error(f"dvc.yaml has no stages for '{target}'; is it listed under `enabled` in params.yaml?")
-    return found
+    return names
 
 
 def order(dot: str, target: str) -> list[str]:

@@ -22,9 +22,8 @@ from flows import graph
 from flows.process import environment, stream
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
-
-# What DVC and the loading of pipelines say that a reader of the log need not know.
 from tasks.runtime import params, tracking
+from tasks.targets.diffusers_folder import NOTE
 
 # What DVC and the loading of pipelines say that a reader of the log need not know.
 DVC_NOISE = re.compile(
@@ -83,6 +82,7 @@ def _build(root: Path, target: str) -> dict[str, Any]:
     if params.enable(root, target):
         log.warning("params.yaml: added '%s' to `enabled`; plain `dvc repro` builds it from now on", target)
     names = graph.stages(root, target)
+    log.info("%s: %s; stages of which nothing changed are skipped", target, " → ".join(names))
     run = tracking.start_run(
         root, target, target, settings, {"stage": "flow", "protocol": tracking.protocol(settings, names)}
     )
@@ -110,7 +110,7 @@ def _stage_task(name: str) -> Task:
 
 def run_stage(root: str, name: str, target: str, parent: str | None) -> State:
     """Bring one stage up to date with DVC. A Completed state says whether anything had to be done."""
-    log, said, skipped = get_run_logger(), [], False
+    log, lines, skipped = get_run_logger(), [], False
     error_file = Path(root) / f"data/scratch/{target}/{name}.error.json"
     error_file.unlink(missing_ok=True)
 
@@ -119,35 +119,35 @@ def run_stage(root: str, name: str, target: str, parent: str | None) -> State:
         if DVC_SKIPPED.match(line):
             skipped = True
         elif not DVC_NOISE.match(line):
-            said.append(line)
-            if not line.startswith("ERROR: failed to reproduce"):  # DVC's own, told by _stage_error if need be
+            lines.append(line)
+            if not line.startswith("ERROR: failed to reproduce"):  # DVC's own; _stage_error shows it if need be
                 log.info(line)
 
     command = ["dvc", "--wait-for-lock", "repro", "-s", f"{name}@{target}"]
     env = environment({tracking.PARENT_VARIABLE: parent} if parent else {})
     code = stream(command, on_line, cwd=Path(root), env=env)
     if code:
-        error = _stage_error(name, error_file, said, code)
+        error = _stage_error(name, error_file, lines, code)
         return Failed(message=str(error), data=error)
     if skipped:
         log.info("nothing changed: results of an earlier run")
     return Completed(message="nothing changed" if skipped else "done", data=None)
 
 
-def _stage_error(name: str, error_file: Path, said: list[str], code: int) -> StageError:
+def _stage_error(name: str, error_file: Path, lines: list[str], code: int) -> StageError:
     if error_file.is_file():
         error = read_json(error_file)
         return StageError(f"{name}: {error['message']}", retryable=error["retryable"])
-    return StageError("\n".join([f"{name}: DVC ended with status {code}, saying:", *said[-15:]]))
+    return StageError("\n".join([f"{name}: DVC ended with status {code}, saying:", *lines[-15:]]))
 
 
 def _checked_settings(root: Path, target: str) -> dict[str, Any]:
     """All settings of the target, checked before any work, and that its sources can be had.
 
-    In a process of its own, which loads the stages' modules.
+    In a process of its own, which loads the modules of the target's kind.
     """
     params.read_target(root, target)
-    command = [sys.executable, "-m", "tasks.runtime.params", target, "--ready"]
+    command = [sys.executable, "-m", "tasks.targets", target, "--ready"]
     run = subprocess.run(command, cwd=root, env=environment({}), capture_output=True, text=True)
     if run.returncode:
         raise T5Error(run.stderr.strip())
@@ -161,7 +161,7 @@ def show(root: Path, target: str) -> None:
 
     out, console = root / f"data/out/{target}", Console(highlight=False)
     console.print(Markdown((out / "report/summary.md").read_text(encoding="utf-8")))
-    pipeline = (out / "fetch/pipeline.json").exists()
+    pipeline = (out / "fetch" / NOTE).exists()
     for what, where in {
         "report": out.relative_to(root) / "report/report.html",
         "model": out.relative_to(root) / "finetune",

@@ -1,9 +1,10 @@
 """The flow of an ablation: prepare, a task a variant, tables; resumable, and a broken variant stops no other."""
 
 import json
-import sys
+import logging
 from pathlib import Path
 
+import ablation
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
@@ -25,15 +26,15 @@ with open("calls", "a") as calls:
     calls.write(" ".join(sys.argv[1:]) + "\\n")
 if command == "show":
     if rest[0] != "small":
-        sys.exit(f"ablate: params.yaml has no ablation '{rest[0]}'")
+        sys.exit(f"ablation: there is no ablation '{rest[0]}'")
     units = [{"variant": name} for name in ("softmax", "swiglu", "linear")]
-    print(json.dumps({"seeds": [0, 1], "units": units}))
+    print(json.dumps({"name": "small", "seeds": [0, 1], "units": units}))
 elif command == "prepare":
     print("prepared")
 elif command == "run":
     if rest[-1] == Path("breaks").read_text():
         print("at work")
-        sys.exit("ablate: it overflows")
+        sys.exit("ablation: it overflows")
     print(f"[5 s] {rest[-1]}: done")
 else:
     print("small.md")
@@ -49,9 +50,11 @@ def prefect():
 
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/__init__.py").touch()
-    (tmp_path / "tasks/studies/ablation/__main__.py").write_text(STAND_IN)
+    package = tmp_path / "tasks/studies/ablation"
+    package.mkdir(parents=True)
+    for folder in (package, *package.parents[:2]):
+        (folder / "__init__.py").touch()
+    (package / "__main__.py").write_text(STAND_IN)
     (tmp_path / "breaks").write_text("nothing")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -65,8 +68,11 @@ def states(state):
     return {(task.name, task.state.type.value, task.state.message) for task in tasks}
 
 
-def test_a_task_a_step_in_order_each_with_its_last_word(root):
+def test_a_task_a_step_in_order_each_with_its_last_word(root, caplog):
+    caplog.set_level(logging.INFO)
     state = ablate("small", out="small", return_state=True)
+    plan = "small: prepare → 3 variants with seeds 0, 1 (softmax, swiglu, linear) → tables; what is done"
+    assert plan in caplog.text
     assert state.result() == ["small.md", "small-inner.png"]
     assert states(state) == {
         ("prepare", "COMPLETED", "prepared"),
@@ -91,7 +97,7 @@ def test_a_broken_variant_shows_its_own_words_after_the_others_had_their_turn(ro
 
 
 def test_a_slip_is_told_before_any_work(root):
-    with pytest.raises(T5Error, match=r"^params.yaml has no ablation 'smal'$"):
+    with pytest.raises(T5Error, match=r"^there is no ablation 'smal'$"):
         ablate("smal")
     assert (root / "calls").read_text().splitlines() == ["show smal"]
 
@@ -111,18 +117,14 @@ def test_an_interrupt_stops_the_command(root, monkeypatch):
 
 @pytest.mark.slow
 def test_a_real_ablation_from_weights_to_tables(tmp_path, monkeypatch):
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tasks"))
-    import ablation
-
     ablation.write_weights(tmp_path)
     ablation.write_images(tmp_path)
     few = {name: ablation.ABLATION["variants"][name] for name in ("softmax", "swiglu")}
     ablation.write_params(
         tmp_path, seeds=[0], variants=few, tables={"inner": {"title": "Inner", "rows": {"swiglu": "swiglu"}}}
     )
-    (tmp_path / "tasks").symlink_to(Path(module.__file__).parents[1] / "tasks")
     monkeypatch.chdir(tmp_path)
-    assert ablate("small", out="out/small") == ["out/small.md", "out/small-inner.png"]
+    assert ablate("small.yaml", out="out/small") == ["out/small.md", "out/small-inner.png"]
     result = json.loads((tmp_path / "out/small.json").read_text())
     assert set(result["records"]["swiglu"]["0"]["models"]) == {"source", "calibrated", "frozen", "finetuned"}
     assert "| swiglu |" in (tmp_path / "out/small.md").read_text()

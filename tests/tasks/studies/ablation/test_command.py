@@ -149,6 +149,8 @@ def test_a_bug_costs_one_variant_and_is_raised_at_the_end(root, monkeypatch):
 
 @pytest.mark.slow
 def test_processes_that_share_the_work_give_the_same_results(result, root):
+    plan = definition.resolve(Path("."), "small.yaml")
+    runner.make_sources(plan, work=Path("work"), seeds=[0], jobs=1)  # here: a process takes long to import torch
     together = run(jobs=2, only=["linear", "plain"], seeds=[0])
     for name in ("linear", "plain"):
         record, by_itself = together["records"][name]["0"], result["records"][name]["0"]
