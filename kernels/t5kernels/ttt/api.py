@@ -57,12 +57,12 @@ def ttt(
 
     Source: "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772), section 3.
     """
-    _check_names("ttt", inner, loss)
+    check_names("ttt", inner, loss)
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
         raise ValueError(
             f"ttt: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} disagree; expected (B, H, N, D)"
         )
-    _check_weights("ttt", q, weights, inner)
+    check_weights("ttt", q, weights, inner)
     if choose("ttt", impl, kernels(inner, loss, (q, k, v), weights)) == "triton":
         from t5kernels.ttt import triton
 
@@ -99,7 +99,7 @@ def ttt_accumulate(
     _check_half("ttt_accumulate", inner, loss)
     if k.ndim != 4 or k.shape != v.shape:
         raise ValueError(f"ttt_accumulate: k {tuple(k.shape)}, v {tuple(v.shape)} disagree; expected (B, H, N, D)")
-    _check_weights("ttt_accumulate", k, weights, inner)
+    check_weights("ttt_accumulate", k, weights, inner)
     if choose("ttt_accumulate", impl, kernels(inner, loss, (k, v), weights)) == "triton":
         from t5kernels.ttt import triton
 
@@ -130,7 +130,7 @@ def ttt_apply(q: Tensor, weights: tuple[Tensor, ...], step: Tensor, *, inner: st
             f"ttt_apply: q {tuple(q.shape)}, step {tuple(step.shape)}; expected (B, H, N, D) and "
             f"(B, H, {INNER_WEIGHTS[inner]}, D, D), which ttt_accumulate gives for inner={inner!r}"
         )
-    _check_weights("ttt_apply", q, weights, inner)
+    check_weights("ttt_apply", q, weights, inner)
     if choose("ttt_apply", impl, kernels(inner, "dot", (q,), weights)) == "triton":
         from t5kernels.ttt import triton
 
@@ -140,18 +140,20 @@ def ttt_apply(q: Tensor, weights: tuple[Tensor, ...], step: Tensor, *, inner: st
     return reference.STEPPED[inner][1](q, stepped).to(q.dtype)
 
 
-def _check_names(op: str, inner: str, loss: str) -> None:
+def check_names(op: str, inner: str, loss: str) -> None:
+    """Raises ValueError for an unknown inner model or loss."""
     if inner not in INNER_WEIGHTS or loss not in INNER_LOSSES:
         raise ValueError(f"{op}: inner={inner!r}, loss={loss!r}; expected {list(INNER_WEIGHTS)} and {INNER_LOSSES}")
 
 
 def _check_half(op: str, inner: str, loss: str) -> None:
-    _check_names(op, inner, loss)
+    check_names(op, inner, loss)
     if inner not in reference.STEPPED:
         raise ValueError(f"{op}: inner={inner!r} takes no gradient step; expected one of {list(reference.STEPPED)}")
 
 
-def _check_weights(op: str, q: Tensor, weights: tuple[Tensor, ...], inner: str) -> None:
+def check_weights(op: str, q: Tensor, weights: tuple[Tensor, ...], inner: str) -> None:
+    """Raises ValueError for inner weights of another number or shape than tokens q (B, H, N, D) need."""
     expected = (q.shape[1], q.shape[3], q.shape[3])
     if len(weights) != INNER_WEIGHTS[inner] or any(tuple(w.shape) != expected for w in weights):
         got = [tuple(w.shape) for w in weights]

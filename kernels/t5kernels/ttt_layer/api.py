@@ -117,6 +117,8 @@ def ttt_layer(
     Source: "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772), section 3.
     """
     _check_tokens(image, text)
+    ttt_api.check_names("ttt_layer", settings.inner, settings.loss)
+    ttt_api.check_weights("ttt_layer", image[0], weights, settings.inner)
     _check_conv(image[0], grid, q_conv, k_conv)
     _check_norms(image[0], text, norms)
     if choose("ttt_layer", impl, _kernels(image, text, weights, settings)) == "triton":

@@ -132,9 +132,9 @@ def _keep_for_backward(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, d_out, d_text, *_d_kept):
-    saved = ctx.saved_tensors  # read once, because checkpointing allows no more
-    tensors, kept = saved[:INPUT_TENSORS], saved[INPUT_TENSORS:]
-    gradients = _layer_backward(d_out, d_text, *kept, *tensors, *ctx.numbers)
+    everything = ctx.saved_tensors  # read once, because checkpointing allows no more
+    tensors, statistics = everything[:INPUT_TENSORS], everything[INPUT_TENSORS:]
+    gradients = _layer_backward(d_out, d_text, *statistics, *tensors, *ctx.numbers)
     weights, convs, gains = tensors[6:9], tensors[9:13], tensors[13:]
     d_tokens = gradients[:3] if tensors[3] is None else gradients[:6]
     d_tokens = (*d_tokens, *(None,) * (6 - len(d_tokens)))

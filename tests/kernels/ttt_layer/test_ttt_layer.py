@@ -176,6 +176,9 @@ def test_a_batch_may_be_empty():
     ("change", "message"),
     [
         ({"impl": "cuda"}, "impl is 'cuda'; expected one of"),
+        ({"weights": (torch.zeros(2, 16, 16),) * 2}, "ttt_layer: swiglu takes 3 weights of shape"),
+        ({"weights": (torch.zeros(2, 16, 8),) * 3}, "ttt_layer: swiglu takes 3 weights of shape"),
+        ({"settings": Settings(inner="swigloo")}, "ttt_layer: inner='swigloo'"),
         ({"q_conv": None}, "one of q_conv and k_conv is missing"),
         ({"grid": Grid(rows=9, columns=9)}, "for 13 image tokens; expected a grid that they fill"),
         ({"grid": None}, "None for 13 image tokens"),
@@ -195,10 +198,10 @@ def test_a_batch_may_be_empty():
 def test_what_does_not_fit_is_refused(change, message):
     leaves = draw(Case(rows=3, columns=4)).leaves
     convs = {f"{n}_conv": (leaves[f"{n}_weight"], leaves[f"{n}_bias"]) for n in "qk"}
-    arguments = {"grid": Grid(rows=3, columns=4, num_prefix_tokens=1), **convs} | change
-    tokens, weights = tuple(leaves[n] for n in "qkv"), tuple(leaves[f"w{i}"] for i in (1, 2, 3))
+    arguments = {"grid": Grid(rows=3, columns=4, num_prefix_tokens=1), **convs}
+    arguments |= {"image": tuple(leaves[n] for n in "qkv"), "weights": tuple(leaves[f"w{i}"] for i in (1, 2, 3))}
     with pytest.raises(ValueError, match=message):
-        ttt_layer(arguments.pop("image", tokens), weights, Settings(), **arguments)
+        ttt_layer(**{"settings": Settings()} | arguments | change)
 
 
 def test_unknown_settings_are_refused():
