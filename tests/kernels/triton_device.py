@@ -39,12 +39,12 @@ def call_device_function(function, *args, **kwargs):
 
 
 ORIGINAL_REDUCE = interpreter.ReduceOps.generic_reduce
-interpreter.ReduceOps.generic_reduce = reduce_by_slices
-interpreter.InterpretedFunction.__call__ = call_device_function
-# Compiled kernels do not watch for overflow of whole numbers either, which costs the interpreter a quarter of its time.
-interpreter.interpreter_builder.options = dataclasses.replace(
-    interpreter.interpreter_builder.options, sanitize_overflow=False
-)
+if not CUDA:
+    interpreter.ReduceOps.generic_reduce = reduce_by_slices
+    interpreter.InterpretedFunction.__call__ = call_device_function
+    # Compiled kernels do not watch for overflow of whole numbers either; it costs the interpreter a quarter of its time.
+    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "0" if CUDA else "1")
     import t5kernels.ttt_layer.triton  # noqa: F401  (it imports every module with kernels)
