@@ -42,7 +42,7 @@ ORIGINAL_REDUCE = interpreter.ReduceOps.generic_reduce
 if not CUDA:
     interpreter.ReduceOps.generic_reduce = reduce_by_slices
     interpreter.InterpretedFunction.__call__ = call_device_function
-    # Compiled kernels do not watch for overflow of whole numbers either; it costs the interpreter a quarter of its time.
+    # Compiled kernels do not watch for overflow of integers either; it costs the interpreter a quarter of its time.
     options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
     interpreter.interpreter_builder.options = options
 with pytest.MonkeyPatch.context() as patch:
