@@ -36,7 +36,7 @@ _HOMES = {
     "benchmark": "benchmarks.resolution_sweep",
     "save": "checkpoint",
     "load": "checkpoint",
-    "load_released": "weights.released_vit",
+    "load_released": "weights.released",
     "load_pipeline": "pipelines",
     "convert_pipeline": "pipelines",
 }

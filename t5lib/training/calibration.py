@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,47 +25,13 @@ from t5lib.families.base import Adapter
 from t5lib.families.inputs import Inputs, count, joined_by_size, placed
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.grid import TokenGrid
-from t5lib.training.layer_groups import Example, LayerGroup, Seen
+from t5lib.training.layer_groups import CalibrateConfig, Example, LayerGroup, Seen
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
-from t5lib.utils.config import AtLeastOne, NotNegative, Positive, WholeNumber, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file
 
 LOG_EVERY = 10
 STATE = "calibrate.pt"
-
-
-@settings
-class CalibrateConfig:
-    """How the new layers are fitted.
-
-    Attributes:
-        steps: optimizer steps; 0 skips calibration.
-        batch_size: images a step.
-        lr: peak learning rate of the new weights (Adam); linear warm-up over `warmup` steps, then cosine to 0.
-        lr_inherited: peak learning rate of the q, k and v projections and q and k norms, which are fitted along; 0
-            keeps them as they are, at the price of a larger error (docs/results).
-        pool: batches of teacher activations held at once; steps draw their images from this pool. What one image
-            takes is about 2·L·N·C numbers: half a gigabyte for the paper's layers of SD3.5-Medium at 1024 px.
-        reuse: how often each image of a pool is used before the pool is replaced.
-        checkpoint_every: steps between checkpoints (they fall on the end of a pool).
-        objective: "output" (squared error of the layer's output over its variance), or "attention" (cross-entropy to
-            the softmax map, as Hedgehog does, arXiv 2402.04347; for mixers that have a map, at quadratic cost).
-        compile: torch.compile the fitting step (worth it on CUDA).
-        seed: the order in which images are drawn from a pool.
-    """
-
-    steps: WholeNumber = 5000
-    batch_size: AtLeastOne = 64
-    lr: Positive = 1e-2
-    lr_inherited: NotNegative = 1e-3
-    warmup: WholeNumber = 50
-    pool: AtLeastOne = 4
-    reuse: AtLeastOne = 2
-    checkpoint_every: AtLeastOne = 500
-    objective: Literal["output", "attention"] = "output"
-    compile: bool = False
-    seed: WholeNumber = 0
 
 
 @dataclass(kw_only=True)

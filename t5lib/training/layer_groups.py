@@ -4,7 +4,7 @@ Shapes: B images, L layers, H heads, N image tokens, T text tokens (of a joint a
 width, C channels.
 """
 
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,43 @@ from t5lib.families.base import Adapter
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid
+from t5lib.utils.config import AtLeastOne, NotNegative, Positive, WholeNumber, settings
 from t5lib.utils.errors import T5Error
 
-if TYPE_CHECKING:
-    from t5lib.training.calibration import CalibrateConfig
-
 Example = tuple[Tensor, ...]
+
+
+@settings
+class CalibrateConfig:
+    """How the new layers are fitted.
+
+    Attributes:
+        steps: optimizer steps; 0 skips calibration.
+        batch_size: images a step.
+        lr: peak learning rate of the new weights (Adam); linear warm-up over `warmup` steps, then cosine to 0.
+        lr_inherited: peak learning rate of the q, k and v projections and q and k norms, which are fitted along; 0
+            keeps them as they are, at the price of a larger error (docs/results).
+        pool: batches of teacher activations held at once; steps draw their images from this pool. What one image
+            takes is about 2·L·N·C numbers: half a gigabyte for the paper's layers of SD3.5-Medium at 1024 px.
+        reuse: how often each image of a pool is used before the pool is replaced.
+        checkpoint_every: steps between checkpoints (they fall on the end of a pool).
+        objective: "output" (squared error of the layer's output over its variance), or "attention" (cross-entropy to
+            the softmax map, as Hedgehog does, arXiv 2402.04347; for mixers that have a map, at quadratic cost).
+        compile: torch.compile the fitting step (worth it on CUDA).
+        seed: the order in which images are drawn from a pool.
+    """
+
+    steps: WholeNumber = 5000
+    batch_size: AtLeastOne = 64
+    lr: Positive = 1e-2
+    lr_inherited: NotNegative = 1e-3
+    warmup: WholeNumber = 50
+    pool: AtLeastOne = 4
+    reuse: AtLeastOne = 2
+    checkpoint_every: AtLeastOne = 500
+    objective: Literal["output", "attention"] = "output"
+    compile: bool = False
+    seed: WholeNumber = 0
 
 
 class Seen:
@@ -59,7 +90,7 @@ class LayerGroup:
         layers: dict[str, TTTLayer],
         sources: dict[str, nn.Module],
         parts: int,
-        config: "CalibrateConfig",
+        config: CalibrateConfig,
         device: torch.device,
     ):
         first = next(iter(layers.values()))

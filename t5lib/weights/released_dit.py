@@ -11,7 +11,7 @@ blocks.i.attn.proj.*                       transformer_blocks.i.attn1.to_out.0.*
 blocks.i.mlp.{fc1,fc2}.*                   transformer_blocks.i.ff.net.{0.proj,2}.*
 final_layer.{adaLN_modulation.1,linear}.*  {proj_out_1,proj_out_2}.*
 of DiT5 alone:
-blocks.i.attn.{w1,w2,…}                    transformer_blocks.i.attn1.mixer.{w1,w2,…}, as for the ViT (t5lib.weights.released_vit)
+blocks.i.attn.{w1,w2,…}                    transformer_blocks.i.attn1.mixer.{w1,w2,…}, as for the ViT
 blocks.i.attn.{q,k}_{scale,rescale,gamma}  transformer_blocks.i.attn1.mixer.{q,k}_scale
 blocks.i.attn.{q,k}_{offset,shift,beta}    transformer_blocks.i.attn1.mixer.{q,k}_offset
 
@@ -33,7 +33,7 @@ from t5lib.families.dit import T5DiTTransformer2DModel
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.config import to_dict
 from t5lib.utils.errors import T5Error
-from t5lib.weights.released_vit import INNER, RELEASED, check_fit, read
+from t5lib.weights.state_dicts import INNER, RELEASED, check_fit, read
 
 NORM_EPS = 1e-6  # of DiT's own code; diffusers' default is 1e-5
 HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}  # of DiT-XL, -L, -B and -S by width: weights do not tell

@@ -1,4 +1,4 @@
-"""Checkpoints in the naming of the method's released code, as models of ours; a ViT's also back.
+"""Vision transformers in the naming of the method's released code, as models of ours, and back.
 
 Released (ViT "T5")                          ours                               i: layer, H heads of width D
 blocks.i.attn.{w1,w2,w3}        (1, H, D, D)  blocks.i.attn.mixer.{w1,w2,w3}     (H, D, D)
@@ -9,82 +9,26 @@ t5lib/weights/released_dit.py has the names of the DiT ("DiT5").
 Source: the code released with "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772).
 """
 
-import argparse
-import logging
 import math
-import pickle
 import re
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from t5lib.families.timm_vit import ADAPTER, VisionTransformer
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.errors import T5Error
+from t5lib.weights.state_dicts import INNER, RELEASED, check_fit
 
-logger = logging.getLogger(__name__)
-
-ENTRIES = {"ema": ("model_ema", "state_dict_ema", "ema"), "model": ("model", "state_dict")}  # that hold weights
-ALL_ENTRIES = (*ENTRIES["ema"], *ENTRIES["model"])
-WRAPPERS = ("_orig_mod.", "module.")  # left in names by torch.compile and DDP
-
-RELEASED = {"w1": "w1", "w2": "w2", "w3": "w3", "q_conv2d": "q_conv", "k_conv2d": "k_conv"}
 OURS = {ours: theirs for theirs, ours in RELEASED.items()}
-INNER = {("w1", "w2", "w3"): "swiglu", ("w1", "w2"): "two_layer"}
 ARCHITECTURES = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
 
 
-def load_released(
-    path: Path | str,
-    *,
-    which: str | None = None,
-    config: TTTConfig | None = None,
-    img_size: tuple[int, int] | None = None,
-) -> nn.Module:
-    """The model in a released checkpoint, in eval mode and the checkpoint's precision.
-
-    A ViT comes as a converted timm VisionTransformer, which `t5lib.save` can save; a DiT5 as diffusers'
-    DiTTransformer2DModel with our layers (t5lib/weights/released_dit.py). Names and shapes tell which. The model
-    carries `t5_config`, and `t5_source`, which says what was loaded: the file, and which of its weights.
-
-    Args:
-        path: a .safetensors file, or one of torch.save, which is opened without running any code in it.
-        which: "ema" or "model", for a file that holds both; None takes the moving average where there is one.
-        config: of the new layers, for what weights cannot tell: "+nat5", "three_layer" in place of "swiglu", the
-            residual loss. By default the paper's layers for a ViT, preset "dit5" for a DiT, in either case with the
-            inner model and the convolutions that have these weights.
-        img_size: (height, width) in pixels of a ViT, needed only when they differ.
-
-    Raises:
-        T5Error: not such a file; weights that are missing, unknown or of another shape (named).
-    """
-    weights, entry = read(path, which)
-    source = f"{entry} of {path}" if entry else str(path)
-    if "x_embedder.proj.weight" in weights:
-        model = _load_dit(weights, config, source)
-    else:
-        model = _load_vit(weights, config, source, img_size)
-    model.t5_source = source
-    logger.info("loaded %s: %s with %s", source, type(model).__name__, model.t5_config)
-    return model.eval()
-
-
-def _load_dit(weights: dict[str, Tensor], config: TTTConfig | None, source: str) -> nn.Module:
-    if not find_spec("diffusers"):
-        raise T5Error(f"{source} is a DiT5, which comes in as a model of diffusers; install that package")
-    from t5lib.weights import released_dit
-
-    return released_dit.from_released(weights, config, source)
-
-
-def _load_vit(
+def from_released(
     weights: dict[str, Tensor], config: TTTConfig | None, source: str, img_size: tuple[int, int] | None
 ) -> nn.Module:
+    """See t5lib.load_released. `source`: names the file in messages."""
     arguments = describe(weights, source, img_size)
     config = config or infer_config(weights, arguments["depth"], source)
     with torch.device("meta"):
@@ -132,21 +76,6 @@ def to_ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             ours[f"{match[1]}.mixer.{RELEASED[match[2]]}"] = value.squeeze(0)
     return ours
-
-
-def check_fit(ours: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:
-    """Raises T5Error naming the weights that are missing, unknown, or of another shape than `expected`."""
-    missing, unknown = (sorted(set(a) - set(b)) for a, b in ((expected, ours), (ours, expected)))
-    shapes = [
-        f"{name} {tuple(ours[name].shape)} for {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in ours and ours[name].shape != value.shape
-    ]
-    if missing or unknown or shapes:
-        raise T5Error(
-            f"{source} does not fit the model it describes: missing {missing[:6]}, unknown {unknown[:6]}, "
-            f"other shapes {shapes[:6]}; expected the released code's layout, or pass config"
-        )
 
 
 def infer_config(weights: dict[str, Tensor], depth: int, source: str) -> TTTConfig:
@@ -215,55 +144,6 @@ def describe(weights: dict[str, Tensor], source: str, img_size: tuple[int, int] 
     if "blocks.0.ls1.gamma" in weights:
         arguments["init_values"] = 1e-5  # any number makes layer scales; the values come from the file
     return arguments
-
-
-def read(path: Path | str, which: str | None = None) -> tuple[dict[str, Tensor], str]:
-    """The weights in `path`, without wrappers' prefixes, and the name of the entry they came from ("" for the file).
-
-    Raises:
-        T5Error: the file cannot be read, would run code, or has no such weights.
-    """
-    if which not in (None, "ema", "model"):
-        raise T5Error(f"which is {which!r}; expected 'ema', 'model', or None for the moving average where there is one")
-    found, entries = _open(Path(path)), []
-    wanted = ENTRIES[which] if which else ALL_ENTRIES
-    while entry := next((name for name in wanted if isinstance(found.get(name), dict)), None):
-        found, wanted = found[entry], ALL_ENTRIES  # what is inside may be wrapped once more
-        entries.append(entry)
-    if which == "ema" and not entries:
-        raise T5Error(f"{path} has no entry {ENTRIES['ema']}; found {list(found)[:6]}, leave which out")
-    weights = {_unwrapped(name): value for name, value in found.items() if isinstance(value, Tensor)}
-    if not weights:
-        raise T5Error(f"{path} holds no weights; found {list(found)[:6]}, expected one of {ALL_ENTRIES}")
-    return weights, ".".join(entries)
-
-
-def _open(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise T5Error(f"{path} {found}; expected a checkpoint file, .safetensors or one of torch.save")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # how training scripts keep their settings
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        cause = re.search(r"GLOBAL (\S+)", str(error))
-        raise T5Error(
-            f"{path} was not opened: {cause[1] if cause else 'it is no file of torch.save, or'} could run code. "
-            "Where you trust it, save its weights with safetensors.torch.save_file, and load that"
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise T5Error(f"{path} cannot be read ({str(error).splitlines()[0]}); copy or fetch it again") from None
-    if not isinstance(found, dict):
-        raise T5Error(f"{path} holds a {type(found).__name__}; expected weights by name")
-    return found
-
-
-def _unwrapped(name: str) -> str:
-    while name.startswith(WRAPPERS):
-        name = name.partition(".")[2]
-    return name
 
 
 def _new_names(weights: dict[str, Tensor], block: int) -> set[str]:

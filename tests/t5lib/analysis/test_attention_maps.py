@@ -98,7 +98,9 @@ def test_chunks_and_chosen_queries_change_nothing(monkeypatch):
     monkeypatch.setitem(
         t5lib.analysis.attention_maps.CHUNK, "cpu", 3 * 2 * 2 * 17 * WIDTH
     )  # three pairs of a query and a probe
-    torch.testing.assert_close(t5lib.implicit_attention(attention, x, GRID, queries=[16, 0, 5]), whole[:, :, [16, 0, 5]])
+    torch.testing.assert_close(
+        t5lib.implicit_attention(attention, x, GRID, queries=[16, 0, 5]), whole[:, :, [16, 0, 5]]
+    )
 
 
 def test_values_of_half_precision_give_a_map_in_full():

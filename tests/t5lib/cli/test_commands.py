@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import timm
 import torch
+from command_line import refused, run, words
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
 from t5kernels import INNER_WEIGHTS, KEY_NORMS
-from command_line import refused, run, words
 from tiny import tiny_vit
 
 import t5lib
 from t5lib.benchmarks.resolution_sweep import count_flops
-from t5lib.cli import app, arguments, converting, images, models
+from t5lib.cli import arguments, converting, images, models
 from t5lib.cli.images import ImageReader
 from t5lib.conversion import ttt_layers
 from t5lib.layers.config import CONVOLUTIONS, PRESETS, TTTConfig

@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-from PIL import Image
 from command_line import refused, run, words
+from PIL import Image
 from tiny_pipelines import SIDE, tiny_dit_pipeline, tiny_sd3_pipeline
 
 from t5lib.evaluation.prompts import seed_of

@@ -318,7 +318,10 @@ def test_workers_can_be_spawned(four):
         (lambda: AugmentConfig(scale=(0.8, 0.2)), "scale is"),
         (lambda: AugmentConfig(hflip=50), "hflip is 50; expected at most 1"),
         (lambda: DataConfig(img_size=0, num_classes=1, mean=(0, 0, 0), std=(1, 1, 1)), "img_size is 0"),
-        (lambda: DataConfig(img_size=8, num_classes=1, mean=(0, 0, 0), std=(1, 0, 1)), r"std\.1 is 0; expected more than 0"),
+        (
+            lambda: DataConfig(img_size=8, num_classes=1, mean=(0, 0, 0), std=(1, 0, 1)),
+            r"std\.1 is 0; expected more than 0",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(build, message):

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from t5lib.layers.baselines import BASELINE_MIXERS, FeatureMapMixer
 from t5lib.layers.config import BASELINES, TTTConfig
-from t5lib.layers.grid import TokenGrid
 from t5lib.layers.factory import make_mixer
+from t5lib.layers.grid import TokenGrid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 B, H, D, LAYERS = 2, 2, 4, 3

@@ -5,8 +5,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from t5lib.layers.config import TTTConfig
-from t5lib.layers.grid import TokenGrid
 from t5lib.layers.factory import make_mixer
+from t5lib.layers.grid import TokenGrid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 H, D = 2, 8

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import t5lib
 from t5lib.conversion import new_parameters
 from t5lib.data.batches import seeded
-from t5lib.training.denoiser import Denoising, DenoiserTrainConfig, validation_loss
+from t5lib.training.denoiser import DenoiserTrainConfig, Denoising, validation_loss
 from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow
 from t5lib.training.trainer import train
 from t5lib.utils.errors import T5Error

@@ -5,6 +5,7 @@ import released
 import torch
 from safetensors.torch import save_file
 
+import t5lib
 from t5lib.conversion import new_parameters
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.errors import T5Error
@@ -25,7 +26,7 @@ def inputs(side=12):
 def load(tmp_path):
     def save_and_load(state, **options):
         save_file(state, tmp_path / "dit.safetensors")
-        return released_vit.load(tmp_path / "dit.safetensors", **options)
+        return t5lib.load_released(tmp_path / "dit.safetensors", **options)
 
     return save_and_load
 

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import released
 import torch
-from safetensors.torch import save_file
 from parity import CASES, grid_of
 from parity import build as build_layer
+from safetensors.torch import save_file
 from tiny import tiny_vit
 
 import t5lib
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.errors import T5Error
-from t5lib.weights import released_vit
+from t5lib.weights import released as released_checkpoints
+from t5lib.weights import released_vit, state_dicts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +52,7 @@ def checkpoint(tmp_path):
 @pytest.mark.parametrize(("shapes", "options", "config"), VARIANTS.values(), ids=VARIANTS)
 def test_a_full_model_gives_the_released_outputs_and_gradients(shapes, options, config, checkpoint):
     state = released.vit_state(**shapes)
-    model = released_vit.load(checkpoint(state), config=config)
+    model = t5lib.load_released(checkpoint(state), config=config)
     parameters = {name: value.clone().requires_grad_() for name, value in state.items()}
     expected = released.vit(parameters, images(), **options)
     weight = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
@@ -68,10 +69,10 @@ def test_a_full_model_gives_the_released_outputs_and_gradients(shapes, options, 
 
 
 def test_the_configuration_is_told_by_the_weights(checkpoint):
-    model = released_vit.load(checkpoint(released.vit_state()))
+    model = t5lib.load_released(checkpoint(released.vit_state()))
     assert model.t5_config == TTTConfig() and len(model.blocks) == 2 and model.blocks[0].attn.num_heads == 3
     assert (model.num_classes, model.patch_embed.img_size, model.patch_embed.patch_size) == (7, (24, 24), (4, 4))
-    plain = released_vit.load(checkpoint(released.vit_state(inner=2, conv=False)))
+    plain = t5lib.load_released(checkpoint(released.vit_state(inner=2, conv=False)))
     assert plain.t5_config == TTTConfig(inner="two_layer", locality="none")
 
 
@@ -80,23 +81,23 @@ def test_other_layouts_are_told_by_the_weights(checkpoint):
     state = released.vit_state(grid=(4, 6))
     flat = state | {"pos_embed": state["pos_embed"][:, 1:]}
     del flat["cls_token"], flat["head.weight"], flat["head.bias"]
-    for name in [n for n in flat if n.startswith("blocks.1.attn.") and n.split(".")[3] in released_vit.RELEASED]:
+    for name in [n for n in flat if n.startswith("blocks.1.attn.") and n.split(".")[3] in state_dicts.RELEASED]:
         del flat[name]
     for index in range(2):
         del flat[f"blocks.{index}.attn.qkv.bias"]
         flat |= {f"blocks.{index}.ls{n}.gamma": torch.ones(24, dtype=torch.float64) for n in (1, 2)}
     with pytest.raises(T5Error, match=r"24 positions with 0 prefix tokens .*pass the img_size"):
-        released_vit.load(checkpoint(flat))
-    model = released_vit.load(checkpoint(flat), img_size=(16, 24))
+        t5lib.load_released(checkpoint(flat))
+    model = t5lib.load_released(checkpoint(flat), img_size=(16, 24))
     assert model.t5_config.layers == (0,) and model.num_classes == 0 and model.cls_token is None
     assert model(images(16, 24)).shape == (2, 24)
-    rows = released_vit.load(checkpoint(state), img_size=(16, 24))
+    rows = t5lib.load_released(checkpoint(state), img_size=(16, 24))
     assert relative_error(rows(images(16, 24)), released.vit(state, images(16, 24))) < 1e-10
 
 
 def test_loading_saving_and_back(checkpoint, tmp_path):
     state = released.vit_state()
-    model = released_vit.load(checkpoint(state))
+    model = t5lib.load_released(checkpoint(state))
     back = released_vit.state_dict(model)
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
     t5lib.save(model, tmp_path / "saved")
@@ -106,7 +107,7 @@ def test_loading_saving_and_back(checkpoint, tmp_path):
     assert relative_error(loaded(images()), model(images())) < 1e-12
     assert t5lib.revert(model)(images()).shape == (2, 7)
     ours = t5lib.convert(tiny_vit())
-    again = released_vit.load(checkpoint(released_vit.state_dict(ours)))
+    again = t5lib.load_released(checkpoint(released_vit.state_dict(ours)))
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in ours.state_dict().items())
 
 
@@ -144,7 +145,7 @@ CONTAINERS = {
 def test_every_container_opens_and_says_what_was_taken(name, kept, checkpoint):
     wrap, told, added = kept
     state, path = released.vit_state(depth=1), checkpoint(released.vit_state(depth=1), name, wrap)
-    model = released_vit.load(path)
+    model = t5lib.load_released(path)
     assert torch.equal(model.norm.bias, state["norm.bias"] + added)
     assert model.t5_source.startswith(told) and str(path) in model.t5_source
 
@@ -152,13 +153,13 @@ def test_every_container_opens_and_says_what_was_taken(name, kept, checkpoint):
 def test_either_of_two_sets_of_weights_can_be_had(checkpoint):
     state = released.vit_state(depth=1)
     path = checkpoint(state, "two.pth", training_state)
-    assert torch.equal(released_vit.load(path, which="model").norm.bias, state["norm.bias"])
-    assert torch.equal(released_vit.load(path, which="ema").norm.bias, state["norm.bias"] + 1)
-    assert released_vit.load(checkpoint(state), which="model") is not None
+    assert torch.equal(t5lib.load_released(path, which="model").norm.bias, state["norm.bias"])
+    assert torch.equal(t5lib.load_released(path, which="ema").norm.bias, state["norm.bias"] + 1)
+    assert t5lib.load_released(checkpoint(state), which="model") is not None
     with pytest.raises(T5Error, match=r"has no entry \('model_ema'.*leave which out"):
-        released_vit.load(checkpoint(state), which="ema")
+        t5lib.load_released(checkpoint(state), which="ema")
     with pytest.raises(T5Error, match="which is 'best'; expected 'ema', 'model'"):
-        released_vit.load(path, which="best")
+        t5lib.load_released(path, which="best")
 
 
 def without(*names):
@@ -183,18 +184,18 @@ REFUSED = {
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
 def test_weights_that_do_not_fit_are_named(change, message, checkpoint):
     with pytest.raises(T5Error, match=message):
-        released_vit.load(checkpoint(change(released.vit_state())))
+        t5lib.load_released(checkpoint(change(released.vit_state())))
 
 
 def test_a_configuration_that_has_other_weights_is_refused(checkpoint):
     with pytest.raises(T5Error, match=r"unknown \['blocks.0.attn.mixer.w3'"):
-        released_vit.load(checkpoint(released.vit_state()), config=TTTConfig(inner="two_layer"))
+        t5lib.load_released(checkpoint(released.vit_state()), config=TTTConfig(inner="two_layer"))
 
 
 def test_a_dit_without_diffusers_says_what_to_install(checkpoint, monkeypatch):
-    monkeypatch.setattr(released_vit, "find_spec", lambda name: None)
+    monkeypatch.setattr(released_checkpoints, "find_spec", lambda name: None)
     with pytest.raises(T5Error, match="is a DiT5, which comes in as a model of diffusers; install"):
-        released_vit.load(checkpoint({"x_embedder.proj.weight": torch.ones(4, 4, 2, 2)}))
+        t5lib.load_released(checkpoint({"x_embedder.proj.weight": torch.ones(4, 4, 2, 2)}))
 
 
 def test_files_that_cannot_be_opened(tmp_path):
@@ -217,7 +218,7 @@ def test_files_that_cannot_be_opened(tmp_path):
         ".": "is a folder",
     }.items():
         with pytest.raises(T5Error, match=message):
-            released_vit.load(tmp_path / name)
+            t5lib.load_released(tmp_path / name)
     assert not (tmp_path / "trapped").exists()
 
 

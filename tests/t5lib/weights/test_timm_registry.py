@@ -1,9 +1,7 @@
 """Converted models under timm names of their own: registered whatever is imported first, and used like timm's."""
 
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import released
@@ -44,81 +42,19 @@ class TestRegistration:
     def test_timm_knows_every_name(self):
         assert sorted(timm.list_models("t5_*")) == NAMES
         assert all(timm.is_model(name) for name in NAMES)
-        assert sorted(timm.list_models(module="timm_plugin")) == NAMES
+        assert sorted(timm.list_models(module="timm_registry")) == NAMES
 
-    def test_nothing_is_registered_twice(self, recwarn):
-        timm_registry.install()
-        assert not [warning for warning in recwarn if "Overwriting" in str(warning.message)]
-        assert sum(isinstance(finder, timm_registry._Finder) for finder in sys.meta_path) == 1
+    @pytest.mark.parametrize("order", ["import timm, t5lib", "import t5lib, timm"])
+    def test_the_import_of_the_module_registers_them_without_a_warning(self, order):
+        code = f"{order}\nassert not timm.list_models('t5_*')\nimport t5lib.weights.timm_registry\n"
+        self.run(code + f"assert timm.list_models('t5_*') == {NAMES}")
 
-    @pytest.fixture
-    def python(self, tmp_path):
-        """Runs code where `timm` is a package of timm's own registry and nothing else, so that it loads at once."""
-        real = Path(timm.__file__).parent / "models"
-        fake = tmp_path / "timm/models"
-        fake.mkdir(parents=True)
-        for name in ("_registry.py", "_pretrained.py"):
-            shutil.copy(real / name, fake)
-        (tmp_path / "timm/__init__.py").write_text(
-            "import time; time.sleep(PAUSE)\nfrom .models import list_models\nDONE = True\n"
-            "def __getattr__(name): raise AttributeError(name)\n".replace("PAUSE", "0.02")
-        )
-        (fake / "__init__.py").write_text(
-            "import time; time.sleep(0.02)\nfrom . import extra\nfrom ._registry import list_models\ntime.sleep(0.02)\n"
-        )
-        (fake / "extra.py").write_text("")
+    def test_importing_t5lib_imports_neither_torch_nor_timm(self):
+        self.run("import t5lib, sys\nassert not {'torch', 'timm', 'numpy'} & set(sys.modules)")
 
-        def run(code, extra=""):
-            (fake / "extra.py").write_text(extra)
-            root = Path(t5lib.__file__).parents[1]
-            setup = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(root)!r}]\nNAMES = {NAMES!r}\n"
-            done = subprocess.run(
-                [sys.executable, "-S", "-c", setup + code], capture_output=True, text=True, timeout=60
-            )
-            assert done.returncode == 0, done.stderr
-
-        return run
-
-    CHECK = (
-        "\nassert sorted(timm.list_models('t5_*')) == NAMES, timm.list_models()\nassert 'torch' not in sys.modules\n"
-    )
-
-    @pytest.mark.parametrize("order", ["import timm, t5lib", "import t5lib, timm", "import timm.models, t5lib"])
-    def test_the_order_of_imports_does_not_matter(self, order, python):
-        python(order + self.CHECK)
-
-    def test_importing_t5lib_imports_neither_torch_nor_timm(self, python):
-        python("import t5lib\nassert not {'torch', 'timm', 'numpy'} & set(sys.modules)")
-
-    def test_timm_may_be_only_partly_imported(self, python):
-        python("import timm" + self.CHECK, extra="import t5lib")
-        python("import t5lib, timm" + self.CHECK, extra="import t5lib, timm")
-
-    def test_many_threads_import_both(self, python):
-        code = """if True:
-            import threading, time
-            def work(index):
-                try:
-                    time.sleep(0.004 * (index % 16))
-                    __import__(("timm", "t5lib", "timm.models", "t5lib.weights.timm_registry")[index % 4])
-                except BaseException as error:
-                    wrong.append(error)
-            wrong, threads = [], [threading.Thread(target=work, args=(index,)) for index in range(32)]
-            [thread.start() for thread in threads]
-            [thread.join() for thread in threads]
-            assert not wrong, wrong
-            import timm
-        """
-        python(code + self.CHECK)
-
-    def test_a_timm_that_fails_to_import_can_be_imported_again(self, python):
-        python(
-            "import t5lib, os\n"
-            "try: import timm\nexcept ValueError: pass\nelse: raise SystemExit('did not fail')\n"
-            "for name in [n for n in sys.modules if n.startswith('timm')]: del sys.modules[name]\n"
-            "os.environ['MENDED'] = '1'\nimport timm" + self.CHECK,
-            extra="import os\nfrom . import _registry\nif 'MENDED' not in os.environ: raise ValueError",
-        )
+    def run(self, code):
+        done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 class TestModel:
@@ -197,7 +133,7 @@ class TestWeights:
         save_file(state, tmp_path / "released.safetensors")
         model = create_from(tmp_path / "released.safetensors")
         assert torch.allclose(model(images()), released.vit(state, images()), atol=1e-3, rtol=1e-3)
-        assert_same(model, t5lib.weights.released_vit.load(tmp_path / "released.safetensors"))
+        assert_same(model, t5lib.load_released(tmp_path / "released.safetensors"))
 
     def test_another_number_of_classes_and_another_size_keep_the_rest(self, tmp_path):
         state = {name: value.float() for name, value in released.vit_state(width=24, patch=8, hidden=96).items()}
