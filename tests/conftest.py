@@ -18,14 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # pytest gives loggers that do not propagate its handler, and with any handler torch writes out all that it traces.
 logging.getLogger("torch.__trace").propagate = True
 
-# What a stage of the stand-in does is a setting: `fail` is the message it fails with, `seconds` how long it takes.
-STAGE = """
-import time
-from dataclasses import dataclass
-from tasks.runtime.stage import main
-from t5lib.utils.errors import SourceError, T5Error
+# The kind of target that the stand-in has, in the place of classifiers. What a stage does is a setting: `fail` is the
+# message it fails with, `seconds` how long it takes.
+TARGET = """
+from t5lib.utils.config import settings
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     inner: str = "swiglu"
     steps: int = 3
@@ -34,11 +32,28 @@ class Config:
     retryable: bool = False
     crash: bool = False
 
-NAME = "{name}"
-SECTIONS = {{NAME: Config}}
+@settings
+class ConvertConfig(Config):
+    key_norm: str = ""
+    locality: str = ""
 
-def run(stage):
-    config = stage.params(Config)
+class ClassifierTarget:
+    SECTIONS = {"fetch": Config, "convert": ConvertConfig, "evaluate": Config}
+
+    def __init__(self, stage):
+        self.stage = stage
+"""
+STAGE = """
+import time
+
+from t5lib.utils.errors import SourceError, T5Error
+from tasks.targets.run import main
+
+READS = ("{name}",)
+
+def run(target):
+    stage = target.stage
+    config = stage.params(target.SECTIONS["{name}"])
     inputs = [stage.input(name).joinpath("result.txt").read_text() for name in {inputs}]
     print(f"{name} at work")
     with (stage.root / f"data/{name}.calls").open("a") as calls:
@@ -127,16 +142,13 @@ class SmallRepo:
 def small_repo(tmp_path, monkeypatch) -> SmallRepo:
     """It is also the working folder."""
     root = tmp_path / "repo"
-    (root / "tasks").mkdir(parents=True)
-    for module in ("__init__", "params", "readiness", "stage", "tracking"):
-        shutil.copy(ROOT / f"tasks/{module}.py", root / "tasks")
+    for module in ("__init__", "targets/__init__", "targets/__main__", "targets/run", "targets/diffusers_folder"):
+        (root / f"tasks/{module}.py").parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / f"tasks/{module}.py", root / f"tasks/{module}.py")
+    shutil.copytree(ROOT / "tasks/runtime", root / "tasks/runtime", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "tasks/targets/classifier.py").write_text(TARGET)
     for name, inputs in INPUTS.items():
-        code = STAGE.format(name=name, inputs=inputs)
-        if name == "convert":
-            code = code.replace(
-                "    steps: int = 3", '    steps: int = 3\n    key_norm: str = ""\n    locality: str = ""'
-            )
-        (root / f"tasks/{name}.py").write_text(code)
+        (root / f"tasks/{name}.py").write_text(STAGE.format(name=name, inputs=inputs))
     (root / "params.yaml").write_text(PARAMS)
     (root / "dvc.yaml").write_text("stages:\n" + "".join(_dvc_stage(name, inputs) for name, inputs in INPUTS.items()))
     for name in (".gitignore", "prefect.toml", ".dvcignore", ".dvc/config", ".dvc/.gitignore"):

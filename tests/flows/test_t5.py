@@ -40,6 +40,7 @@ def test_stages_run_once_are_recorded_and_reused(mlflow_repo, caplog):
     assert mlflow_repo.calls() == [1, 1, 1]
     assert mlflow_repo.git("status", "--short").split() == ["??", "dvc.lock"]
     said = [record.getMessage() for record in caplog.records]
+    assert "small: fetch → convert → evaluate; stages of which nothing changed are skipped" in said
     assert "convert at work" in said
     assert not [line for line in said if "lock file" in line or "dvc push" in line]
 
