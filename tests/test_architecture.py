@@ -1,99 +1,168 @@
 """The rules that hold the packages, dvc.yaml, params.yaml and prefect.yaml together.
 
-flows → tasks → t5lib → t5kernels; what a stage reads is what DVC watches; every deployment and target can be built.
+flows → tasks → t5lib → t5kernels, and in order inside of them; what a stage reads is what DVC watches; two contracts
+answer which kind of model it is; every deployment and target can be built.
 """
 
-import ast
-import functools
 import importlib
+import inspect
 import subprocess
-from pathlib import Path
+import sys
 
 import pytest
 import yaml
+from imports import LAYERS, ROOT, circles, closure, files_of, imports, modules, used_by
 
-import t5lib
+from t5lib.families import ADAPTERS
+from t5lib.families.base import Adapter
+from tasks import targets
 from tasks.runtime import params
 from tasks.studies.ablation import definition
+from tasks.targets.base import Target
 
-ROOT = Path(__file__).resolve().parents[1]
-LAYERS = {"flows": "flows", "tasks": "tasks", "t5lib": "t5lib", "t5kernels": "kernels/t5kernels"}
 SERVICES = {"prefect", "dvc", "mlflow"}
 DVC_STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+ABLATIONS = sorted(path.stem for path in (ROOT / "tasks/studies/ablation").glob("*.yaml"))
 STAGES = params.stage_modules(ROOT)
-OF_DENOISERS = [path.stem for path in (ROOT / "tasks/denoisers").glob("*.py") if path.stem in STAGES]
+KINDS = {name: targets.kind(target) for name, target in PARAMS["targets"].items()}
 
-# How a stage is run and how files are read; none of it decides about a result.
-PLUMBING = {
-    *("tasks/runtime/stage.py", "tasks/runtime/params.py", "tasks/runtime/readiness.py", "tasks/runtime/tracking.py"),
-    *(
-        "t5lib/__init__.py",
-        "t5lib/utils/errors.py",
-        "t5lib/utils/config.py",
-        "t5lib/utils/files.py",
-        "t5lib/utils/progress.py",
-    ),
-}
-# Code of which a stage uses a part that leads no further: an edit behind it must not cause a download or a calibration.
-NOT_FOLLOWED = {
-    "fetch": "t5lib/checkpoint.py",  # saves a softmax model
-    "diagnose": "tasks/targets/classifier.py",  # device()
-    "explain": "tasks/targets/classifier.py",  # device()
-    "calibrate": "tasks/targets/classifier.py",  # device(), stream()
-    "shards": "tasks/targets/classifier.py",  # device()
-    "report": "t5lib/benchmarks/resolution_sweep.py",  # sentences about its rows
-}
+# Each may import what is in rows above its own, and nothing beside it in its row.
+ORDER = [
+    ["t5lib/utils"],
+    ["t5lib/layers", "t5lib/data", "t5lib/download"],
+    ["t5lib/families"],
+    ["t5lib/conversion.py", "t5lib/checkpoint.py", "t5lib/model_card.py"],
+    ["t5lib/pipelines.py", "t5lib/weights", "t5lib/training", "t5lib/evaluation"],
+    ["t5lib/analysis", "t5lib/benchmarks"],
+    ["t5lib/planning", "t5lib/report"],
+    ["t5lib/cli"],
+]
+TASKS_ORDER = [["tasks/runtime"], ["tasks/targets"], ["tasks"], ["tasks/studies"]]
+ALONE = {"t5lib/data", "t5lib/download"}  # know t5lib/utils and nothing else
+
+# How a stage is run, how files are read, and how models are saved, which changes no bit of them: none of it decides
+# about a result.
+PLUMBING = ("tasks/runtime", "t5lib/utils", "t5lib/__init__.py", "t5lib/checkpoint.py", "t5lib/model_card.py")
+# What conversion made is in the model that it saved; others only ask it which layers are new.
+OF_CONVERSION = "t5lib/conversion.py"
+# Packages that a stage imports without its result depending on them: an edit there must not cause a download or an
+# encoding, and the report only quotes what benchmark found.
+MODELS = ("t5lib/families", "t5lib/layers", "kernels/t5kernels", "t5lib/training", "t5lib/evaluation")
+NOT_WATCHED = {"fetch": (*MODELS, "t5lib/data"), "shards": MODELS, "report": (*MODELS, "t5lib/data")}
 
 
-def python_files(layer):
-    return sorted((ROOT / LAYERS[layer]).rglob("*.py"))
+def unit(file):
+    """The package of a file, such as t5lib/layers; t5lib's own modules and the stages stand for themselves."""
+    if file.startswith("kernels/"):
+        return "kernels/t5kernels"
+    return "/".join(file.split("/")[:2])
 
 
-@functools.cache
-def imports(path):
-    """(module, name or None) of every import in a file, with names used as attributes of a package: t5lib.load."""
-    found, tree = set(), ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {(alias.name, None) for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import; the rules here are told by full names"
-            found |= {(node.module, alias.name) for alias in node.names}
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in LAYERS:
-            found.add((node.value.id, node.attr))
-    return frozenset(found)
+def rank(order, file):
+    inside = [index for index, row in enumerate(order) if any(covers(member, file) for member in row)]
+    return max(inside, default=None, key=lambda index: max(len(m) for m in order[index] if covers(m, file)))
+
+
+def covers(dep, path):
+    return path == dep or path.startswith(f"{dep}/")
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_imports_run_one_way(layer):
     order = list(LAYERS)
     above = set(order[: order.index(layer)])
+    files = files_of(LAYERS[layer])
+    wrong = [f"{file} imports {name}" for file in files for name in modules(file) if name.split(".")[0] in above]
+    assert files and wrong == []
+
+
+@pytest.mark.parametrize(("folder", "order"), [("t5lib", ORDER), ("tasks", TASKS_ORDER)], ids=["t5lib", "tasks"])
+def test_inside_of_a_layer_imports_run_one_way_too(folder, order):
+    files = [file for file in files_of(folder) if file not in ("t5lib/__init__.py", "tasks/__init__.py")]
+    assert [file for file in files if rank(order, file) is None] == []
+    wrong = []
+    for file in files:
+        for other in imports(file):
+            if not other.startswith(f"{folder}/") or other == f"{folder}/__init__.py":
+                continue
+            lower = rank(order, other) < rank(order, file)
+            same = rank(order, other) == rank(order, file) and (folder == "tasks" or unit(other) == unit(file))
+            if not (lower or same):
+                wrong.append(f"{file} imports {other}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", sorted(ALONE))
+def test_data_and_download_know_nothing_of_models(package):
     wrong = [
-        f"{path.relative_to(ROOT)} imports {module}"
-        for path in python_files(layer)
-        for module, _ in imports(path)
-        if module.split(".")[0] in above
+        f"{file} imports {other}"
+        for file in files_of(package)
+        for other in imports(file)
+        if not covers(package, other) and not covers("t5lib/utils", other)
     ]
     assert wrong == []
+
+
+def test_there_is_no_circle_of_files_not_even_through_an_import_in_a_function():
+    files = [file for folder in LAYERS.values() for file in files_of(folder)]
+    packages = {file for file in files if file.endswith("__init__.py")}
+    edges = {file: [other for other in imports(file) if other not in packages or file in packages] for file in files}
+    assert circles(edges) == []
+    assert circles({"a": "b", "b": "c", "c": "a", "d": "a"}) == [["a", "b", "c"]]
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_each_service_is_used_by_its_one_owner(layer):
     owners = {"flows": {"prefect"}, "tasks": {"mlflow"}}.get(layer, set())
-    for path in python_files(layer):
-        used = {module.split(".")[0] for module, _ in imports(path)} & SERVICES
-        allowed = owners if layer == "flows" or path.name == "tracking.py" else set()
-        assert used <= allowed, f"{path.relative_to(ROOT)} imports {used - allowed}"
+    for file in files_of(LAYERS[layer]):
+        used = {name.split(".")[0] for name in modules(file)} & SERVICES
+        allowed = owners if layer == "flows" or file == "tasks/runtime/tracking.py" else set()
+        assert used <= allowed, f"{file} imports {used - allowed}"
 
 
 def test_the_kernels_know_neither_models_nor_the_library():
     known, optional = {"torch", "triton", "t5kernels"}, {"natten.py": {"natten"}}
-    for path in python_files("t5kernels"):
-        used = {module.split(".")[0] for module, _ in imports(path)}
-        foreign = used - known - optional.get(path.name, set()) - set(__import__("sys").stdlib_module_names)
-        assert foreign == set(), f"{path.relative_to(ROOT)} imports {foreign}"
+    for file in files_of(LAYERS["t5kernels"]):
+        used = {name.split(".")[0] for name in modules(file)}
+        foreign = used - known - optional.get(file.rpartition("/")[2], set()) - set(sys.stdlib_module_names)
+        assert foreign == set(), f"{file} imports {foreign}"
+
+
+# The two contracts.
+
+
+@pytest.mark.parametrize(
+    ("contract", "kinds"),
+    [(Adapter, [type(adapter) for adapter in ADAPTERS]), (Target, sorted(set(KINDS.values()), key=str))],
+    ids=["Adapter", "Target"],
+)
+def test_every_kind_fulfils_its_contract_and_adds_nothing_to_it(contract, kinds):
+    assert len(kinds) >= 2
+    promised = {name for name in dir(contract) if not name.startswith("_")}
+    for kind in kinds:
+        assert issubclass(kind, contract) and not inspect.isabstract(kind)
+        own = {name for name in vars(kind) if not name.startswith("_")}
+        added = own - promised - EXTRA.get(kind.__name__, set())
+        assert added == set(), f"{kind.__name__} adds {added}; is it a question for every kind?"
+
+
+# Used inside of a kind's own family of classes, or by a study of that kind alone.
+EXTRA = {
+    "SD3": {"softmax_class", "converted_class", "processors", "check_blocks", "example_conditions"},
+    "DiT": {"softmax_class", "converted_class", "processors", "check_blocks", "example_conditions", "holds"},
+    "DenoiserTarget": {"sample_evaluator"},
+}
+
+
+def test_nothing_else_asks_which_kind_of_model_it_is():
+    asked = ("isinstance(inputs, dict)", 'hasattr(model, "blocks")', "find_spec(f", "== DenoiserTarget", "PACKAGE ==")
+    files = [file for folder in LAYERS.values() for file in files_of(folder)]
+    assert [(file, words) for file in files for words in asked if words in (ROOT / file).read_text()] == []
+
+
+# dvc.yaml.
 
 
 def test_dvc_and_tasks_have_the_same_stages():
@@ -111,80 +180,34 @@ def test_a_dvc_stage_runs_its_module_for_every_enabled_target_and_owns_its_outpu
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_dvc_watches_every_setting_that_a_stage_reads(stage):
-    for module in modules_of(stage):
-        names = sorted(f"targets.${{item}}.{name}" for name in importlib.import_module(module).SECTIONS)
-        assert sorted(DVC_STAGES[stage]["do"].get("params", [])) == names
-
-
-def modules_of(stage):
-    """The stage's modules, for classifiers and, where they have their own, for denoisers."""
-    return [f"tasks.{stage}", *([f"tasks.denoisers.{stage}"] if stage in OF_DENOISERS else [])]
-
-
-def test_the_modules_of_denoisers_stand_for_stages():
-    helpers = {"data", "judge", "latents", "pipeline", "real", "training"}
-    assert {path.stem for path in (ROOT / "tasks/denoisers").glob("[!_]*.py")} == helpers | set(OF_DENOISERS)
-    assert {params.kind(target) for target in PARAMS["targets"].values()} == {"classifier", "denoiser"}
+    names = sorted(f"targets.${{item}}.{name}" for name in importlib.import_module(f"tasks.{stage}").READS)
+    assert sorted(DVC_STAGES[stage]["do"].get("params", [])) == names
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_dvc_watches_the_code_that_decides_about_a_stages_result(stage):
-    needed = code_of(stage)
+    unwatched = (*PLUMBING, *NOT_WATCHED.get(stage, ()), *([OF_CONVERSION] if stage != "convert" else []))
+    needed = {
+        file
+        for file in closure(used_by(stage), frozenset())
+        if file.startswith(tuple(LAYERS.values())) and not any(covers(each, file) for each in unwatched)
+    }
     deps = [dep for dep in DVC_STAGES[stage]["do"]["deps"] if not dep.startswith("data/")]
-    wrong = [f"add {path}" for path in sorted(needed) if not any(covers(dep, path) for dep in deps)]
-    wrong += [f"drop {dep}" for dep in deps if not any(covers(dep, path) for path in needed | {"t5lib/templates"})]
+    wrong = [f"add {file}" for file in sorted(needed) if not any(covers(dep, file) for dep in deps)]
+    wrong += [f"drop {dep}" for dep in deps if dep != "tasks/targets" and not any(covers(dep, f) for f in needed)]
     assert not wrong, f"dvc.yaml, {stage}: {', '.join(wrong)}"
+    assert "tasks/targets" in deps
 
 
-def covers(dep, path):
-    return path == dep or path.startswith(f"{dep}/")
-
-
-def code_of(stage):
-    """Our files that a stage imports, directly or not, lazily or not."""
-    seen, todo = set(), [f"{module.replace('.', '/')}.py" for module in modules_of(stage)]
-    while todo:
-        path = todo.pop()
-        if path in seen or path in PLUMBING:
-            continue
-        seen.add(path)
-        if path != NOT_FOLLOWED.get(stage):
-            todo += [str(file.relative_to(ROOT)) for file in map(file_of, imports(ROOT / path)) if file]
-    return seen
-
-
-def file_of(imported):
-    """The file of ours that (module, name) comes from; None for other people's."""
-    module, name = imported
-    top, *rest = module.split(".")
-    if top not in LAYERS:
-        return None
-    if module == "t5lib" and name in t5lib._HOMES:
-        rest, name = t5lib._HOMES[name].split("."), None
-    base = ROOT.joinpath(LAYERS[top], *rest)
-    options = [base / f"{name}.py", base / f"{name}/__init__.py", base.with_suffix(".py"), base / "__init__.py"]
-    return next(path for path in options if path.is_file())
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_dvc_watches_every_input_that_a_stage_names(stage):
-    deps = DVC_STAGES[stage]["do"]["deps"]
-    for module in modules_of(stage):
-        for method, ending in (("input", ""), ("metrics", ".json")):
-            for name in named_in_calls(ROOT / f"{module.replace('.', '/')}.py", method):
-                assert f"data/out/${{item}}/{name}{ending}" in deps
-
-
-def named_in_calls(path, method):
-    """The string literals in calls such as stage.input("convert")."""
-    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    methods = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == method]
-    return {call.args[0].value for call in methods if call.args and isinstance(call.args[0], ast.Constant)}
+def test_a_page_of_the_report_is_the_business_of_the_report_alone():
+    page = "t5lib/report/page.py"
+    watching = [stage for stage in STAGES if any(covers(dep, page) for dep in DVC_STAGES[stage]["do"]["deps"])]
+    assert watching == ["report"]
 
 
 @pytest.mark.parametrize("target", PARAMS["targets"])
 def test_every_target_has_valid_settings_for_every_stage(target):
-    settings = params.resolve(ROOT, target)
+    settings = targets.resolve(ROOT, target)
     told = {"inner", "key_norm", "locality"}  # the tags that tell runs apart
     assert told <= set(PARAMS["targets"][target]["convert"])
     assert settings.keys() == PARAMS["targets"][target].keys()
@@ -202,15 +225,16 @@ def test_enabled_targets_exist_and_adding_one_changes_one_line():
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda deployment: deployment["name"])
 def test_every_deployment_builds_a_target_or_an_ablation_that_exists(deployment):
     (parameter,) = deployment["parameters"].items()
-    known = {"target": PARAMS["targets"], "name": PARAMS["ablations"]}
+    known = {"target": PARAMS["targets"], "name": ABLATIONS}
     assert parameter[1] in known[parameter[0]]
     assert deployment["entrypoint"] == {"target": "flows/t5.py:t5", "name": "flows/ablate.py:ablate"}[parameter[0]]
 
 
-@pytest.mark.parametrize("name", PARAMS["ablations"])
+@pytest.mark.parametrize("name", ABLATIONS)
 def test_every_ablation_has_valid_settings_and_shows_every_variant(name):
     plan = definition.resolve(ROOT, name)
-    assert {unit.variant for unit in plan.units} == set(PARAMS["ablations"][name]["variants"])
+    written = yaml.safe_load((ROOT / f"tasks/studies/ablation/{name}.yaml").read_text())
+    assert {unit.variant for unit in plan.units} == set(written["variants"])
     assert plan.unit(plan.control).settings["convert"] is None
 
 

@@ -32,7 +32,7 @@ from t5lib.data.buckets import fit
 from t5lib.data.captions import image_of
 from t5lib.data.shards import ShardSet
 from t5lib.evaluation.generation import GenerateConfig, sample
-from t5lib.training.objectives import Noised, objective_of
+from t5lib.training.objectives import Noised, noising_of
 from t5lib.utils.files import atomic_dir, write_json, write_text
 
 FOLDER = Path(__file__).parent
@@ -95,13 +95,13 @@ def scheduler() -> DDIMScheduler:
 def train(
     model: DiTTransformer2DModel, data: tuple[Tensor, Tensor], settings: Settings, scratch: Path, stop: float
 ) -> Record:
-    objective, device = objective_of(scheduler()), model.device
+    noising, device = noising_of(scheduler()), model.device
     if device.type == "cuda":
         for block in model.transformer_blocks:
             block.compile(dynamic=False)
 
     def loss(batch: Noised) -> Tensor:
-        return objective.loss(model(**batch.inputs, return_dict=False)[0], batch)
+        return noising.loss(model(**batch.inputs, return_dict=False)[0], batch)
 
     schedule = PretrainConfig(
         minutes=settings.minutes,
@@ -111,29 +111,29 @@ def train(
         untimed=1,
         threads=settings.threads,
     )
-    batch_at = partial(noised, data, settings, objective, device)
+    batch_at = partial(noised, data, settings, noising, device)
     return pretrain("dit", model, batch_at, loss, schedule, scratch / "dit.pt", stop)
 
 
-def noised(data: tuple[Tensor, Tensor], settings: Settings, objective, device: torch.device, step: int) -> Noised:
+def noised(data: tuple[Tensor, Tensor], settings: Settings, noising, device: torch.device, step: int) -> Noised:
     """The batch of a step, some of its labels the one that means none."""
     images, labels = data
     chance = seeded(settings.seed, step)
     rows = torch.randint(len(images), (settings.batch,), generator=chance)
     dropped = torch.rand(settings.batch, generator=chance) < settings.dropped_labels
     batch = {"latents": images[rows], "labels": labels[rows].masked_fill(dropped, CLASSES)}
-    return objective.noised(batch, chance).to(device)
+    return noising.noised(batch, chance).to(device)
 
 
 @torch.compiler.set_stance("force_eager")  # compiling for a few batches costs more than it gains
 @torch.no_grad()
 def held_out_loss(model: DiTTransformer2DModel, data: tuple[Tensor, Tensor], settings: Settings) -> float:
     """On images that were not trained on."""
-    objective = objective_of(scheduler())
+    noising = noising_of(scheduler())
     losses = []
     for step in range(8):
-        batch = noised(data, settings, objective, model.device, step)
-        losses.append(float(objective.loss(model(**batch.inputs, return_dict=False)[0], batch)))
+        batch = noised(data, settings, noising, model.device, step)
+        losses.append(float(noising.loss(model(**batch.inputs, return_dict=False)[0], batch)))
     return sum(losses) / len(losses)
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from vocabulary import LENGTH, clip_tokenizer, t5_tokenizer
 
 from t5lib.data.batches import seeded
-from t5lib.training.objectives import Noised, objective_of
+from t5lib.training.objectives import Noised, noising_of
 from t5lib.utils.files import atomic_dir, read_json, write_json, write_text
 
 FOLDER = Path(__file__).parent
@@ -171,11 +171,11 @@ def train_flow(
     stop: float,
 ) -> Record:
     """Transformer and text encoders together."""
-    objective = objective_of(FlowMatchEulerDiscreteScheduler(shift=config.shift))
+    noising = noising_of(FlowMatchEulerDiscreteScheduler(shift=config.shift))
 
     def batch_at(step: int) -> Noised:
         which = step % len(SIZES)
-        return noised(world, vae, pools[which], settings, objective, settings.batch[which], FLOW, step)
+        return noised(world, vae, pools[which], settings, noising, settings.batch[which], FLOW, step)
 
     schedule = PretrainConfig(
         minutes=settings.minutes,
@@ -189,10 +189,10 @@ def train_flow(
     if world.device.type == "cuda":
         for block in model.transformer.transformer_blocks:
             block.compile(dynamic=False)
-    return pretrain("flow", model, batch_at, partial(flow_loss, model, objective), schedule, scratch / "flow.pt", stop)
+    return pretrain("flow", model, batch_at, partial(flow_loss, model, noising), schedule, scratch / "flow.pt", stop)
 
 
-def noised(world: World, vae, pool: tuple, settings: Settings, objective, number: int, part: int, step: int) -> Noised:
+def noised(world: World, vae, pool: tuple, settings: Settings, noising, number: int, part: int, step: int) -> Noised:
     """A batch of `number` latents of the pool, their captions' ids, some empty, and noise; the same for a seed."""
     latents, captions = pool
     chance = seeded(settings.seed, part, step)
@@ -200,13 +200,13 @@ def noised(world: World, vae, pool: tuple, settings: Settings, objective, number
     empty = torch.rand(number, generator=chance) < settings.empty_captions
     ids = world.ids[captions[rows].masked_fill(empty, len(world.ids) - 1)]
     scaled = (latents[rows].float() - vae.config.shift_factor) * vae.config.scaling_factor
-    return objective.noised({"latents": scaled, "prompt_embeds": ids, "pooled": ids}, chance).to(world.device)
+    return noising.noised({"latents": scaled, "prompt_embeds": ids, "pooled": ids}, chance).to(world.device)
 
 
-def flow_loss(model: Captioned, objective, batch: Noised) -> Tensor:
+def flow_loss(model: Captioned, noising, batch: Noised) -> Tensor:
     inputs = batch.inputs
     velocity = model(inputs["hidden_states"], inputs["timestep"], inputs["encoder_hidden_states"])
-    return objective.loss(velocity, batch)
+    return noising.loss(velocity, batch)
 
 
 def train(world: World, config: MicroConfig, settings: Settings, scratch: Path, stop: float) -> tuple | None:
@@ -252,15 +252,15 @@ def psnr(world: World, vae, settings: Settings) -> dict[str, float]:
 @torch.no_grad()
 def held_out_loss(world: World, model: Captioned, vae, config: MicroConfig, settings: Settings) -> dict[str, float]:
     """The flow loss of the averaged weights on scenes that no step drew, by size."""
-    objective, found = objective_of(FlowMatchEulerDiscreteScheduler(shift=config.shift)), {}
+    noising, found = noising_of(FlowMatchEulerDiscreteScheduler(shift=config.shift)), {}
     chance = torch.Generator(world.device).manual_seed(HELD_OUT)
     for which, size in enumerate(SIZES):
         number = settings.batch[which]
         scenes = world.scenes(number, settings.seed, HELD_OUT, size)
         latents = encode(vae, compose(world.sprites, scenes, size), chance).cpu()
-        batch = noised(world, vae, (latents, scenes.captions()), settings, objective, number, HELD_OUT, size)
+        batch = noised(world, vae, (latents, scenes.captions()), settings, noising, number, HELD_OUT, size)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=world.device.type == "cuda"):
-            found[str(size)] = float(flow_loss(model, objective, batch))
+            found[str(size)] = float(flow_loss(model, noising, batch))
     return found
 
 

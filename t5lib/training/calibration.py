@@ -75,12 +75,13 @@ def calibrate(
     config = config or CalibrateConfig()
     device, adapter = next(teacher.parameters()).device, family_of(teacher)
     inputs_of = functools.partial(_inputs, adapter, device)
-    probe = inputs_of(next(open_batches(batches, 0)))  # measured on, left out of the fit
+    source = open_batches(batches, 0)
+    probe = inputs_of(next(source))  # measured on, left out of the fit
     fit = _Fit(model, teacher, config, probe)
     report = CalibrationReport(error_before=fit.error_before, steps=config.steps)
-    if resume_dir:
-        fit.restore(resume_dir)
-    fit.source = map(inputs_of, open_batches(batches, fit.batches))
+    if resume_dir and fit.restore(resume_dir):
+        source = open_batches(batches, fit.batches)
+    fit.source = map(inputs_of, source)
     every = config.checkpoint_every
     try:
         run_steps(fit, title="calibrate", total=config.steps, resume_dir=resume_dir, every=every, log=log)
@@ -115,8 +116,8 @@ class _Fit(Work):
             )
         self.optimizer = torch.optim.Adam(parameters, lr=config.lr, fused=self.device.type == "cuda")
         self.error_before = self.errors(seen)
-        self.done, self.batches, self.drawn = Done(), 1, self._draws()  # the probe is a batch that was read
-        self.save_to: Path | None = None
+        self.done, self.drawn = Done(), self._draws()
+        self.batches, self.first = 1, 0  # where the present pool begins (after the probe), and with which step
 
     def autocast(self) -> torch.autocast:
         """bf16 on CUDA, where the fit is bound by memory; full precision on a CPU."""
@@ -161,18 +162,23 @@ class _Fit(Work):
         return {"loss": losses.mean().item(), "lr": self.optimizer.param_groups[0]["lr"]}
 
     def _draws(self) -> Iterator[tuple[TokenGrid, list[Example]]]:
-        """What each step learns from: pools of batches, those of one size together, `reuse` times in random order."""
+        """What each step learns from. Steps that were done before an interruption are passed over."""
         while True:
-            self._save_if_due()
-            first = self.done.step
-            taken = [next(self.source) for _ in range(self.config.pool)]
-            self.batches += self.config.pool
-            for inputs in joined_by_size(taken):
-                seen = self.see(inputs)
-                pool = self.examples(seen)
-                orders = shuffled(count(inputs), self.config.reuse, self.config.seed, first)
-                for chosen in (part for order in orders for part in order.split(self.config.batch_size)):
-                    yield seen.grid, [tuple(part[chosen] for part in parts) for parts in pool]
+            step = self.first
+            for examples in self._pool():
+                if step >= self.done.step:
+                    yield examples
+                step += 1
+            self.batches, self.first = self.batches + self.config.pool, step
+
+    def _pool(self) -> Iterator[tuple[TokenGrid, list[Example]]]:
+        """The steps of a few batches, those of one size together, each image `reuse` times in random order."""
+        for inputs in joined_by_size([next(self.source) for _ in range(self.config.pool)]):
+            seen = self.see(inputs)
+            pool = self.examples(seen)
+            orders = shuffled(count(inputs), self.config.reuse, self.config.seed, self.first)
+            for chosen in (part for order in orders for part in order.split(self.config.batch_size)):
+                yield seen.grid, [tuple(part[chosen] for part in parts) for parts in pool]
 
     def _check_finite(self, losses: Tensor, step: int) -> None:
         if not losses.isfinite().all():
@@ -197,23 +203,17 @@ class _Fit(Work):
             group.copy(to_layers=True)
 
     def save(self, folder: Path) -> None:
-        """Ask for a checkpoint; it is written where the next pool begins, since a pool is not kept."""
-        self.save_to = folder
-
-    def _save_if_due(self) -> None:
-        if self.save_to is None:
-            return
-        content: dict[str, Any] = {"done": asdict(self.done), "batches": self.batches}
+        """The pool is not kept: the teacher gives it again."""
+        content: dict[str, Any] = {"done": asdict(self.done), "batches": self.batches, "first": self.first}
         content |= {"optimizer": self.optimizer.state_dict(), "inherited": [p.detach() for p in self._inherited()]}
         content["mixers"] = [group.mixer.state_dict() for group in self.groups]
-        with atomic_file(self.save_to / STATE) as file:
+        with atomic_file(folder / STATE) as file:
             torch.save(content, file)
-        self.save_to = None
 
-    def restore(self, folder: Path) -> None:
-        """Continue from a checkpoint if there is one."""
+    def restore(self, folder: Path) -> bool:
+        """Continue from a checkpoint; False where there is none."""
         if not (folder / STATE).exists():
-            return
+            return False
         content = torch.load(folder / STATE, map_location=self.device, weights_only=True)
         for group, weights in zip(self.groups, content["mixers"], strict=True):
             group.mixer.load_state_dict(weights)
@@ -221,7 +221,8 @@ class _Fit(Work):
         with torch.no_grad():
             for parameter, value in zip(self._inherited(), content["inherited"], strict=True):
                 parameter.copy_(value)
-        self.done, self.batches = Done(**content["done"]), content["batches"]
+        self.done, self.batches, self.first = Done(**content["done"]), content["batches"], content["first"]
+        return True
 
     def _inherited(self) -> Iterator[nn.Parameter]:
         if self.config.lr_inherited:

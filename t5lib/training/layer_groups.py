@@ -32,7 +32,7 @@ class CalibrateConfig:
         pool: batches of teacher activations held at once; steps draw their images from this pool. What one image
             takes is about 2·L·N·C numbers: half a gigabyte for the paper's layers of SD3.5-Medium at 1024 px.
         reuse: how often each image of a pool is used before the pool is replaced.
-        checkpoint_every: steps between checkpoints (they fall on the end of a pool).
+        checkpoint_every: steps between checkpoints.
         objective: "output" (squared error of the layer's output over its variance), or "attention" (cross-entropy to
             the softmax map, as Hedgehog does, arXiv 2402.04347; for mixers that have a map, at quadratic cost).
         compile: torch.compile the fitting step (worth it on CUDA).

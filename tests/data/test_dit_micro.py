@@ -55,7 +55,7 @@ def test_images_are_as_the_stage_shards_encodes_them(script):
 def test_labels_are_dropped_in_batches_and_nowhere_else(script):
     settings = script.Settings(batch=2000)
     data = torch.zeros(10, 1, 4, 4), torch.arange(10)
-    objective = script.objective_of(script.scheduler())
+    objective = script.noising_of(script.scheduler())
     labels = script.noised(data, settings, objective, torch.device("cpu"), 0).inputs["class_labels"]
     assert 0.07 < (labels == 10).float().mean() < 0.13
     model = script.build(script.Settings(layers=1, heads=1)).train()

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_peaks_are_those_of_the_outputs_in_order_and_no_hook_stays():
     model, images = t5lib.convert(tiny_vit()), random_images()
-    peaks = activation_peaks(model, images)
+    peaks = activation_peaks(model, {"x": images})
     names = list(peaks)
     assert names.index("patch_embed.proj") < names.index("blocks.0.attn") < names.index("blocks.1.mlp.fc1")
     assert names[-1] == "head"
@@ -25,7 +25,7 @@ def test_peaks_are_those_of_the_outputs_in_order_and_no_hook_stays():
 
 
 def explained(model, config: TrainConfig, loss: float = math.nan) -> str:
-    return explain_blow_up(model, random_images(), config, 7, loss, math.inf)
+    return explain_blow_up(model, {"x": random_images()}, config, 7, loss, math.inf)
 
 
 def test_the_first_module_that_is_not_finite_is_named():
