@@ -307,10 +307,10 @@ def _workers(count: int, at_once: int, logs: Path | None) -> deque[_Worker]:
     """Each with the next card of all that are seen, and threads for `at_once` of its kind."""
     threads = str(max(1, (os.cpu_count() or 1) // at_once))  # or each would start as many as there are cores
     shared = {name: threads for name in THREADS if name not in os.environ}
-    seen = [{"CUDA_VISIBLE_DEVICES": card} for card in cards()] or [{}]
+    places = [{"CUDA_VISIBLE_DEVICES": card} for card in cards()] or [{}]
     return deque(
         _Worker(shared | own, logs and logs / f"worker-{number}.log")
-        for number, own in enumerate(islice(cycle(seen), count))
+        for number, own in enumerate(islice(cycle(places), count))
     )
 
 

@@ -233,10 +233,10 @@ def fixed_maps(planned: Plan) -> list[list[str]]:
 
 def chosen_maps(first: dict[str, Any], known: list[list[str]]) -> list[list[str]]:
     """What the solver chose; none of like parts twice, or like a known one."""
-    seen, new = {tuple(sorted(assignment)) for assignment in known}, []
+    parts, new = {tuple(sorted(assignment)) for assignment in known}, []
     for assignment in first["chosen"]:
-        if tuple(sorted(assignment)) not in seen:
-            seen.add(tuple(sorted(assignment)))
+        if tuple(sorted(assignment)) not in parts:
+            parts.add(tuple(sorted(assignment)))
             new.append(assignment)
     return new
 

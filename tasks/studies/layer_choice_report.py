@@ -1,4 +1,4 @@
-"""What tasks.studies.layer_choice found, as summary, Markdown table and picture."""
+"""The result of tasks.studies.layer_choice as summary, Markdown table and picture."""
 
 import re
 import statistics

@@ -171,7 +171,7 @@ def picture(scores: dict[str, dict[str, dict[str, float]]]) -> Figure:
             text = f"{value['mean']:.{SCORES[metric][2]}f}"
             axes.annotate(text, (value["mean"], row), (0, 5), textcoords="offset points", ha="center", fontsize=8)
         name, better, _ = SCORES[metric]
-        axes.set_title(f"{name}, {better} is better")
+        axes.set_title(f"{name} ({better} is better)")
         axes.set_yticks(range(len(models)), [model.label.lower() for model in models], color=plots.INK)
         axes.set_ylim(len(models) - 0.5, -0.9)
         axes.margins(x=0.12)

@@ -39,10 +39,10 @@ def test_stages_run_once_are_recorded_and_reused(mlflow_repo, caplog):
     assert t5("small") == {"evaluate": {"score": 0.0, "told": "swiglu"}}
     assert mlflow_repo.calls() == [1, 1, 1]
     assert mlflow_repo.git("status", "--short").split() == ["??", "dvc.lock"]
-    said = [record.getMessage() for record in caplog.records]
-    assert "small: fetch → convert → evaluate; stages of which nothing changed are skipped" in said
-    assert "convert at work" in said
-    assert not [line for line in said if "lock file" in line or "dvc push" in line]
+    lines = [record.getMessage() for record in caplog.records]
+    assert "small: fetch → convert → evaluate; stages of which nothing changed are skipped" in lines
+    assert "convert at work" in lines
+    assert not [line for line in lines if "lock file" in line or "dvc push" in line]
 
     mlflow_repo.set("steps: 0", "steps: 1")
     state = run_state()
@@ -65,8 +65,8 @@ def test_stages_run_once_are_recorded_and_reused(mlflow_repo, caplog):
         assert (run.info.run_name, run.info.status) == ("small", "FINISHED")
         assert run.data.params["evaluate.steps"] == str(steps)
         assert run.data.metrics == {"evaluate.score": steps}
-        told = {"device": tracking.device(), "protocol": f"fetch 3 steps, convert 3 steps, evaluate {steps} steps"}
-        assert (told | {"inner": "swiglu", "target": "small"}).items() <= run.data.tags.items()
+        tags = {"device": tracking.device(), "protocol": f"fetch 3 steps, convert 3 steps, evaluate {steps} steps"}
+        assert (tags | {"inner": "swiglu", "target": "small"}).items() <= run.data.tags.items()
 
 
 def reused(run):

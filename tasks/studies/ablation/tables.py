@@ -122,13 +122,13 @@ def rows_of(result: Result, table: Table) -> list[Row]:
 
 def softmax(result: Result) -> dict[str, dict[str, float]]:
     """Top-1 of the softmax models, as far as there are any: "source", and "control", which is trained alike."""
-    seen: dict[str, dict[str, float]] = {"source": {}, "control": {}}
+    top1: dict[str, dict[str, float]] = {"source": {}, "control": {}}
     for records in result["records"].values():
         for seed, record in records.items():
-            for name, values in seen.items():
+            for name, values in top1.items():
                 if score := record["models"].get(name):
                     values[seed] = score["top1"]
-    return {name: spread(list(values.values())) for name, values in seen.items() if values}
+    return {name: spread(list(values.values())) for name, values in top1.items() if values}
 
 
 def _score(record: dict[str, Any], model: str) -> dict[str, Any] | None:
@@ -271,7 +271,7 @@ def _far_below(row: Row, shown: list[str], floor: float) -> str:
 
 
 def _missing(row: Row, shown: list[str]) -> str:
-    """Why dots are missing, told once where it is the same for all."""
+    """Why dots are missing, once where it is the same for all."""
     reasons = {LOOKS[model][3]: row.cell(model) for model in shown if row.top1(model) is None}
     if len(reasons) == len(shown) and len(set(reasons.values())) == 1:
         return next(iter(reasons.values()))

@@ -63,10 +63,10 @@ def test_each_process_sees_one_card_and_its_share_of_the_threads(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = dict(os.environ)
-    seen = [each.result for each in common.run_jobs(jobs.surroundings, [1.0] * 3, 3)]
-    assert sorted(each["CUDA_VISIBLE_DEVICES"] for each in seen) == ["2", "2", "5"]
-    assert {each["OMP_NUM_THREADS"] for each in seen} == {"4"}
-    assert len({each["pid"] for each in seen} | {os.getpid()}) == 4
+    views = [each.result for each in common.run_jobs(jobs.surroundings, [1.0] * 3, 3)]
+    assert sorted(each["CUDA_VISIBLE_DEVICES"] for each in views) == ["2", "2", "5"]
+    assert {each["OMP_NUM_THREADS"] for each in views} == {"4"}
+    assert len({each["pid"] for each in views} | {os.getpid()}) == 4
     assert dict(os.environ) == before
 
 
@@ -117,11 +117,11 @@ def test_with_seed_reaches_nested_settings_and_nothing_else():
 
 
 def test_the_order_of_stages_serves_every_stage():
-    stages, seen = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"], set()
+    stages, before = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"], set()
     for name in common.stages_of(ROOT):
         needs = {Path(dep).stem for dep in stages[name]["do"]["deps"] if dep.startswith("data/out/")}
-        assert needs <= seen
-        seen.add(name)
+        assert needs <= before
+        before.add(name)
     assert common.stages_of(ROOT, "shards") == ["fetch", "shards"]
 
 

@@ -57,7 +57,7 @@ def clock():
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> task.Settings:
     """A tiny model and random images, decoded already."""
-    folder = tmp_path_factory.mktemp("given")
+    folder = tmp_path_factory.mktemp("inputs")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         t5lib.save(timm.create_model("vit_tiny_patch16_224", **TINY), folder / "model")
@@ -132,8 +132,8 @@ def test_the_choice_never_sees_the_test_images(settings, tmp_path):
     images = task.open_images(settings, t5lib.load(settings.model), torch.device("cpu"), tmp_path)
     batches = {"scan": images.scan(), "test": images.test(), "fit": [next(images.calibrate(0)(n)) for n in range(4)]}
     sums = {  # of every image: mirroring does not change it
-        name: {round(image.double().sum().item(), 2) for pixels, _ in found for image in pixels}
-        for name, found in batches.items()
+        name: {round(image.double().sum().item(), 2) for pixels, _ in of_name for image in pixels}
+        for name, of_name in batches.items()
     }
     assert [len(sums[name]) for name in ("scan", "test", "fit")] == [8, 10, 16]
     assert not sums["scan"] & sums["test"] and not sums["scan"] & sums["fit"] and not sums["test"] & sums["fit"]

@@ -20,8 +20,8 @@ def root(tmp_path, empty_mlflow):
 
 def runs(root, **tags):
     client = tracking._client(root)
-    found = client.search_runs([tracking._experiment(client, root)], order_by=["start_time ASC"])
-    return [run for run in found if tags.items() <= run.data.tags.items()]
+    every = client.search_runs([tracking._experiment(client, root)], order_by=["start_time ASC"])
+    return [run for run in every if tags.items() <= run.data.tags.items()]
 
 
 def test_a_result_becomes_a_parent_and_a_run_for_every_variant_and_seed_once(root):
@@ -50,9 +50,9 @@ def test_a_run_tells_what_a_flows_run_tells(root):
     (run,) = runs(root, variant="linear", seed="1")
     assert (run.info.run_name, run.info.status) == ("linear, seed 1", "FINISHED")
     assert (run.info.start_time, run.info.end_time) == (1_700_000_000_000, 1_700_000_060_000)
-    told = {"target": "tiny", "inner": "linear", "key_norm": "instance", "locality": "none", "device": "a card"}
-    told |= {"git_commit": "abc", "protocol": "calibrate 600 steps, finetune 1.0 epochs", "ablation": "small"}
-    assert told.items() <= run.data.tags.items()
+    tags = {"target": "tiny", "inner": "linear", "key_norm": "instance", "locality": "none", "device": "a card"}
+    tags |= {"git_commit": "abc", "protocol": "calibrate 600 steps, finetune 1.0 epochs", "ablation": "small"}
+    assert tags.items() <= run.data.tags.items()
     assert {
         "evaluate.models.source.top1": 93.0,
         "evaluate.models.finetuned.top1": 92.0,
