@@ -1,13 +1,20 @@
 """The one way in which random streams follow from a seed: by what they are for, never by what was drawn before."""
 
-import numpy as np
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def derived_seed(*key: int) -> int:
     """A 64-bit seed that follows from these numbers (a seed, what it is for, epoch, batch …) and from no others."""
+    import numpy as np  # here: commands that only read prompts or settings start without it
+
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
-def numpy_generator(*key: int) -> np.random.Generator:
+def numpy_generator(*key: int) -> "np.random.Generator":
     """A generator of its own for these numbers (`derived_seed`)."""
+    import numpy as np
+
     return np.random.default_rng(derived_seed(*key))

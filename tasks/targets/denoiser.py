@@ -181,7 +181,7 @@ class DenoiserTarget(Target):
         drawn = {name: evaluator.draw(name, folder, images / name) for name, folder in folders.items()}
         scores = evaluator.scores(drawn)
         os.replace(images, stage.out / "images")
-        few = {name: each.pictures[: config.shown] for name, each in drawn.items()}
+        few = {name: each.images[: config.shown] for name, each in drawn.items()}
         plots.save(sample_grid(few, evaluator.prompts[: config.shown]), stage.out / "samples.png")
         stage.artifact(stage.out / "samples.png")
         return scores

@@ -50,10 +50,10 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a model did: its held-out loss, and its pictures (n, C, H, W) uint8, one for each of `SampleEvaluator.asked`."""
+    """What a model did: its held-out loss, and its images (n, C, H, W) uint8, one for each of `SampleEvaluator.asked`."""
 
     loss: float
-    pictures: Tensor
+    images: Tensor
 
 
 class SampleEvaluator:
@@ -116,12 +116,12 @@ class SampleEvaluator:
     def scores(self, drawn: dict[str, Drawn]) -> dict[str, dict[str, Any]]:
         """What applies (t5lib.evaluation.scores.METRICS) to each model and to real images; "source" must be there."""
         held_out = real_images.stacked(list({id(image): image for image in self.asked}.values()))
-        pictures = {name: each.pictures for name, each in drawn.items()}
+        pictures = {name: each.images for name, each in drawn.items()}
         found = scores.fidelity(pictures, held_out, self._extractor, device=device())
         for name, each in drawn.items():
-            found[name] = {"loss": each.loss, **found[name], **self._following(each.pictures)}
+            found[name] = {"loss": each.loss, **found[name], **self._following(each.images)}
             if name != "source":
-                found[name] |= scores.distance_to(each.pictures, drawn["source"].pictures, self._dinov2)
+                found[name] |= scores.distance_to(each.images, drawn["source"].images, self._dinov2)
         found[REAL] = self._following(real_images.stacked(self.asked))
         return found
 

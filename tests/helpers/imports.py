@@ -1,4 +1,4 @@
-"""What our files import, and what of it a stage comes to use by way of its target; read from the code, nothing is run."""
+"""What our files import, and what a stage comes to use of it by way of its target; read from the code, nothing runs."""
 
 import ast
 import functools

@@ -388,7 +388,7 @@ class TestInspect:
         assert found["parameters"] == {"total": total, "inherited": total - new, "new": new}
         assert found["file_bytes"] == (converted / "model.safetensors").stat().st_size
         assert found["dtype"] == "float32"
-        picture = torch.zeros(1, 3, 32, 32)
+        picture = {"x": torch.zeros(1, 3, 32, 32)}
         assert found["flops"]["t5"] == count_flops(model, picture)
         assert found["flops"]["softmax"] == count_flops(t5lib.revert(model), picture)
 
@@ -402,7 +402,7 @@ class TestInspect:
             counts = []
             for each in (softmax, model):
                 each.set_input_size(img_size=strip)
-                counts.append(count_flops(each, torch.zeros(1, 3, *strip)))
+                counts.append(count_flops(each, {"x": torch.zeros(1, 3, *strip)}))
             return counts[0] / counts[1]
 
         assert softmax_over_t5(equal) >= 1 > softmax_over_t5(equal - 1)

@@ -57,14 +57,17 @@ def clock(monkeypatch):
     """A device without noise: every layer, softmax or new, has its price at the resolution asked for."""
 
     def install(softmax: float, new: float):
-        def race(models, side, config, rules):
+        def time_models(models, inputs, config, rules, where):
             def cost(model):
                 converted = len(ttt_layers(model))
                 return 1 + (len(model.blocks) - converted) * softmax * (side / 32) ** 2 + converted * new
 
-            return {name: timing.Race([cost(model)], None, 1e-6) for name, model in models.items()}
+            side = inputs["x"].shape[-1]
+            return {
+                name: timing.ModelTime([cost(model)], None, 1e-6, torch.float64, None) for name, model in models.items()
+            }
 
-        monkeypatch.setattr(cost_model, "race", race)
+        monkeypatch.setattr(cost_model, "time_models", time_models)
 
     return install
 
