@@ -180,12 +180,17 @@ def _dvc_stage(name: str, inputs: list[str]) -> str:
 
 @pytest.fixture
 def as_stage(monkeypatch):
-    """Make a function the stage `tasks.<name>`, for run_stage."""
+    """Make a function the stage `tasks.<name>` for run_stage; it is given the stage itself."""
 
     def register(name: str, config: type, run) -> None:
+        def bare(stage):
+            """A kind of target that adds nothing to its stage."""
+            return stage
+
         module = ModuleType(f"tasks.{name}")
-        module.SECTIONS, module.run = {name: config}, run
+        module.READS, module.run, bare.SECTIONS = (name,), run, {name: config}
         monkeypatch.setitem(sys.modules, f"tasks.{name}", module)
+        monkeypatch.setattr("tasks.targets.run.kind", lambda settings: bare)
 
     return register
 

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from test_model_stages import write_split
+from labelled import write_split
 
 import t5lib
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
-from tasks.runtime.stage import read_history, run_stage
+from tasks.runtime.stage import read_history
+from tasks.targets.run import run_stage
 
 SETTINGS = {
     "data": {"img_size": 32, "num_classes": 3, "mean": [0.5] * 3, "std": [0.25] * 3, "eval_batch_size": 5},
@@ -48,5 +49,5 @@ def test_numbers_curves_and_pictures_are_left(root):
 
 
 def test_settings_below_one_are_refused(root):
-    with pytest.raises(T5Error, match="explain: probes is 0; expected 1 or more"):
+    with pytest.raises(T5Error, match=r"explain\.probes is 0; expected 1 or more"):
         run_stage("explain", "tiny", params=SETTINGS | {"explain": {"probes": 0}}, root=root)

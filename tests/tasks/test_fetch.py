@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed
 import t5lib
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, sha256
-from tasks.runtime.stage import run_stage
+from tasks.targets.run import run_stage
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 SMALL = {"img_size": 64, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 7}

@@ -1,20 +1,21 @@
 """From a source to its evaluation, stage by stage, on a tiny model and a handful of images."""
 
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from labelled import write_split
 
 import t5lib
 from t5lib.conversion import new_parameters
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json, sha256, write_json
-from tasks.runtime.stage import read_history, run_stage
+from t5lib.utils.files import read_json
+from tasks.runtime.stage import read_history
+from tasks.targets.classifier import ClassifierTarget, FreezeConfig
+from tasks.targets.linear_head import fit_head
+from tasks.targets.run import run_stage
 
 TRAINED = {"epochs": 1.0, "batch_size": 8, "lr": 1e-4, "lr_new": 1e-3, "warmup": 0.2, "checkpoint_every": 1}
 SETTINGS = {
@@ -50,25 +51,6 @@ def root(tmp_path_factory) -> Path:
     for split, count, seed in (("train", TRAIN, 0), ("val", VAL, 1)):
         write_split(out / "shards", split, count, np.random.default_rng(seed))
     return root
-
-
-def write_split(folder: Path, split: str, count: int, rng: np.random.Generator) -> None:
-    """Noise with one colour brighter: that is the class."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(folder / f"{split}.tar", "w") as tar:
-        for index in range(count):
-            label = index % 3
-            pixels = rng.integers(0, 200, (32, 32, 3))
-            pixels[:, :, label] += 12
-            png = io.BytesIO()
-            Image.fromarray(pixels.astype(np.uint8)).save(png, "png")
-            for name, content in ((f"{index:04d}.cls", b"%d" % label), (f"{index:04d}.png", png.getvalue())):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    shard = {"path": f"{split}.tar", "count": count, "sha256": sha256(folder / f"{split}.tar")}
-    about = {"name": split, "licence": "none", "source": "test", "classes": ["red", "green", "blue"]}
-    write_json(folder / f"{split}.json", about | {"count": count, "shards": [shard]})
 
 
 def stage(root: Path, name: str, **changes) -> dict:
@@ -161,11 +143,11 @@ def test_a_training_that_broke_goes_on_and_ends_as_if_it_had_not(built, root, mo
 
     whole, step, taken = made(root, "finetune").state_dict(), Trainer.step, []
 
-    def breaking(run, batches):
-        taken.append(run.done.step)
+    def breaking(trainer):
+        taken.append(trainer.done.step)
         if len(taken) == 5:
             raise OSError("node lost")
-        return step(run, batches)
+        return step(trainer)
 
     monkeypatch.setattr(Trainer, "step", breaking)
     with pytest.raises(OSError, match="node lost"):
@@ -184,35 +166,34 @@ def test_a_calibration_that_broke_goes_on_and_ends_as_if_it_had_not(built, root,
 
     whole, step, taken = made(root, "calibrate").state_dict(), calibration._Fit.step, []
 
-    def breaking(fit, batch, number):
-        taken.append(number)
+    def breaking(fit):
+        taken.append(fit.done.step)
         if len(taken) == 22:
             raise OSError("node lost")
-        return step(fit, batch, number)
+        return step(fit)
 
     monkeypatch.setattr(calibration._Fit, "step", breaking)
     with pytest.raises(OSError, match="node lost"):
         stage(root, "calibrate")
     metrics = stage(root, "calibrate")
-    assert taken[22] == 16  # the last checkpoint: a pool gives four steps, and every second one passes a multiple of 8
+    assert taken[22] == 16  # the last checkpoint
     again = made(root, "calibrate").state_dict()
     assert all(torch.equal(again[name], whole[name]) for name in whole)
     assert metrics["error_after"] == built["calibrate"]["error_after"]
 
 
 def test_the_gate_stops_a_model_below_the_floor_and_leaves_no_result(built, root):
-    with pytest.raises(T5Error, match=r"freeze gate: top-1 is .* below the floor of 101 %.*Calibrate longer"):
-        stage(root, "freeze", freeze={**SETTINGS["freeze"], "floor": 101})
+    with pytest.raises(T5Error, match=r"freeze gate: top-1 is .* below the floor of 100 %.*Calibrate longer"):
+        stage(root, "freeze", freeze={**SETTINGS["freeze"], "floor": 100})
     assert not (root / "data/out/tiny/freeze").exists() and not (root / "data/out/tiny/freeze.json").exists()
     stage(root, "freeze")
 
 
 def test_the_gate_stops_a_model_whose_loss_is_not_finite():
-    from tasks.freeze import check_gate
-
+    config, target = FreezeConfig(floor=10.0), ClassifierTarget(None)
     with pytest.raises(T5Error, match="the validation loss is nan"):
-        check_gate(90.0, float("nan"), 10.0)
-    check_gate(10.0, 1.0, 10.0)
+        target.check_gate({"top1": 90.0, "loss": float("nan")}, config)
+    target.check_gate({"top1": 10.0, "loss": 1.0}, config)
 
 
 def test_the_freeze_protocol_cannot_be_loosened_by_a_forgotten_setting(root):
@@ -232,8 +213,6 @@ def test_source_keeps_the_head_it_is_told_to_keep_and_no_finetune_means_none(bui
 
 
 def test_a_head_that_is_not_one_linear_layer_is_refused():
-    from tasks.source import fit_head
-
     for model, found in (
         (timm.create_model("deit_tiny_distilled_patch16_224", depth=1), "the head is a pair"),
         (timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0), "the head is Identity"),

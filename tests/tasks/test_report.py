@@ -16,7 +16,7 @@ import t5lib
 from t5lib.report import common as report
 from t5lib.report.classifier import standard_error
 from t5lib.utils.errors import T5Error
-from tasks.runtime.stage import run_stage
+from tasks.targets.run import run_stage
 
 TARGET = "micro"
 LAYERS = ["blocks.0.attn", "blocks.1.attn"]

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import tasks.downloads
+from t5lib import download
 from t5lib.data.shards import ShardSet
 from t5lib.utils.errors import SourceError, T5Error
 from t5lib.utils.files import read_json, sha256, write_json
-from tasks.runtime.stage import run_stage
+from tasks.targets.run import run_stage
 
 DATA = {"img_size": 8, "num_classes": 3, "mean": [0, 0, 0], "std": [1, 1, 1]}
 OUT = Path("data/out/demo/shards")
@@ -85,8 +85,8 @@ def test_hub_shards_are_fetched_once_and_half_a_download_is_not_taken_for_all(tm
         write_tar(folder / "1.tar", first + 10, 3)
         return folder
 
-    monkeypatch.setattr(tasks.downloads, "fetch", fetch)
-    monkeypatch.setattr(tasks.downloads, "resolve", lambda source: source.replace("@main", "@" + "0" * 40))
+    monkeypatch.setattr(download, "fetch", fetch)
+    monkeypatch.setattr(download, "resolve", lambda source: source.replace("@main", "@" + "0" * 40))
     train, val = (f"hf:datasets/me/pictures@main#{split}-*.tar" for split in ("train", "val"))
     with pytest.raises(SourceError):
         run(tmp_path, train, val)

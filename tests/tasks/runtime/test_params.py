@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from t5lib.utils.errors import T5Error
+from tasks import targets
 from tasks.runtime import params
 
 
 def check(repo, target="small"):
-    return repo.run(sys.executable, "-m", "tasks.runtime.params", target)
+    return repo.run(sys.executable, "-m", "tasks.targets", target)
 
 
 def test_enabling_a_target_changes_one_word_and_keeps_comments(small_repo):
@@ -76,8 +77,8 @@ def test_outside_the_repository_the_message_says_where_to_go(tmp_path):
 def test_settings_are_replaced_by_words_at_any_depth_and_checked():
     root = Path(__file__).parents[3]
     words = ["evaluate.sampling.steps=3", "shards.train=file:elsewhere.json", "convert.layers={0-1: softmax}"]
-    found = params.resolve_with(root, "sd35-micro", words)
-    assert found["evaluate"]["sampling"] == params.resolve(root, "sd35-micro")["evaluate"]["sampling"] | {"steps": 3}
+    found = targets.resolve(root, "sd35-micro", words)
+    assert found["evaluate"]["sampling"] == targets.resolve(root, "sd35-micro")["evaluate"]["sampling"] | {"steps": 3}
     assert found["shards"]["train"] == "file:elsewhere.json" and found["convert"]["layers"] == {"0-1": "softmax"}
     for word, message in (
         ("evaluate.sampling.stepps=3", "unknown setting 'stepps'; did you mean 'steps'"),
@@ -86,4 +87,4 @@ def test_settings_are_replaced_by_words_at_any_depth_and_checked():
         ("finetune.steps", "expected SECTION.NAME=VALUE"),
     ):
         with pytest.raises(T5Error, match=message):
-            params.resolve_with(root, "sd35-micro", [word])
+            targets.resolve(root, "sd35-micro", [word])

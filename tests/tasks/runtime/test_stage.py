@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import pytest
 
 from t5lib.utils.errors import SourceError, T5Error
-from tasks.runtime.stage import read_history, run_stage
+from tasks.runtime.stage import read_history
+from tasks.targets.run import run_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,7 @@ def test_what_dvc_yaml_lists_can_be_read(stage, tmp_path):
 
 
 def test_a_section_that_the_stage_does_not_declare_is_refused(stage):
-    with pytest.raises(RuntimeError, match='add "data": Config to its SECTIONS'):
+    with pytest.raises(RuntimeError, match='reads "data", a Config: add it to its READS'):
         stage(lambda stage: stage.params(Config, "data"))
 
 

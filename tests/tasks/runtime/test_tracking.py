@@ -8,7 +8,7 @@ import pytest
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
 from tasks.runtime import tracking
-from tasks.runtime.stage import run_stage
+from tasks.targets.run import run_stage
 
 pytestmark = pytest.mark.pipeline
 
