@@ -26,6 +26,8 @@ class _Recorder(TorchDispatchMode):
 @contextmanager
 def fake_card(major=9):
     """CUDA tensors made inside are on a card of this major version. It yields a list that gets the names of our ops."""
+    if torch.cuda.is_available():
+        torch.cuda.init()  # which asks for properties that the card below does not have
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode(), _Recorder() as recorder:
         patch.setattr(launch, "INTERPRETED", False)
         patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))

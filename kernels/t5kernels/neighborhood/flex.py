@@ -31,9 +31,11 @@ def circular_attention(
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, kind: str, sizes: tuple[int, ...]) -> Tensor:
-    # operator.index fixes a size that torch.compile traces as dynamic, and must: a mask belongs to one geometry.
+    # operator.index fixes a size that torch.compile traces as dynamic, and must: a mask belongs to one geometry, and a
+    # kernel to one head width.
     name = _prepare(kind, tuple(operator.index(size) for size in sizes), str(q.device))
-    scale, width = q.shape[3] ** -0.5, q.shape[3]
+    width = operator.index(q.shape[3])
+    scale = width**-0.5
     if width < SMALLEST_HEAD:
         q, k, v = (F.pad(t, (0, SMALLEST_HEAD - width)) for t in (q, k, v))
     if torch.compiler.is_compiling() or q.device.type != "cuda":

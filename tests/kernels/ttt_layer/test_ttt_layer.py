@@ -9,6 +9,7 @@ from layer_cases import LEAST, TINY, Case, call, draw
 from t5kernels import Grid, RmsNorms, Settings, convolved, ttt_layer
 from torch.export import Dim
 from torch.testing import assert_close
+from triton_device import DEVICE
 
 REFUSED = "impl='triton' cannot be used "
 
@@ -155,7 +156,7 @@ def test_the_reference_is_exported_for_all_sizes():
             return ttt_layer(image, weights, Settings(), grid=grid, text=text, impl="reference", **convs)
 
     def sizes(images, rows, columns, text):
-        return torch.randn(images, rows, columns, 3, 3, 8), torch.randn(images, text, 3, 3, 8)
+        return tuple(torch.randn(images, *size, 3, 3, 8, device=DEVICE) for size in ((rows, columns), (text,)))
 
     dynamic = (dict.fromkeys((0, 1, 2), Dim.DYNAMIC), dict.fromkeys((0, 1), Dim.DYNAMIC))
     exported = torch.export.export(Layer(), sizes(2, 3, 4, 5), dynamic_shapes=dynamic).module()
