@@ -175,7 +175,8 @@ def resolve(root: Path, name: str, changes: Iterable[str] = ()) -> Plan:
     file = _file(root, name)
     where = f"{file.name}: ablation"
     whole = to_dict(from_dict(Ablation, _read(file), where))  # every section is there, so that a change can reach it
-    ablation = from_dict(Ablation, params.changed(whole, changes, file.stem), where)
+    words = [f"ablation.{word}" for word in changes]  # an ablation is one section to --set: resolution=518 has no other
+    ablation = from_dict(Ablation, params.changed({"ablation": whole}, words, file.name)["ablation"], where)
     written = _target_written(root, ablation)
     target = _target_settings(ablation, written)
     odd = [variant for variant in ablation.variants if not re.fullmatch(r"[\w-]+", variant)]
