@@ -1,11 +1,10 @@
 """Training a small denoiser from nothing on one device, for a fixed time: what made sd35-micro and dit-micro.
 
-Unlike t5lib.training.classifier, which fine-tunes for a number of steps, time is the budget here: the learning rate falls with the
+Unlike t5lib.training, which fine-tunes for a number of steps, time is the budget here: the learning rate falls with the
 clock. A step's batch depends on the seed and its number alone, so a run that was stopped goes on as if it had not been.
 """
 
 import itertools
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from t5lib.utils.errors import T5Error
+from t5lib.utils.files import atomic_file
 
 T = TypeVar("T")
 LOG_EVERY = 50  # steps; the loss is read from the device no more often
@@ -186,10 +186,8 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "record": vars(self.record),
         }
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.checkpoint.with_name(f".{self.checkpoint.name}.partial")
-        torch.save(state, partial)
-        os.replace(partial, self.checkpoint)
+        with atomic_file(self.checkpoint) as file:
+            torch.save(state, file)
         self.saved = time.monotonic()
 
     def load(self) -> None:

@@ -24,7 +24,6 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from jinja2 import Template
 from PIL import Image
-from pretraining import PretrainConfig, Record, pretrain, zero_gates
 from torch import Tensor, nn
 
 from t5lib.data.batches import seeded
@@ -34,6 +33,9 @@ from t5lib.data.shards import ShardSet
 from t5lib.evaluation.generation import GenerateConfig, sample
 from t5lib.training.objectives import Noised, noising_of
 from t5lib.utils.files import atomic_dir, write_json, write_text
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where pretraining.py lies
+from pretraining import PretrainConfig, Record, pretrain, zero_gates
 
 FOLDER = Path(__file__).parent
 SIDE = 32

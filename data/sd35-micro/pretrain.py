@@ -28,7 +28,6 @@ import torch
 from captions import every_caption
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from networks import DOWN, SIZES, Captioned, MicroConfig, build_vae
-from pretraining import PretrainConfig, Record, pretrain, zero_gates
 from scenes import Emoji, Scenes, compose, draw_scenes, read_sprites
 from torch import Tensor
 from vocabulary import LENGTH, clip_tokenizer, t5_tokenizer
@@ -36,6 +35,9 @@ from vocabulary import LENGTH, clip_tokenizer, t5_tokenizer
 from t5lib.data.batches import seeded
 from t5lib.training.objectives import Noised, noising_of
 from t5lib.utils.files import atomic_dir, read_json, write_json, write_text
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where pretraining.py lies
+from pretraining import PretrainConfig, Record, pretrain, zero_gates
 
 FOLDER = Path(__file__).parent
 VAE, POOL, FLOW, HELD_OUT = range(4)  # first part of the seeds, so that no two steps draw the same

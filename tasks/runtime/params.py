@@ -69,7 +69,7 @@ def changed(settings: dict[str, Any], changes: Iterable[str], target: str) -> di
     for word in changes:
         path, equals, value = word.partition("=")
         *sections, name = path.split(".")
-        if not equals or not name or not sections:
+        if not equals or not name:
             raise T5Error(f"--set {word}: expected SECTION.NAME=VALUE, such as finetune.steps=100")
         section = settings
         for key in sections:
