@@ -17,14 +17,14 @@ def train_stage(target: Target, start: str, recipe: LoopConfig, gate: object | N
     """Train the model of stage `start` by `recipe` and save it; returns the metrics of a training stage.
 
     Args:
-        gate: the section `freeze`, where the result has to pass its check before it is saved.
+        gate: the section `freeze`, whose check the result has to pass, or the stage fails and leaves nothing.
     """
     model = target.load(start)
     report = target.fit(model, recipe)
+    t5lib.save(model, target.stage.out)
     metrics = target.held_out(model)
     if gate is not None:
         metrics |= target.check_gate(metrics, gate)
-    t5lib.save(model, target.stage.out)
     return metrics | {
         "steps": report.steps,
         "seconds": report.seconds,

@@ -3,18 +3,21 @@
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import PartialState
 from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import t5lib
 from t5lib.data.batches import Batches
 from t5lib.data.images import AugmentConfig, DataConfig, eval_batches, train_batches, transform
 from t5lib.data.shards import ShardSet
-from t5lib.evaluation.classifier import Score, evaluate
+from t5lib.evaluation.classifier import predict, score
 from t5lib.report import classifier as report
 from t5lib.report.common import Quality
 from t5lib.report.data import ReportData
@@ -24,11 +27,14 @@ from t5lib.training.classifier import Classification, TrainConfig
 from t5lib.training.trainer import TrainReport, train
 from t5lib.utils.config import NotNegative, settings
 from t5lib.utils.errors import T5Error
+from t5lib.utils.files import atomic_file
 from t5lib.utils.progress import progress
 from tasks.targets.base import Target, precision
 from tasks.targets.image_shards import open_labelled, refuse_overlap
 from tasks.targets.linear_head import fit_head
 from tasks.targets.timm_model import FetchConfig, fetched_model
+
+KEPT = "validation.safetensors"  # what a stage's model predicts on the validation images
 
 
 @settings
@@ -120,14 +126,19 @@ class ClassifierTarget(Target):
         if config.finetune:
             steps = self.fit(model, config.finetune).steps
         seconds = time.monotonic() - begun
-        measured = self.held_out(model)
         t5lib.save(model, self.stage.out)
-        return measured | {"seconds": seconds, "steps": steps}
+        return self.held_out(model) | {"seconds": seconds, "steps": steps}
 
     def evaluate(self, models: dict[str, str]) -> dict[str, dict[str, Any]]:
-        config, loaded = self.section("evaluate"), {name: self.load(made_by) for name, made_by in models.items()}
-        scores = self._scores(loaded, reference="source", precision=precision(config.precision))
-        return {name: score.as_dict() for name, score in scores.items()}
+        """Where a stage has kept what its model predicts, in this precision, the model is not run again."""
+        mode = precision(self.section("evaluate").precision)
+        folders = {name: self.stage.input(made_by) for name, made_by in models.items()}
+        logits = {name: kept for name, folder in folders.items() if (kept := _kept_logits(folder, mode)) is not None}
+        missing = {name: self.load(made_by) for name, made_by in models.items() if name not in logits}
+        new, labels = self._predict(missing or {"source": self.load("source")}, mode)
+        logits |= new
+        expected = logits["source"].argmax(-1)
+        return {name: score(logits[name], labels, expected).as_dict() for name in models}
 
     def calibration_batches(self, config: CalibrateConfig) -> Batches:
         return self._stream(AugmentConfig(hflip=0.5), config.batch_size, config.seed)
@@ -156,8 +167,12 @@ class ClassifierTarget(Target):
         )
 
     def held_out(self, model: nn.Module) -> dict[str, float]:
-        score = self._scores({"model": model}, precision=precision())["model"]
-        return {"top1": score.top1, "loss": score.loss}
+        """See Target; the predictions are kept beside what the stage made, for the stage `evaluate`."""
+        logits, labels = self._predict({"model": model}, precision())
+        with atomic_file(self.stage.out / KEPT) as file:
+            save_file(logits, file, metadata={"precision": precision()})
+        measured = score(logits["model"], labels)
+        return {"top1": measured.top1, "loss": measured.loss}
 
     def check_gate(self, measured: dict[str, float], config: FreezeConfig) -> dict[str, float]:
         if not math.isfinite(measured["loss"]):
@@ -200,14 +215,20 @@ class ClassifierTarget(Target):
 
         return from_batch
 
-    def _scores(
-        self, models: dict[str, nn.Module], *, precision: str, reference: str | None = None
-    ) -> dict[str, Score]:
-        """On all validation images."""
+    def _predict(self, models: dict[str, nn.Module], mode: str) -> tuple[dict[str, Tensor], Tensor]:
+        """The logits of models on all validation images, and the labels."""
         data, images = self.section("data"), self._shards("val")
         batches = eval_batches(images, transform(data), batch_size=data.eval_batch_size, workers=data.workers)
         with progress("evaluate", images.count) as bar:
-            return evaluate(models, batches, reference=reference, precision=precision, on_batch=bar.advance)
+            return predict(models, batches, precision=mode, on_batch=bar.advance)
+
+
+def _kept_logits(folder: Path, mode: str) -> Tensor | None:
+    """What `held_out` kept of the model in `folder`, if it ran in this precision."""
+    if not (folder / KEPT).is_file():
+        return None
+    with safe_open(folder / KEPT, "pt") as file:
+        return file.get_tensor("model") if file.metadata()["precision"] == mode else None
 
 
 def _refuse_mismatch(train: ShardSet, val: ShardSet, num_classes: int) -> None:
