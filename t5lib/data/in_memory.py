@@ -1,8 +1,8 @@
 """All images of a split decoded once and held on the device: batches without a loader, as fast as memory gives them.
 
 For many runs on the same images at a size that fits the device. What an image goes through is what
-t5lib.data.images.transform does without augmentation, up to the normalization, which happens on the device; a horizontal
-flip is the only augmentation. Every batch follows from the seed and its number.
+t5lib.data.images.transform does without augmentation, up to the normalization, which happens on the device; a
+horizontal flip is the only augmentation. Every batch follows from the seed and its number.
 
 Shapes: n images, B batch, H and W pixels of the network's input.
 """

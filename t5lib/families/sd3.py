@@ -43,8 +43,8 @@ class T5SD3Transformer2DModel(SD3Transformer2DModel):
     """An SD3Transformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them.
 
     Args:
-        t5_config: of the new layers, as plain values (t5lib.utils.config.to_dict); None for softmax attention. The others
-            are those of diffusers' class.
+        t5_config: of the new layers, as plain values (t5lib.utils.config.to_dict); None for softmax attention. The
+            others are those of diffusers' class.
     """
 
     t5_config: TTTConfig | None = None

@@ -2,8 +2,8 @@
 
 A model's forward sees the size of its input, but it calls its blocks without it. Checkpointing calls a block again,
 from the thread of the backward pass, and threads share a model at different sizes: neither an attribute of the model
-nor one of the thread is enough. So the list of blocks, when a forward iterates it, gives callables that hold the grid of that
-forward (`carry_grid`); each makes it the grid of its thread for as long as its block runs (`current_grid`).
+nor one of the thread is enough. So the list of blocks, when a forward iterates it, gives callables that hold the grid
+of that forward (`carry_grid`); each makes it the grid of its thread for as long as its block runs (`current_grid`).
 """
 
 import threading

@@ -60,7 +60,8 @@ class Timing:
         rest_ms: everything but the blocks.
         block_ms: one block, by kind; "softmax" among them.
         ms_runs: every timed pass of the short models behind these figures.
-        relative_error: of each short model's output against float64, within t5lib.benchmarks.resolution_sweep's tolerance.
+        relative_error: of each short model's output against float64, within the tolerance of
+            t5lib.benchmarks.resolution_sweep.
     """
 
     resolution: int
@@ -148,7 +149,10 @@ class Plan:
         return wanted - self.timing.rest_ms
 
     def break_even(self, kind: str) -> int | None:
-        """Tokens from which on a model with `kind` in every layer is faster, as t5lib.benchmarks.resolution_sweep.break_even_tokens."""
+        """Tokens from which on a model with `kind` in every layer is faster.
+
+        As t5lib.benchmarks.resolution_sweep.break_even_tokens.
+        """
         rows = [
             {"tokens": timing.tokens, "model": model, "ms": self.milliseconds(self.uniform(layer), timing)}
             for timing in self.timings

@@ -79,7 +79,7 @@ def to_ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_config(weights: dict[str, Tensor], depth: int, source: str) -> TTTConfig:
-    """The TTTConfig whose layers hold these weights: inner model and locality by their names, layers by their places."""
+    """The TTTConfig whose layers hold these weights: inner model and locality by names, layers by their places."""
     found = {index: _new_names(weights, index) for index in range(depth)}
     layers = [index for index, names in found.items() if names]
     first = found[layers[0]]

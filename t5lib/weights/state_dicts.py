@@ -1,4 +1,4 @@
-"""Weights by name, as files of other people's code hold them: opened without running any code, their wrappers taken off.
+"""Weights by name, as files of other people's code hold them: opened without running code, their wrappers taken off.
 
 RELEASED are the names that the method's released code gives to new weights, and ours.
 """

@@ -12,7 +12,7 @@ from t5lib.utils.progress import progress
 
 
 def fit_head(model: nn.Module, batches: Iterable[Batch], count: int, l2: float) -> None:
-    """Fit `model.head` on the features of the `count` images of `batches` (images (B, 3, H, W), labels (B,)), each once.
+    """Fit `model.head` on the features of `batches` (images (B, 3, H, W), labels (B,)): `count` images, each once.
 
     Args:
         l2: weight of the head's squared norm, on standardized features.

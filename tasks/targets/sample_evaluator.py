@@ -35,7 +35,8 @@ class EvaluateConfig:
         shown: how many of them the picture of samples shows.
         sampling: steps, guidance, size (default: the pipeline's).
         cutouts: file:MANIFEST.json of RGBA pictures of all that can be asked for, one a name; for things on plain
-            backgrounds. Then they tell what a picture shows (t5lib.evaluation.cutout_retrieval), and not training images.
+            backgrounds. Then they tell what a picture shows (t5lib.evaluation.cutout_retrieval), and not training
+            images.
     """
 
     samples: Annotated[int, Field(ge=scores.LEAST)] = 1000
@@ -50,7 +51,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a model did: its held-out loss, and its images (n, C, H, W) uint8, one for each of `SampleEvaluator.asked`."""
+    """What a model did: its held-out loss, and images (n, C, H, W) uint8, one for each of `SampleEvaluator.asked`."""
 
     loss: float
     images: Tensor
