@@ -1,4 +1,4 @@
-"""What an explanation (t5lib.analysis.explanation) says, in plain words; from its dictionary, so a saved one will do."""
+"""What an explanation (t5lib.analysis.explanation) says, in plain words; from its dictionary, so a saved one does."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,9 @@
 Calibration fits every layer on its own to the softmax model's activations (t5lib.training.calibration), so one
 calibrated model of each kind holds every layer "calibrated alone", and any mixture of softmax and calibrated layers is
 a model (`hybrid`). `scan` measures the increase of a loss for every layer and kind by itself; `choose` finds the map
-with the smallest sum of increases that a budget allows, exactly; because layers do add to each other's errors, `select` measures
-the few best maps as whole models and takes the best. `compare_rules` puts it beside maps made without measuring.
+with the smallest sum of increases that a budget allows, exactly; because layers do add to each other's errors, `select`
+measures the few best maps as whole models and takes the best. `compare_rules` puts it beside maps made without
+measuring.
 
 A kind is a value of a layer map (TTTConfig.layers); an assignment names the kind of every layer.
 """
