@@ -2,6 +2,7 @@
 
 PYTHON  ?= python3          # the Python that .venv is made with, 3.11 or newer
 TARGET  ?= dinov2-fashion   # what `make demo` builds: a target of params.yaml
+FULL    ?=                  # 1: the target with -full behind its name, which takes more steps
 PORT    ?= 4200             # Prefect's server
 UI_PORT ?= 5000             # MLflow's pages
 
@@ -18,7 +19,7 @@ help:  ## this list
 	@sed -n 's/^\([A-Z_]*\) *?= \([^ ]*\) *# \(.*\)/  \1|\2|\3/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-10s %s (default: %s)\n", $$1, $$3, $$2 }'
 
 demo: $(READY)  ## from real weights to a measured linear model, and its report; run again, it redoes only what changed
-	@$(RUN) -m flows.t5 $(TARGET)
+	@$(RUN) -m flows.t5 $(strip $(TARGET))$(if $(strip $(FULL)),-full)
 
 test: $(READY)  ## every test that this machine can run
 	@$(RUN) -m pytest -n 2 --dist loadgroup
@@ -39,8 +40,10 @@ ui: $(READY)  ## MLflow's pages: runs, curves, comparison
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) > /dev/null || { echo "there is no '$(strip $(PYTHON))'; name a Python 3.11 or newer: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, $(strip $(PYTHON)) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12")'
-	@echo "installing into .venv"
-	@$(PYTHON) -m venv .venv
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	@.venv/bin/uv pip install --quiet --python $(RUN) -c constraints.txt -e '.[diffusion,pipeline,dev]'
+	@echo "installing into .venv: torch (gigabytes where it comes with CUDA), diffusers, Prefect, DVC, MLflow and what they need"
+	@begun=$$(date +%s); set -e; \
+	$(PYTHON) -m venv .venv; \
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt uv; \
+	.venv/bin/uv pip install --quiet --python $(RUN) -c constraints.txt -e '.[diffusion,pipeline,dev]'; \
+	echo "installed in $$(( $$(date +%s) - $$begun )) s"
 	@touch $@
