@@ -5,6 +5,9 @@ import torch
 from tiny_denoisers import dit_batch, sd3_batch, tiny_dit, tiny_sd3
 
 import t5lib
+from t5lib.analysis.key_shift import shift_ratio
+from t5lib.families import family_of
+from t5lib.layers.config import TTTConfig
 from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noised_batch
 from t5lib.utils.errors import T5Error
 
@@ -43,3 +46,24 @@ def test_every_layer_and_head_is_measured_on_the_keys_that_attention_sees(make, 
 def test_latents_that_were_not_noised_are_refused():
     with pytest.raises(T5Error, match=r"got 'latents', 'labels'. A denoiser's latents and captions are noised first"):
         t5lib.diagnose(tiny_dit(), dit_batch(0))
+
+
+@pytest.mark.parametrize("scope", ["joint", "modality"])
+def test_the_shift_after_the_key_norm_is_that_of_keys_normalized_in_the_layers_own_scope(scope):
+    """Without the mean taken off, what each part is divided by decides about the shift of the whole."""
+    model = tiny_sd3()
+    config = TTTConfig(key_norm="instance_no_mean", key_norm_scope=scope, locality="none")
+    inputs = noised_batch(sd3_batch(0, 4), RectifiedFlow(), 0)
+    found = t5lib.explain(model, t5lib.convert(model, config), inputs)
+    adapter, tokens, heads = family_of(model), {}, {}
+    name = adapter.attention_names(model)[0]
+    handles = adapter.watch(model.get_submodule(name), tokens, heads, name)
+    with torch.no_grad():
+        adapter.call(model, inputs)
+        k = adapter.project(model.get_submodule(name), tokens[name])[1]
+    for handle in handles:
+        handle.remove()
+    sizes = [part.shape[1] for part in tokens[name]]
+    parts = [k] if scope == "joint" else k.split(sizes, dim=2)
+    normed = [part / (part.var(2, keepdim=True, correction=0) + config.key_norm_eps).sqrt() for part in parts]
+    assert found.shift_after[0] == pytest.approx(shift_ratio(torch.cat(normed, dim=2)).mean().item(), rel=1e-4)

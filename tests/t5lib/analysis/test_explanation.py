@@ -134,7 +134,7 @@ def test_models_that_do_not_belong_together_are_refused(mixed):
         t5lib.explain(softmax, t5lib.convert(tiny_vit(depth=3)), IMAGES)
     with pytest.raises(T5Error, match=r"pos_embed \(1, 17, 32\) and \(1, 65, 32\)"):
         t5lib.explain(softmax, t5lib.convert(tiny_vit(img_size=64)), IMAGES)
-    with pytest.raises(T5Error, match="the models differ in .*blocks"):
+    with pytest.raises(T5Error, match=r"the models differ in .*blocks"):
         t5lib.explain(softmax, torch.nn.Linear(3, 3), IMAGES)
     with pytest.raises(T5Error, match=r"must hold images \(B, 3, H, W\), got \(3, 32, 32\)"):
         t5lib.explain(softmax, mixed, IMAGES[0])
