@@ -52,7 +52,8 @@ def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
             f"{source} is no folder here, and no pipeline was had from the hub under that name ({reason}); check the "
             "path, or the name, the network and HF_TOKEN"
         ) from error
-    left_out = {name: None for name, value in index.items() if value in ([None, None], (None, None))}
+    entries = index.items()  # type: ignore[attr-defined]  # diffusers tells what it returns with other arguments
+    left_out = {name: None for name, value in entries if value in ([None, None], (None, None))}
     return DiffusionPipeline.from_pretrained(source, **left_out | options)
 
 

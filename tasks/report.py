@@ -51,7 +51,7 @@ def gather(target: Target) -> ReportData:
         histories={name: read_history(path) for name, path in curves.items() if path.is_file()},
         account=read_json(stage.input("convert") / "account.json"),
         description=read_json(stage.input("finetune") / "t5.json"),
-        samples=samples and samples.read_bytes(),
+        samples=samples.read_bytes() if samples else None,
         shift=read_json(stage.input("diagnose") / "shift_ratio.json") if "diagnose" in metrics else None,
         explanation=read_json(explained / "explanation.json") if explained else None,
         maps=tuple(path.read_bytes() for path in sorted(explained.glob("maps-*.png"))) if explained else (),

@@ -146,7 +146,7 @@ def explain(
     inputs = placed(inputs, next(softmax_model.parameters()).device, next(softmax_model.parameters()).dtype)
     with evaluating(softmax_model), evaluating(converted_model):
         measured = _measure(adapter, softmax_model, converted_model, names, inputs)
-        seen = {}
+        seen: dict[str, Any] = {}
         if adapter.has_attention_maps:
             some = first(inputs, map_images)
             seen = _look(adapter, softmax_model, converted_model, names, some, queries, probes)
@@ -220,7 +220,7 @@ class _Trace:
 @torch.no_grad()
 def _measure(
     adapter: Adapter, softmax_model: nn.Module, converted_model: nn.Module, names: Sequence[str], inputs: Inputs
-) -> dict[str, tuple[float | None, ...]]:
+) -> dict[str, Any]:
     """Errors, CKA and shift ratios, by name, an entry a layer."""
     layers = {name: _LayerSums() for name in names}
     at_once = max(1, TOKENS_AT_ONCE // adapter.num_tokens(softmax_model, inputs))

@@ -8,7 +8,8 @@ class RelativeError:
     """Squared error over the variance of what was wanted; 0: the same, 1: no better than its mean."""
 
     def __init__(self):
-        self.squared_error = self.total = self.squares = self.count = 0
+        self.squared_error = self.total = self.squares = torch.zeros((), dtype=torch.float64)
+        self.count = 0
 
     def add(self, found: Tensor, wanted: Tensor) -> None:
         found, wanted = found.double(), wanted.double()
@@ -30,7 +31,8 @@ class CKA:
     """
 
     def __init__(self):
-        self.count, self.sums, self.products = 0, [0, 0], [0, 0, 0]
+        nothing = torch.zeros((), dtype=torch.float64)
+        self.count, self.sums, self.products = 0, [nothing] * 2, [nothing] * 3
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """x (n, C), y (n, C′): the same n tokens."""

@@ -114,12 +114,14 @@ def time_models(
             refuses to record a CUDA graph.
     """
     inputs = placed(inputs, rules.device, rules.dtype)
-    clock = {"warmup": config.warmup, "repeats": config.repeats, "device": rules.device}
+    clock: dict[str, Any] = {"warmup": config.warmup, "repeats": config.repeats, "device": rules.device}
     with torch.inference_mode(), attention_choice(rules.device), _every_model_compiled(rules):
         cast = {name: cast_to(copy.deepcopy(model), rules.dtype) for name, model in models.items()}
         if rules.compiled:
             cast = {name: compile_model(model, inputs) for name, model in cast.items()}
-        calls = {name: functools.partial(family_of(model).call, model, inputs) for name, model in cast.items()}
+        calls: dict[str, Callable[[], Any]] = {
+            name: functools.partial(family_of(model).call, model, inputs) for name, model in cast.items()
+        }
         for call in calls.values():
             call()  # compiles
         passes = {name: _recorded(call, name) for name, call in calls.items()} if rules.graphs else calls

@@ -102,13 +102,14 @@ def step_cost(
         shape: arguments of SD3Transformer2DModel.
     """
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    result = {"settings": asdict(config), "shape": dict(shape), "machine": _machine(device), "cases": []}
+    result: dict[str, Any] = {"settings": asdict(config), "shape": dict(shape)}
+    result |= {"machine": _machine(device), "cases": []}
     for size, compiled, optimizer, layers in itertools.product(
         config.sizes, config.compile, config.optimizers, config.layers
     ):
         case = {"size": size, "layers": layers, "compile": compiled, "optimizer": optimizer}
         case |= _measured(case, config, device, shape)
-        softmax = next((c for c in (*result["cases"], case) if _is_softmax_of(c, case)), {})
+        softmax: dict[str, Any] = next((c for c in (*result["cases"], case) if _is_softmax_of(c, case)), {})
         if "seconds" in case and "seconds" in softmax:
             case["times_softmax"] = softmax["seconds"] / case["seconds"]
         result["cases"].append(case)
@@ -247,7 +248,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text-tokens", type=int, default=usual.text_tokens)
     parser.add_argument("--small", action="store_true", help="a small model instead, to see that all runs")
     given = parser.parse_args(arguments)
-    installed = ("adamw", "adamw8bit") if importlib.util.find_spec("bitsandbytes") else ("adamw",)
+    installed: tuple[Literal["adamw", "adamw8bit"], ...] = ("adamw",)
+    if importlib.util.find_spec("bitsandbytes"):
+        installed = ("adamw", "adamw8bit")
     config = CostConfig(
         sizes=tuple(given.sizes),
         layers=tuple(given.layers),

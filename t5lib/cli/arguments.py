@@ -29,9 +29,9 @@ class Source:
 
     def __post_init__(self):
         if self.folder:
-            self._check_folder()
+            self._check_folder(self.folder)
         elif self.weights:
-            self._check_weights()
+            self._check_weights(self.weights)
 
     @property
     def folder(self) -> Path | None:
@@ -39,27 +39,27 @@ class Source:
         path = Path(self.name).expanduser()
         return path if path.is_dir() or os.sep in self.name else None
 
-    def _check_folder(self) -> None:
+    def _check_folder(self, folder: Path) -> None:
         if self.weights or not self.pretrained:
             raise T5Error(f"{self.name} is a folder with weights of its own; leave --weights and --no-pretrained out")
-        if not (self.folder / "t5.json").is_file():
-            found = "is no saved model: it has no t5.json" if self.folder.is_dir() else "does not exist"
+        if not (folder / "t5.json").is_file():
+            found = "is no saved model: it has no t5.json" if folder.is_dir() else "does not exist"
             raise T5Error(f"{self.name} {found}; expected a timm name, or a folder written by t5lib.save")
-        if read_json(self.folder / "t5.json").get("t5"):
+        if read_json(folder / "t5.json").get("t5"):
             raise T5Error(
                 f"{self.name} is converted already: TTT layers are where its softmax attention was. Use the softmax "
                 "model it came from, or give it back its softmax attention in Python: "
                 f"t5lib.save(t5lib.revert(t5lib.load({self.name!r})), 'softmax')"
             )
 
-    def _check_weights(self) -> None:
+    def _check_weights(self, weights: Path) -> None:
         if not self.pretrained:
             raise T5Error("--weights and --no-pretrained contradict each other; leave one out")
-        if not self.weights.is_file():
-            raise T5Error(f"--weights {self.weights} does not exist; expected a .safetensors file")
-        if self.weights.suffix != ".safetensors":
+        if not weights.is_file():
+            raise T5Error(f"--weights {weights} does not exist; expected a .safetensors file")
+        if weights.suffix != ".safetensors":
             raise T5Error(
-                f"--weights {self.weights} is no .safetensors file; other formats can run code when they are opened. "
+                f"--weights {weights} is no .safetensors file; other formats can run code when they are opened. "
                 "Load it where you trust it, and save it with safetensors.torch.save_file"
             )
 

@@ -70,7 +70,7 @@ def show(folder: Path, found: dict[str, Any]) -> None:
         ("tokens", f"{found['tokens']}: {rows * columns} patches{prefix}"),
         ("parameters", _parameters(**found["parameters"])),
         ("file", f"{found['file_bytes'] / 1e6:,.1f} MB, {found['dtype']}"),
-        ("cost", _cost(found["flops"], converted=found["t5"] is not None)),
+        ("cost", _cost(found["flops"]["softmax"], found["flops"]["t5"], converted=found["t5"] is not None)),
     ]
     for kind in reversed(found["kinds"]):
         where = f"layers {ranges(kind['layers'])}" if len(found["kinds"]) > 1 else "new layers"
@@ -128,8 +128,7 @@ def _parameters(total: int, inherited: int, new: int) -> str:
     return f"{total:,} = {inherited:,} inherited + {new:,} new ({100 * new / total:.1f}%)" if new else f"{total:,}"
 
 
-def _cost(flops: dict[str, int | None], *, converted: bool) -> str:
-    softmax, t5 = flops["softmax"], flops["t5"]
+def _cost(softmax: int, t5: int | None, *, converted: bool) -> str:
     if t5 is None:
         return f"{softmax / 1e9:.3g} GFLOPs an image; this model cannot be converted"
     share = 100 * (t5 / softmax - 1)

@@ -23,7 +23,7 @@ from t5lib.families.inputs import ExampleSize
 from t5lib.families.timm_vit import ADAPTER
 from t5lib.layers.config import SOFTMAX, TTTConfig
 from t5lib.layers.layer_map import format_layers
-from t5lib.planning.cost_model import Plan, PlanConfig, Timing, plan
+from t5lib.planning.cost_model import Plan, PlanConfig, Timing, plan, settings_of
 from t5lib.planning.layer_search import Outcome, hybrid, layer_text, measure, scan, select
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.utils.config import to_dict
@@ -153,22 +153,23 @@ def _choose(request: Request, found: Plan, softmax: nn.Module, recipe: Calibrate
     batches = CalibrationImages(fitted, reader.read, recipe.batch_size, request.seed)
     calibrated = {}
     for kind in found.kinds:
-        calibrated[kind] = convert(softmax, dataclasses.replace(TTTConfig().named(kind), seed=request.seed))
+        calibrated[kind] = convert(softmax, dataclasses.replace(settings_of(kind), seed=request.seed))
         folder = partial / _fingerprint(request, recipe, kind, softmax) if partial else None
         note(f"calibrating {kind}")
         t5lib.calibrate(calibrated[kind], teacher=softmax, batches=batches, config=recipe, resume_dir=folder)
     images = [images.cpu() for images in _read(reader, scanned)]
     reader.report()
-    how = {"precision": "bf16" if next(softmax.parameters()).is_cuda else "fp32"}
+    precision = "bf16" if next(softmax.parameters()).is_cuda else "fp32"
     with progress("scan", sum(map(len, images))) as bar:
-        scanned_table = scan(softmax, calibrated, images, on_batch=bar.advance, **how)
+        scanned_table = scan(softmax, calibrated, images, precision=precision, on_batch=bar.advance)
     with notes.status("measuring the best maps as whole models"):
         increase, costs = scanned_table["increase"], found.block_costs()
-        (chosen,) = select(softmax, calibrated, increase, costs, [budget], images, **how)
-        outcome = measure(softmax, calibrated, [chosen], images, **how)[tuple(chosen)]
+        (chosen,) = select(softmax, calibrated, increase, costs, [budget], images, precision=precision)
+        outcome = measure(softmax, calibrated, [chosen], images, precision=precision)[tuple(chosen)]
     _print_choice(found, scanned_table, chosen, outcome)
     if request.out:
         _save(request.out, hybrid(softmax, calibrated, chosen), found, scanned_table, chosen)
+    if partial:
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -21,7 +21,7 @@ import re
 import tarfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from t5lib.data.shards import Sample, Shard, ShardSet, check
 from t5lib.utils.config import AtLeastOne, Share, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file, read_json, sha256, write_bytes, write_json
-from t5lib.utils.progress import progress
+from t5lib.utils.progress import StepReporter, progress
 
 FORMAT = 1
 ENCODING = "encoding.json"
@@ -79,13 +79,13 @@ def encode(
     settings = work.settings()
     _prepare(folder, settings, set(inputs))
     if text:
-        write_bytes(folder / NULL, save({name: value[0] for name, value in work.embeds([""]).items()}))
+        write_bytes(folder / NULL, save({name: value[0] for name, value in _embeds(text, [""]).items()}))
     indices, done = {}, 0
     with progress(f"encode {shards.name}", shards.count) as bar:
         for name, shard in inputs.items():
             tar = folder / f"{name}.tar"
             if not _finished(tar):
-                work.shard(shard, tar, lambda count, before=done: bar.advance(before + count))
+                work.shard(shard, tar, _onwards(bar, done))
             indices[tar] = ShardIndex.read(tar)
             _refuse([line for index in indices.values() for line in index.skipped], shards, config.max_skipped)
             done += shard.count
@@ -125,7 +125,8 @@ class _Work:
 
     def shard(self, shard: Shard, tar: Path, advance: Callable[[int], None]) -> None:
         """Write the tar, then its index."""
-        samples, skipped = [], []
+        samples: list[list] = []
+        skipped: list[str] = []
         with atomic_file(tar) as partial:
             with tarfile.open(partial, "w") as out:
                 for batch in self.batches(shard, skipped, advance):
@@ -154,7 +155,7 @@ class _Work:
 
     def decoded(self, sample: Sample) -> _Decoded | str:
         """The sample, or a message on what is wrong with it."""
-        about = {} if self.text else {"label": check(sample, self.classes)[1]}
+        about: dict[str, Any] = {} if self.text else {"label": check(sample, self.classes)[1]}
         try:
             about |= {"caption": caption_of(sample)} if self.text else {}
             image = image_of(sample, self.images.channels)
@@ -173,7 +174,7 @@ class _Work:
             tensors["flipped"] = self.images(pixels.flip(-1))
         tensors = {name: value.half().cpu() for name, value in tensors.items()}
         if self.text:
-            tensors |= self.embeds([decoded.about["caption"] for decoded in batch])
+            tensors |= _embeds(self.text, [decoded.about["caption"] for decoded in batch])
         else:
             tensors["label"] = torch.tensor([decoded.about["label"] for decoded in batch])
         for name, value in tensors.items():
@@ -185,15 +186,22 @@ class _Work:
                 )
         for position, decoded in enumerate(batch):
             own = {name: value[position].contiguous() for name, value in tensors.items()}
-            yield decoded, save(own), tuple(own["latent"].shape[1:])
+            height, width = own["latent"].shape[1:]
+            yield decoded, save(own), (height, width)
 
-    def embeds(self, captions: list[str]) -> dict[str, Tensor]:
-        return {name: value.half().cpu() for name, value in self.text(captions).items()}
+
+def _embeds(text: TextEncoder, captions: list[str]) -> dict[str, Tensor]:
+    return {name: value.half().cpu() for name, value in text(captions).items()}
+
+
+def _onwards(bar: StepReporter, before: int) -> Callable[[int], None]:
+    """Reports so many samples of a shard where so many of the earlier ones are done."""
+    return lambda count: bar.advance(before + count)
 
 
 def _ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, count: int) -> Iterator[Any]:
     """The function's results in the order of `items`, with `count` of them being worked on beforehand."""
-    pending = deque()
+    pending: deque[Future] = deque()
     for item in items:
         pending.append(pool.submit(function, item))
         if len(pending) > count:

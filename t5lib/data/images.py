@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import accumulate, count, islice
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from unittest.mock import patch
 
 import numpy as np
@@ -92,7 +92,8 @@ def transform(data: DataConfig, augment: AugmentConfig | None = None) -> Transfo
     from timm.data import auto_augment, create_transform  # here: it takes seconds to import
 
     size = data.img_size if isinstance(data.img_size, tuple) else (data.img_size, data.img_size)
-    common = {"input_size": size, "interpolation": data.interpolation, "mean": data.mean, "std": data.std}
+    common: dict[str, Any] = {"input_size": size, "interpolation": data.interpolation}
+    common |= {"mean": data.mean, "std": data.std}
     plain = create_transform(**common, crop_pct=data.crop_pct)
     if augment is None:
         return plain
@@ -178,6 +179,10 @@ class _Stream(IterableDataset):
             yield from self.batches(info.id if info else 0, info.num_workers if info else 1)
         except T5Error as error:  # as an item: raised in a worker it would arrive wrapped in that worker's traceback
             yield error
+
+    def batches(self, worker: int, workers: int) -> Iterator[Batch]:
+        """Those that this worker of so many makes."""
+        raise NotImplementedError
 
     def read(self, order: Sequence[int], keep: range) -> Iterator[tuple[int, Sample]]:
         """(position in the manifest, sample) of those samples whose position in `order`, shard after shard, is in

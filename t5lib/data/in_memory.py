@@ -118,10 +118,10 @@ def decode(
         workers=data.workers if workers is None else workers,
         limit=limit,
     )
-    images, labels, done = None, torch.empty(total, dtype=torch.int64), 0
+    images, labels, done = torch.empty(0, dtype=torch.uint8), torch.empty(total, dtype=torch.int64), 0
     with progress(f"decode {shards.name}", total) as bar:
         for pixels, classes in batches:
-            if images is None:
+            if not done:
                 images = torch.empty(total, *pixels.shape[1:], dtype=torch.uint8)
             images[done : done + len(pixels)], labels[done : done + len(pixels)] = pixels, classes
             done += len(pixels)

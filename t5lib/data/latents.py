@@ -113,14 +113,14 @@ class LatentSet:
     def _batch(self, size: int, rows: np.ndarray, dropped: np.ndarray, mirrored: np.ndarray) -> Batch:
         stored = self._read(size, rows)
         latents, device = stored["latent"], stored["latent"].device
-        dropped, mirrored = (torch.from_numpy(which).to(device) for which in (dropped, mirrored))
+        free, turned = (torch.from_numpy(which).to(device) for which in (dropped, mirrored))
         if "flipped" in stored:
-            latents = torch.where(mirrored.view(-1, 1, 1, 1), stored["flipped"], latents)
+            latents = torch.where(turned.view(-1, 1, 1, 1), stored["flipped"], latents)
         if self.null is None:
-            labels = torch.where(dropped, self.num_classes, stored["label"])
+            labels = torch.where(free, self.num_classes, stored["label"])
             return {"latents": latents.float(), "labels": labels}
-        embeds = torch.where(dropped.view(-1, 1, 1), self.null["prompt_embeds"].to(device), stored["prompt_embeds"])
-        pooled = torch.where(dropped.view(-1, 1), self.null["pooled"].to(device), stored["pooled"])
+        embeds = torch.where(free.view(-1, 1, 1), self.null["prompt_embeds"].to(device), stored["prompt_embeds"])
+        pooled = torch.where(free.view(-1, 1), self.null["pooled"].to(device), stored["pooled"])
         return {"latents": latents.float(), "prompt_embeds": embeds.float(), "pooled": pooled.float()}
 
 

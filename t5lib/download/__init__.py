@@ -106,8 +106,10 @@ def _file_name(source: str) -> str | None:
 def _ready(source: str, folder: Path, sha256: str | None, member: str | None, member_sha256: str | None) -> Path | None:
     """The file that an earlier call left in `folder`, if its checksum tells so."""
     name, wanted = (Path(member).name, member_sha256) if member else (_file_name(source), sha256)
-    ready = name and wanted and (folder / name).is_file() and files.sha256(folder / name) == wanted.lower()
-    return folder / name if ready else None
+    if not name or not wanted:
+        return None
+    file = folder / name
+    return file if file.is_file() and files.sha256(file) == wanted.lower() else None
 
 
 def _download(source: str, partial: Path, token: str | None) -> Path:

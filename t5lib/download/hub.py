@@ -89,7 +89,7 @@ def download(rest: str, partial: Path, token: str | None) -> Path:
     for name in wanted:
         _check(folder / name, found[name], repo)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's notes for continuing
-    return folder / repo.pattern if repo.pattern in found else folder
+    return folder / repo.pattern if repo.pattern and repo.pattern in found else folder
 
 
 def _parse(rest: str) -> _Repo:

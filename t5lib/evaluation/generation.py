@@ -121,7 +121,7 @@ def read_images(paths: Sequence[Path], *, channels: int = 3) -> Tensor:
     return torch.stack(images)
 
 
-def _from_text(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], config: GenerateConfig) -> Tensor:
+def _from_text(pipeline: Any, prompts: Sequence[str | int], seeds: Sequence[int], config: GenerateConfig) -> Tensor:
     wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
     if wrong:
         raise T5Error(f"prompt {wrong[0]!r}: {type(pipeline).__name__} draws from text; expected a string")
@@ -151,7 +151,7 @@ def _check_text(pipeline: Any, config: GenerateConfig) -> None:
         raise T5Error(f"max_sequence_length {config.max_sequence_length}: expected {T5_TOKENS} at most")
 
 
-def _from_classes(pipeline: Any, labels: Sequence[int], seeds: Sequence[int], config: GenerateConfig) -> Tensor:
+def _from_classes(pipeline: Any, prompts: Sequence[str | int], seeds: Sequence[int], config: GenerateConfig) -> Tensor:
     """Sampling as in "Scalable Diffusion Models with Transformers" (arXiv 2212.09748).
 
     diffusers' own DiTPipeline takes class 1000 for "no class" and needs a VAE; here it is the class after the last.
@@ -159,10 +159,10 @@ def _from_classes(pipeline: Any, labels: Sequence[int], seeds: Sequence[int], co
     transformer, scheduler = pipeline.transformer, pipeline.scheduler
     device, generators = pipeline._execution_device, _generators(seeds)
     classes, side = transformer.config.num_embeds_ada_norm, transformer.config.sample_size
-    _check_classes(pipeline, labels, classes, config)
+    _check_classes(pipeline, prompts, classes, config)
     shape = (1, transformer.config.in_channels, side, side)
     noise = [torch.randn(shape, generator=generator) for generator in generators]
-    labels = torch.tensor(labels, device=device)
+    labels = torch.tensor(prompts, device=device)
     scheduler.set_timesteps(config.steps, device=device)
     latents = torch.cat(noise).to(device) * scheduler.init_noise_sigma
     extra = _step_arguments(scheduler, generators)
@@ -204,7 +204,7 @@ def _step_arguments(scheduler: Any, generators: list[torch.Generator]) -> dict[s
     return {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
 
-def _check_classes(pipeline: Any, labels: Sequence[int], classes: int, config: GenerateConfig) -> None:
+def _check_classes(pipeline: Any, labels: Sequence[str | int], classes: int, config: GenerateConfig) -> None:
     wrong = [label for label in labels if not isinstance(label, int) or not 0 <= label < classes]
     if wrong:
         raise T5Error(f"class {wrong[0]!r}: the model is class-conditional; expected numbers from 0 to {classes - 1}")

@@ -85,13 +85,12 @@ class DiffusersTTTAttention(TTTLayer):
             )
         grid, norms = self.grid(grid), self._norms(encoder_hidden_states is not None)
         hidden_states = self.mixer.prepare(hidden_states, grid)
-        image, text = (
-            None if x is None else _project(self, x, names[:3] if norms else names)
-            for x, names in ((hidden_states, IMAGE), (encoder_hidden_states, TEXT))
-        )
+        image, text = _project(self, hidden_states, IMAGE[:3] if norms else IMAGE), None
+        if encoder_hidden_states is not None:
+            text = _project(self, encoder_hidden_states, TEXT[:3] if norms else TEXT)
         o, text_o = self.mixer.joint(image, text, grid, **norms)
         o = self._out(_merged(o))
-        if text is None:
+        if text_o is None:
             return o
         return o, _merged(text_o) if self.to_add_out is None else self.to_add_out(_merged(text_o))
 
@@ -102,7 +101,8 @@ class DiffusersTTTAttention(TTTLayer):
         alike = all(type(norm) is RMSNorm and norm.eps == every[0].eps for norm in every)
         if not (alike and self.mixer.takes_norms and all(n.weight is not None and n.bias is None for n in every)):
             return {}
-        return {"norms": RmsNorms(*[(q.weight, k.weight) for q, k in norms], eps=every[0].eps)}
+        of_image, *of_text = [(q.weight, k.weight) for q, k in norms]
+        return {"norms": RmsNorms(of_image, of_text[0] if of_text else None, every[0].eps)}
 
     def _out(self, o: Tensor) -> Tensor:
         for module in self.to_out:  # projection, dropout
@@ -175,7 +175,7 @@ class DiffusersAdapter(Adapter):
 
     def softmax_attention(self, layer: DiffusersTTTAttention) -> Attention:
         attention = Attention.__new__(Attention)
-        vars(attention).update(layer.settings, _modules={name: getattr(layer, name) for name in layer.order})
+        attention.__dict__.update(layer.settings, _modules={name: getattr(layer, name) for name in layer.order})
         return attention.train(layer.training)
 
     def reset_left_out(self, model: nn.Module, name: str, inherit: str) -> list[str]:
@@ -236,7 +236,8 @@ class DiffusersAdapter(Adapter):
         if len(tokens) == 1:
             return image
         text = _project(attention, tokens[1], TEXT)
-        return tuple(torch.cat(both, dim=2) for both in zip(image, text, strict=True))
+        q, k, v = (torch.cat(both, dim=2) for both in zip(image, text, strict=True))
+        return q, k, v
 
     def projections(self, layer: nn.Module) -> list[nn.Module]:
         parts = (getattr(layer, name) for name in (*IMAGE, *TEXT))
@@ -291,7 +292,7 @@ class DiffusersAdapter(Adapter):
             raise T5Error(f"expected the architecture {self.softmax_class.__name__}, got '{architecture}'")
         if config is None and self.holds(arguments):
             return self.softmax_class(**arguments)
-        return self.converted_class(**arguments, t5_config=to_dict(config) if config else None)
+        return self.converted_class(**arguments | {"t5_config": to_dict(config) if config else None})
 
     def holds(self, arguments: dict[str, Any]) -> bool:
         """Whether diffusers' own class takes these arguments."""

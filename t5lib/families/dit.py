@@ -32,7 +32,8 @@ class T5DiTTransformer2DModel(DiTTransformer2DModel):
     """
 
     t5_config: TTTConfig | None = None
-    _skip_layerwise_casting_patterns = ("pos_embed", "norm", "mixer")  # diffusers' own, and what is new
+    # diffusers' own, and what is new; a list, as there
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "mixer"]  # noqa: RUF012
 
     @register_to_config
     def __init__(

@@ -25,7 +25,7 @@ from t5lib.utils.errors import T5Error
 __all__ = ["ADAPTER", "MEDIUM", "ModelMixin", "T5SD3Transformer2DModel"]
 
 LAST_JOINT = 5  # of the layer set "paper"
-MEDIUM = {  # arguments of SD3Transformer2DModel as SD3.5-Medium has them
+MEDIUM: dict[str, Any] = {  # arguments of SD3Transformer2DModel as SD3.5-Medium has them
     "sample_size": 128,
     "num_layers": 24,
     "num_attention_heads": 24,
@@ -48,7 +48,8 @@ class T5SD3Transformer2DModel(SD3Transformer2DModel):
     """
 
     t5_config: TTTConfig | None = None
-    _skip_layerwise_casting_patterns = ("pos_embed", "norm", "mixer")  # diffusers' own, and what is new
+    # diffusers' own, and what is new; a list, as there
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "mixer"]  # noqa: RUF012
 
     @register_to_config
     def __init__(

@@ -66,7 +66,8 @@ class TimmVit(Adapter):
     def fixed_grid(self, model: nn.Module) -> TokenGrid | None:
         if not getattr(model.patch_embed, "strict_img_size", False):
             return None
-        return TokenGrid(*model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens)
+        rows, columns = model.patch_embed.grid_size
+        return TokenGrid(rows, columns, model.num_prefix_tokens)
 
     def embedding(self, model: nn.Module) -> nn.Module:
         return model.patch_embed

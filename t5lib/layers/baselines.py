@@ -122,8 +122,15 @@ class ClearMixer(Mixer):
         suffix = grid.num_suffix_tokens  # the op has such tokens in front
         everywhere = grid.num_prefix_tokens + suffix
         q, k, v = (t.roll(suffix, dims=2) if suffix else t for t in (q, k, v))
-        layout = {"rows": grid.rows, "columns": grid.columns, "num_prefix_tokens": everywhere}
-        o = circular_attention(q, k, v, **layout, radius=self.config.radius).to(q.dtype)
+        o = circular_attention(
+            q,
+            k,
+            v,
+            rows=grid.rows,
+            columns=grid.columns,
+            num_prefix_tokens=everywhere,
+            radius=self.config.radius,
+        ).to(q.dtype)
         return o.roll(-suffix, dims=2) if suffix else o
 
 
@@ -151,8 +158,8 @@ class ViT3Mixer(Mixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
         own = grid.patches
         gated = self._gated(q, k, v).unflatten(1, (self.layers, -1))
-        on_grid = (t.unflatten(1, (self.layers, -1))[:, :, -1, own] for t in (q, k, v))
-        patches = self._convolution(*on_grid, grid).to(gated.dtype)
+        own_q, own_k, own_v = (t.unflatten(1, (self.layers, -1))[:, :, -1, own] for t in (q, k, v))
+        patches = self._convolution(own_q, own_k, own_v, grid).to(gated.dtype)
         last = torch.cat([gated[:, :, -1, : own.start], patches, gated[:, :, -1, own.stop :]], dim=2)
         return torch.cat([gated[:, :, :-1], last.unsqueeze(2)], dim=2).flatten(1, 2).to(q.dtype)
 
@@ -171,8 +178,8 @@ class ViT3Mixer(Mixer):
         error = v * (-1 / (3 * grid.rows * grid.columns))
         gradient = torch.stack([(near * error).sum((2, 3)) for near in shifted(k)], dim=-1)
         taps = (self.taps.flatten(2) - bounded(gradient, dim=-1)).to(q.dtype)
-        weighted = [near * tap[:, :, None, None] for near, tap in zip(shifted(q), taps.unbind(-1), strict=True)]
-        return sum(weighted).flatten(2, 3)
+        first, *others = [near * tap[:, :, None, None] for near, tap in zip(shifted(q), taps.unbind(-1), strict=True)]
+        return sum(others, first).flatten(2, 3)
 
 
 BASELINE_MIXERS: dict[str, type[Mixer]] = {

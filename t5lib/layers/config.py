@@ -39,7 +39,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "clear": {"inner": "clear", "key_norm": "none", "locality": "none"},
     "vit3": {"inner": "vit3", "key_norm": "none", "locality": "cpe"},
 }
-PRESETS = {name: _OTHERWISE | own for name, own in _OWN.items()}
+PRESETS: dict[str, dict[str, Any]] = {name: _OTHERWISE | own for name, own in _OWN.items()}
 
 
 def _with_named_keys(layers: Any) -> Any:
@@ -92,7 +92,7 @@ class TTTConfig:
         if isinstance(self.layers, str):
             one_of(self.layers, LAYER_SETS, "layers")
         if isinstance(self.layers, dict):
-            list(self._entries())  # a slip in a map must show at once
+            list(self._entries(self.layers))  # a slip in a map must show at once
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "TTTConfig":
@@ -145,7 +145,7 @@ class TTTConfig:
         if layers is None:
             return [own] * count
         result: list[TTTConfig | None] = [None] * count
-        named = list(self._entries()) if isinstance(layers, dict) else [(index, own) for index in layers]
+        named = list(self._entries(layers)) if isinstance(layers, dict) else [(index, own) for index in layers]
         indices = [index for index, _ in named]
         wrong = [index for index in indices if not 0 <= index < count]
         if wrong or not indices or len(set(indices)) != len(indices):
@@ -156,8 +156,8 @@ class TTTConfig:
             raise T5Error(f"layers {self.layers}: nothing to convert; name at least one layer that is not softmax")
         return result
 
-    def _entries(self) -> Iterator[tuple[int, "TTTConfig | None"]]:
-        for key, what in self.layers.items():
+    def _entries(self, layers: dict[str, str]) -> Iterator[tuple[int, "TTTConfig | None"]]:
+        for key, what in layers.items():
             for index in parse_indices(key):
                 yield index, self.named(what)
 

@@ -57,7 +57,8 @@ class Mixer(nn.Module):
             return self.joint((q, k, v), None, grid)[0]
         self._check(grid, q.shape[2])
         image, text = zip(*(t.tensor_split((grid.patches.stop,), dim=2) for t in (q, k, v)), strict=True)
-        return torch.cat(self.joint(image, text, grid.with_suffix(0)), dim=2)
+        o, text_o = self.joint(image, text, grid.with_suffix(0))
+        return o if text_o is None else torch.cat((o, text_o), dim=2)
 
     @property
     def takes_norms(self) -> bool:
@@ -83,7 +84,8 @@ class Mixer(nn.Module):
         o, text_o = self.attend(image, text, grid, **norms)
         if self.config.convolution == "dwc_v":
             o = o + convolved(image[2], self.v_conv, grid)
-        return self._with_neighborhood(o, *image, grid) if self.config.window else o, text_o
+        window = self.config.window
+        return self._with_neighborhood(o, *image, grid, window) if window else o, text_o
 
     def prepare(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """What is done to the layer's input (B, N, C) before the projections: positional encoding by convolution."""
@@ -98,7 +100,8 @@ class Mixer(nn.Module):
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(image, text, strict=True))
         grid = grid.with_suffix(text[0].shape[2])
         o = self.mix(*self.localized(q, k, grid), v, grid)
-        return o.tensor_split((grid.patches.stop,), dim=2)
+        o, text_o = o.tensor_split((grid.patches.stop,), dim=2)
+        return o, text_o
 
     def localized(self, q: Tensor, k: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
         """q and k (B, H, N, D), with suffix tokens if the grid has them, as the mixing itself gets them."""
@@ -129,12 +132,12 @@ class Mixer(nn.Module):
         if self.config.locality != "none":
             grid.check(num_tokens)
 
-    def _with_neighborhood(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
+    def _with_neighborhood(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, window: int) -> Tensor:
         """Half `o`, half neighborhood attention of the projections as they come; only the grid has neighborhoods."""
         check_window(self.config, grid)
         own = grid.patches
         q, k, v = (t[:, :, own] for t in (q, k, v))
-        near = neighborhood_attention(q, k, v, rows=grid.rows, columns=grid.columns, window=self.config.window)
+        near = neighborhood_attention(q, k, v, rows=grid.rows, columns=grid.columns, window=window)
         mixed = 0.5 * o[:, :, own] + 0.5 * near.to(o.dtype)
         return torch.cat([o[:, :, : own.start], mixed, o[:, :, own.stop :]], dim=2)
 
@@ -151,4 +154,5 @@ def check_window(config: TTTConfig, grid: TokenGrid) -> None:
 def convolved(x: Tensor, conv: nn.Conv2d, grid: TokenGrid) -> Tensor:
     """Depthwise convolution over the token grid, 0 elsewhere. x: (B, H, N, D), conv over H·D channels."""
     grid.check(x.shape[2])
+    assert conv.bias is not None
     return t5kernels.convolved(x, conv.weight, conv.bias, grid)

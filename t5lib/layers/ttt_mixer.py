@@ -35,9 +35,10 @@ class TTTMixer(Mixer):
     def attend(
         self, image: Tokens, text: Tokens | None, grid: TokenGrid, norms: RmsNorms | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        image, text = ((*self.rescaled(*part[:2]), part[2]) if part else None for part in (image, text))
+        image = (*self.rescaled(*image[:2]), image[2])
+        text = (*self.rescaled(*text[:2]), text[2]) if text else None
         weights = tuple(getattr(self, name) for name in self.weight_names)
-        convs = {}
+        q_conv = k_conv = None
         if self.config.convolution == "dwc_qk":
-            convs = {name: (getattr(self, name).weight, getattr(self, name).bias) for name in ("q_conv", "k_conv")}
-        return ttt_layer(image, weights, self.settings, grid=grid, text=text, norms=norms, **convs)
+            q_conv, k_conv = ((conv.weight, conv.bias) for conv in (self.q_conv, self.k_conv))
+        return ttt_layer(image, weights, self.settings, grid=grid, q_conv=q_conv, k_conv=k_conv, text=text, norms=norms)

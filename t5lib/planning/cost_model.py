@@ -136,10 +136,13 @@ class Plan:
         Raises:
             T5Error: not one of both, or faster than this model can get (says what is possible).
         """
-        if (speedup is None) == (budget_ms is None):
-            raise T5Error("give one of speedup and budget_ms")
         softmax = self.milliseconds(self.uniform(SOFTMAX))
-        wanted = budget_ms if budget_ms is not None else softmax / speedup
+        if speedup is not None and budget_ms is None:
+            wanted = softmax / speedup
+        elif budget_ms is not None and speedup is None:
+            wanted = budget_ms
+        else:
+            raise T5Error("give one of speedup and budget_ms")
         fastest = self.timing.rest_ms + self.depth * min(self.timing.block_ms.values())
         if wanted < fastest:
             raise T5Error(
@@ -229,7 +232,7 @@ def plan(
     """
     config, device = config or PlanConfig(), torch.device(device)
     ADAPTER.check_convertible(model)
-    rules, layers = Rules.of(config, device), {kind: _settings(kind) for kind in kinds}
+    rules, layers = Rules.of(config, device), {kind: settings_of(kind) for kind in kinds}
     if not layers:
         raise T5Error("kinds is empty; expected values of a layer map, such as 'swiglu'")
     timings = []
@@ -288,7 +291,8 @@ def verify(
     ]
 
 
-def _settings(kind: str) -> TTTConfig:
+def settings_of(kind: str) -> TTTConfig:
+    """What a kind of new layers stands for. Raises T5Error for softmax, and for what is no kind."""
     found = TTTConfig().named(kind)
     if found is None:
         raise T5Error("kinds holds 'softmax', which is measured in any case; name new layers, such as 'swiglu'")

@@ -279,6 +279,9 @@ class Outcome:
         return {"loss": self.loss, **found, "images": len(self.losses)}
 
 
+Judged = tuple[Tensor, Tensor | None, Tensor | None]  # losses, correct, agrees; see Outcome
+
+
 @torch.no_grad()
 def measure(
     softmax: nn.Module,
@@ -295,7 +298,7 @@ def measure(
     """
     one_of(precision, ("fp32", "bf16"), "precision")
     switch, different = _Switch(softmax, calibrated), dict.fromkeys(tuple(a) for a in assignments)
-    parts: dict[tuple[str, ...], list[tuple[Tensor | None, ...]]] = {assignment: [] for assignment in different}
+    parts: dict[tuple[str, ...], list[Judged]] = {assignment: [] for assignment in different}
     device, done, kind = next(softmax.parameters()).device, 0, ""
     for batch in batches:
         inputs = placed(ADAPTER.inputs(batch), device)
@@ -312,11 +315,10 @@ def measure(
             on_batch(done)
     if not done:
         raise T5Error("there is no image to measure on; pass batches that are not used up")
-    joined = {assignment: zip(*found, strict=True) for assignment, found in parts.items()}
-    return {a: Outcome(kind, *(_joined(column) for column in columns)) for a, columns in joined.items()}
+    return {assignment: _outcome(kind, found) for assignment, found in parts.items()}
 
 
-def _judged(kind: str, output: Tensor, reference: Tensor, labels: Tensor | None) -> tuple[Tensor | None, ...]:
+def _judged(kind: str, output: Tensor, reference: Tensor, labels: Tensor | None) -> Judged:
     """Of one batch: losses, correct, agrees; see Outcome."""
     if kind == COSINE:
         return 1 - F.cosine_similarity(output, reference, dim=-1), None, None
@@ -328,8 +330,14 @@ def _judged(kind: str, output: Tensor, reference: Tensor, labels: Tensor | None)
     return F.kl_div(given, wanted, reduction="none", log_target=True).sum(-1), None, agrees
 
 
+def _outcome(kind: str, found: list[Judged]) -> Outcome:
+    losses, correct, agrees = zip(*found, strict=True)
+    return Outcome(kind, torch.cat(losses).cpu(), _joined(correct), _joined(agrees))
+
+
 def _joined(column: Sequence[Tensor | None]) -> Tensor | None:
-    return None if column[0] is None else torch.cat(list(column)).cpu()
+    present = [part for part in column if part is not None]
+    return torch.cat(present).cpu() if present else None
 
 
 class _Switch:
@@ -385,8 +393,14 @@ def _check_layer(kind: str, name: str, model: nn.Module) -> None:
 def _base(used: Mapping[str, TTTConfig]) -> TTTConfig:
     """The config of which the kinds of a map are variants: the default, or the first layer's that fits all."""
     own = [dataclasses.replace(config, locality=config.convolution) for config in used.values()]
-    fits = (b for b in (TTTConfig(), *own) if not any(_differing(b.named(kind), c) for kind, c in used.items()))
+    fits = (b for b in (TTTConfig(), *own) if all(_is_named(kind, b, c) for kind, c in used.items()))
     return next(fits, own[0])
+
+
+def _is_named(kind: str, base: TTTConfig, config: TTTConfig) -> bool:
+    """Whether `kind` stands for `config` in a layer map of `base`."""
+    named = base.named(kind)
+    return named is not None and not _differing(named, config)
 
 
 def _check_settings(kind: str, ours: TTTConfig, theirs: TTTConfig) -> None:

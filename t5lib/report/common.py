@@ -57,7 +57,8 @@ def base_rows(metrics: dict[str, dict[str, Any]], evaluated: dict[str, Any]) -> 
     """
     numbers, rows = metrics["convert"], []
     for model in (model for model in MODELS if model.key in evaluated):
-        times = [metrics.get(stage, {}).get("seconds") for stage in model.trained_by]
+        times: list[float | None] = [metrics.get(stage, {}).get("seconds") for stage in model.trained_by]
+        known = [seconds for seconds in times if seconds is not None]
         rows.append(
             {
                 "key": model.key,
@@ -68,7 +69,7 @@ def base_rows(metrics: dict[str, dict[str, Any]], evaluated: dict[str, Any]) -> 
                 "final": model.key == "finetuned",
                 "new": 0 if model.softmax else numbers["new"],
                 "inherited": numbers["inherited"] + (numbers["dropped"] if model.softmax else 0),
-                "time": "–" if None in times or not times else duration(sum(times)),
+                "time": duration(sum(known)) if known and len(known) == len(times) else "–",
             }
         )
     return rows

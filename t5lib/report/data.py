@@ -49,5 +49,5 @@ class ReportData:
             raise T5Error(f"evaluate measured {', '.join(self.evaluated)}; the report also needs {', '.join(absent)}")
 
     @property
-    def evaluated(self) -> dict[str, dict[str, float]]:
+    def evaluated(self) -> dict[str, dict[str, Any]]:
         return self.metrics["evaluate"]["models"]

@@ -24,15 +24,16 @@ from t5lib.report.plots import (
 )
 
 
-def all_pictures(found: dict[str, Any], pictures: Sequence[Any] | None) -> dict[str, Figure]:
+def all_pictures(found: dict[str, Any], pictures: np.ndarray | None) -> dict[str, Figure]:
     """All pictures of an explanation (t5lib.analysis.explanation, as dictionary), by name.
 
     `pictures`: the images given, each (H, W, 3), 0 to 1, those that have maps at least; None where there are no maps.
     """
     figures = {}
-    for image in sorted({one["image"] for one in found["maps"]}):
-        maps = [one for one in found["maps"] if one["image"] == image]
-        figures[f"maps-{image}"] = attention_maps(pictures[image], found["layers"], maps)
+    if pictures is not None:
+        for image in sorted({one["image"] for one in found["maps"]}):
+            maps = [one for one in found["maps"] if one["image"] == image]
+            figures[f"maps-{image}"] = attention_maps(pictures[image], found["layers"], maps)
     return figures | curves(found)
 
 
@@ -51,8 +52,8 @@ def curves(found: dict[str, Any]) -> dict[str, Figure]:
 
 def as_pictures(images: Any, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """A model's input (B, 3, H, W), normalized with mean and std, as pictures (B, H, W, 3), 0 to 1."""
-    mean, std = (np.asarray(values)[:, None, None] for values in (mean, std))
-    return np.moveaxis(np.clip(np.asarray(images) * std + mean, 0, 1), 1, -1)
+    centre, scale = (np.asarray(values)[:, None, None] for values in (mean, std))
+    return np.moveaxis(np.clip(np.asarray(images) * scale + centre, 0, 1), 1, -1)
 
 
 @styled
@@ -88,7 +89,7 @@ def _draw_map(axes: Axes, grey: np.ndarray, found: dict[str, Any], model: str) -
     height, width = grey.shape
     weights = np.asarray(found[model])
     strength = weights / max(weights.max(), 1e-12)
-    frame = {"extent": (0, width, height, 0), "interpolation": "nearest"}
+    frame: dict[str, Any] = {"extent": (0, width, height, 0), "interpolation": "nearest"}
     axes.imshow(grey, cmap="gray", vmin=-1.2, vmax=1.05, **frame)
     axes.imshow(strength, cmap=HEAT, vmin=0, vmax=1, alpha=0.9 * strength**0.7, **frame)
     if found["patch"] is not None:

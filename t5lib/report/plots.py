@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib import font_manager
@@ -23,12 +23,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from t5lib.report.models import SOFTMAX, T5, T5_LIGHT, T5_PALE  # noqa: F401 (every picture's colours are here)
 from t5lib.utils.files import write_bytes
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 INK, MUTED, RULE = "#1f2328", "#5c6570", "#d9dde2"
 HEAT = LinearSegmentedColormap.from_list("heat", ["#fdf7ee", "#f5c48b", "#d9620f", "#6d2405"])
 
 _FONTS = ("Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans")
 _INSTALLED = set(font_manager.get_font_names())
-STYLE = {
+STYLE: "dict[RcKeyType, Any]" = {
     "font.family": [name for name in _FONTS if name in _INSTALLED],
     "font.size": 9,
     "axes.titlesize": 9.5,

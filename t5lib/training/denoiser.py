@@ -79,7 +79,10 @@ class Denoising(Objective[Noised]):
         if not self.config.align:
             self.teacher = None
             return
-        self.teacher = trainer.ema.module if self.config.teacher == "ema" else self.teacher.to(trainer.device).eval()
+        if self.config.teacher == "ema" and trainer.ema:
+            self.teacher = trainer.ema.module
+        elif self.teacher is not None:
+            self.teacher = self.teacher.to(trainer.device).eval()
         trainer.compile_blocks(self.teacher)
 
     def example(self, batch: Batch, number: int, trainer: Trainer) -> Noised:

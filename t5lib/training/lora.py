@@ -32,7 +32,8 @@ def attach(model: nn.Module, rank: int, alpha: float) -> None:
         )
     from peft import LoraConfig, inject_adapter_in_model  # seconds to import
 
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), model)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]  # int, says PEFT
+    inject_adapter_in_model(config, model)
 
 
 def merge(model: nn.Module) -> None:

@@ -9,10 +9,10 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import ConfigMixin, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from pydantic import Field
 from torch import Tensor
@@ -122,7 +122,8 @@ class NoiseAndVariance:
         """Draw a step for every image, and noise, from a CPU generator: the same numbers on any device."""
         clean, noise = _clean_and_noise(batch, generator)
         step = torch.randint(self.steps, (len(clean),), generator=generator)
-        noisy = self._scheduler().add_noise(clean, noise, step)
+        scheduler = self._scheduler()
+        noisy = scheduler.add_noise(clean, noise, step)  # type: ignore[arg-type]  # int32, says diffusers; int64 will do
         inputs = {"hidden_states": noisy, "timestep": step, **_conditions(batch)}
         return Noised(inputs=inputs, clean=clean, noise=noise, level=step)
 
@@ -210,7 +211,7 @@ def noised_batch(batch: Batch, noising: Noising, seed: int, number: int = 0) -> 
     return noising.noised(batch, seeded(seed, LOOKED_AT, number)).inputs
 
 
-def noising_of(scheduler: SchedulerMixin, **changes: float | str) -> Noising:
+def noising_of(scheduler: ConfigMixin, **changes: Any) -> Noising:
     """How latents are noised where a pipeline has this scheduler, with its noise schedule.
 
     Args:
@@ -221,15 +222,15 @@ def noising_of(scheduler: SchedulerMixin, **changes: float | str) -> Noising:
     """
     settings = scheduler.config
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return RectifiedFlow(**{"shift": settings.shift} | changes)
+        return RectifiedFlow(**{"shift": settings["shift"]} | changes)
     found = (settings.get("beta_schedule"), settings.get("prediction_type"))
     if found != ("linear", "epsilon"):
         raise T5Error(
             f"{type(scheduler).__name__} has beta_schedule and prediction_type {found}; expected a "
             "FlowMatchEulerDiscreteScheduler, or ('linear', 'epsilon') as DiT has"
         )
-    schedule = {"steps": settings.num_train_timesteps, "beta_start": settings.beta_start, "beta_end": settings.beta_end}
-    return NoiseAndVariance(**schedule | changes)
+    schedule = {name: settings[name] for name in ("beta_start", "beta_end")}
+    return NoiseAndVariance(**{"steps": settings["num_train_timesteps"]} | schedule | changes)
 
 
 def _clean_and_noise(batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -340,7 +340,7 @@ def freeze(model: nn.Module, config: LoopConfig) -> list[nn.Parameter]:
 def _groups(model: nn.Module, config: LoopConfig) -> list[dict]:
     """Parameters by (new or inherited, decayed or not): their learning rates and weight decay differ."""
     new = set(new_parameters(model)) | {name for name, _ in model.named_parameters() if "lora_" in name}
-    spared = getattr(model, "no_weight_decay", set)()
+    spared: set[str] = getattr(model, "no_weight_decay", set)()
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

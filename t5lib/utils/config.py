@@ -17,7 +17,7 @@ import difflib
 import functools
 import typing
 from collections.abc import Iterable
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, Field, Strict, ValidationError
 from pydantic.dataclasses import dataclass
@@ -25,7 +25,11 @@ from pydantic_core import core_schema
 
 from t5lib.utils.errors import T5Error
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
+AnySettings = TypeVar("AnySettings", bound="DataclassInstance")  # made by `settings`
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 WholeNumber = Annotated[int, Field(ge=0)]
@@ -88,11 +92,11 @@ def settings(cls: type[T]) -> type[T]:
         except ValidationError as error:
             raise SettingError(_sentence(made, values, error)) from None
 
-    made.__init__ = init
-    return made
+    made.__init__ = init  # type: ignore[method-assign]  # wrapping it is the purpose
+    return made  # type: ignore[return-value]  # pydantic tells its own type in the place of the class's
 
 
-def from_dict(cls: type[T], data: dict[str, Any] | None, where: str) -> T:
+def from_dict(cls: type[AnySettings], data: dict[str, Any] | None, where: str) -> AnySettings:
     """Build the settings `cls` from `data`, nested settings from nested dictionaries.
 
     Args:
@@ -153,7 +157,7 @@ def _required(field: dataclasses.Field) -> bool:
 def _nested(hint: Any, value: Any, where: str) -> Any:
     """`value` with dictionaries made the settings that `hint` wants in their place, and lists made tuples."""
     options = (hint, *typing.get_args(hint))
-    kinds = [option for option in options if dataclasses.is_dataclass(option)]
+    kinds = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
     tuples = [option for option in options if typing.get_origin(option) is tuple]
     if isinstance(value, list | tuple) and tuples:
         member = typing.get_args(tuples[0])[0]
@@ -190,11 +194,12 @@ def _place(loc: tuple[int | str, ...], values: Any) -> str:
     parts = [loc[0]]
     values = values.get(loc[0]) if isinstance(values, dict) else None
     for part in loc[1:]:
-        if (isinstance(values, dict) and part in values) or (
-            isinstance(part, int) and isinstance(values, list | tuple)
-        ):
+        if isinstance(values, dict) and part in values:
             parts.append(part)
-            values = values[part] if isinstance(values, dict) or part < len(values) else None
+            values = values[part]
+        elif isinstance(part, int) and isinstance(values, list | tuple):
+            parts.append(part)
+            values = values[part] if part < len(values) else None
     return ".".join(map(str, parts))
 
 

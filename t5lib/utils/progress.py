@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -20,8 +21,9 @@ class StepReporter:
 
     def advance(self, done: int, **values: float) -> None:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if self.bar:
-            self.bar.update(self.task, completed=done, **({"values": shown} if shown else {}))
+        if self.bar and self.task is not None:
+            fields: dict[str, Any] = {"values": shown} if shown else {}
+            self.bar.update(self.task, completed=done, **fields)
             return
         now = time.monotonic()
         if done == self.total or now - self.spoken > LOG_EVERY_SECONDS:

@@ -25,6 +25,7 @@ import dataclasses
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,8 @@ def load(path: Path | str, *, which: str | None = None, heads: int | None = None
     if heads is None or width % heads:
         raise T5Error(f"{source} is {width} wide, and its number of heads is not told by weights; pass heads")
     model, positions = _fill(weights, _describe(weights, source, heads, width // heads), None, source)
-    if not torch.allclose(positions, model.pos_embed.pos_embed.to(positions), atol=1e-4):
+    own = model.pos_embed.pos_embed
+    if own is None or not torch.allclose(positions, own.to(positions), atol=1e-4):
         raise T5Error(f"{source} has other positions than sines and cosines, which diffusers' DiT cannot hold")
     return model.eval()
 
@@ -107,7 +109,7 @@ def from_released(weights: dict[str, Tensor], config: TTTConfig | None, source: 
 
 
 def _fill(
-    weights: dict[str, Tensor], arguments: dict[str, int | float], config: TTTConfig | None, source: str
+    weights: dict[str, Tensor], arguments: dict[str, Any], config: TTTConfig | None, source: str
 ) -> tuple[T5DiTTransformer2DModel, Tensor]:
     """The model of `arguments` with these weights, and their position table (1, N, C)."""
     with torch.random.fork_rng(devices=[]):
@@ -124,7 +126,7 @@ def _fill(
 
 def to_ours(weights: dict[str, Tensor], depth: int, heads: int) -> dict[str, Tensor]:
     """Released names to diffusers' and ours, as told above; "pos_embed" and unknown names stay."""
-    ours = {}
+    ours: dict[str, Tensor] = {}
     for name, value in weights.items():
         module, _, kind = name.rpartition(".")
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
@@ -169,7 +171,7 @@ def _check_present(weights: dict[str, Tensor], needed: tuple[str, ...], source: 
         )
 
 
-def _describe(weights: dict[str, Tensor], source: str, heads: int, head_dim: int) -> dict[str, int | float]:
+def _describe(weights: dict[str, Tensor], source: str, heads: int, head_dim: int) -> dict[str, Any]:
     """The arguments of DiTTransformer2DModel."""
     channels, patch = weights["x_embedder.proj.weight"].shape[1:3]
     tokens = weights["pos_embed"].shape[1]

@@ -124,7 +124,7 @@ def describe(weights: dict[str, Tensor], source: str, img_size: tuple[int, int] 
     has_class = "cls_token" in weights
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     tokens, prefix = weights["pos_embed"].shape[1], has_class + registers
-    rows, columns, own = _grid(tokens, prefix, img_size, tuple(patch), source)
+    rows, columns, own = _grid(tokens, prefix, img_size, (patch[0], patch[1]), source)
     arguments = {
         "img_size": [rows * patch[0], columns * patch[1]],
         "patch_size": patch,

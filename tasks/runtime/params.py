@@ -71,7 +71,7 @@ def changed(settings: dict[str, Any], changes: Iterable[str], target: str) -> di
         *sections, name = path.split(".")
         if not equals or not name:
             raise T5Error(f"--set {word}: expected SECTION.NAME=VALUE, such as finetune.steps=100")
-        section = settings
+        section: Any = settings
         for key in sections:
             section = section.get(key)
             if not isinstance(section, dict):

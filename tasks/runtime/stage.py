@@ -5,16 +5,14 @@ import json
 import shutil
 import traceback
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
-from t5lib.utils.config import from_dict, to_dict
+from t5lib.utils.config import AnySettings, from_dict, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, sha256, write_json, write_text
 from tasks.runtime.tracking import NoRun
-
-T = TypeVar("T")
 
 
 class Stage:
@@ -35,7 +33,7 @@ class Stage:
         self._used: dict[str, str] = {}  # what input() and metrics() gave out, as checksums
         self._resume_dir: Path | None = None
 
-    def params(self, cls: type[T], section: str | None = None) -> T:
+    def params(self, cls: type[AnySettings], section: str | None = None) -> AnySettings:
         """The section `targets.<target>.<section>` of params.yaml (default: the stage's own) as a `cls`.
 
         Raises:

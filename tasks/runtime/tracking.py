@@ -38,7 +38,7 @@ def _never_fatal(method: Callable) -> Callable:
 class NoRun:
     """A run that records nothing."""
 
-    id = None
+    id: str | None = None
 
     def log_params(self, resolved: dict[str, Any]) -> None: ...
 
@@ -161,10 +161,11 @@ def record_past_run(
         raise T5Error("MLflow is not installed here, so there is nothing to record in; pip install 't5-ttt[pipeline]'")
     found = client.search_runs([_experiment(client, root)], f"tags.record = '{tags['record']}'", max_results=1)
     if found:
-        known, run = found[0].data.metrics, Run(client, found[0].info.run_id)
+        known, run_id = found[0].data.metrics, found[0].info.run_id
+        run = Run(client, run_id)
         run.log_metrics({key: value for key, value in flatten(metrics).items() if known.get(key) != value})
-        client.set_terminated(run.id, status, int(ended * 1000))  # of a whole that has grown since
-        return run.id, False
+        client.set_terminated(run_id, status, int(ended * 1000))  # of a whole that has grown since
+        return run_id, False
     source = {"mlflow.source.git.commit": tags["git_commit"], "mlflow.user": _user()}
     made = client.create_run(
         _experiment(client, root),
@@ -175,8 +176,8 @@ def record_past_run(
     run = Run(client, made.info.run_id)
     run.log_params(settings)
     run.log_metrics(metrics)
-    client.set_terminated(run.id, status, int(ended * 1000))
-    return run.id, True
+    client.set_terminated(made.info.run_id, status, int(ended * 1000))
+    return made.info.run_id, True
 
 
 def protocol(settings: dict[str, Any], names: list[str]) -> str:

@@ -229,7 +229,7 @@ def _side_by_side(
                 return
             for future in wait(busy, return_when=FIRST_COMPLETED).done:
                 worker, job = busy.pop(future)
-                outcome = worker.outcome(future, job)
+                outcome: Outcome[J, R] = worker.outcome(future, job)
                 idle.append(worker)
                 yield outcome
     finally:
@@ -355,7 +355,8 @@ def _begin_worker(log: Path | None) -> None:
 
 
 def _end_with_owner() -> None:
-    multiprocessing.parent_process().join()
+    if owner := multiprocessing.parent_process():
+        owner.join()
     os._exit(1)
 
 

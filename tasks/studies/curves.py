@@ -225,10 +225,11 @@ def _link_shared(job: Job) -> None:
 
 def _evaluator(job: Job) -> Any:
     """What the target's stage `evaluate` draws and scores with."""
-    of_kind = kind(job.settings)
-    sections = {name: of_kind.SECTIONS[name] for name in READ}
+    from tasks.targets.denoiser import DenoiserTarget  # diffusers takes 15 seconds to import
+
+    sections = {name: DenoiserTarget.SECTIONS[name] for name in READ}
     stage = Stage("evaluate", job.target, settings=job.settings, sections=sections, root=job.root)
-    target = of_kind(stage)
+    target = DenoiserTarget(stage)
     return target.sample_evaluator(target.section())
 
 
@@ -324,8 +325,17 @@ def _draw(axes: Axes, values: dict[int, dict[str, float]], name: str, arms: list
     colours = (plots.T5, plots.T5_LIGHT, plots.T5_PALE)
     colour = plots.SOFTMAX if name == CONTROL else colours[sets.index(name.partition(", ")[0]) % len(colours)]
     means, errors = ([value[key] for value in values.values()] for key in ("mean", "std"))
-    look = {"color": colour, "linestyle": "--" if ", " in name else "-", "marker": "o", "markersize": 3.5, "capsize": 2}
-    axes.errorbar(list(values), means, yerr=errors, label=name, **look)
+    axes.errorbar(
+        list(values),
+        means,
+        yerr=errors,
+        label=name,
+        color=colour,
+        linestyle="--" if ", " in name else "-",
+        marker="o",
+        markersize=3.5,
+        capsize=2,
+    )
 
 
 def samples(jobs: list[Job]) -> Figure:

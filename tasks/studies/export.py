@@ -87,8 +87,14 @@ def push(pipe: Any, target: str, out: Path, repository: str, private: bool) -> s
     from t5lib.pipelines import License, push_to_hub
 
     made = Path(f"data/out/{target}")
-    about = {"base_model": _base(made), "license": License.of(out), "private": private}
-    return push_to_hub(pipe, repository, figures(target, made), **about)
+    return push_to_hub(
+        pipe,
+        repository,
+        figures(target, made),
+        base_model=_base(made),
+        license=License.of(out),
+        private=private,
+    )
 
 
 def main() -> None:

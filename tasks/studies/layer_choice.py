@@ -11,6 +11,7 @@ only. What was finished is kept in --work and not done again. Needs neither Pref
 import argparse
 import copy
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ from t5lib.data.in_memory import InMemoryImages, decode
 from t5lib.data.shards import ShardSet
 from t5lib.families import family_of
 from t5lib.families.inputs import ExampleSize
-from t5lib.layers.config import SOFTMAX, TTTConfig
-from t5lib.planning.cost_model import KINDS, Plan, PlanConfig, plan, verify
+from t5lib.layers.config import SOFTMAX
+from t5lib.planning.cost_model import KINDS, Plan, PlanConfig, plan, settings_of, verify
 from t5lib.planning.layer_search import choose, compare_rules, fixed_rules, scan, select, total
 from t5lib.report import plots
 from t5lib.training.calibration import CalibrateConfig
@@ -147,7 +148,7 @@ def run(settings: Settings, seeds: list[int], out: Path, work: Path, device: tor
     print(planned.verdict(), flush=True)
     prices = Prices.of(settings.cost, planned, softmax)
     budgets = wanted_budgets(prices.layers, settings.budgets)
-    result = {
+    result: dict[str, Any] = {
         "model": settings.model,
         "device": describe_device(device),
         "torch": torch.__version__,
@@ -169,7 +170,7 @@ def run(settings: Settings, seeds: list[int], out: Path, work: Path, device: tor
     for seed in seeds:
         folder = work / f"seed-{seed}"
         job = _Seed(settings, planned, prices.layers, softmax, images, seed, folder)
-        result["seeds"][str(seed)] = load_or_make(folder / "result.json", lambda job=job: job.run(budgets))
+        result["seeds"][str(seed)] = load_or_make(folder / "result.json", functools.partial(job.run, budgets))
         write_json(out.with_suffix(".json"), result)
     chosen = chosen_maps(next(iter(result["seeds"].values())), fixed)[: settings.verify - len(fixed)]
     if chosen:  # softmax once more, to be measured beside
@@ -199,7 +200,7 @@ class Prices:
         rest = _gflops(bare, size)
         block = {SOFTMAX: (_gflops(softmax, size) - rest) / planned.depth}
         for kind in planned.kinds:
-            settings = TTTConfig().named(kind)
+            settings = settings_of(kind)
             near = 4 * softmax.patch_embed.num_patches * softmax.embed_dim * (settings.window or 0) ** 2 / 1e9
             alone = convert(softmax, dataclasses.replace(settings, locality=settings.convolution))
             # `near` by hand: what attends to a neighborhood on the meta device computes every pair and masks most
@@ -257,39 +258,50 @@ class _Seed:
         costs, calibrated, errors = self.costs, {}, {}
         for kind in self.planned.kinds:
             calibrated[kind], errors[kind] = self._calibrated(kind)
-        how = {"precision": "bf16" if next(self.softmax.parameters()).is_cuda else "fp32"}
-        table = load_or_make(self.folder / "scan.json", lambda: self._scan(calibrated, how))
+        precision = "bf16" if next(self.softmax.parameters()).is_cuda else "fp32"
+        table = load_or_make(self.folder / "scan.json", lambda: self._scan(calibrated, precision))
         chosen, rows = [], []
         if budgets:
             increase = table["increase"]
-            chosen = load_or_make(self.folder / "chosen.json", lambda: self._choose(calibrated, increase, budgets, how))
+            chosen = load_or_make(
+                self.folder / "chosen.json", lambda: self._choose(calibrated, increase, budgets, precision)
+            )
             named = [
                 {SOLVER: own, BY_SUM: choose(increase, costs, budget), SOFTMAX: self.planned.uniform(SOFTMAX)}
                 for own, budget in zip(chosen, budgets, strict=True)
             ]
             with progress(f"seed {self.seed}: compare", self.settings.test_images) as bar:
                 batches, models = self.images.test(), (self.softmax, calibrated)
-                rows = compare_rules(*models, costs, budgets, named, batches, on_batch=bar.advance, **how)
+                rows = compare_rules(*models, costs, budgets, named, batches, precision=precision, on_batch=bar.advance)
         return {"calibration_error": errors, "scan": table, "chosen": chosen, "compared": rows}
 
-    def _scan(self, calibrated: dict[str, nn.Module], how: dict[str, str]) -> dict[str, Any]:
+    def _scan(self, calibrated: dict[str, nn.Module], precision: str) -> dict[str, Any]:
         with progress(f"seed {self.seed}: scan", self.settings.scan_images) as bar:
-            return scan(self.softmax, calibrated, self.images.scan(), on_batch=bar.advance, **how)
+            return scan(self.softmax, calibrated, self.images.scan(), precision=precision, on_batch=bar.advance)
 
     def _choose(
-        self, calibrated: dict[str, nn.Module], increase: Any, budgets: list[float], how: dict[str, str]
+        self, calibrated: dict[str, nn.Module], increase: Any, budgets: list[float], precision: str
     ) -> list[list[str]]:
         models, count = (self.softmax, calibrated), self.settings.shortlist
         with progress(f"seed {self.seed}: choose", self.settings.scan_images) as bar:
             batches = self.images.scan()
-            return select(*models, increase, self.costs, budgets, batches, count=count, on_batch=bar.advance, **how)
+            return select(
+                *models,
+                increase,
+                self.costs,
+                budgets,
+                batches,
+                count=count,
+                precision=precision,
+                on_batch=bar.advance,
+            )
 
     def _calibrated(self, kind: str) -> tuple[nn.Module, dict[str, float]]:
         """The calibrated model, and the mean error of its layers before and after."""
         folder, device = self.folder / kind, next(self.softmax.parameters()).device
         if (folder / "calibration.json").is_file():
             return t5lib.load(folder, device), read_json(folder / "calibration.json")
-        model = convert(self.softmax, dataclasses.replace(TTTConfig().named(kind), seed=self.seed))
+        model = convert(self.softmax, dataclasses.replace(settings_of(kind), seed=self.seed))
         recipe = dataclasses.replace(self.settings.calibrate, seed=self.seed)
         print(f"seed {self.seed}: calibrating {kind}", flush=True)
         batches, partial = self.images.calibrate(self.seed), self.folder / f"{kind}.partial"

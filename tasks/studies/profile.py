@@ -27,7 +27,7 @@ def run(target: str, settings: dict[str, Any], stages: list[str], out: Path, roo
     Raises:
         T5Error: a stage broke.
     """
-    result = {"target": target, **common.machine(), "settings": settings}
+    result: dict[str, Any] = {"target": target, **common.machine(), "settings": settings}
     known = read_json(out) if out.is_file() else {}
     done = known["stages"] if result.items() <= known.items() else {}
     result["stages"] = {}

@@ -62,7 +62,7 @@ def run(
     problems = [f"seed {outcome.job.seed} broke: {outcome.problem}" for outcome in outcomes if outcome.problem]
     if problems:
         raise T5Error("\n".join(problems))
-    runs = {outcome.job.seed: outcome.result for outcome in outcomes}
+    runs = {outcome.job.seed: outcome.result for outcome in outcomes if outcome.result is not None}
     result = {
         "target": target,
         "device": runs[seeds[0]]["device"],
@@ -96,7 +96,7 @@ def run_seed(job: Job) -> dict[str, Any]:
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over seeds: of every model's scores, of the gaps, and of the stages' seconds."""
     scores = [{name: _numbers(score) for name, score in run["models"].items()} for run in runs]
-    summary = {"scores": {name: _spreads([each[name] for each in scores]) for name in scores[0]}}
+    summary: dict[str, Any] = {"scores": {name: _spreads([each[name] for each in scores]) for name in scores[0]}}
     for ours, theirs in GAPS:
         gaps = [
             {metric: each[ours][metric] - each[theirs][metric] for metric in each[ours] if metric in each[theirs]}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tasks.targets.base import Target
 
 # fetch.format → module and class. Looked up by name: diffusers takes 15 seconds to import.
-_KINDS = {"pipeline": ("denoiser", "DenoiserTarget")}
+_KINDS: dict[str | None, tuple[str, str]] = {"pipeline": ("denoiser", "DenoiserTarget")}
 _USUAL = ("classifier", "ClassifierTarget")
 
 

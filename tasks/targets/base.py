@@ -1,10 +1,10 @@
 """What the stages have to know about a kind of target, all of it: one subclass of Target a kind, one file each."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import nn
@@ -19,6 +19,8 @@ from t5lib.training.calibration import CalibrateConfig
 from t5lib.training.trainer import LoopConfig, TrainReport
 from t5lib.utils.config import AtLeastOne, WholeNumber, settings
 from tasks.runtime.stage import Stage
+
+Recipe = TypeVar("Recipe", bound=LoopConfig)  # of the training of one kind
 
 
 @settings
@@ -48,7 +50,7 @@ class ExplainConfig:
     seed: WholeNumber = 0
 
 
-class Target(ABC):
+class Target(ABC, Generic[Recipe]):
     """A target as one of its stages sees it.
 
     Attributes:
@@ -105,11 +107,11 @@ class Target(ABC):
         """A batch of so many images of "train" or "val", to look at models with (t5lib.diagnose, t5lib.explain)."""
 
     @abstractmethod
-    def pictures(self, batch: Any) -> Sequence[Any] | None:
+    def pictures(self, batch: Any) -> np.ndarray | None:
         """The images of `some_batch` as pictures to draw over; None where they cannot be shown."""
 
     @abstractmethod
-    def fit(self, model: nn.Module, recipe: LoopConfig) -> TrainReport:
+    def fit(self, model: nn.Module, recipe: Recipe) -> TrainReport:
         """Train `model` in place by `recipe`, resuming where the stage stopped before."""
 
     @abstractmethod

@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from pydantic import Field
@@ -87,7 +87,7 @@ class EvaluateConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
-class ClassifierTarget(Target):
+class ClassifierTarget(Target[TrainConfig]):
     """See Target."""
 
     SECTIONS = Target.SECTIONS | {
@@ -148,7 +148,7 @@ class ClassifierTarget(Target):
         batches = eval_batches(self._shards(split), transform(data), batch_size=data.eval_batch_size, limit=images)
         return torch.cat([images for images, _ in batches])
 
-    def pictures(self, batch: Tensor) -> Sequence[Any]:
+    def pictures(self, batch: Tensor) -> np.ndarray:
         data = self.section("data")
         return as_pictures(batch, data.mean, data.std)
 

@@ -117,7 +117,7 @@ class FreezeConfig:
             raise T5Error(f"train.trainable is '{self.train.trainable}'; this protocol needs 'trainable: new'")
 
 
-class DenoiserTarget(Target):
+class DenoiserTarget(Target[DenoiserTrainConfig]):
     """See Target."""
 
     SECTIONS = Target.SECTIONS | {
@@ -298,7 +298,7 @@ def _kept_file(source: str, models: Path) -> str:
 
 
 def _encoders(folder: Path, config: ShardsConfig) -> tuple[ImageEncoder, TextEncoder | None]:
-    options = {"dtype": config.dtype, "device": str(device())}
+    options: dict[str, Any] = {"dtype": config.dtype, "device": str(device())}
     image_options = options | {
         "channels": diffusers_folder.image_channels(folder),
         "patch": diffusers_folder.patch(folder),

@@ -43,7 +43,7 @@ def read(manifest: Path, size: Size, *, channels: int, most: int) -> list[RealIm
 
 def references(manifest: Path, size: Size, *, channels: int, most: int, look_at: int = 50_000) -> dict[str, Tensor]:
     """The first `most` pictures (k, C, H, W) of each name among the first `look_at` samples."""
-    shards, found = ShardSet.read(manifest), {}
+    shards, found = ShardSet.read(manifest), dict[str, list[Tensor]]()
     for sample in islice((sample for shard in shards.shards for sample in shard.samples()), look_at):
         name = _name(sample, shards.classes)
         if name is not None and len(found.setdefault(name, [])) < most:

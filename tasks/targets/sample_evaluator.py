@@ -83,7 +83,7 @@ class SampleEvaluator:
         self.folder = diffusers_folder.folder_of(fetched, root)
         self.channels = diffusers_folder.image_channels(self.folder)
         size = config.sampling.size or diffusers_folder.image_size(self.folder)
-        images = {"size": size, "channels": self.channels}
+        images: dict[str, Any] = {"size": size, "channels": self.channels}
         validation = real_images.read(shards / "images-val.json", **images, most=config.samples)
         if len(validation) < scores.LEAST:
             raise T5Error(f"evaluate: shards.val holds {len(validation)} images; expected at least {scores.LEAST}")
@@ -96,7 +96,7 @@ class SampleEvaluator:
     @property
     def prompts(self) -> list[str]:
         """Captions, or the names of classes."""
-        return [image.name if isinstance(image.prompt, int) else image.prompt for image in self.asked]
+        return [image.prompt if isinstance(image.prompt, str) else str(image.name) for image in self.asked]
 
     def draw(self, name: str, model: Path, images: Path) -> Drawn:
         """Load the model (of t5lib.save), take its loss, and draw into `images` what is not there yet; bf16 on CUDA."""
@@ -130,15 +130,15 @@ class SampleEvaluator:
         """Whether pictures show what was asked for, where the real images say what that is."""
         result: dict[str, Any] = {}
         names = self._cutouts.names if self._cutouts else self._references
-        named = [number for number, image in enumerate(self.asked) if image.name in names]
+        named = {number: image.name for number, image in enumerate(self.asked) if image.name and image.name in names}
         if named:
-            wanted = [self.asked[number].name for number in named]
+            shown, wanted = pictures[list(named)], list(named.values())
             if self._cutouts:
-                result |= cutout_retrieval.retrieval(pictures[named], wanted, self._cutouts)
+                result |= cutout_retrieval.retrieval(shown, wanted, self._cutouts)
             else:
-                result |= scores.retrieval(pictures[named], wanted, self._references, self._dinov2)
-        scenes = [image.scene for image in self.asked]
-        if all(scenes):
+                result |= scores.retrieval(shown, wanted, self._references, self._dinov2)
+        scenes = [image.scene for image in self.asked if image.scene]
+        if len(scenes) == len(self.asked):
             colours = scores.colours_of(real_images.stacked(self.asked), scenes)
             result |= scores.follow_scenes(pictures, scenes, colours)
         if self._scorers["clip"] and isinstance(self.asked[0].prompt, str):
@@ -152,7 +152,7 @@ class SampleEvaluator:
     @cached_property
     def _extractor(self) -> features.Extractor:
         inception = self._scorers["inception"]
-        return features.choose(inception and Path(inception), self.fetched / "features")
+        return features.choose(Path(inception) if inception else None, self.fetched / "features")
 
     @cached_property
     def _dinov2(self) -> features.Dinov2:

@@ -6,6 +6,7 @@ An eager call compiles FlexAttention here; inside a compiled region FlexAttentio
 
 import functools
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kind: str, sizes: tuple[int, ...
         q, k, v = (F.pad(t, (0, SMALLEST_HEAD - width)) for t in (q, k, v))
     if torch.compiler.is_compiling() or q.device.type != "cuda":
         return flex_attention(q, k, v, block_mask=getattr(_masks, name), scale=scale)[..., :width]
-    with torch._dynamo.config.patch(**COMPILE_LIMITS):
+    with torch._dynamo.config.patch(COMPILE_LIMITS):
         return _compiled()(q, k, v, block_mask=getattr(_masks, name), scale=scale)[..., :width]
 
 
@@ -70,8 +71,8 @@ def _prepare(kind: str, sizes: tuple[int, ...], device: str) -> str:
 def _build(kind: str, sizes: tuple[int, ...], device: str) -> BlockMask:
     rows, columns, *others = sizes
     num_tokens = rows * columns + (others[0] if kind == "circular" else 0)
-    is_visible = {"neighborhood": _in_neighborhood, "circular": _in_circle}[kind](*sizes)
-    return create_block_mask(is_visible, None, None, num_tokens, num_tokens, device=device)
+    masks: dict[str, Callable] = {"neighborhood": _in_neighborhood, "circular": _in_circle}
+    return create_block_mask(masks[kind](*sizes), None, None, num_tokens, num_tokens, device=device)
 
 
 def _in_neighborhood(rows: int, columns: int, window: int):

@@ -31,8 +31,8 @@ Call = Callable[[], tuple[Tensor, ...]]
 def candidates(kernel: str, width: int) -> Iterator[Tile]:
     """The tiles to try for heads of a padded width."""
     if kernel in triton_launch.TILES:
-        stages = (1, 2, 3) if kernel.startswith("prepare") else (1,)
-        sizes = itertools.product((512, 1024, 2048, 4096), (2, 4, 8), stages, (2, 3, 4, 6))
+        depths = (1, 2, 3) if kernel.startswith("prepare") else (1,)
+        sizes = itertools.product((512, 1024, 2048, 4096), (2, 4, 8), depths, (2, 3, 4, 6))
         for numbers, warps, stages, resident in sizes:
             yield Tile(block=max(1, numbers // width), warps=warps, stages=stages, resident=resident)
         return
@@ -130,7 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
     for kernel, call in calls(case).items():
         if options.kernel and kernel not in options.kernel:
             continue
-        rows = report["kernels"][kernel] = []
+        rows: list[dict] = []
+        report["kernels"][kernel] = rows
 
         def record(row: dict, rows: list = rows) -> None:
             rows.append(row)

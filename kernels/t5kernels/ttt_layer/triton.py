@@ -140,8 +140,8 @@ def _differentiate(ctx, d_out, d_text, *_d_kept):
     d_tokens = (*d_tokens, *(None,) * (6 - len(d_tokens)))
     d_weights = (g.to(w.dtype) for g, w in zip(gradients[6].unbind(0), weights, strict=True))
     d_convs = (*_conv_gradients(gradients[7], *convs[:2]), *_conv_gradients(gradients[8], *convs[2:]))
-    d_gains = [own.to(gain.dtype) for own, gain in zip(gradients[9], gains, strict=False)]
-    d_gains = (*d_gains, *(None,) * (4 - len(d_gains)))
+    own_gains = [own.to(gain.dtype) for own, gain in zip(gradients[9], gains, strict=False)]
+    d_gains = (*own_gains, *(None,) * (4 - len(own_gains)))
     return *d_tokens, *d_weights, *d_convs, *d_gains, *(None,) * 6
 
 
@@ -266,7 +266,8 @@ def _norms_backward(
     for grad_q, grad_k, part, total in zip(dq, dk, parts, totals, strict=True):
         d_gains.append(triton_launch.norm_backward(grad_q, part.q, part.for_q, None))
         d_gains.append(triton_launch.norm_backward(grad_k, part.k, part.for_k, total))
-    return _empty_gains(dq[0], 0) if d_gains[0] is None else torch.stack(d_gains)
+    found = [gain for gain in d_gains if gain is not None]
+    return torch.stack(found) if found else _empty_gains(dq[0], 0)
 
 
 def _conv_sums(conv: Convolution | None, sums: Tensor | None, q: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ class Context:
         present = cls._present
         if present is None or (present.plan, present.work) != (plan, work):
             cls._present = None  # frees its memory first
-            cls._present = cls(plan, work)
-        return cls._present
+            present = cls._present = cls(plan, work)
+        return present
 
     def __init__(self, plan: Plan, work: Path):
         self.plan, self.work, self.device = plan, work, device()

@@ -33,7 +33,7 @@ from tasks.runtime import params
 from tasks.studies.common import checksum
 
 FOLDER = Path(__file__).parent  # of the project's own ablations
-PROTOCOLS = ("freeze", "finetune")
+PROTOCOLS: tuple[Literal["freeze", "finetune"], ...] = ("freeze", "finetune")
 SOURCE_SECTIONS = ("fetch", "shards", "data", "source")  # what decides about the model that variants start from
 Settings = dict[str, Any]
 
@@ -238,7 +238,9 @@ class _Resolver:
 
     def _written(self, variant: Variant, protocols: tuple[str, ...]) -> Settings:
         """The sections as params.yaml means them, without defaults: these may change, results stay what they are."""
-        shared, TTTConfig = self.ablation, _classes()["convert"]
+        from t5lib.layers.config import TTTConfig  # late, as in _classes
+
+        shared = self.ablation
         written: Settings = {"convert": None, "calibrate": None, "pilot": {"steps": 0, "grid": []}}
         if variant.convert is not None:
             written["convert"] = merged(shared.convert, TTTConfig.expand(variant.convert))

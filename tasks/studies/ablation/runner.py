@@ -85,7 +85,7 @@ def _variants(plan: Plan, work: Path, todo: dict[str, list[int]], jobs: int, com
     """The outcomes of the variants of `todo`, with the seeds that it names."""
     from tasks.studies.ablation.variant import VariantJob, make_variant
 
-    shared = {"plan": plan, "work": work, "commit": commit, "shared_card": jobs > 1}
+    shared: dict[str, Any] = {"plan": plan, "work": work, "commit": commit, "shared_card": jobs > 1}
     variants = [VariantJob(variant=variant, seeds=tuple(seeds), **shared) for variant, seeds in todo.items()]
     return run_jobs(make_variant, variants, jobs, until=until, logs=_logs(work))
 
@@ -96,10 +96,10 @@ def _logs(work: Path) -> Path:
 
 def _collected(plan: Plan, work: Path, out: Path) -> Result:
     """What is done already, from `out` and from `work`; results of other settings are moved to a file beside it."""
-    known = load(out) if out.is_file() else {"ablation": plan.name, "records": {}}
+    known: Result = load(out) if out.is_file() else {"ablation": plan.name, "records": {}}
     if known["ablation"] != plan.name:
         raise T5Error(f"{out} holds the ablation '{known['ablation']}', not '{plan.name}'; pass another --out")
-    result = {
+    result: Result = {
         "format": FORMAT,
         "ablation": plan.name,
         "target": plan.target,

@@ -1,5 +1,6 @@
 """The tables of an ablation as Markdown and pictures, from its result file alone."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from tasks.studies.common import plus_minus, spread
 
 MODEL_OF = {protocol: OF_STAGE[protocol].key for protocol in PROTOCOLS}
 # What may stand between a variant and a figure of it, in the order of the work.
-BEFORE = {"calibrated": ("convert", "calibrate")}
+BEFORE: dict[str, tuple[str, ...]] = {"calibrated": ("convert", "calibrate")}
 BEFORE |= {model: ("convert", "calibrate", protocol) for protocol, model in MODEL_OF.items()}
 TITLES = {"calibrated": "before training", "frozen": "freeze", "finetuned": "fine-tuned"}
 PAPER_TITLES = {"freeze": "paper: freeze", "finetune": "paper: fine-tuned"}
@@ -33,7 +34,8 @@ LOOKS = {
     "finetuned": ("D", plots.T5, plots.T5, "fine-tuned"),
 }
 REFERENCES = {"control": ("-", "softmax trained alike"), "source": (":", "softmax source")}
-BESIDE_A_ROW = {"va": "center", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.3}}  # no grid through it
+# no grid through it
+BESIDE_A_ROW: dict[str, Any] = {"va": "center", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.3}}
 SPAN = 15.0  # points that the axis shows at most: what differs by one must be seen; values further down are written out
 
 
@@ -182,16 +184,20 @@ def _section(table: Table, rows: list[Row], picture: str) -> str:
     return "\n".join(["", f"## {table.title}", "", *lines, "", *texts, f"![{table.title}]({picture})", ""])
 
 
+def _of_paper(row: Row, protocol: str) -> str:
+    return _figure(row.paper.get(protocol))
+
+
 def _columns(table: Table, rows: list[Row]) -> dict[str, Callable[[Row], str]]:
     """What a row says under each heading."""
     models = ["calibrated", *(MODEL_OF[protocol] for protocol in table.protocols)]
     models = [model for model in models if any(row.cell(model) not in ("–", "not run") for row in rows)]
     columns: dict[str, Callable[[Row], str]] = {"": lambda row: row.label}
-    columns |= {TITLES[model]: lambda row, model=model: row.cell(model) for model in models}
+    columns |= {TITLES[model]: functools.partial(Row.cell, model=model) for model in models}
     if "finetuned" in models:
         columns["minus control"] = Row.gap
     columns |= {
-        PAPER_TITLES[protocol]: lambda row, protocol=protocol: _figure(row.paper.get(protocol))
+        PAPER_TITLES[protocol]: functools.partial(_of_paper, protocol=protocol)
         for protocol in table.protocols
         if any(protocol in row.paper for row in rows)
     }
