@@ -24,9 +24,10 @@ demo: $(READY)  ## from real weights to a measured linear model, and its report;
 test: $(READY)  ## every test that this machine can run
 	@$(RUN) -m pytest -n 2 --dist loadgroup
 
-lint: $(READY)  ## style and formatting of the Python code
+lint: $(READY)  ## style, formatting and types of the Python code
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
 
 up: $(READY)  ## Prefect's server, worker and deployments in the background; again does no harm
 	@$(RUN) -m flows.services up --port $(PORT)
