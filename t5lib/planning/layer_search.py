@@ -294,7 +294,7 @@ def measure(
     """The outcome of every different assignment on the same images, read once; the loss is as in `scan`.
 
     Raises:
-        T5Error: no images, or what `hybrid` refuses.
+        T5Error: no images, labels with some batches alone, or what `hybrid` refuses.
     """
     one_of(precision, ("fp32", "bf16"), "precision")
     switch, different = _Switch(softmax, calibrated), dict.fromkeys(tuple(a) for a in assignments)
@@ -303,7 +303,9 @@ def measure(
     for batch in batches:
         inputs = placed(ADAPTER.inputs(batch), device)
         labels = batch[1].to(device) if isinstance(batch, tuple | list) and len(batch) > 1 else None
-        kind = COSINE if not softmax.num_classes else KL if labels is None else CROSS_ENTROPY
+        before, kind = kind, COSINE if not softmax.num_classes else KL if labels is None else CROSS_ENTROPY
+        if before not in ("", kind):
+            raise T5Error("some batches have labels and others have none; pass all of them with labels, or all without")
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             reference = ADAPTER.call(switch((SOFTMAX,) * len(switch.names)), inputs).flatten(1).double()
             for assignment, found in parts.items():

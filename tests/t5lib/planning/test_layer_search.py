@@ -114,6 +114,10 @@ class TestScan:
         assert found["increase"][0]["swiglu"] == pytest.approx(kl, rel=1e-3)
         assert kl > 0
 
+    def test_labels_with_some_batches_alone_are_refused(self, softmax, calibrated, batches):
+        with pytest.raises(T5Error, match="some batches have labels and others have none"):
+            layer_search.scan(softmax, calibrated, [batches[0], batches[1][0]])
+
     def test_without_head_it_is_one_minus_the_cosine_of_the_features(self, batches):
         headless = tiny_vit("augreg", num_classes=0)
         found = layer_search.scan(headless, {"swiglu": convert(headless)}, batches)
