@@ -181,6 +181,7 @@ def test_interrupted_and_run_again_it_ends_with_the_same_bits(lr_inherited, stop
 
 
 def test_ctrl_c_in_the_middle_of_a_pool_loses_no_step(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
     teacher, steps = tiny_vit(), []
     whole, model = t5lib.convert(teacher), t5lib.convert(teacher)
     calibrated(whole, teacher, checkpoint_every=1000)
@@ -194,6 +195,7 @@ def test_ctrl_c_in_the_middle_of_a_pool_loses_no_step(tmp_path):
         calibrated(model, teacher, resume_dir=tmp_path, log=stopping, checkpoint_every=1000)
     model = t5lib.convert(teacher)
     calibrated(model, teacher, resume_dir=tmp_path, log=stopping, checkpoint_every=1000)
+    signal.signal(signal.SIGINT, before)
     assert same(model, whole) and steps == [10, 20, 24]
 
 
