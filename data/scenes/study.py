@@ -259,9 +259,8 @@ def calibrated(study: Study, arm: str, fold: int) -> tuple[nn.Module, dict[str, 
     if file.exists():
         student.load_state_dict(load_file(file))
         return student, read_json(file.with_suffix(".json"))
-    recipe = CalibrateConfig(
-        steps=options.calibrate, batch_size=options.batch, seed=options.seed, compile=options.compile
-    )
+    # Not compiled: in so few steps that does not pay.
+    recipe = CalibrateConfig(steps=options.calibrate, batch_size=options.batch, seed=options.seed)
     report = calibrate(
         student,
         teacher=study.source,
@@ -408,7 +407,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=json.loads, default={}, help="changes of the alignment's settings, as JSON")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="the alignment")
     parser.add_argument("--pictures", action="store_true")
     parser.add_argument("--until", type=float, help="seconds since 1970 by which to end")
     options = parser.parse_args()
