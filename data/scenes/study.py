@@ -234,9 +234,9 @@ class Study:
         }
         with open(self.work / f"{name}.npz", "wb") as file:
             np.savez_compressed(file, **arrays)
-        for stage, sizes in record["measured"].items():
-            for size, each in sizes.items():
-                print(name, stage, size, {n: round(v, 3) for n, v in each.items()}, flush=True)
+        stage, sizes = list(record["measured"].items())[-1]
+        for size, each in sizes.items():
+            print(name, stage, size, ", ".join(f"{n} {value:.3f}" for n, value in each.items()), flush=True)
 
     def late(self, seconds: float) -> bool:
         """Whether that long is more than what is left."""
