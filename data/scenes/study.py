@@ -4,7 +4,7 @@
     python data/scenes/study.py prepare --scenes SCENES --weights dino.safetensors --work WORK --folds 0 1 2 3 4
     python data/scenes/study.py tune    … --folds 0 --trials lead slow fast        # recipes, from one calibration
     python data/scenes/study.py arms    … --folds 1 2 3 4 --arms t5 t5-2softmax    # what the tables hold
-    python data/scenes/study.py tables  --work WORK --scenes SCENES --out docs/results/scenes
+    python data/scenes/study_tables.py --work WORK --scenes SCENES --out docs/results/scenes
 
 `weights`: the state dict of timm's vit_small_patch14_dinov2 (t5lib.weights.dinov2_onnx reads it). Several processes may
 work in one WORK folder at once, each on arms, trials or folds of its own. Results are written as they come.
@@ -15,7 +15,6 @@ own scenes at 518 px, at 1,036 px and on a part of 700 × 1,036 px. Recipes were
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from torch.nn import functional as F
 
 import t5lib
 from t5lib.data.sampler import Sampler
-from t5lib.evaluation.dense import DenseSums, Probe, ProbeConfig, compare, fit_probe, gather_features, summary
+from t5lib.evaluation.dense import DenseSums, Probe, ProbeConfig, compare, fit_probe, gather_features
 from t5lib.layers.config import TTTConfig
 from t5lib.training.alignment import AlignConfig, align
 from t5lib.training.calibration import CalibrateConfig, calibrate
@@ -45,7 +44,7 @@ PATCH, FITTED = 14, 518  # pixels; the size of images that models are fitted on
 VIEWS = 3  # keeps the random stream of crops and mirroring apart from others
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PROBE = ProbeConfig(l2=1e-3)
-PROBE_PATCHES = 1_000_000  # of the fitted folds, that a probe is fitted on
+PROBE_PATCHES = 500_000  # of the fitted folds, that a probe is fitted on
 LINEAR = (0, 1, 2, 3, 4, 5, 6, 8, 9, 10)  # all but layers 7 and 11
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -95,6 +94,10 @@ class Size:
     def name(self) -> str:
         height, width = self.rows * PATCH, self.columns * PATCH
         return str(height) if height == width else f"{height}x{width}"
+
+
+class OutOfTime(Exception):
+    """A training must end here, so that its model can still be measured."""
 
 
 class Scenes:
@@ -222,7 +225,10 @@ class Study:
     def write(self, name: str, record: dict[str, Any], sums: dict[str, dict[str, DenseSums]]) -> None:
         """`record` and what was measured, by stage and size, as JSON; the sums themselves beside it."""
         record["measured"] = {
-            stage: {size: {n: v.item() for n, v in each.measures().items()} for size, each in sizes.items()}
+            stage: {
+                size: {n: v.item() for n, v in each.measures().items() if n != "own_probe_miou" or stage == "aligned"}
+                for size, each in sizes.items()
+            }
             for stage, sizes in sums.items()
         }
         write_json(self.work / f"{name}.json", record)
@@ -237,6 +243,13 @@ class Study:
         stage, sizes = list(record["measured"].items())[-1]
         for size, each in sizes.items():
             print(name, stage, size, ", ".join(f"{n} {value:.3f}" for n, value in each.items()), flush=True)
+
+    def recipe(self) -> dict[str, Any]:
+        """What the file says, once it is there; another process may be about to choose it."""
+        file = self.options.recipe_file
+        while file and not file.exists():
+            time.sleep(1)
+        return read_json(file) if file else {}
 
     def late(self, seconds: float) -> bool:
         """Whether that long is more than what is left."""
@@ -282,16 +295,20 @@ def aligned(study: Study, student: nn.Module, fold: int, changes: dict[str, Any]
     config = AlignConfig(steps=steps, batch_size=options.batch, **recipe)
     # Other batches than those of the calibration.
     batches = study.scenes.fitted(study.others(fold), options.batch, 2 * options.seed + 1)
-    log = lambda values, step: curve.append([step, values["loss"], values["grad_norm"]])  # noqa: E731
-    report = align(student, teacher=study.source, batches=batches, config=config, log=log)
-    return {
-        "recipe": dataclasses.asdict(config),
-        "seconds": report.seconds,
-        "error_before": report.error_before,
-        "error_after": report.error_after,
-        "loss": _means(curve, 1),
-        "grad_norm": _means(curve, 2),
-    }
+
+    def log(values: dict[str, float], step: int) -> None:
+        curve.append([step, values["loss"], values["grad_norm"]])
+        if study.late(options.spare):
+            raise OutOfTime
+
+    told = {"recipe": dataclasses.asdict(config), "broken_off": False}
+    try:
+        report = align(student, teacher=study.source, batches=batches, config=config, log=log)
+        told |= {"seconds": report.seconds, "error_before": report.error_before, "error_after": report.error_after}
+    except OutOfTime:
+        told["broken_off"] = True
+    student.eval()
+    return told | {"steps": len(curve), "loss": _means(curve, 1), "grad_norm": _means(curve, 2)}
 
 
 def _means(curve: list[list[float]], column: int, width: int = 25) -> list[float]:
@@ -311,7 +328,7 @@ def tune(study: Study) -> None:
         begun = time.monotonic()
         student, _ = calibrated(study, options.arm, fold)
         told = aligned(study, student, fold, TRIALS[trial], options.align)
-        print(trial, round(told["seconds"]), "s, loss", told["loss"], "norm", told["grad_norm"], flush=True)
+        print(trial, told["steps"], "steps, loss", told["loss"], "norm", told["grad_norm"], flush=True)
         sums = study.measure(student, fold, own_probes=False)
         study.write(f"trial-{trial}", {"trial": trial, "fold": fold, "aligned": told}, {"aligned": sums})
         longest = max(longest, time.monotonic() - begun)
@@ -328,11 +345,11 @@ def arms(study: Study) -> None:
             begun, name = time.monotonic(), f"arm-{arm}-{fold}-{options.seed}"
             student, told = calibrated(study, arm, fold)
             record = {"arm": arm, "fold": fold, "seed": options.seed, "calibrated": told}
-            sums = {"calibrated": study.measure(student, fold)}
+            sums = {"calibrated": study.measure(student, fold, own_probes=False)}
             study.write(name, record, sums)
-            record["aligned"] = aligned(study, student, fold, options.recipe, options.align)
+            record["aligned"] = aligned(study, student, fold, study.recipe(), options.align)
             loss = record["aligned"]["loss"]
-            print(name, round(record["aligned"]["seconds"]), "s, loss", loss[:4], "…", loss[-4:], flush=True)
+            print(name, record["aligned"]["steps"], "steps, loss", loss[:4], "…", loss[-4:], flush=True)
             sums["aligned"] = study.measure(student, fold)
             study.write(name, record, sums)
             if options.pictures:
@@ -354,49 +371,25 @@ def save_maps(study: Study, student: nn.Module, name: str, fold: int, scenes: in
     np.savez_compressed(study.work / f"maps-{name}.npz", **arrays)
 
 
-def tables(options: argparse.Namespace) -> None:
-    """Pool the folds of every arm; intervals by a bootstrap over the tested entities of all of them."""
-    kinds = torch.from_numpy(Composed.read(options.scenes).class_of_entity)
-    pooled: dict[str, dict[str, dict[str, DenseSums]]] = {}
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted(options.work.glob("arm-*.json")):
-        record = read_json(file)
-        runs.setdefault(record["arm"], []).append(record)
-        arrays = np.load(file.with_suffix(".npz"))
-        for stage, sizes in record["measured"].items():
-            for size in sizes:
-                sums = DenseSums(
-                    **{
-                        f.name: torch.from_numpy(arrays[f"{stage}/{size}/{f.name}"])
-                        for f in dataclasses.fields(DenseSums)
-                    }
-                )
-                mine = pooled.setdefault(record["arm"], {}).setdefault(stage, {})
-                mine[size] = mine[size] + sums if size in mine else sums
-    if not runs:
-        raise T5Error(f"{options.work} holds no result of an arm; run 'arms' first")
-    content = {
-        "arms": {
-            arm: {
-                "folds": [run["fold"] for run in runs[arm]],
-                "measured": {
-                    stage: {size: summary(sums, kinds) for size, sums in sizes.items()}
-                    for stage, sizes in stages.items()
-                },
-                "runs": runs[arm],
-            }
-            for arm, stages in pooled.items()
-        },
-        "trials": [read_json(file) for file in sorted(options.work.glob("trial-*.json"))],
-        "source": [read_json(file) for file in sorted(options.work.glob("source-*.json"))],
-    }
-    write_json(options.out.with_suffix(".json"), content)
+def choose(study: Study) -> None:
+    """Write the recipe of the trial that keeps most: mean mIoU against the source's predictions over all sizes."""
+    records = [read_json(file) for file in sorted(study.work.glob("trial-*.json"))]
+    if not records:
+        raise T5Error(f"{study.work} holds no trial; run 'tune' first")
+    best = max(records, key=_kept)
+    for record in sorted(records, key=_kept):
+        print(record["trial"], round(_kept(record), 2), "loss", record["aligned"]["loss"][-1], flush=True)
+    write_json(study.options.recipe_file, TRIALS[best["trial"]])
+
+
+def _kept(record: dict[str, Any]) -> float:
+    return float(np.mean([each["fidelity_miou"] for each in record["measured"]["aligned"].values()]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prepare", "tune", "arms", "tables"))
-    for name in ("scenes", "work", "weights", "out"):
+    parser.add_argument("what", choices=("prepare", "tune", "choose", "arms"))
+    for name in ("scenes", "work", "weights"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--folds", type=int, nargs="+", default=[0])
     parser.add_argument("--trials", nargs="+", default=list(TRIALS), choices=list(TRIALS))
@@ -404,18 +397,16 @@ def main() -> None:
     parser.add_argument("--arm", default="t5", choices=list(ARMS), help="that trials are made with")
     parser.add_argument("--calibrate", type=int, default=1500, help="steps")
     parser.add_argument("--align", type=int, default=2000, help="steps")
-    parser.add_argument("--recipe", type=json.loads, default={}, help="changes of the alignment's settings, as JSON")
+    parser.add_argument("--recipe-file", type=Path, help="changes of the alignment's settings; waited for")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="the alignment")
     parser.add_argument("--pictures", action="store_true")
+    parser.add_argument("--spare", type=float, default=30, help="seconds of them that measuring takes")
     parser.add_argument("--until", type=float, help="seconds since 1970 by which to end")
     options = parser.parse_args()
-    if options.what == "tables":
-        tables(options)
-        return
     options.work.mkdir(parents=True, exist_ok=True)
-    {"prepare": prepare, "tune": tune, "arms": arms}[options.what](Study(options))
+    {"prepare": prepare, "tune": tune, "choose": choose, "arms": arms}[options.what](Study(options))
 
 
 if __name__ == "__main__":
