@@ -371,15 +371,15 @@ def save_maps(study: Study, student: nn.Module, name: str, fold: int, scenes: in
     np.savez_compressed(study.work / f"maps-{name}.npz", **arrays)
 
 
-def choose(study: Study) -> None:
+def choose(options: argparse.Namespace) -> None:
     """Write the recipe of the trial that keeps most: mean mIoU against the source's predictions over all sizes."""
-    records = [read_json(file) for file in sorted(study.work.glob("trial-*.json"))]
+    records = [read_json(file) for file in sorted(options.work.glob("trial-*.json"))]
     if not records:
-        raise T5Error(f"{study.work} holds no trial; run 'tune' first")
+        raise T5Error(f"{options.work} holds no trial; run 'tune' first")
     best = max(records, key=_kept)
     for record in sorted(records, key=_kept):
         print(record["trial"], round(_kept(record), 2), "loss", record["aligned"]["loss"][-1], flush=True)
-    write_json(study.options.recipe_file, TRIALS[best["trial"]])
+    write_json(options.recipe_file, TRIALS[best["trial"]])
 
 
 def _kept(record: dict[str, Any]) -> float:
@@ -406,7 +406,10 @@ def main() -> None:
     parser.add_argument("--until", type=float, help="seconds since 1970 by which to end")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    {"prepare": prepare, "tune": tune, "choose": choose, "arms": arms}[options.what](Study(options))
+    if options.what == "choose":
+        choose(options)
+        return
+    {"prepare": prepare, "tune": tune, "arms": arms}[options.what](Study(options))
 
 
 if __name__ == "__main__":
