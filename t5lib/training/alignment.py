@@ -1,0 +1,372 @@
+"""Alignment: train the whole converted model on the whole softmax model, without labels.
+
+Calibration (t5lib.training.calibration) fits every new layer alone, on the inputs that the softmax model gives it. What
+each layer leaves then adds up on the way through the model. Here the student runs on its own, and what its blocks and
+its output differ from the teacher's is the loss. It runs in t5lib.training.trainer, as every training does.
+
+Shapes: B images, N image tokens, C channels.
+
+Sources: matching a network's final features after its attentions have been fitted is published in ViT-AdaLA (arXiv
+2603.16063); "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772) aligns SD3.5 to an average of
+its own weights. The weights and rates here are our own (docs/results/scenes.md).
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from t5lib.conversion import ttt_layers
+from t5lib.data.batches import Batches, open_batches
+from t5lib.families import family_of
+from t5lib.families.base import Adapter
+from t5lib.families.inputs import Inputs, placed
+from t5lib.layers.grid import TokenGrid
+from t5lib.training.loop import Log
+from t5lib.training.trainer import LoopConfig, Objective, Trainer, TrainReport, train
+from t5lib.utils.config import AtLeastOne, NotNegative, Positive, Share, WholeNumber, settings
+from t5lib.utils.errors import T5Error
+
+
+@settings
+class AlignConfig(LoopConfig):
+    """A recipe for alignment.
+
+    Every error is the squared error over the variance of what the teacher gives.
+
+    Attributes:
+        steps: optimizer steps; 0 skips alignment.
+        trainable: "all"; "attention" for the converted layers with the projections that they inherit; "new" for their
+            new parameters alone; "lora" as in LoopConfig.
+        blocks: weight of the blocks' errors together.
+        block_growth: weight of a block's error over that of the block before it; 1 for all alike.
+        features: name of a part of the model, called once in a forward, whose tokens are matched too: "norm" is the
+            last norm of timm's models, from which dense features are read. Null for none.
+        features_weight: weight of the error of `features`.
+        output: weight of the error of the model's output (logits, pooled features, a denoiser's prediction).
+        cosine: weight of 1 minus the cosine of `features`, beside their squared error.
+        prefix: weight of class and register tokens beside that of the image's, in blocks and features.
+        Others: see LoopConfig.
+    """
+
+    steps: WholeNumber = 2000
+    batch_size: AtLeastOne = 16
+    lr: NotNegative = 1e-4
+    lr_new: NotNegative = 1e-3
+    min_lr: Share = 0.0
+    warmup: Share = 0.1
+    weight_decay: NotNegative = 0.0
+    trainable: Literal["all", "attention", "new", "lora"] = "all"
+    blocks: NotNegative = 1.0
+    block_growth: Positive = 1.0
+    features: str | None = None
+    features_weight: NotNegative = 2.0
+    output: NotNegative = 1.0
+    cosine: NotNegative = 0.0
+    prefix: NotNegative = 0.1
+
+    def __post_init__(self):
+        if not (self.blocks or self.output or (self.features and (self.features_weight or self.cosine))):
+            raise T5Error("align: blocks, features and output all weigh 0; there is nothing to learn from")
+        if self.cosine and not self.features:
+            raise T5Error("align: cosine is set but features is not; name a part of the model, such as 'norm'")
+
+
+@dataclass(kw_only=True)
+class AlignReport(TrainReport):
+    """Cost, and errors on the first batch, which the fit leaves out (a loader that repeats gives it again).
+
+    Attributes:
+        error_before, error_after: of every block by name (its image tokens), of "features" (likewise) and of "output".
+    """
+
+    error_before: dict[str, float]
+    error_after: dict[str, float] = field(default_factory=dict)
+
+
+def align(
+    model: nn.Module,
+    *,
+    teacher: nn.Module,
+    batches: Batches,
+    config: AlignConfig | None = None,
+    resume_dir: Path | None = None,
+    log: Log | None = None,
+) -> AlignReport:
+    """Train `model`, in place, to do what `teacher` does.
+
+    Args:
+        model: a converted model (t5lib.convert), in float32; best after t5lib.calibrate.
+        teacher: the softmax model it was converted from; it is not changed. With precision "bf16" its weights may be
+            bfloat16, at half the memory.
+        batches: as in t5lib.calibrate: images, or the keyword arguments of a denoiser. Sizes may change between them.
+        config: the recipe.
+        resume_dir: checkpoints; a second call with the same folder continues and, on a CPU, ends with the same bits.
+        log: called in the main process with loss, learning rates, gradient norm, and the step.
+
+    Raises:
+        T5Error: the models do not match, a part does not exist, or the loss is not finite.
+        KeyboardInterrupt: Ctrl-C, at the end of the step and after a checkpoint has been written.
+    """
+    config = config or AlignConfig()
+    objective = Alignment(config, model, teacher)
+    before = _measured(model, objective, batches)
+    if not config.steps:
+        return AlignReport(
+            steps=0, seconds=0.0, samples_per_second=0.0, loss=0.0, error_before=before, error_after=before
+        )
+    with _trainable(model, config) as recipe:
+        try:
+            report = train(
+                model,
+                lambda start: open_batches(batches, start + 1),  # the first is measured on
+                objective,
+                recipe,
+                steps=config.steps,
+                resume_dir=resume_dir,
+                log=log,
+            )
+        finally:
+            objective.end()
+    return AlignReport(**vars(report), error_before=before, error_after=_measured(model, objective, batches))
+
+
+class Alignment(Objective[Inputs]):
+    """Batches are what the models are called with (Adapter.inputs).
+
+    Args:
+        config: of the recipe: weights of the errors.
+        model: the student.
+        teacher: the softmax model.
+
+    Raises:
+        T5Error: the models do not match, or config.features is no part of them.
+    """
+
+    def __init__(self, config: AlignConfig, model: nn.Module, teacher: nn.Module):
+        self.config, self.family, self.teacher = config, family_of(model), teacher
+        _check_pair(self.family, model, teacher, config)
+        names = self.family.attention_names(teacher)
+        count = len(list(self.family.blocks(model)))
+        # Blocks of some denoisers hold two attentions.
+        self.names = list(dict.fromkeys(self.family.block_name(name) for name in names))
+        if len(self.names) != count:
+            self.names = [f"block {index}" for index in range(count)]
+        growth = [config.block_growth**index for index in range(count)]
+        self.weights = [config.blocks * each / sum(growth) for each in growth]
+        self.errors: Callable[..., dict[str, Tensor]] = token_errors
+        self.recorders: list[Recorder] = []
+
+    def begin(self, trainer: Trainer) -> None:
+        trainer.plain.eval()  # what is dropped at random in training would only blur what is to be matched
+        self.teacher.to(trainer.device).eval()
+        trainer.compile_blocks(self.teacher)
+        if self.config.compile:
+            self.errors = torch.compile(token_errors, dynamic=False)
+        self.recorders = [Recorder(self.family, each, self.config.features) for each in (trainer.plain, self.teacher)]
+
+    def end(self) -> None:
+        """Leave nothing in the models."""
+        for recorder in self.recorders:
+            recorder.remove()
+        self.recorders, self.errors = [], token_errors
+
+    def example(self, batch: Any, number: int, trainer: Trainer) -> Inputs:
+        return placed(self.family.inputs(batch), trainer.device)
+
+    def inputs(self, example: Inputs) -> Inputs:
+        return example
+
+    def loss(self, example: Inputs, trainer: Trainer) -> Tensor:
+        ours, theirs = self.recorders
+        with torch.no_grad(), theirs.recording():
+            wanted = trainer.output(example, self.teacher)
+        with ours.recording():
+            output = trainer.output(example)
+        grid = self.family.grid(trainer.plain, example)
+        return self.weighed(ours, theirs, output, wanted, grid)
+
+    def weighed(self, ours: "Recorder", theirs: "Recorder", output: Tensor, wanted: Tensor, grid: TokenGrid) -> Tensor:
+        """The sum of all errors by their weights, a scalar."""
+        config = self.config
+        loss = config.output * output_error(output, wanted) if config.output else output.new_zeros(())
+        for weight, our_block, their_block in zip(self.weights, ours.blocks, theirs.blocks, strict=True):
+            if weight:
+                loss = loss + weight * self._with_prefix(self.errors(our_block, their_block, grid))
+        if config.features:
+            errors = self.errors(ours.features, theirs.features, grid, cosine=bool(config.cosine))
+            loss = loss + config.features_weight * self._with_prefix(errors)
+            if config.cosine:
+                loss = loss + config.cosine * errors["cosine"]
+        return loss
+
+    def _with_prefix(self, errors: dict[str, Tensor]) -> Tensor:
+        return errors["image"] + self.config.prefix * errors["prefix"] if "prefix" in errors else errors["image"]
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, inputs: Inputs) -> dict[str, float]:
+        """The errors of `model` on a batch, by name."""
+        device = next(model.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            seen = []
+            for each in (model, self.teacher):
+                recorder = Recorder(self.family, each, self.config.features)
+                try:
+                    with recorder.recording():
+                        seen.append((recorder, self.family.call(each, inputs)))
+                finally:
+                    recorder.remove()
+        (ours, output), (theirs, wanted) = seen
+        grid = self.family.grid(model, inputs)
+        errors = {
+            name: token_errors(*blocks, grid)["image"]
+            for name, *blocks in zip(self.names, ours.blocks, theirs.blocks, strict=True)
+        }
+        if self.config.features:
+            errors["features"] = token_errors(ours.features, theirs.features, grid)["image"]
+        errors["output"] = output_error(output, wanted)
+        return {name: error.item() for name, error in errors.items()}
+
+
+class Recorder:
+    """Keeps what a model's blocks, and the part `features`, give while `recording`.
+
+    Attributes:
+        blocks: image tokens (B, N, C) of every block, prefix tokens first, of the last forward recorded.
+        features: what the part gave, likewise.
+    """
+
+    def __init__(self, family: Adapter, model: nn.Module, features: str | None):
+        self.family, self.on = family, False
+        self.blocks: list[Tensor] = []
+        self.features: Tensor | None = None
+        self.undo: list[Callable[[], None]] = []
+        for block in family.blocks(model):
+            self._watch(block, self._keep_block)
+        if features:
+            self._watch(model.get_submodule(features), self._keep_features)
+
+    def _watch(self, module: nn.Module, keep: Callable[[Any], None]) -> None:
+        """Outside of what is compiled: a hook would become a part of it."""
+        compiled = module._compiled_call_impl
+        if compiled is None:
+            self.undo.append(module.register_forward_hook(lambda _module, _inputs, output: keep(output)).remove)
+            return
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = compiled(*args, **kwargs)
+            keep(output)
+            return output
+
+        module._compiled_call_impl = call  # gone when the trainer undoes its compilation
+
+    def _keep_block(self, output: Any) -> None:
+        if self.on:
+            self.blocks.append(self.family.block_tokens(output))
+
+    def _keep_features(self, output: Tensor) -> None:
+        if self.on:
+            self.features = output
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around one forward; blocks that checkpointing calls again in the backward pass are not recorded."""
+        self.blocks, self.features, self.on = [], None, True
+        try:
+            yield
+        finally:
+            self.on = False
+
+    def remove(self) -> None:
+        for undo in self.undo:
+            undo()
+        self.undo = []
+
+
+def token_errors(ours: Tensor, theirs: Tensor, grid: TokenGrid, cosine: bool = False) -> dict[str, Tensor]:
+    """Squared error of tokens (B, N, C) over the variance of the teacher's image tokens, scalars in float32.
+
+    The variance is that over images and tokens, summed over channels: what all tokens have in common does not count.
+
+    Returns:
+        "image"; "prefix" where there are prefix tokens; "cosine", 1 minus the mean cosine of image tokens, if asked.
+    """
+    ours, theirs, patches = ours.float(), theirs.float(), grid.patches
+    image, wanted = ours[:, patches], theirs[:, patches]
+    scale = wanted.var(dim=(0, 1), correction=0).mean()
+    errors = {"image": (image - wanted).square().mean() / scale}
+    if patches.start:
+        errors["prefix"] = (ours[:, : patches.start] - theirs[:, : patches.start]).square().mean() / scale
+    if cosine:
+        errors["cosine"] = 1 - F.cosine_similarity(image, wanted, dim=-1).mean()
+    return errors
+
+
+def output_error(output: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error over the variance of all that the teacher's output holds, a scalar in float32."""
+    output, wanted = output.float(), wanted.float()
+    return (output - wanted).square().mean() / wanted.var(correction=0)
+
+
+def _check_pair(family: Adapter, model: nn.Module, teacher: nn.Module, config: AlignConfig) -> None:
+    if not ttt_layers(model):
+        raise T5Error("this model has no new layer to align; convert it first (t5lib.convert)")
+    if ttt_layers(teacher):
+        raise T5Error("the teacher is a converted model; pass the softmax model that was converted")
+    if family_of(teacher) is not family:
+        raise T5Error(f"the teacher is of the family {family_of(teacher).name}, the model of {family.name}")
+    ours, theirs = (len(list(family.blocks(each))) for each in (model, teacher))
+    if ours != theirs:
+        raise T5Error(f"the teacher has {theirs} blocks, the model {ours}; pass the softmax model that was converted")
+    if config.precision == "fp32" and next(teacher.parameters()).dtype != torch.float32:
+        raise T5Error(
+            f"align: the teacher's weights are {next(teacher.parameters()).dtype} and precision is fp32; call "
+            "teacher.float(), or set precision: bf16"
+        )
+    if config.features:
+        try:
+            model.get_submodule(config.features)
+        except AttributeError:
+            raise T5Error(
+                f"align: features '{config.features}' is no part of a {type(model).__name__}; name one of "
+                f"{', '.join(name for name, _ in model.named_children())}, or null"
+            ) from None
+
+
+@contextmanager
+def _trainable(model: nn.Module, config: AlignConfig) -> Iterator[LoopConfig]:
+    """Within, only what config.trainable names has a gradient; yields the recipe for the trainer, which knows no
+    "attention"."""
+    if config.trainable != "attention":
+        yield config
+        return
+    layers = tuple(f"{name}." for name in ttt_layers(model))
+    frozen = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(layers)]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield dataclasses.replace(config, trainable="all")
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def _measured(model: nn.Module, objective: Alignment, batches: Batches) -> dict[str, float]:
+    """The errors on the first batch; leaves the models in the modes that they were in."""
+    modes = [(each, each.training) for each in (model, objective.teacher)]
+    device = next(model.parameters()).device
+    objective.teacher.to(device)
+    inputs = placed(objective.family.inputs(next(open_batches(batches, 0))), device)
+    try:
+        for each, _ in modes:
+            each.eval()
+        return objective.measure(model, inputs)
+    finally:
+        for each, training in modes:
+            each.train(training)
