@@ -62,7 +62,7 @@ class AlignConfig(LoopConfig):
     min_lr: Share = 0.0
     warmup: Share = 0.1
     weight_decay: NotNegative = 0.0
-    trainable: Literal["all", "attention", "new", "lora"] = "all"
+    trainable: Literal["all", "attention", "new", "lora"] = "all"  # type: ignore[assignment]  # one choice more
     blocks: NotNegative = 1.0
     block_growth: Positive = 1.0
     features: str | None = None
@@ -225,10 +225,10 @@ class Alignment(Objective[Inputs]):
         (ours, output), (theirs, wanted) = seen
         grid = self.family.grid(model, inputs)
         errors = {
-            name: token_errors(*blocks, grid)["image"]
-            for name, *blocks in zip(self.names, ours.blocks, theirs.blocks, strict=True)
+            name: token_errors(block, target, grid)["image"]
+            for name, block, target in zip(self.names, ours.blocks, theirs.blocks, strict=True)
         }
-        if self.config.features:
+        if ours.features is not None and theirs.features is not None:
             errors["features"] = token_errors(ours.features, theirs.features, grid)["image"]
         errors["output"] = output_error(output, wanted)
         return {name: error.item() for name, error in errors.items()}
