@@ -22,7 +22,8 @@ from flows import graph
 from flows.process import environment, stream
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
-from tasks.runtime import params, tracking
+from tasks import targets
+from tasks.runtime import params, tracking, warm
 from tasks.targets.diffusers_folder import NOTE
 
 # What DVC and the loading of pipelines say that a reader of the log need not know.
@@ -77,19 +78,29 @@ def t5(target: str = "dinov2-fashion") -> dict[str, Any]:
 
 
 def _build(root: Path, target: str) -> dict[str, Any]:
+    libraries = targets.libraries(params.read_target(root, target))
+    with warm.serving(libraries, environment(tracking.UNOBSERVED)) as variables:
+        return _built(root, target, variables)
+
+
+def _built(root: Path, target: str, variables: dict[str, str]) -> dict[str, Any]:
+    """What `t5` returns; stages get `variables` in their environment."""
     log = get_run_logger()
     settings = _checked_settings(root, target)
     if params.enable(root, target):
         log.warning("params.yaml: added '%s' to `enabled`; plain `dvc repro` builds it from now on", target)
     names = graph.stages(root, target)
     log.info("%s: %s; stages of which nothing changed are skipped", target, " → ".join(names))
+    if takes := params.takes(root, target):
+        log.info("From nothing it takes %s", takes)
     run = tracking.start_run(
         root, target, target, settings, {"stage": "flow", "protocol": tracking.protocol(settings, names)}
     )
     run.log_params(settings)
+    variables = variables | ({tracking.PARENT_VARIABLE: run.id} if run.id else {})
     try:
         for name in names:
-            _stage_task(name)(str(root), name, target, run.id, return_state=True).result()
+            _stage_task(name)(str(root), name, target, variables, return_state=True).result()
             run.adopt_stage(root, target, name)
         headlines = {name: read_json(root / f"data/out/{target}/{name}.json") for name in HEADLINES if name in names}
         run.log_metrics(headlines)
@@ -108,7 +119,7 @@ def _stage_task(name: str) -> Task:
     )
 
 
-def run_stage(root: str, name: str, target: str, parent: str | None) -> State:
+def run_stage(root: str, name: str, target: str, variables: dict[str, str]) -> State:
     """Bring one stage up to date with DVC. A Completed state says whether anything had to be done."""
     log, lines, skipped = get_run_logger(), [], False
     error_file = Path(root) / f"data/scratch/{target}/{name}.error.json"
@@ -124,8 +135,7 @@ def run_stage(root: str, name: str, target: str, parent: str | None) -> State:
                 log.info(line)
 
     command = ["dvc", "--wait-for-lock", "repro", "-s", f"{name}@{target}"]
-    env = environment({tracking.PARENT_VARIABLE: parent} if parent else {})
-    code = stream(command, on_line, cwd=Path(root), env=env)
+    code = stream(command, on_line, cwd=Path(root), env=environment(variables))
     if code:
         error = _stage_error(name, error_file, lines, code)
         return Failed(message=str(error), data=error)

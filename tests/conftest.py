@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from tasks import targets
 from tasks.runtime import tracking
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +78,7 @@ PARAMS = """\
 enabled: [small]   # a comment that must survive
 targets:
   small:
+    takes: a moment
     fetch: {inner: "2"}
     convert: {inner: swiglu, key_norm: instance, locality: none}
     evaluate: {steps: 0}
@@ -147,6 +149,10 @@ def small_repo(tmp_path, monkeypatch) -> SmallRepo:
         shutil.copy(ROOT / f"tasks/{module}.py", root / f"tasks/{module}.py")
     shutil.copytree(ROOT / "tasks/runtime", root / "tasks/runtime", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "tasks/targets/classifier.py").write_text(TARGET)
+    libraries = ("mlflow.store.tracking.sqlalchemy_store",)  # the stages import nothing else that takes long
+    kinds = root / "tasks/targets/__init__.py"
+    kinds.write_text(f"{kinds.read_text()}\n_LIBRARIES = {{'classifier': {libraries}}}\n")
+    monkeypatch.setattr(targets, "_LIBRARIES", {"classifier": libraries})
     for name, inputs in INPUTS.items():
         (root / f"tasks/{name}.py").write_text(STAGE.format(name=name, inputs=inputs))
     (root / "params.yaml").write_text(PARAMS)

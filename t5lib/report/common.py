@@ -2,22 +2,22 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from t5lib.benchmarks.resolution_sweep import cost_ratios
-from t5lib.report import plots
-from t5lib.report.models import MODELS
+from t5lib.report.models import MODELS, SOFTMAX, T5, T5_LIGHT
+
+if TYPE_CHECKING:  # Matplotlib takes a second to import, and stages read this module for the types alone
+    from matplotlib.figure import Figure
 
 THIN, MINUS = "\u202f", "\u2212"
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 RUNS = {
-    "control": ("control", plots.SOFTMAX),
-    "freeze": ("freeze", plots.T5_LIGHT),
-    "finetune": ("fine-tune", plots.T5),
+    "control": ("control", SOFTMAX),
+    "freeze": ("freeze", T5_LIGHT),
+    "finetune": ("fine-tune", T5),
 }
 
 
@@ -43,7 +43,7 @@ class Quality:
     caveat: str
     sentences: list[str]
     tiles: list[dict[str, str]]
-    figures: dict[str, Figure]
+    figures: dict[str, "Figure"]
     scores: dict[str, Any] | None = None
     use: str
     snippet: str

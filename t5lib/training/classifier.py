@@ -4,8 +4,6 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,6 +61,8 @@ class Classification(Objective[Example]):
         self.config, self.teacher = config, teacher if config.distill else None
         self.mixup = None
         if config.mixup or config.cutmix:
+            from timm.data import Mixup
+
             smoothing = {"label_smoothing": config.label_smoothing, "num_classes": num_classes}
             self.mixup = Mixup(config.mixup, config.cutmix, **smoothing)
 
@@ -85,7 +85,7 @@ class Classification(Objective[Example]):
             inputs = {name: images}
         logits = trainer.output(inputs).float()
         if self.mixup:
-            loss = SoftTargetCrossEntropy()(logits, targets)
+            loss = F.cross_entropy(logits, targets)  # targets are shares of classes
         else:
             loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
         if self.teacher is None:

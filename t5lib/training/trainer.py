@@ -12,14 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from pydantic import Field
 from safetensors.torch import load_model, save_model
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from t5lib.conversion import new_parameters
@@ -32,6 +31,9 @@ from t5lib.training.nonfinite import explain_blow_up
 from t5lib.utils.config import AtLeastOne, NotNegative, Positive, Share, WholeNumber, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
 
 E = TypeVar("E")  # an example: a batch as the objective wants it
 KINDS_OF_BLOCKS = 256  # that one process may compile
@@ -158,7 +160,7 @@ class Trainer(Work):
         set_seed(config.seed)  # adapters start alike in all processes
         self.frozen = freeze(model, config)
         set_seed(config.seed, device_specific=True)  # Python, NumPy (mixup) and torch
-        self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None
+        self.ema = _averaged(model, config.ema) if config.ema else None
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(_groups(model, config)))
         self.compiled = contextlib.ExitStack()
         self.compile_blocks(model)
@@ -314,6 +316,12 @@ def compiled_blocks(model: nn.Module) -> Iterator[None]:
         finally:
             for block in blocks:
                 block._compiled_call_impl = None
+
+
+def _averaged(model: nn.Module, decay: float) -> "ModelEmaV3":
+    from timm.utils import ModelEmaV3  # timm takes seconds to import
+
+    return ModelEmaV3(model, decay=decay, use_warmup=True)
 
 
 def freeze(model: nn.Module, config: LoopConfig) -> list[nn.Parameter]:

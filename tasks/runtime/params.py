@@ -13,6 +13,8 @@ from t5lib.utils.config import from_dict, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import write_text
 
+TAKES = "takes"  # of a target, no section: what building it takes, in words
+
 
 def read(root: Path | str = ".") -> dict[str, Any]:
     """The whole of params.yaml. Raises T5Error when it is missing, is not YAML, or has no `targets`."""
@@ -29,7 +31,16 @@ def read(root: Path | str = ".") -> dict[str, Any]:
 
 
 def read_target(root: Path | str, target: str) -> dict[str, Any]:
-    """The section `targets.<target>`. Raises T5Error that names the nearest target when there is none."""
+    """The sections of `targets.<target>`. Raises T5Error that names the nearest target when there is none."""
+    return {name: section for name, section in _entry(root, target).items() if name != TAKES}
+
+
+def takes(root: Path | str, target: str) -> str:
+    """What building the target takes, in the words of params.yaml; "" where it does not say."""
+    return str(_entry(root, target).get(TAKES, ""))
+
+
+def _entry(root: Path | str, target: str) -> dict[str, Any]:
     targets = read(root)["targets"]
     if target not in targets:
         near = difflib.get_close_matches(target, targets, n=1, cutoff=0.3)

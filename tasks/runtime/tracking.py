@@ -20,6 +20,7 @@ from t5lib.utils.files import sha256
 # Not MLFLOW_RUN_ID: with that one set a stage would write into its parent's run instead of making its own.
 PARENT_VARIABLE = "T5_PARENT_RUN"
 FOLDER = Path("data/mlflow")
+UNOBSERVED = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}  # read when MLflow is imported
 
 
 def _never_fatal(method: Callable) -> Callable:
@@ -228,8 +229,8 @@ def installed() -> bool:
 def _client(root: Path) -> Any | None:
     if not installed():
         return None
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "true")
+    for variable, value in UNOBSERVED.items():
+        os.environ.setdefault(variable, value)
     import logging
 
     from mlflow import MlflowClient

@@ -15,12 +15,27 @@ if TYPE_CHECKING:
 # fetch.format → module and class. Looked up by name: diffusers takes 15 seconds to import.
 _KINDS: dict[str | None, tuple[str, str]] = {"pipeline": ("denoiser", "DenoiserTarget")}
 _USUAL = ("classifier", "ClassifierTarget")
+# Module → what its stages import that takes long (tasks.runtime.warm).
+_ALL = ("timm", "accelerate", "webdataset", "matplotlib.figure", "mlflow.store.tracking.sqlalchemy_store", "jinja2")
+_LIBRARIES = {
+    "classifier": _ALL,
+    "denoiser": ("diffusers.training_utils", "diffusers.pipelines.stable_diffusion_3", "transformers", *_ALL),
+}
 
 
 def kind(settings: dict[str, Any]) -> "type[Target]":
     """The class of a target with these settings."""
-    module, name = _KINDS.get((settings.get("fetch") or {}).get("format"), _USUAL)
+    module, name = _kind(settings)
     return getattr(import_module(f"tasks.targets.{module}"), name)
+
+
+def libraries(settings: dict[str, Any]) -> tuple[str, ...]:
+    """What takes long to import, and the stages of a target with these settings need."""
+    return _LIBRARIES[_kind(settings)[0]]
+
+
+def _kind(settings: dict[str, Any]) -> tuple[str, str]:
+    return _KINDS.get((settings.get("fetch") or {}).get("format"), _USUAL)
 
 
 def resolve(root: Path | str, target: str, changes: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:

@@ -18,14 +18,12 @@ from t5lib.data.batches import Batches
 from t5lib.data.images import AugmentConfig, DataConfig, eval_batches, train_batches, transform
 from t5lib.data.shards import ShardSet
 from t5lib.evaluation.classifier import predict, score
-from t5lib.report import classifier as report
 from t5lib.report.common import Quality
 from t5lib.report.data import ReportData
-from t5lib.report.explanation_plots import as_pictures
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.training.classifier import Classification, TrainConfig
 from t5lib.training.trainer import TrainReport, train
-from t5lib.utils.config import NotNegative, settings
+from t5lib.utils.config import AtLeastOne, NotNegative, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file
 from t5lib.utils.progress import progress
@@ -60,11 +58,13 @@ class SourceConfig:
     Attributes:
         head: "keep" the fetched one, or "fit" a linear head on the frozen features (logistic regression).
         l2: weight of the head's squared norm, on standardized features.
+        images: how many training images the head is fitted on, the first ones; null for all.
         finetune: recipe to train the whole softmax model with afterwards; null for none.
     """
 
     head: Literal["keep", "fit"] = "fit"
     l2: NotNegative = 1e-3
+    images: AtLeastOne | None = None
     finetune: TrainConfig | None = None
 
 
@@ -121,8 +121,11 @@ class ClassifierTarget(Target[TrainConfig]):
         config, model, steps, begun = self.section("source"), self.load("fetch"), 0, time.monotonic()
         if config.head == "fit":
             data, images = self.section("data"), self._shards("train")
-            batches = eval_batches(images, transform(data), batch_size=data.eval_batch_size, workers=data.workers)
-            fit_head(model, batches, images.count, config.l2)
+            count = min(config.images or images.count, images.count)
+            batches = eval_batches(
+                images, transform(data), batch_size=data.eval_batch_size, limit=count, workers=data.workers
+            )
+            fit_head(model, batches, count, config.l2)
         if config.finetune:
             steps = self.fit(model, config.finetune).steps
         seconds = time.monotonic() - begun
@@ -150,6 +153,8 @@ class ClassifierTarget(Target[TrainConfig]):
 
     def pictures(self, batch: Tensor) -> np.ndarray:
         data = self.section("data")
+        from t5lib.report.explanation_plots import as_pictures  # Matplotlib takes a second
+
         return as_pictures(batch, data.mean, data.std)
 
     def fit(self, model: nn.Module, recipe: TrainConfig) -> TrainReport:
@@ -192,6 +197,8 @@ class ClassifierTarget(Target[TrainConfig]):
         return {}
 
     def quality(self, data: ReportData) -> Quality:
+        from t5lib.report import classifier as report  # Matplotlib takes a second
+
         return report.quality(data, self.section("data"))
 
     def _shards(self, split: str) -> ShardSet:

@@ -5,11 +5,9 @@ import pickle
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from t5lib.download import fetch, resolve
@@ -58,6 +56,8 @@ def build(state: dict[str, Tensor], config: FetchConfig) -> nn.Module:
     Raises:
         T5Error: unknown architecture, arguments it does not take, or weights that do not fit it (all named).
     """
+    import timm  # it takes seconds, and most of what looks into a target's settings loads no model
+
     if not timm.is_model(config.architecture):
         raise T5Error(f"timm {timm.__version__} knows no architecture '{config.architecture}'; see timm.list_models()")
     try:
@@ -117,6 +117,8 @@ def _weights_file(fetched: Path) -> Path:
 def _read(weights: Path, form: str) -> dict[str, Tensor]:
     if form == "dinov2-onnx":
         return dinov2_onnx.read(weights)
+    from timm.models import load_state_dict
+
     try:
         return load_state_dict(str(weights), use_ema=False, weights_only=True)
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
