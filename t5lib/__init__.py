@@ -5,6 +5,7 @@
     t5lib.diagnose(model, images)                        # shift ratio per layer and head
     t5 = t5lib.convert(model)                            # every pretrained weight inherited
     t5lib.calibrate(t5, teacher=model, batches=loader)   # attention transfer, no labels needed
+    t5lib.align(t5, teacher=model, batches=loader)       # the whole model on the whole model, no labels either
     t5lib.save(t5, "out"); t5 = t5lib.load("out")        # safetensors + JSON
     pipe = t5lib.convert_pipeline(pipe)                  # Stable Diffusion 3 or DiT in diffusers; pipe.save_pretrained
     pipe = t5lib.load_pipeline("sd35-t5")
@@ -27,6 +28,8 @@ _HOMES = {
     "implicit_attention": "analysis.attention_maps",
     "calibrate": "training.calibration",
     "CalibrateConfig": "training.calibration",
+    "align": "training.alignment",
+    "AlignConfig": "training.alignment",
     "train": "training.trainer",
     "TrainConfig": "training.classifier",
     "Classification": "training.classifier",

@@ -10,7 +10,7 @@ READS = ("calibrate", "data")
 def run(target: Target) -> dict[str, float]:
     config, stage = target.section(), target.stage
     model, teacher = target.load("convert"), target.load("source")
-    batches = target.calibration_batches(config)
+    batches = target.unlabelled_batches(config.batch_size, config.seed)
     report = t5lib.calibrate(
         model, teacher=teacher, batches=batches, config=config, resume_dir=stage.resume_dir(), log=stage.log
     )

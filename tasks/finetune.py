@@ -1,4 +1,4 @@
-"""Stage `finetune`: all weights of the calibrated model, trained a little."""
+"""Stage `finetune`: all weights of the aligned model, trained a little."""
 
 import t5lib
 from t5lib.training.trainer import LoopConfig
@@ -9,8 +9,8 @@ READS = ("finetune", "data")
 
 
 def run(target: Target) -> dict[str, float]:
-    """Start from the calibrated model, once the freeze gate is passed (dvc.yaml makes that a dependency)."""
-    return train_stage(target, "calibrate", target.section("finetune"))
+    """Start from the aligned model, once the freeze gate is passed (dvc.yaml makes that a dependency)."""
+    return train_stage(target, "align", target.section("finetune"))
 
 
 def train_stage(target: Target, start: str, recipe: LoopConfig, gate: object | None = None) -> dict[str, float]:

@@ -9,7 +9,7 @@ READS = ("freeze", "data")
 
 def run(target: Target) -> dict[str, float]:
     config = target.section()
-    return train_stage(target, "calibrate", config.train, gate=config)
+    return train_stage(target, "align", config.train, gate=config)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 from t5lib.benchmarks.timing import describe_device
 from t5lib.report import page
-from t5lib.report.data import ReportData
+from t5lib.report.data import REQUIRED, ReportData
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_text
 from tasks.runtime.stage import Stage, read_history
@@ -17,9 +17,8 @@ from tasks.targets.base import Target
 from tasks.targets.run import main
 
 READS = ("data",)
-REQUIRED = ("convert", "calibrate", "finetune", "evaluate")
-OPTIONAL = ("source", "diagnose", "freeze", "control", "explain", "benchmark")
-CURVES = ("calibrate", "freeze", "finetune", "control")
+OPTIONAL = ("source", "diagnose", "align", "freeze", "control", "explain", "benchmark")
+CURVES = ("calibrate", "align", "freeze", "finetune", "control")
 
 
 def run(target: Target) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from t5lib.data.images import DataConfig
 from t5lib.report import plots
 from t5lib.report.common import Quality, base_rows, count, percent, signed, tile
 from t5lib.report.data import ReportData
+from t5lib.report.models import WITHOUT_LABELS
 from t5lib.utils.config import to_dict
 
 SCORES = {"Top-1": "top1", "Top-5": "top5", "Agrees with\nsource": "agreement"}
@@ -70,11 +71,12 @@ def _sentences(data: ReportData) -> list[str]:
     else:
         sentence += f"; the softmax source {percent(models['source']['top1'])}"
     sentences = [sentence + "."]
-    if "calibrated" in models:
-        sentences.append(
-            f"Calibrated only, before any fine-tune and without labels: {percent(models['calibrated']['top1'])} "
-            f"(source {percent(models['source']['top1'])})."
-        )
+    sentences += [
+        f"{words}, before any fine-tune and without labels: {percent(models[key]['top1'])} "
+        f"(source {percent(models['source']['top1'])})."
+        for key, words in WITHOUT_LABELS.items()
+        if key in models
+    ]
     return sentences
 
 
@@ -87,9 +89,9 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
         tiles.append(
             tile(signed(gap), "points against control", f"± {error:.1f}; control {percent(models['control']['top1'])}")
         )
-    if "calibrated" in models:
+    if known := [key for key in WITHOUT_LABELS if key in models]:
         source = percent(models["source"]["top1"])
-        tiles.append(tile(percent(models["calibrated"]["top1"]), "calibrated, no labels", f"source {source}"))
+        tiles.append(tile(percent(models[known[-1]]["top1"]), f"{known[-1]}, no labels", f"source {source}"))
     return tiles
 
 

@@ -57,7 +57,7 @@ def base_rows(metrics: dict[str, dict[str, Any]], evaluated: dict[str, Any]) -> 
     """
     numbers, rows = metrics["convert"], []
     for model in (model for model in MODELS if model.key in evaluated):
-        times: list[float | None] = [metrics.get(stage, {}).get("seconds") for stage in model.trained_by]
+        times: list[float | None] = [metrics[stage].get("seconds") for stage in model.trained_by if stage in metrics]
         known = [seconds for seconds in times if seconds is not None]
         rows.append(
             {

@@ -6,6 +6,9 @@ from typing import Any
 from t5lib.utils.errors import T5Error
 
 
+REQUIRED = ("convert", "calibrate", "finetune", "evaluate")  # stages that a report cannot do without
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
     """Everything the report tells, as the stages wrote it.
@@ -39,7 +42,7 @@ class ReportData:
     provenance: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        absent = [stage for stage in ("convert", "calibrate", "finetune", "evaluate") if stage not in self.metrics]
+        absent = [stage for stage in REQUIRED if stage not in self.metrics]
         if absent:
             raise T5Error(
                 f"the report of '{self.target}' needs the metrics of {', '.join(absent)}; run these stages first"

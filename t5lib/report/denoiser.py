@@ -4,6 +4,7 @@ from typing import Any
 
 from t5lib.report.common import Quality, base_rows, count, percent, tile
 from t5lib.report.data import ReportData
+from t5lib.report.models import WITHOUT_LABELS
 from t5lib.report.score_table import score_table
 
 MAIN = ("loss", "fid", "fd_dinov2", "retrieval_r1")  # of the scores, those in the main table and the headline
@@ -50,12 +51,12 @@ def _sentences(evaluated: dict[str, Any], main: list[dict[str, Any]]) -> list[st
         sentences.append(
             f"In {found[0]} of its images the nearest real picture shows what was asked for; {other} {found[1]}."
         )
-    if "calibrated" in evaluated:
-        sentences.append(
-            f"Calibrated only, before any fine-tune: {distance['label']} {_text(distance, 'calibrated')} "
-            f"(source {_text(distance, 'source')})."
-        )
-    return sentences
+    return sentences + [
+        f"{words}, before any fine-tune: {distance['label']} {_text(distance, key)} "
+        f"(source {_text(distance, 'source')})."
+        for key, words in WITHOUT_LABELS.items()
+        if key in evaluated
+    ]
 
 
 def _tiles(evaluated: dict[str, Any], main: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -30,12 +30,15 @@ class Model:
         return self.colour == SOFTMAX
 
 
+LABEL_FREE = ("calibrate", "align")  # stages
+WITHOUT_LABELS = {"calibrated": "Calibrated only", "aligned": "Calibrated and aligned"}  # models, by key, in words
 MODELS = (
     Model("source", "source", "Source", "softmax, the model that is converted", SOFTMAX),
     Model("converted", "convert", "Converted", "T5, nothing trained yet", T5_PALE),
     Model("calibrated", "calibrate", "Calibrated", "T5, attention transfer, no labels", T5_LIGHT, ("calibrate",)),
-    Model("frozen", "freeze", "Freeze protocol", "T5, only new parameters trained", T5_LIGHT, ("calibrate", "freeze")),
-    Model("finetuned", "finetune", "Fine-tuned", "T5, all parameters trained", T5, ("calibrate", "finetune")),
+    Model("aligned", "align", "Aligned", "T5, whole model on the source, no labels", T5_LIGHT, LABEL_FREE),
+    Model("frozen", "freeze", "Freeze protocol", "T5, only new parameters trained", T5_LIGHT, (*LABEL_FREE, "freeze")),
+    Model("finetuned", "finetune", "Fine-tuned", "T5, all parameters trained", T5, (*LABEL_FREE, "finetune")),
     Model("control", "control", "Control", "softmax, fine-tuned with the same budget", SOFTMAX, ("control",)),
 )
 KEYS = tuple(model.key for model in MODELS)

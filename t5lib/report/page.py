@@ -40,6 +40,7 @@ def html(data: ReportData, quality: Quality) -> str:
         explained=explanation_reading(data.explanation) if data.explanation else [],
         shift_reading=_shift_reading(data),
         calibration_reading=_calibration_reading(data),
+        alignment_reading=_alignment_reading(data),
         speed=_speed_rows(data),
         parameters=yaml.safe_dump(data.parameters, sort_keys=False, allow_unicode=True),
     )
@@ -85,6 +86,8 @@ def _figures(data: ReportData) -> dict[str, Figure]:
         figures |= {f"explain-{name}": figure for name, figure in explanation_plots.curves(data.explanation).items()}
     if data.histories.get("calibrate"):
         figures["calibration"] = plots.calibration_curve(data.histories["calibrate"])
+    if data.histories.get("align"):
+        figures["alignment"] = plots.alignment_curve(data.histories["align"])
     runs = {label: (data.histories[run], colour) for run, (label, colour) in RUNS.items() if data.histories.get(run)}
     if runs:
         histories, colours = ({label: run[part] for label, run in runs.items()} for part in (0, 1))
@@ -135,6 +138,17 @@ def _calibration_reading(data: ReportData) -> str:
         (least, best), (most, worst) = ranked[0], ranked[-1]
         text += f"; {best} is fitted best ({significant(least)}), {worst} worst ({significant(most)})"
     return text + "."
+
+
+def _alignment_reading(data: ReportData) -> str | None:
+    """What alignment took, and what it did to the error of the model's output; None where there was none."""
+    found = data.metrics.get("align") or {"steps": 0}
+    if not found["steps"]:
+        return None
+    return (
+        f"In {count(found['steps'])} steps ({duration(found['seconds'])}) the error of the model's output fell from "
+        f"{significant(found['error_before.output'])} to {significant(found['error_after.output'])} of its variance."
+    )
 
 
 def _speed_rows(data: ReportData) -> list[dict[str, Any]]:

@@ -130,7 +130,17 @@ def layer_label(name: str) -> str:
 @styled
 def calibration_curve(history: Sequence[dict[str, float]]) -> Figure:
     """Loss of attention transfer (MSE over variance, mean over layers) against step, logarithmic."""
-    figure, axes = new_axes(3.0, "Calibration", "step", "error (share of variance, log scale)")
+    return _logarithmic_curve(history, "Calibration", "error (share of variance, log scale)")
+
+
+@styled
+def alignment_curve(history: Sequence[dict[str, float]]) -> Figure:
+    """Loss of alignment (weighted sum of errors over variances) against step, logarithmic."""
+    return _logarithmic_curve(history, "Alignment", "weighted errors (log scale)")
+
+
+def _logarithmic_curve(history: Sequence[dict[str, float]], title: str, what: str) -> Figure:
+    figure, axes = new_axes(3.0, title, "step", what)
     _draw_loss(axes, history, T5)
     axes.set_yscale("log")
     plain_log_ticks(axes.yaxis)

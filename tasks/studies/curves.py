@@ -157,7 +157,8 @@ def _of_arm(settings: dict[str, Any], arm: Arm, seed: int) -> dict[str, Any]:
     if arm.layers is not None:
         own["convert"] = own["convert"] | {"layers": arm.layers}
     if not arm.calibrated:
-        own["calibrate"] = own["calibrate"] | {"steps": 0}
+        for name in ("calibrate", "align"):
+            own[name] = own[name] | {"steps": 0}
     return own
 
 
@@ -181,7 +182,7 @@ def add_points(job: Job) -> None:
     _link_shared(job)
     known = job.result() or {"points": []}
     stages = _start(job, known)
-    start, training = ("source", "control") if job.arm.layers is None else ("calibrate", "finetune")
+    start, training = ("source", "control") if job.arm.layers is None else ("align", "finetune")
     evaluator, points = _evaluator(job), known["points"]
     drawn = {"source": evaluator.draw("source", job.out / "source", job.shared / "images")}
     for steps in job.steps:
@@ -206,9 +207,9 @@ def _start(job: Job, known: dict[str, Any]) -> dict[str, Any]:
     """The model that the trainings start from, made unless it is there; the metrics of the stages that made it."""
     if job.arm.layers is None:
         return {}
-    if "stages" in known and (job.out / "calibrate").is_dir():
+    if "stages" in known and (job.out / "align").is_dir():
         return known["stages"]
-    return {name: _stage(job, name) for name in ("convert", "calibrate")}
+    return {name: _stage(job, name) for name in ("convert", "calibrate", "align")}
 
 
 def _stage(job: Job, name: str, **changes: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from t5lib.data.batches import Batches
 from t5lib.layers.config import TTTConfig
 from t5lib.report.common import Quality
 from t5lib.report.data import ReportData
+from t5lib.training.alignment import AlignConfig
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.training.trainer import LoopConfig, TrainReport
 from t5lib.utils.config import AtLeastOne, WholeNumber, settings
@@ -62,6 +63,7 @@ class Target(ABC, Generic[Recipe]):
         "diagnose": DiagnoseConfig,
         "convert": TTTConfig,
         "calibrate": CalibrateConfig,
+        "align": AlignConfig,
         "explain": ExplainConfig,
         "benchmark": BenchmarkConfig,
     }
@@ -99,8 +101,8 @@ class Target(ABC, Generic[Recipe]):
     # What other stages are made of.
 
     @abstractmethod
-    def calibration_batches(self, config: CalibrateConfig) -> Batches:
-        """What t5lib.calibrate is fed with."""
+    def unlabelled_batches(self, batch_size: int, seed: int) -> Batches:
+        """What t5lib.calibrate and t5lib.align are fed with."""
 
     @abstractmethod
     def some_batch(self, split: str, images: int, seed: int) -> Any:

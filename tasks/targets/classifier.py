@@ -20,7 +20,6 @@ from t5lib.data.shards import ShardSet
 from t5lib.evaluation.classifier import predict, score
 from t5lib.report.common import Quality
 from t5lib.report.data import ReportData
-from t5lib.training.calibration import CalibrateConfig
 from t5lib.training.classifier import Classification, TrainConfig
 from t5lib.training.trainer import TrainReport, train
 from t5lib.utils.config import AtLeastOne, NotNegative, settings
@@ -143,8 +142,8 @@ class ClassifierTarget(Target[TrainConfig]):
         expected = logits["source"].argmax(-1)
         return {name: score(logits[name], labels, expected).as_dict() for name in models}
 
-    def calibration_batches(self, config: CalibrateConfig) -> Batches:
-        return self._stream(AugmentConfig(hflip=0.5), config.batch_size, config.seed)
+    def unlabelled_batches(self, batch_size: int, seed: int) -> Batches:
+        return self._stream(AugmentConfig(hflip=0.5), batch_size, seed)
 
     def some_batch(self, split: str, images: int, seed: int) -> Tensor:
         data = self.section("data")

@@ -26,7 +26,6 @@ from t5lib.report import plots
 from t5lib.report.common import Quality
 from t5lib.report.data import ReportData
 from t5lib.report.sample_grid import sample_grid
-from t5lib.training.calibration import CalibrateConfig
 from t5lib.training.denoiser import DenoiserTrainConfig, Denoising, validation_loss
 from t5lib.training.objectives import Noising, noised_batch, noised_inputs, noising_of
 from t5lib.training.trainer import TrainReport, train
@@ -197,8 +196,8 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
             held_out=lambda model: self.held_out(model)["loss"],
         )
 
-    def calibration_batches(self, config: CalibrateConfig) -> Batches:
-        return noised_inputs(self._stream(config.batch_size, config.seed), self._noising(), config.seed)
+    def unlabelled_batches(self, batch_size: int, seed: int) -> Batches:
+        return noised_inputs(self._stream(batch_size, seed), self._noising(), seed)
 
     def some_batch(self, split: str, images: int, seed: int) -> Inputs:
         latents = self._latents(split)

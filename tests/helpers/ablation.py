@@ -22,6 +22,7 @@ TARGET = {
     "explain": {},
     "convert": {"inner": "swiglu", "key_norm": "instance", "locality": "dwc_qk"},
     "calibrate": {},
+    "align": {"steps": 0},
     "freeze": {"floor": 1.0},
     "finetune": {},
     "benchmark": {"resolutions": [32]},

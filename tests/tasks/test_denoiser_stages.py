@@ -21,8 +21,8 @@ from tasks.targets.denoiser import FreezeConfig
 from tasks.targets.diffusers_folder import check
 from tasks.targets.run import run_stage
 
-NAMES = ("fetch", "shards", "source", "diagnose", "convert", "calibrate", "freeze", "finetune", "control", "evaluate")
-NAMES += ("explain", "benchmark", "report")
+NAMES = ("fetch", "shards", "source", "diagnose", "convert", "calibrate", "align", "freeze", "finetune")
+NAMES += ("control", "evaluate", "explain", "benchmark", "report")
 
 
 @pytest.fixture(scope="module", params=["sd3", "dit"])
@@ -82,8 +82,9 @@ def test_the_source_is_the_pipelines_transformer(built, root, kind):
 def test_protocols_train_what_they_say(built, root):
     new = set(new_parameters(made(root, "calibrate")))
     assert changed(root, "convert", "source") == new
-    assert changed(root, "freeze", "calibrate") <= new
-    assert changed(root, "finetune", "calibrate") - new
+    assert changed(root, "align", "calibrate") - new
+    assert changed(root, "freeze", "align") <= new
+    assert changed(root, "finetune", "align") - new
     assert changed(root, "control", "source") and not new_parameters(made(root, "control"))
     for name in ("freeze", "finetune", "control"):
         assert [point["step"] for point in read_history(root / f"data/out/tiny/{name}/history.jsonl")] == [1, 2, 3]

@@ -24,6 +24,7 @@ SETTINGS = {
     "diagnose": {"images": 8},
     "convert": {"inner": "swiglu"},
     "calibrate": {"steps": 40, "batch_size": 8, "warmup": 4, "pool": 2, "reuse": 2, "checkpoint_every": 8},
+    "align": {"steps": 12, "batch_size": 8, "features": "norm", "checkpoint_every": 5},
     "freeze": {"floor": 1.0, "train": {**TRAINED, "trainable": "new"}},
     "finetune": {**TRAINED, "distill": 0.5, "augment": {"hflip": 0.5}},
     "evaluate": {},
@@ -70,7 +71,7 @@ def changed(root: Path, name: str, since: str) -> set[str]:
 @pytest.fixture(scope="module")
 def built(root) -> dict[str, dict]:
     """The metrics of every stage, run in order."""
-    names = ("source", "diagnose", "convert", "calibrate", "freeze", "finetune", "control", "evaluate")
+    names = ("source", "diagnose", "convert", "calibrate", "align", "freeze", "finetune", "control", "evaluate")
     return {name: stage(root, name) for name in names}
 
 
@@ -107,9 +108,29 @@ def test_calibrate_lowers_the_error_of_every_layer(built, root):
     assert all(set(point) == {"step", "loss", "lr"} for point in history)
 
 
+def test_align_brings_the_whole_model_nearer_to_the_source(built, root):
+    metrics = built["align"]
+    assert metrics["steps"] == 12 and metrics["seconds"] > 0
+    for part in ("blocks.0", "blocks.1", "features", "output"):
+        assert metrics[f"error_after.{part}"] < metrics[f"error_before.{part}"], part
+    assert "blocks.0.mlp.fc1.weight" in changed(root, "align", "calibrate")
+    assert [point["step"] for point in read_history(root / "data/out/tiny/align/history.jsonl")] == list(range(1, 13))
+
+
+def test_without_steps_align_passes_the_calibrated_model_on(root, built):
+    off = {"align": {"steps": 0}}
+    try:
+        assert stage(root, "align", **off) == {"steps": 0, "seconds": 0.0}
+        assert changed(root, "align", "calibrate") == set()
+        assert "aligned" not in stage(root, "evaluate", **off)["models"]
+    finally:
+        stage(root, "align")
+        stage(root, "evaluate")
+
+
 def test_freeze_trains_the_new_parameters_alone(built, root):
     assert set(built["freeze"]) == TRAINING_METRICS and built["freeze"]["steps"] == TRAIN // 8
-    assert changed(root, "freeze", "calibrate") <= set(new_parameters(made(root, "calibrate")))
+    assert changed(root, "freeze", "align") <= set(new_parameters(made(root, "align")))
     history = read_history(root / "data/out/tiny/freeze/history.jsonl")
     assert [point["step"] for point in history] == list(range(1, 7))
     assert all(set(point) == {"step", "loss", "lr_new", "lr_inherited", "grad_norm"} for point in history)
@@ -118,14 +139,14 @@ def test_freeze_trains_the_new_parameters_alone(built, root):
 def test_finetune_and_control_spend_the_same_budget_from_their_own_start(built, root):
     assert set(built["finetune"]) == set(built["control"]) == TRAINING_METRICS
     assert built["finetune"]["steps"] == built["control"]["steps"] == TRAIN // 8
-    assert "blocks.0.mlp.fc1.weight" in changed(root, "finetune", "calibrate")
+    assert "blocks.0.mlp.fc1.weight" in changed(root, "finetune", "align")
     assert "blocks.0.mlp.fc1.weight" in changed(root, "control", "source")
     assert not new_parameters(made(root, "control")) and new_parameters(made(root, "finetune"))
 
 
 def test_evaluate_scores_all_models_on_all_images(built):
     models = built["evaluate"]["models"]
-    assert list(models) == ["source", "converted", "calibrated", "frozen", "finetuned", "control"]
+    assert list(models) == ["source", "converted", "calibrated", "aligned", "frozen", "finetuned", "control"]
     assert all(set(score) == {"top1", "loss", "agreement", "n"} for score in models.values())  # three classes: no top-5
     assert {score["n"] for score in models.values()} == {VAL}
     assert models["source"]["agreement"] == 100 != models["control"]["agreement"]

@@ -76,7 +76,7 @@ def test_seeds_of_a_denoiser_show_every_score_it_has(over_seeds, root):
     assert {"loss", "fd_dinov2", "retrieval_r1"} <= summary["scores"]["finetuned"].keys()
     gap = models["finetuned"]["fd_dinov2"] - models["control"]["fd_dinov2"]
     assert summary["finetuned_minus_control"]["fd_dinov2"]["mean"] == pytest.approx(gap)
-    assert set(summary["seconds"]) == {"calibrate", "freeze", "finetune", "control"}
+    assert set(summary["seconds"]) == {"calibrate", "align", "freeze", "finetune", "control"}
     text = (root / "out/tiny.md").read_text()
     assert "held-out loss ↓ | FD-DINOv2 ↓" in text and "FD-DINOv2 of every seed" in text
     assert "16 images a model, the same prompts and noise for all, beside 16 real ones" in text
