@@ -57,8 +57,8 @@ class AlignConfig(LoopConfig):
 
     steps: WholeNumber = 2000
     batch_size: AtLeastOne = 16
-    lr: NotNegative = 1e-4
-    lr_new: NotNegative = 1e-3
+    lr: NotNegative = 3e-5
+    lr_new: NotNegative = 3e-4
     min_lr: Share = 0.0
     warmup: Share = 0.1
     weight_decay: NotNegative = 0.0
