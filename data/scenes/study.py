@@ -2,7 +2,7 @@
 
     python data/scenes/compose.py --pieces data/scenes/pieces --out SCENES
     python data/scenes/study.py prepare --scenes SCENES --weights dino.safetensors --work WORK --folds 0 1 2 3 4
-    python data/scenes/study.py tune    … --folds 0 --trials lead slow fast        # recipes, from one calibration
+    python data/scenes/study.py tune    … --folds 0 --trials lead usual fast       # recipes, from one calibration
     python data/scenes/study.py arms    … --folds 1 2 3 4 --arms t5 t5-2softmax    # what the tables hold
     python data/scenes/study_tables.py --work WORK --scenes SCENES --out docs/results/scenes
 
@@ -59,7 +59,10 @@ RECIPE: dict[str, Any] = {"features": "norm", "precision": "bf16"}
 # What the trials change of the recipe. "lead" is the recipe of the leads, whose loss rose for 500 steps.
 TRIALS: dict[str, dict[str, Any]] = {
     "lead": {"lr_new": 3e-4, "lr": 3e-5, "warmup": 0.025, "prefix": 1.0, "output": 0.0},
-    "slow": {"lr_new": 3e-4, "lr": 3e-5},
+    "usual": {},
+    "gentle": {"lr_new": 3e-4, "lr": 1e-5},
+    "gentler": {"lr_new": 1e-4, "lr": 3e-5},
+    "new-faster": {"lr_new": 1e-3, "lr": 1e-5},
     "even": {"lr_new": 3e-4, "lr": 3e-4},
     "middle": {"lr_new": 1e-3, "lr": 1e-4},
     "fast": {"lr_new": 1e-3, "lr": 3e-4},
