@@ -39,6 +39,7 @@ from tasks.targets.sample_evaluator import EvaluateConfig, SampleEvaluator
 
 SCHEDULER = "scheduler"  # its folder in what the stage `source` made
 SPLITS = ("train", "val")
+KEPT = "held-out.json"  # the loss of a stage's model on the validation images
 
 
 @settings
@@ -193,7 +194,7 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
             fetched=stage.input("fetch"),
             shards=stage.input("shards"),
             root=stage.root,
-            held_out=lambda model: self.held_out(model)["loss"],
+            held_out=self._known_loss,
         )
 
     def unlabelled_batches(self, batch_size: int, seed: int) -> Batches:
@@ -222,17 +223,17 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         )
 
     def held_out(self, model: nn.Module, source: Path | None = None) -> dict[str, float]:
-        """On all validation images, each at one noise level; the same noise and levels for every model.
+        """See Target; the loss is kept beside what the stage made, for the stages that compare with it.
 
         Args:
             source: what the stage `source` made; None where it is that of another stage.
         """
-        batches = self._latents("val").eval_batches(self.section("data").eval_batch_size)
-        noising = self._noising(source)
-        return {"loss": validation_loss({"model": model}, batches, noising=noising, precision=precision())["model"]}
+        loss = self._loss(model, source)
+        write_json(self.stage.out / KEPT, {"loss": loss, "precision": precision()})
+        return {"loss": loss}
 
     def check_gate(self, measured: dict[str, float], config: FreezeConfig) -> dict[str, float]:
-        loss, source = measured["loss"], self.held_out(self.load("source"))["loss"]
+        loss, source = measured["loss"], self._known_loss(self.stage.input("source"))
         if not math.isfinite(loss) or loss > config.ceiling * source:
             raise T5Error(
                 f"freeze gate: with only the new parameters trained the held-out loss is {loss:.4g}, more than "
@@ -242,6 +243,17 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
                 "layers (layers: paper), or raise freeze.ceiling if this is good enough for your task"
             )
         return {"of_source": loss / source}
+
+    def _known_loss(self, made: Path, model: nn.Module | None = None) -> float:
+        """What `held_out` found for the model in the folder `made`, if it ran in this precision, or finds now."""
+        kept = read_json(made / KEPT) if (made / KEPT).is_file() else {}
+        return kept["loss"] if kept.get("precision") == precision() else self._loss(model or t5lib.load(made, device()))
+
+    def _loss(self, model: nn.Module, source: Path | None = None) -> float:
+        """On all validation images, each at one noise level; the same noise and levels for every model."""
+        batches = self._latents("val").eval_batches(self.section("data").eval_batch_size)
+        noising = self._noising(source)
+        return validation_loss({"model": model}, batches, noising=noising, precision=precision())["model"]
 
     def quality(self, data: ReportData) -> Quality:
         return report.quality(data)

@@ -64,7 +64,7 @@ class SampleEvaluator:
         config: the section `evaluate`.
         fetched, shards: what these stages made.
         root: of the repository.
-        held_out: a model's held-out loss.
+        held_out: the held-out loss of a model, given its folder and the model in single precision.
 
     Attributes:
         asked: the validation images whose captions or classes are drawn, in order.
@@ -77,7 +77,7 @@ class SampleEvaluator:
         fetched: Path,
         shards: Path,
         root: Path,
-        held_out: Callable[[nn.Module], float],
+        held_out: Callable[[Path, nn.Module], float],
     ):
         self.config, self.fetched = config, fetched
         self.folder = diffusers_folder.folder_of(fetched, root)
@@ -101,12 +101,13 @@ class SampleEvaluator:
     def draw(self, name: str, model: Path, images: Path) -> Drawn:
         """Load the model (of t5lib.save), take its loss, and draw into `images` what is not there yet; bf16 on CUDA."""
         dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
-        loaded = nn.Module.to(t5lib.load(model, device()), dtype)  # diffusers' own `to` warns of every cast
+        loaded = t5lib.load(model, device())
+        loss = self._held_out(model, loaded)
+        nn.Module.to(loaded, dtype)  # diffusers' own `to` warns of every cast
         if self._pipe is None:
             self._pipe = load_pipeline(self.folder, transformer=loaded, torch_dtype=dtype).to(device())
         else:
             self._pipe.register_modules(transformer=loaded)
-        loss = self._held_out(loaded)
         jobs = [
             Job(path=images / f"{number:05}.png", prompt=image.prompt, seeds=(seed_of(0, number, 0),))
             for number, image in enumerate(self.asked)
