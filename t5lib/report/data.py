@@ -5,7 +5,6 @@ from typing import Any
 
 from t5lib.utils.errors import T5Error
 
-
 REQUIRED = ("convert", "calibrate", "finetune", "evaluate")  # stages that a report cannot do without
 
 

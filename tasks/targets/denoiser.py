@@ -246,8 +246,10 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
 
     def _known_loss(self, made: Path, model: nn.Module | None = None) -> float:
         """What `held_out` found for the model in the folder `made`, if it ran in this precision, or finds now."""
-        kept = read_json(made / KEPT) if (made / KEPT).is_file() else {}
-        return kept["loss"] if kept.get("precision") == precision() else self._loss(model or t5lib.load(made, device()))
+        known = read_json(made / KEPT) if (made / KEPT).is_file() else {}
+        if known.get("precision") == precision():
+            return known["loss"]
+        return self._loss(model or t5lib.load(made, device()))
 
     def _loss(self, model: nn.Module, source: Path | None = None) -> float:
         """On all validation images, each at one noise level; the same noise and levels for every model."""
