@@ -24,7 +24,7 @@ SETTINGS = {
     "diagnose": {"images": 8},
     "convert": {"inner": "swiglu"},
     "calibrate": {"steps": 40, "batch_size": 8, "warmup": 4, "pool": 2, "reuse": 2, "checkpoint_every": 8},
-    "align": {"steps": 12, "batch_size": 8, "features": "norm", "checkpoint_every": 5},
+    "align": {"steps": 12, "batch_size": 8, "lr": 1e-6, "lr_new": 1e-4, "features": "norm", "checkpoint_every": 5},
     "freeze": {"floor": 1.0, "train": {**TRAINED, "trainable": "new"}},
     "finetune": {**TRAINED, "distill": 0.5, "augment": {"hflip": 0.5}},
     "evaluate": {},
