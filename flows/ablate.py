@@ -18,7 +18,10 @@ from prefect.states import Completed, Failed, State
 
 from flows.process import environment, stream
 from t5lib.utils.errors import T5Error
+from tasks import targets
+from tasks.runtime import tracking, warm
 
+LIBRARIES = targets.libraries({})  # of classifiers: what ablations compare
 TASK = [sys.executable, "-m", "tasks.studies.ablation"]
 PREFIX = "ablation: "  # of the command's own errors
 SHOWN = 15  # last lines of a broken command that its error shows
@@ -38,13 +41,14 @@ def ablate(name: str = "dinov2-fashion", seeds: list[int] | None = None, out: st
     """
     # A returned state, not an exception, so that Prefect shows the message alone.
     try:
-        return _run(Path.cwd(), name, seeds, out or f"docs/results/ablation-{Path(name).stem}")
+        with warm.serving(LIBRARIES, environment(tracking.UNOBSERVED)) as variables:
+            return _run(Path.cwd(), name, seeds, out or f"docs/results/ablation-{Path(name).stem}", variables)
     except T5Error as error:
         return Failed(message=str(error), data=error)
 
 
-def _run(root: Path, name: str, seeds: list[int] | None, out: str) -> list[str]:
-    plan = _plan(root, name)
+def _run(root: Path, name: str, seeds: list[int] | None, out: str, variables: dict[str, str]) -> list[str]:
+    plan = _plan(root, name, variables)
     seeds = seeds or plan["seeds"]
     variants = [unit["variant"] for unit in plan["units"]]
     get_run_logger().info(
@@ -52,14 +56,15 @@ def _run(root: Path, name: str, seeds: list[int] | None, out: str) -> list[str]:
         *(plan["name"], len(variants), ", ".join(map(str, seeds)), ", ".join(variants)),
     )
     chosen = ["--seeds", *map(str, seeds)]
-    _task("prepare")(str(root), ["prepare", name, *chosen], return_state=True).result()
+    _task("prepare")(str(root), ["prepare", name, *chosen], variables, return_state=True).result()
     problems = []
     for variant in variants:
         command = ["run", name, *chosen, "--out", f"{out}.json", "--only", variant]
-        state = _task(variant)(str(root), command, return_state=True)
+        state = _task(variant)(str(root), command, variables, return_state=True)
         if state.is_failed():
             problems.append(f"{variant}: {state.message}")
-    files = _task("tables")(str(root), ["tables", f"{out}.json", "--out", out], return_state=True).result()
+    command = ["tables", f"{out}.json", "--out", out]
+    files = _task("tables")(str(root), command, variables, return_state=True).result()
     if problems:
         raise T5Error("\n".join(problems))
     return files
@@ -69,15 +74,19 @@ def _task(name: str) -> Task:
     return task(run_command, name=name, task_run_name=name, cache_policy=NO_CACHE)
 
 
-def run_command(root: str, arguments: list[str]) -> State:
-    """Run `python -m tasks.studies.ablation ARGUMENTS` in `root`; the state carries its last lines."""
+def run_command(root: str, arguments: list[str], variables: dict[str, str]) -> State:
+    """Run `python -m tasks.studies.ablation ARGUMENTS` in `root`; the state carries its last lines.
+
+    Args:
+        variables: of its environment.
+    """
     log, lines = get_run_logger(), []
 
     def on_line(line: str) -> None:
         lines.append(line)
         log.info(line)
 
-    code = stream([*TASK, *arguments], on_line, cwd=Path(root), env=environment({}))
+    code = stream([*TASK, *arguments], on_line, cwd=Path(root), env=environment(variables))
     if code:
         own = [line for line in lines if line.startswith(PREFIX)] or lines[-SHOWN:]
         error = T5Error("\n".join(own).removeprefix(PREFIX) or f"ended with status {code}")
@@ -85,9 +94,9 @@ def run_command(root: str, arguments: list[str]) -> State:
     return Completed(message=lines[-1] if lines else "nothing to do", data=lines)
 
 
-def _plan(root: Path, name: str) -> dict[str, Any]:
+def _plan(root: Path, name: str, variables: dict[str, str]) -> dict[str, Any]:
     """The ablation, checked and resolved, in a process of its own, which loads torch."""
-    run = subprocess.run([*TASK, "show", name], cwd=root, env=environment({}), capture_output=True, text=True)
+    run = subprocess.run([*TASK, "show", name], cwd=root, env=environment(variables), capture_output=True, text=True)
     if run.returncode:
         raise T5Error(run.stderr.strip().removeprefix(PREFIX))
     return json.loads(run.stdout)

@@ -92,7 +92,7 @@ INPUTS = {"fetch": [], "convert": ["fetch"], "evaluate": ["fetch", "convert"]}
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Tests that run Prefect in process come last: its threads make DataLoader workers forked later exit with 1.
+    """Tests that run Prefect in process come late: its threads make DataLoader workers forked later exit with 1.
 
     Those that need a card are skipped where there is none.
     """
@@ -100,7 +100,15 @@ def pytest_collection_modifyitems(items) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is not None)
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    """1 for tests that run Prefect in process, 2 for those that fork nothing and may follow them or run beside them."""
+    group = item.get_closest_marker("xdist_group")
+    if group is not None and group.args[0] == "prefect":
+        return 1
+    return 2 if item.path.is_relative_to(ROOT / "tests/kernels") else 0
 
 
 class SmallRepo:

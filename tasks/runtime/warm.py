@@ -1,10 +1,10 @@
 """Stages that start at once: a process that has imported the libraries already forks for each of them.
 
 PyTorch, timm, diffusers and MLflow take 15 to 20 seconds to import, most of a small stage's time. While a flow runs it
-keeps one process, started by `serving`, that imports them once. `python -m tasks.<stage> <target>` finds it by the
-variable ADDRESS, hands its arguments, environment and outputs over, and waits. The work is done in a fork of that
-process; it imports our own code afresh, so that what runs is what DVC has seen. Signals are passed on, and when the
-waiting process is killed, so is the work.
+keeps one process, started by `serving`, that imports them once. `python -m tasks.…` finds it by the variable ADDRESS,
+hands its arguments, environment and outputs over, and waits. The work is done in a fork of that process; it imports our
+own code afresh, so that what runs is what DVC has seen. Signals are passed on, and when the waiting process is killed,
+so is the work.
 
 Without the variable, or where that process does not answer, a stage runs as any other command does.
 """
@@ -75,12 +75,12 @@ def serve(listener: socket.socket, libraries: Sequence[str]) -> None:
             caller.close()
 
 
-def hand_over(module: str, target: str) -> None:
-    """Have `python -m module target` done by the process at ADDRESS, and exit as it did. Returns when there is none."""
+def hand_over(module: str, arguments: Sequence[str]) -> None:
+    """Have `python -m module arguments` done by the process at ADDRESS and exit as it did, or return where none is."""
     with socket.socket(socket.AF_UNIX) as server:
         try:
             server.connect(os.environ[ADDRESS])
-            request = json.dumps([module, target, os.getcwd(), dict(os.environ)]).encode()
+            request = json.dumps([module, list(arguments), os.getcwd(), dict(os.environ)]).encode()
             socket.send_fds(server, [LENGTH.pack(len(request))], [0, 1, 2])
             server.sendall(request)
         except OSError:
@@ -103,10 +103,10 @@ def _work_for(caller: socket.socket) -> NoReturn:
         for number in (*SIGNALS, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        module, target = _take_over(caller)
+        module, arguments = _take_over(caller)
         caller.sendall(ANSWER.pack(STARTED))
         threading.Thread(target=_pass_signals_on, args=[caller], daemon=True).start()
-        status = _run(module, target)
+        status = _run(module, arguments)
         atexit._run_exitfuncs()
     except BaseException:
         traceback.print_exc()
@@ -118,11 +118,11 @@ def _work_for(caller: socket.socket) -> NoReturn:
         os._exit(status)  # without taking thousands of modules apart
 
 
-def _take_over(caller: socket.socket) -> tuple[str, str]:
-    """Become the process that called: its outputs, folder and environment. Returns the module and the target."""
+def _take_over(caller: socket.socket) -> tuple[str, list[str]]:
+    """Become the process that called: its outputs, folder and environment. Returns the module and its arguments."""
     header, outputs, _, _ = socket.recv_fds(caller, LENGTH.size, 3)
     [length] = LENGTH.unpack(header)
-    module, target, folder, environment = json.loads(caller.recv(length, socket.MSG_WAITALL))
+    module, arguments, folder, environment = json.loads(caller.recv(length, socket.MSG_WAITALL))
     for number, given in enumerate(outputs):
         os.dup2(given, number)
         os.close(given)
@@ -131,7 +131,7 @@ def _take_over(caller: socket.socket) -> tuple[str, str]:
     os.chdir(folder)
     sys.path[0] = folder
     sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]  # as PYTHONUNBUFFERED has it
-    return module, target
+    return module, arguments
 
 
 def _pass_signals_on(caller: socket.socket) -> None:
@@ -140,9 +140,9 @@ def _pass_signals_on(caller: socket.socket) -> None:
     os.killpg(0, signal.SIGKILL)  # the caller was killed
 
 
-def _run(module: str, target: str) -> int:
-    """The exit status of `python -m module target`, done here."""
-    sys.argv[1:] = [target]
+def _run(module: str, arguments: Sequence[str]) -> int:
+    """The exit status of `python -m module arguments`, done here."""
+    sys.argv[1:] = arguments
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         return 0

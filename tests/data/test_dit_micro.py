@@ -15,6 +15,9 @@ from t5lib.evaluation.generation import GenerateConfig, sample
 DATA = Path(__file__).parents[2] / "data"
 
 
+pytestmark = pytest.mark.xdist_group("dit-micro")
+
+
 @pytest.fixture(scope="module")
 def script():
     spec = importlib.util.spec_from_file_location("pretrain_dit_micro", DATA / "dit-micro/pretrain.py")

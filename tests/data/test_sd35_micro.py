@@ -18,6 +18,9 @@ from t5lib.data.shards import ShardSet
 FOLDER = Path(__file__).parents[2] / "data/sd35-micro"
 
 
+pytestmark = pytest.mark.xdist_group("sd35-micro")
+
+
 @pytest.fixture(scope="module")
 def micro():
     """The scripts of the folder, which import each other by their bare names, as when one of them is run."""

@@ -8,13 +8,12 @@ import ablation
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.testing.utilities import prefect_test_harness
 
 from flows import ablate as module
 from flows.ablate import ablate
 from t5lib.utils.errors import T5Error
 
-pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("prefect")]
+pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("prefect"), pytest.mark.usefixtures("prefect")]
 
 # What the flow starts: `python -m tasks.studies.ablation`, here one that notes how it was called.
 STAND_IN = """
@@ -42,12 +41,6 @@ else:
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def prefect():
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
     package = tmp_path / "tasks/studies/ablation"
@@ -57,6 +50,7 @@ def root(tmp_path, monkeypatch) -> Path:
     (package / "__main__.py").write_text(STAND_IN)
     (tmp_path / "breaks").write_text("nothing")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "LIBRARIES", ())
     return tmp_path
 
 

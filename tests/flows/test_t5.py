@@ -6,20 +6,13 @@ import sys
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.testing.utilities import prefect_test_harness
 
 from flows import t5 as t5_module
 from flows.t5 import StageError, t5
 from t5lib.utils.errors import T5Error
 from tasks.runtime import tracking
 
-pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("prefect")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def prefect():
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
+pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("prefect"), pytest.mark.usefixtures("prefect")]
 
 
 def task_states(state):

@@ -25,7 +25,10 @@ NAMES = ("fetch", "shards", "source", "diagnose", "convert", "calibrate", "align
 NAMES += ("control", "evaluate", "explain", "benchmark", "report")
 
 
-@pytest.fixture(scope="module", params=["sd3", "dit"])
+KINDS = [pytest.param(kind, marks=pytest.mark.xdist_group(f"{kind}-stages")) for kind in ("sd3", "dit")]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def kind(request) -> str:
     return request.param
 

@@ -33,6 +33,9 @@ TRAIN, VAL = 48, 21
 TRAINING_METRICS = {"top1", "loss", "steps", "seconds", "samples_per_second"}
 
 
+pytestmark = pytest.mark.xdist_group("model-stages")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     before = torch.get_num_threads()

@@ -31,7 +31,13 @@ def quick():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=["dit", pytest.param("sd3", marks=pytest.mark.slow)])
+KINDS = [
+    pytest.param("dit", marks=pytest.mark.xdist_group("dit-studies")),
+    pytest.param("sd3", marks=[pytest.mark.slow, pytest.mark.xdist_group("sd3-studies")]),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def kind(request) -> str:
     return request.param
 

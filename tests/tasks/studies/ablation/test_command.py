@@ -15,6 +15,9 @@ from tasks.studies.ablation.runner import why_stopped
 RESULTS = Path(__file__).parents[4] / "docs/results"
 
 
+pytestmark = pytest.mark.xdist_group("ablation")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     before = torch.get_num_threads()
