@@ -22,7 +22,7 @@ demo: $(READY)  ## from real weights to a measured linear model, and its report;
 	@$(RUN) -m flows.t5 $(strip $(TARGET))$(if $(strip $(FULL)),-full)
 
 test: $(READY)  ## every test that this machine can run
-	@$(RUN) -m pytest -n 2 --dist loadgroup
+	@$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: $(READY)  ## style, formatting and types of the Python code
 	@$(RUN) -m ruff check .

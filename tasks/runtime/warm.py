@@ -135,8 +135,9 @@ def _take_over(caller: socket.socket) -> tuple[str, list[str]]:
 
 
 def _pass_signals_on(caller: socket.socket) -> None:
-    while number := caller.recv(ANSWER.size):
-        os.kill(os.getpid(), ANSWER.unpack(number)[0])
+    with suppress(OSError):
+        while number := caller.recv(ANSWER.size):
+            os.kill(os.getpid(), ANSWER.unpack(number)[0])
     os.killpg(0, signal.SIGKILL)  # the caller was killed
 
 

@@ -172,7 +172,9 @@ def test_only_the_newest_checkpoint_is_kept(tmp_path):
 def processes():
     """Starts functions of training_job in processes that have torch and timm imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["t5lib.training.classifier", "t5lib.conversion", "accelerate.checkpointing"])
+    context.set_forkserver_preload(
+        ["timm", "t5lib.training.classifier", "t5lib.conversion", "accelerate.checkpointing"]
+    )
     started = []
 
     def start(function, *arguments):
@@ -193,6 +195,7 @@ def wait_until(holds, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.xdist_group("processes")
 def test_killed_and_started_again_it_ends_with_the_same_bits_as_an_uninterrupted_run(
     processes, uninterrupted, tmp_path
 ):
@@ -211,6 +214,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits_as_an_uninterrupted
     assert same(load_file(out), uninterrupted)
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("trainable", ["all", "lora"])
 def test_two_processes_equal_one_with_twice_the_batch(trainable, processes, tmp_path):
     config = dataclasses.replace(PLAIN, trainable=trainable, ema=0.9)
