@@ -262,7 +262,7 @@ def _heads_of(adapter: Adapter, attention: nn.Module, tokens: Tokens, grid: Toke
     hooks = adapter.watch(attention, {}, heads, "it")
     try:
         with grid_scope(grid):
-            attention(*tokens)
+            adapter.call_attention(attention, tokens)
     finally:
         for hook in hooks:
             hook.remove()

@@ -139,6 +139,9 @@ class Adapter(ABC):
     ) -> list[RemovableHandle]:
         """While the model runs, keep what `attention` gets and gives, under `name`.
 
+        It is asked of softmax attentions and of new layers. Where the output projection is a module that the attention
+        calls, the heads are what that module gets; where it is not, make them again from q, k and v.
+
         Args:
             inputs: gets its tokens.
             outputs: gets the merged heads (B, N, H·D), of a joint attention (B, N + T, H·D) unless it drops the text,
@@ -154,7 +157,15 @@ class Adapter(ABC):
 
     @abstractmethod
     def projections(self, layer: nn.Module) -> list[nn.Module]:
-        """The modules that make q, k and v of `layer`'s input, that of the image's queries first."""
+        """The modules that make q, k and v of the input of `layer`, a softmax attention or a TTTLayer.
+
+        That of the image's queries comes first and has `weight` and `in_features`, as nn.Linear. Their parameters are
+        fitted, so they must be the model's own: where it keeps them packed in one, return an nn.Linear that shares it.
+        """
+
+    def call_attention(self, attention: nn.Module, tokens: Tokens) -> None:
+        """Run a softmax attention or a TTTLayer by itself; what it gives is read by `watch`."""
+        attention(*tokens)
 
     # Calling a model.
 
@@ -190,7 +201,11 @@ class Adapter(ABC):
 
     @abstractmethod
     def checkpoint_gradients(self, model: nn.Module, on: bool) -> None:
-        """Whether blocks compute their activations again in the backward pass instead of keeping them."""
+        """Whether blocks compute their activations again in the backward pass instead of keeping them.
+
+        Raises:
+            T5Error: models of this family cannot.
+        """
 
     @abstractmethod
     def num_tokens(self, model: nn.Module, inputs: Inputs) -> int:

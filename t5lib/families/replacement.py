@@ -68,7 +68,10 @@ def _account(before: dict[str, Tensor], model: nn.Module, layers: list[str], res
     dropped = [n for n in before if n not in after]
     unexplained = sorted(set(after) - {*inherited, *new, *reset}) + dropped
     if unexplained:  # today's layers inherit everything, so a dropped tensor is a mistake too
-        raise T5Error(f"conversion lost track of {unexplained}; please report this model")
+        raise T5Error(
+            f"conversion lost track of {', '.join(unexplained)}: every old weight keeps its name and its tensor, and "
+            "new ones are under 'mixer.'; please report this model, or mend the new layer if it is yours"
+        )
     names = {"inherited": inherited, "new": new, "dropped": dropped, "reset": reset}
     numbers = {what: sum((after | before)[n].numel() for n in tensors) for what, tensors in names.items()}
     return ConversionReport(

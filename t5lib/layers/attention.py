@@ -15,6 +15,13 @@ from t5lib.utils.errors import T5Error
 class TTTLayer(nn.Module):
     """What the converted layers of all families have in common: inherited parts around a mixer.
 
+    A family's own subclass takes over the parts of a softmax attention under their names, the very modules, and adds a
+    mixer (`add_mixer`). Its forward is called, and returns, as the attention did. It takes `grid=None` besides and does
+
+        grid = self.grid(grid)
+        q, k, v = its projections of self.mixer.prepare(x, grid)
+        the inherited output projection of self.mixer(q, k, v, grid)
+
     Attributes:
         inherited: names of the parts taken over from the softmax attention (None where it has none).
         num_heads, head_dim: of the layer.
