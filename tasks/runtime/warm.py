@@ -6,7 +6,8 @@ hands its arguments, environment and outputs over, and waits. The work is done i
 own code afresh, so that what runs is what DVC has seen. Signals are passed on, and when the waiting process is killed,
 so is the work.
 
-Without the variable, or where that process does not answer, a stage runs as any other command does.
+Without the variable, where that process does not answer, and elsewhere than on Linux, a stage runs as any other
+command does.
 """
 
 import atexit
@@ -37,6 +38,9 @@ STARTED = 255  # is no exit status that a stage has
 @contextmanager
 def serving(libraries: Sequence[str], environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """Within, the environment yielded makes stages start from a process that has imported `libraries`."""
+    if sys.platform != "linux":  # elsewhere a fork of a process with these libraries may crash
+        yield {}
+        return
     with tempfile.TemporaryDirectory(prefix="t5-") as folder, socket.socket(socket.AF_UNIX) as listener:
         address = str(Path(folder) / "socket")
         listener.bind(address)

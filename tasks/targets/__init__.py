@@ -16,10 +16,17 @@ if TYPE_CHECKING:
 _KINDS: dict[str | None, tuple[str, str]] = {"pipeline": ("denoiser", "DenoiserTarget")}
 _USUAL = ("classifier", "ClassifierTarget")
 # Module → what its stages import that takes long (tasks.runtime.warm).
-_ALL = ("timm", "accelerate", "webdataset", "matplotlib.figure", "mlflow.store.tracking.sqlalchemy_store", "jinja2")
+_EVERY_KIND = (
+    "timm",
+    "accelerate",
+    "webdataset",
+    "matplotlib.figure",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "jinja2",
+)
 _LIBRARIES = {
-    "classifier": _ALL,
-    "denoiser": ("diffusers.training_utils", "diffusers.pipelines.stable_diffusion_3", "transformers", *_ALL),
+    "classifier": _EVERY_KIND,
+    "denoiser": ("diffusers.training_utils", "diffusers.pipelines.stable_diffusion_3", "transformers", *_EVERY_KIND),
 }
 
 

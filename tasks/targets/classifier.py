@@ -151,9 +151,9 @@ class ClassifierTarget(Target[TrainConfig]):
         return torch.cat([images for images, _ in batches])
 
     def pictures(self, batch: Tensor) -> np.ndarray:
-        data = self.section("data")
         from t5lib.report.explanation_plots import as_pictures  # Matplotlib takes a second
 
+        data = self.section("data")
         return as_pictures(batch, data.mean, data.std)
 
     def fit(self, model: nn.Module, recipe: TrainConfig) -> TrainReport:
