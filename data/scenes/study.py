@@ -56,27 +56,22 @@ ARMS: dict[str, dict[str, Any]] = {
     "linear_proj_qk-2softmax": {"inner": "linear_proj_qk", "layers": LINEAR},
 }
 RECIPE: dict[str, Any] = {"features": "norm", "precision": "bf16"}
-# What the trials change of the recipe. "lead" is the recipe of the leads, whose loss rose for 500 steps.
+# What the trials change of the recipe.
 TRIALS: dict[str, dict[str, Any]] = {
-    "lead": {"lr_new": 3e-4, "lr": 3e-5, "warmup": 0.025, "prefix": 1.0, "output": 0.0},
     "usual": {},
-    "gentle": {"lr_new": 3e-4, "lr": 1e-5},
-    "gentler": {"lr_new": 1e-4, "lr": 3e-5},
-    "new-faster": {"lr_new": 1e-3, "lr": 1e-5},
-    "even": {"lr_new": 3e-4, "lr": 3e-4},
-    "middle": {"lr_new": 1e-3, "lr": 1e-4},
-    "fast": {"lr_new": 1e-3, "lr": 3e-4},
-    "faster": {"lr_new": 3e-3, "lr": 3e-4},
-    "fastest": {"lr_new": 3e-3, "lr": 1e-3},
-    "attention": {"trainable": "attention", "lr_new": 1e-3, "lr": 3e-4},
-    "new": {"trainable": "new", "lr_new": 3e-3},
-    "unclipped": {"clip_norm": None},
-    "loose": {"clip_norm": 10.0},
+    "everything": {"trainable": "all"},
+    "faster": {"lr_new": 1e-3, "lr": 1e-4},
+    "fastest": {"lr_new": 1e-3, "lr": 3e-4},
+    "even": {"lr_new": 3e-4, "lr": 1e-4},
+    "steep": {"lr_new": 3e-3, "lr": 1e-4},
+    "muon": {"optimizer": "muon", "lr_new": 1e-3, "lr": 1e-4},
+    "muon-faster": {"optimizer": "muon", "lr_new": 1e-3, "lr": 3e-4},
+    "muon-fastest": {"optimizer": "muon", "lr_new": 1e-3, "lr": 1e-3},
     "late": {"block_growth": 1.25},
-    "last": {"blocks": 0.0},
+    "last": {"blocks": 0.1},
     "features": {"features_weight": 8.0},
     "cosine": {"cosine": 2.0},
-    "ema": {"ema": 0.99},
+    "ema": {"ema": 0.999},
 }
 
 
@@ -150,18 +145,22 @@ class Scenes:
         for fold in folds:
             yield from self.measured(fold, size, batch, most)
 
-    def fitted(self, folds: list[int], batch: int, seed: int) -> Callable[[int], Iterator[Tensor]]:
-        """Endless batches at the size that models are fitted on: whole scenes, or parts of them."""
+    def fitted(self, folds: list[int], batch: int, seed: int, large: float = 0.0) -> Callable[[int], Iterator[Tensor]]:
+        """Endless batches at the size that models are fitted on: whole scenes, or parts of them.
+
+        The share `large` of them is a quarter of the images in four times the size, which is as many patches.
+        """
         side, places = self.side // 2, [(fold, i) for fold in folds for i in range(self.composed.counts[fold])]
         sampler = Sampler((len(places),), batch, seed)
 
         def from_batch(start: int) -> Iterator[Tensor]:
             for number in count(start):
                 chosen = [places[index] for index in sampler(number)[1]]
-                part = torch.stack([self.images(fold)[index] for fold, index in chosen])
                 draw = numpy_generator(seed, VIEWS, number)
-                cell = 2 * PATCH if draw.random() < 0.5 else PATCH
-                if cell == PATCH:
+                whole = draw.random() < large
+                part = torch.stack([self.images(f)[i] for f, i in (chosen[: batch // 4] if whole else chosen)])
+                cell = PATCH if whole or draw.random() < 0.5 else 2 * PATCH
+                if cell == PATCH and not whole:
                     y, x = draw.integers(0, self.side - side + 1, 2)
                     part = part[:, :, y : y + side, x : x + side]
                 yield self.normalized(part.flip(-1) if draw.random() < 0.5 else part, cell)
@@ -297,7 +296,7 @@ def aligned(study: Study, student: nn.Module, fold: int, changes: dict[str, Any]
     recipe = RECIPE | {"precision": study.precision, "compile": options.compile, "seed": options.seed} | changes
     config = AlignConfig(steps=steps, batch_size=options.batch, **recipe)
     # Other batches than those of the calibration.
-    batches = study.scenes.fitted(study.others(fold), options.batch, 2 * options.seed + 1)
+    batches = study.scenes.fitted(study.others(fold), options.batch, 2 * options.seed + 1, options.large)
 
     def log(values: dict[str, float], step: int) -> None:
         curve.append([step, values["loss"], values["grad_norm"]])
@@ -402,6 +401,7 @@ def main() -> None:
     parser.add_argument("--align", type=int, default=2000, help="steps")
     parser.add_argument("--recipe-file", type=Path, help="changes of the alignment's settings; waited for")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--large", type=float, default=0.0, help="share of the alignment's steps at full size")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="the alignment")
     parser.add_argument("--pictures", action="store_true")

@@ -42,8 +42,9 @@ class AlignConfig(LoopConfig):
 
     Attributes:
         steps: optimizer steps; 0 skips alignment.
-        trainable: "all"; "attention" for the converted layers with the projections that they inherit; "new" for their
-            new parameters alone; "lora" as in LoopConfig.
+        trainable: "blocks"; "attention" for the converted layers with the projections that they inherit; "new" for
+            their new parameters alone; "lora" as in LoopConfig; "all" for everything. Around its blocks the student
+            is what the teacher is, and its patch embedding bears far smaller steps than the blocks do: hence "blocks".
         blocks: weight of the blocks' errors together.
         block_growth: weight of a block's error over that of the block before it; 1 for all alike.
         features: name of a part of the model, called once in a forward, whose tokens are matched too: "norm" is the
@@ -62,7 +63,7 @@ class AlignConfig(LoopConfig):
     min_lr: Share = 0.0
     warmup: Share = 0.1
     weight_decay: NotNegative = 0.0
-    trainable: Literal["all", "attention", "new", "lora"] = "all"  # type: ignore[assignment]  # one choice more
+    trainable: Literal["blocks", "attention", "new", "lora", "all"] = "blocks"  # type: ignore[assignment]  # more
     blocks: NotNegative = 1.0
     block_growth: Positive = 1.0
     features: str | None = None
@@ -341,13 +342,17 @@ def _check_pair(family: Adapter, model: nn.Module, teacher: nn.Module, config: A
 
 @contextmanager
 def _trainable(model: nn.Module, config: AlignConfig) -> Iterator[LoopConfig]:
-    """Within, only what config.trainable names has a gradient; yields the recipe for the trainer, which knows no
-    "attention"."""
-    if config.trainable != "attention":
+    """Within, only what config.trainable names has a gradient; yields the recipe for the trainer, which does not know
+    "blocks" and "attention"."""
+    if config.trainable == "blocks":
+        parts = list(family_of(model).blocks(model))
+    elif config.trainable == "attention":
+        parts = list(ttt_layers(model).values())
+    else:
         yield config
         return
-    layers = tuple(f"{name}." for name in ttt_layers(model))
-    frozen = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(layers)]
+    kept = {parameter for part in parts for parameter in part.parameters()}
+    frozen = [p for p in model.parameters() if p.requires_grad and p not in kept]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:

@@ -58,7 +58,8 @@ class LoopConfig:
         precision: "fp32" or "bf16" (autocast).
         compile: torch.compile the transformer blocks, each by itself; one compilation serves all that are alike.
         gradient_checkpointing: compute a block's activations again in the backward pass instead of keeping them.
-        optimizer: "adamw", or "adamw8bit", whose state takes a quarter of the memory (needs bitsandbytes).
+        optimizer: "adamw"; "adamw8bit", whose state takes a quarter of the memory (needs bitsandbytes); "muon", which
+            steps inherited matrices by their orthogonalized momentum (arXiv 2502.16982) and the rest as AdamW does.
         checkpoint_every: steps between checkpoints.
     """
 
@@ -77,7 +78,7 @@ class LoopConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     gradient_checkpointing: bool = False
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     checkpoint_every: AtLeastOne = 100
     seed: WholeNumber = 0
 
@@ -155,6 +156,8 @@ class Trainer(Work):
         self.config, self.total, self.plain, self.objective = config, steps, model, objective
         self.adapter = family_of(model)
         make_optimizer = _adamw8bit() if config.optimizer == "adamw8bit" else self._adamw
+        if config.optimizer == "muon":
+            make_optimizer = _muon
         model.to(self.device).train()
         model.zero_grad(set_to_none=True)
         set_seed(config.seed)  # adapters start alike in all processes
@@ -359,6 +362,7 @@ def _groups(model: nn.Module, config: LoopConfig) -> list[dict]:
             "params": parameters,
             "peak": config.lr_new if is_new else config.lr,
             "weight_decay": config.weight_decay if decayed else 0.0,
+            "use_fallback": is_new or not decayed,  # of Muon: AdamW
         }
         for (is_new, decayed), parameters in groups.items()
     ]
@@ -370,3 +374,10 @@ def _adamw8bit() -> Callable[[list[dict]], torch.optim.Optimizer]:
 
         return AdamW8bit
     raise T5Error("train: optimizer 'adamw8bit' needs bitsandbytes; install it (pip install bitsandbytes), or 'adamw'")
+
+
+def _muon(groups: list[dict]) -> torch.optim.Optimizer:
+    from timm.optim.muon import Muon  # timm takes seconds to import
+
+    # Its steps are as long as AdamW's would be, so that the same rates serve.
+    return Muon(groups, adjust_lr_fn="match_rms_adamw", betas=(0.9, 0.999))

@@ -105,7 +105,7 @@ def test_errors_have_the_values_of_the_formula():
     assert output_error(ours, theirs).item() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("trainable", ["all", "attention", "new"])
+@pytest.mark.parametrize("trainable", ["all", "blocks", "attention", "new"])
 def test_only_what_is_named_is_trained(trainable):
     teacher = tiny_vit()
     model = t5lib.convert(teacher, TTTConfig(layers=(1,)))
@@ -120,6 +120,8 @@ def test_only_what_is_named_is_trained(trainable):
         assert new < moved and all(name.startswith("blocks.1.attn.") for name in moved)
     else:
         assert new < moved and "blocks.1.mlp.fc1.weight" in moved
+        outside = {"patch_embed.proj.weight", "pos_embed", "norm.weight"}
+        assert moved & outside == (outside if trainable == "all" else set())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 

@@ -61,6 +61,20 @@ def test_new_and_inherited_weights_have_their_own_learning_rates():
     assert told[0]["lr_new"] == 3e-3 and told[0]["lr_inherited"] == 1e-4
 
 
+def test_muon_steps_inherited_matrices_along_all_their_directions_alike():
+    model = deterministic()
+    before = state(model)
+    config = dataclasses.replace(PLAIN, lr=1e-4, lr_new=3e-3, warmup=0.5, weight_decay=0.0, optimizer="muon")
+    run(model, config, steps=1)
+    by = {name: (tensor - before[name]).abs() for name, tensor in model.state_dict().items()}
+    name = "blocks.0.mlp.fc1.weight"
+    spread = torch.linalg.svdvals(model.state_dict()[name] - before[name])
+    assert spread.min() > 0.5 * spread.max()  # of AdamW's first step the largest is many times the least
+    assert by[name].square().mean().sqrt() == pytest.approx(0.2e-4, rel=0.3)
+    for name in new_parameters(model):  # AdamW's first step is the rate
+        assert by[name].max() == pytest.approx(3e-3, rel=0.02), name
+
+
 def test_warm_up_and_cosine_have_the_values_of_the_formula():
     config = TrainConfig(warmup=0.25, min_lr=0.1)
     factors = [rate_factor(step, 8, config) for step in range(8)]
