@@ -71,6 +71,7 @@ TRIALS: dict[str, dict[str, Any]] = {
     "last": {"blocks": 0.1},
     "features": {"features_weight": 8.0},
     "cosine": {"cosine": 2.0},
+    "damped": {"damping": 0.5, "cosine": 2.0, "lr_new": 1e-3, "lr": 1e-4},
     "ema": {"ema": 0.999},
 }
 
@@ -158,7 +159,7 @@ class Scenes:
                 chosen = [places[index] for index in sampler(number)[1]]
                 draw = numpy_generator(seed, VIEWS, number)
                 whole = draw.random() < large
-                part = torch.stack([self.images(f)[i] for f, i in (chosen[: batch // 4] if whole else chosen)])
+                part = torch.stack([self.images(f)[i] for f, i in (chosen[: max(1, batch // 4)] if whole else chosen)])
                 cell = PATCH if whole or draw.random() < 0.5 else 2 * PATCH
                 if cell == PATCH and not whole:
                     y, x = draw.integers(0, self.side - side + 1, 2)

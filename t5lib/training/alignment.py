@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from t5lib.conversion import ttt_layers
 from t5lib.data.batches import Batches, open_batches
@@ -52,6 +53,9 @@ class AlignConfig(LoopConfig):
         features_weight: weight of the error of `features`.
         output: weight of the error of the model's output (logits, pooled features, a denoiser's prediction).
         cosine: weight of 1 minus the cosine of `features`, beside their squared error.
+        damping: part of the gradient that does not reach a block from the block after it; 0 lets all of it through, 1
+            leaves every block to its own error. The first blocks of a calibrated model are nearly right already; the
+            errors of all later ones together would drive them away from that.
         prefix: weight of class and register tokens beside that of the image's, in blocks and features.
         Others: see LoopConfig.
     """
@@ -70,6 +74,7 @@ class AlignConfig(LoopConfig):
     features_weight: NotNegative = 2.0
     output: NotNegative = 1.0
     cosine: NotNegative = 0.0
+    damping: Share = 0.0
     prefix: NotNegative = 0.1
 
     def __post_init__(self):
@@ -170,7 +175,11 @@ class Alignment(Objective[Inputs]):
         trainer.compile_blocks(self.teacher)
         if self.config.compile:
             self.errors = torch.compile(token_errors, dynamic=False)
-        self.recorders = [Recorder(self.family, each, self.config.features) for each in (trainer.plain, self.teacher)]
+        features = self.config.features
+        self.recorders = [
+            Recorder(self.family, trainer.plain, features, self.config.damping),
+            Recorder(self.family, self.teacher, features),
+        ]
 
     def end(self) -> None:
         """Leave nothing in the models."""
@@ -238,42 +247,59 @@ class Alignment(Objective[Inputs]):
 class Recorder:
     """Keeps what a model's blocks, and the part `features`, give while `recording`.
 
+    Args:
+        family: of the model.
+        model: whose forwards are recorded.
+        features: a part's name, or None.
+        damping: of the gradient between blocks, see AlignConfig.
+
     Attributes:
         blocks: image tokens (B, N, C) of every block, prefix tokens first, of the last forward recorded.
         features: what the part gave, likewise.
     """
 
-    def __init__(self, family: Adapter, model: nn.Module, features: str | None):
-        self.family, self.on = family, False
+    def __init__(self, family: Adapter, model: nn.Module, features: str | None, damping: float = 0.0):
+        self.family, self.damping, self.on = family, damping, False
         self.blocks: list[Tensor] = []
         self.features: Tensor | None = None
         self.undo: list[Callable[[], None]] = []
-        for block in family.blocks(model):
-            self._watch(block, self._keep_block)
+        *others, last = family.blocks(model)
+        for block in others:
+            self._watch(block, self._keep_and_damp)
+        self._watch(last, self._keep_block)
         if features:
             self._watch(model.get_submodule(features), self._keep_features)
 
-    def _watch(self, module: nn.Module, keep: Callable[[Any], None]) -> None:
-        """Outside of what is compiled: a hook would become a part of it."""
+    def _watch(self, module: nn.Module, keep: Callable[[Any], Any]) -> None:
+        """What `keep` returns takes the place of the output. Outside of what is compiled: a hook would become a part
+        of it."""
         compiled = module._compiled_call_impl
         if compiled is None:
             self.undo.append(module.register_forward_hook(lambda _module, _inputs, output: keep(output)).remove)
             return
+        module._compiled_call_impl = lambda *args, **kwargs: keep(compiled(*args, **kwargs))
+        # gone when the trainer undoes its compilation
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            output = compiled(*args, **kwargs)
-            keep(output)
-            return output
-
-        module._compiled_call_impl = call  # gone when the trainer undoes its compilation
-
-    def _keep_block(self, output: Any) -> None:
+    def _keep_block(self, output: Any) -> Any:
         if self.on:
             self.blocks.append(self.family.block_tokens(output))
+        return output
 
-    def _keep_features(self, output: Tensor) -> None:
+    def _keep_and_damp(self, output: Any) -> Any:
+        self._keep_block(output)
+        return tree_map_only(Tensor, self._damped, output) if self.on and self.damping else output
+
+    def _damped(self, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        passed_on = tensor.view_as(tensor)  # of its own: the recorded one's gradient stays whole
+        passed_on.register_hook(lambda gradient: gradient * (1 - self.damping))
+        return passed_on
+
+    def _keep_features(self, output: Tensor) -> Tensor:
         if self.on:
             self.features = output
+        return output
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -14,9 +14,10 @@ from torch import nn
 
 import t5lib
 from t5lib.conversion import new_parameters
+from t5lib.families import family_of
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
-from t5lib.training.alignment import AlignConfig, align, output_error, token_errors
+from t5lib.training.alignment import AlignConfig, Recorder, align, output_error, token_errors
 from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noised_inputs
 from t5lib.utils.errors import T5Error
 
@@ -125,6 +126,30 @@ def test_only_what_is_named_is_trained(trainable):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("build", "source"),
+    [(tiny_vit, batches), (tiny_sd3, noised_inputs(sd3_batches, RectifiedFlow(), 0))],
+    ids=["vit", "sd3"],
+)
+def test_damping_holds_back_what_a_block_learns_from_later_ones(build, source):
+    """Of the last block's error, every earlier block lies one more damped step away."""
+    model = t5lib.convert(build())
+    family = family_of(model)
+    inputs = family.inputs(next(source(0)))
+
+    def gradients(damping: float) -> list[torch.Tensor]:
+        recorder = Recorder(family, model, None, damping)
+        with recorder.recording():
+            family.call(model, inputs)
+        recorder.remove()
+        parameters = [next(p for p in block.parameters() if p.ndim > 1) for block in family.blocks(model)]
+        return list(torch.autograd.grad(recorder.blocks[-1].square().mean(), parameters))
+
+    whole, damped = gradients(0.0), gradients(0.25)
+    for depth, (one, other) in enumerate(zip(reversed(whole), reversed(damped), strict=True)):
+        torch.testing.assert_close(other, one * 0.75**depth)
+
+
 def test_first_batch_is_measured_on_and_never_trained_on():
     seen, teacher = [], tiny_vit()
     model = t5lib.convert(teacher)
@@ -203,7 +228,8 @@ def test_one_compilation_serves_all_blocks_of_a_kind(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     teacher = tiny_vit(depth=4)
     aligned(t5lib.convert(teacher), teacher, steps=2, compile=True, features="norm", output=0.0)
-    assert len(graphs) == 3  # a block of each model, and the error of tokens
+    # A block of each model, the student's first, whose input has no gradient, and the error of tokens.
+    assert len(graphs) == 4
 
 
 def test_what_cannot_be_is_refused():
