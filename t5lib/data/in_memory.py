@@ -147,5 +147,5 @@ def _mirrored(images: Tensor, which: Tensor) -> Tensor:
 
 def _key(shards: ShardSet, data: DataConfig, limit: int | None) -> str:
     pixels = [data.img_size, data.interpolation, data.crop_pct]
-    made_from = [[shard.sha256 for shard in shards.shards], shards.count, limit, pixels]
+    made_from = [[[shard.sha256, shard.left_out] for shard in shards.shards], shards.count, limit, pixels]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:20]

@@ -48,10 +48,19 @@ def test_committed_shards_keep_relative_paths_so_that_a_moved_repository_finds_t
         with_manifest(root / "data/numbers", split, first, 6)
     monkeypatch.chdir(tmp_path)
     metrics = run(Path("repo"), "file:data/numbers/train.json", "file:data/numbers/val.json")
-    assert metrics == {"train": 6, "val": 6, "classes": 3, "train_shards": 1, "val_shards": 1}
+    assert metrics == {
+        "train": 6,
+        "val": 6,
+        "classes": 3,
+        "train_left_out": 0,
+        "val_left_out": 0,
+        "train_shards": 1,
+        "val_shards": 1,
+    }
     assert read_json(root / OUT / "train.json")["shards"][0]["path"] == "../../../numbers/train-0.tar"
     shutil.move(root, tmp_path / "moved")
-    ShardSet.read(tmp_path / "moved" / OUT / "val.json").verify()
+    moved = ShardSet.read(tmp_path / "moved" / OUT / "val.json")
+    assert [len(list(shard.samples())) for shard in moved.shards] == [6]
 
 
 def test_the_repository_itself_may_be_reached_by_another_path(tmp_path):
@@ -67,10 +76,17 @@ def test_a_folder_and_a_pattern_without_manifest_are_counted(tmp_path):
     write_tar(tmp_path / "mixed/val-0.tar", 80, 5)
     write_tar(tmp_path / "mixed/train-0.tar", 90, 5)
     metrics = run(tmp_path, "file:plain", f"file:{tmp_path}/mixed/val-*.tar")
-    assert metrics == {"train": 15, "val": 5, "classes": 3, "train_shards": 3, "val_shards": 1}
+    assert metrics == {
+        "train": 15,
+        "val": 5,
+        "classes": 3,
+        "train_left_out": 0,
+        "val_left_out": 0,
+        "train_shards": 3,
+        "val_shards": 1,
+    }
     written = ShardSet.read(tmp_path / OUT / "train.json")
     assert [shard.count for shard in written.shards] == [4, 5, 6] and written.classes == ("0", "1", "2")
-    written.verify()
 
 
 def test_hub_shards_are_fetched_once_and_half_a_download_is_not_taken_for_all(tmp_path, monkeypatch):
@@ -94,7 +110,7 @@ def test_hub_shards_are_fetched_once_and_half_a_download_is_not_taken_for_all(tm
     assert run(tmp_path, train, val)["val"] == 6
     pinned = [source.replace("@main", "@" + "0" * 40) for source in (train, val)]
     assert calls == [pinned[0], *pinned]
-    ShardSet.read(tmp_path / OUT / "train.json").verify()
+    assert [shard.count for shard in ShardSet.read(tmp_path / OUT / "train.json").shards] == [3, 3]
 
 
 @pytest.mark.parametrize(
