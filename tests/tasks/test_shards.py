@@ -140,6 +140,20 @@ def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path, train, val, da
     assert not (tmp_path / OUT).exists()
 
 
+def test_an_unreadable_image_is_left_out_and_counted_before_training_meets_it(tmp_path, capsys):
+    for split, first in (("train", 0), ("val", 10)):
+        tar = write_tar(tmp_path / f"{split}.tar", first, 6)
+        tar.write_bytes(tar.read_bytes().replace(b"IDAT", b"IDAX", 1))
+    sources = [f"file:{tmp_path}/{split}.tar" for split in ("train", "val")]
+    with pytest.raises(T5Error, match=r"1 of the 6 samples of demo train cannot be used.*sample '0': \.png is not a"):
+        run(tmp_path, *sources)
+    params = {"shards": {"train": sources[0], "val": sources[1], "max_skipped": 0.2}, "data": DATA}
+    metrics = run_stage("shards", "demo", params=params, root=tmp_path)
+    assert (metrics["train"], metrics["train_left_out"], metrics["val_left_out"]) == (5, 1, 1)
+    assert [one["__key__"] for one in ShardSet.read(tmp_path / OUT / "train.json").shards[0].samples()] == list("12345")
+    assert "demo val: left out 1 of 6" in capsys.readouterr().out
+
+
 def test_a_damaged_shard_is_found_before_anything_is_written(tmp_path):
     with_manifest(tmp_path, "train", 0, 6)
     with_manifest(tmp_path, "val", 10, 6)
