@@ -15,7 +15,7 @@ from pathlib import Path
 from t5lib.data.captions import about, caption_of
 from t5lib.data.decoding import image_of, is_animated, most_pixels
 from t5lib.data.shards import IMAGE_FIELDS, SampleError, Shard, ShardSet, field_of, label_of, where
-from t5lib.data.tars import Sample, check_tar, read_samples
+from t5lib.data.tars import Sample, check_tar, named, read_samples
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import sha256
 from t5lib.utils.parallel import ahead
@@ -77,13 +77,19 @@ def open_shards(
 
 
 def tar_files(place: Path, source: str) -> list[Path]:
-    """The tar files in a folder and below, or those that a pattern matches. Raises T5Error when there are none."""
+    """The tar files in a folder and below, or those that a pattern matches, sorted.
+
+    Raises:
+        T5Error: there are none, or something else has such a name.
+    """
     if place.is_dir():
         found = [path for pattern in TAR_NAMES for path in place.rglob(pattern)]
     else:
         found = [Path(path) for path in glob.glob(str(place))]
     if not found:
         raise T5Error(f"{source} gives no shards: looked for {' '.join(TAR_NAMES)} in {place.absolute()}")
+    if odd := [path for path in found if not path.is_file()]:
+        raise T5Error(f"{odd[0]} is not a file, or a link to one that is gone; remove it, or put the tar file there")
     return sorted(found)
 
 
@@ -126,7 +132,8 @@ def _checked(shards: Sequence[Shard], name: str, classes: int, notes: Path) -> l
     noted, paths, checked = _Notes(notes, classes), dict[str, str](), []
     with progress(f"check {name}", len(shards)) as bar:
         for done, shard in enumerate(shards, 1):
-            digest = sha256(shard.path)
+            with named(shard.path):
+                digest = sha256(shard.path)
             if digest in paths:
                 raise T5Error(f"{shard.path} and {paths[digest]} have the same content; leave one of them out")
             if shard.sha256 not in ("", digest):

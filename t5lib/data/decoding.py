@@ -66,7 +66,7 @@ def opened(content: bytes | Path) -> Iterator[Image.Image]:
             if image.width * image.height > limit:
                 raise Image.DecompressionBombError
             yield image
-    except T5Error:
+    except (T5Error, MemoryError):
         raise
     except Image.DecompressionBombError:
         remedy = f"scale it down, or set the environment variable {MOST_PIXELS}"

@@ -41,11 +41,11 @@ class Shard:
 
     def samples(self) -> Iterator[Sample]:
         """Its samples in file order, undecoded. Raises T5Error when the tar is damaged or holds another number."""
-        seen, total = 0, self.count + len(self.left_out)
+        seen, total, left_out = 0, self.count + len(self.left_out), frozenset(self.left_out)
         for seen, sample in enumerate(read_samples(self.path), 1):
             if seen > total:
                 break
-            if seen - 1 not in self.left_out:
+            if seen - 1 not in left_out:
                 yield sample
         if seen != total:
             found = f"more than {total}" if seen > total else seen
@@ -73,7 +73,7 @@ class ShardSet:
         folder = Path(manifest).parent
         shards = tuple(replace(shard, path=os.path.abspath(folder / shard.path)) for shard in found.shards)
         for shard in shards:
-            if not os.path.exists(shard.path):
+            if not os.path.isfile(shard.path):
                 raise T5Error(f"{shard.path} does not exist, but {manifest} lists it; fetch or make the shards again")
             if shard.count < 1:
                 raise T5Error(f"{manifest}: {shard.path} has count {shard.count}; expected at least one sample")

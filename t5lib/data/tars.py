@@ -24,7 +24,7 @@ ABOUT_SHARD = re.compile(r"__[^/]*__($|/)")  # names of files that belong to no 
 
 def read_samples(path: Path | str) -> Iterator[Sample]:
     """The samples of a tar file in file order, undecoded. Raises T5Error when it cannot be read."""
-    with _named(path):
+    with named(path):
         yield from tarfile_samples([{"url": str(path)}])
 
 
@@ -35,9 +35,7 @@ def check_tar(path: Path | str) -> None:
         T5Error: a damaged header, an end that is missing or followed by anything, a file that belongs to no sample, a
             sample whose files do not stand one after the other, or a name that occurs twice.
     """
-    if not Path(path).is_file():
-        raise T5Error(f"{path} is not a file, or a link to one that is gone; expected a tar file")
-    with _named(path), tarfile.open(path) as tar:
+    with named(path), tarfile.open(path) as tar:
         members = [member for member in tar if not member.isdir()]
         assert tar.fileobj
         tar.fileobj.seek(tar.offset)  # where tarfile saw no further header
@@ -96,7 +94,8 @@ def _check_members(path: Path | str, members: Sequence[tarfile.TarInfo]) -> None
 
 
 @contextmanager
-def _named(path: Path | str) -> Iterator[None]:
+def named(path: Path | str) -> Iterator[None]:
+    """Whatever is raised of a file that cannot be read becomes a T5Error with its path."""
     try:
         yield
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:

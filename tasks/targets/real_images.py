@@ -73,12 +73,17 @@ def stacked(images: list[RealImage]) -> Tensor:
 
 
 def _described(sample: Sample, classes: tuple[str, ...], size: Size, channels: int) -> RealImage:
-    entries, name = about(sample), _name(sample, classes)
-    scene = None
-    if name is not None and "count" in entries and "background" in entries:
-        scene = Scene(name=name, count=int(entries["count"]), colour=entries["background"])
     prompt = int(sample["cls"]) if classes else caption_of(sample)
+    name, scene = _name(sample, classes), None if classes else _scene(sample)
     return RealImage(pixels=_pixels(sample, size, channels), prompt=prompt, name=name, scene=scene)
+
+
+def _scene(sample: Sample) -> Scene | None:
+    entries = about(sample)
+    name, count, colour = (entries.get(entry) for entry in ("name", "count", "background"))
+    if not (isinstance(name, str) and isinstance(count, int) and isinstance(colour, str)):
+        return None
+    return Scene(name=name, count=count, colour=colour)
 
 
 def _pixels(sample: Sample, size: Size, channels: int) -> Tensor:
@@ -86,4 +91,5 @@ def _pixels(sample: Sample, size: Size, channels: int) -> Tensor:
 
 
 def _name(sample: Sample, classes: tuple[str, ...]) -> str | None:
-    return classes[int(sample["cls"])] if classes else about(sample).get("name")
+    name = classes[int(sample["cls"])] if classes else about(sample).get("name")
+    return name if isinstance(name, str) else None

@@ -137,9 +137,11 @@ def test_animations_are_counted(open_images, tmp_path, capsys):
     ("source", "message"),
     [
         ("file:nowhere", "file:nowhere gives no shards"),
+        ("file:.", r"gone\.tar is not a file, or a link to one"),
         ("s3://bucket", "'s3://bucket' is no source; expected file:MANI"),
     ],
 )
 def test_sources_without_shards_are_refused(tmp_path, source, message):
+    (tmp_path / "gone.tar").symlink_to(tmp_path / "nothing")
     with pytest.raises(T5Error, match=message):
         open_captioned(source, name="cats", root=tmp_path, notes=tmp_path / "notes")

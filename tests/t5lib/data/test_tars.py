@@ -123,8 +123,7 @@ def test_links_are_refused(tmp_path):
 def test_what_is_no_tar_file_is_named(tmp_path):
     (tmp_path / "html.tar").write_bytes(b"<html>not found</html>")
     (tmp_path / "empty.tar").touch()
-    (tmp_path / "gone.tar").symlink_to(tmp_path / "nowhere")
-    for name, message in (("html", "cannot be read as a tar"), ("empty", "cannot be read"), ("gone", "is not a file")):
-        with pytest.raises(T5Error, match=rf"{name}\.tar {message}") as raised:
+    for name in ("html", "empty", "nowhere"):
+        with pytest.raises(T5Error, match=rf"{name}\.tar cannot be read as a tar file") as raised:
             check_tar(tmp_path / f"{name}.tar")
         assert "\n" not in str(raised.value)
