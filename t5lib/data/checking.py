@@ -7,6 +7,7 @@ the caller says which share may be. Everything else that is wrong is an error.
 import glob
 import json
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,6 +24,8 @@ from t5lib.utils.progress import progress
 
 TAR_NAMES = ("*.tar", "*.tar.gz", "*.tgz")
 NAMED = 3  # samples left out that a message names
+ANIMATED = "animated, of which the first frame is taken"
+SEVERAL = "with several images, of which one is read (the key of a sample ends at the first dot of a file's name)"
 ROUNDING = 1e-6  # 0.29 of 100 samples are 28.999…
 THREADS = os.cpu_count() or 1
 
@@ -95,11 +98,17 @@ def tar_files(place: Path, source: str) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Content:
-    """What is in a tar: how many samples, [position, reason] of those that cannot be used, which are animated."""
+    """What is in a tar.
+
+    Attributes:
+        count: of its samples.
+        unusable: [position, reason] of those that cannot be used.
+        remarks: what is to be said of others, with the samples that it is said of.
+    """
 
     count: int
     unusable: list[list]
-    animated: list[str]
+    remarks: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -156,20 +165,20 @@ def _checked(shards: Sequence[Shard], name: str, classes: int, notes: Path) -> l
 def _content(path: str, classes: int) -> _Content:
     """Raises T5Error when the tar is damaged or empty, or a class is out of range."""
     check_tar(path)
-    count, unusable, animated = 0, [], []
+    count, unusable, remarks = 0, [], defaultdict(list)
     verdicts = ahead(partial(_verdict, classes=classes), read_samples(path), workers=THREADS, count=2 * THREADS)
-    for count, (reason, moving) in enumerate(verdicts, 1):
+    for count, (sample, reason, said) in enumerate(verdicts, 1):
         if reason:
             unusable.append([count - 1, reason])
-        if moving:
-            animated.append(moving)
+        for remark in said:
+            remarks[remark].append(sample)
     if not count:
         raise T5Error(f"{path} holds no samples; expected files such as 0001.jpg and 0001.cls (or 0001.txt)")
-    return _Content(count, unusable, animated)
+    return _Content(count, unusable, dict(remarks))
 
 
-def _verdict(sample: Sample, classes: int) -> tuple[str | None, str | None]:
-    """Why the sample cannot be used, and what names it if it is animated."""
+def _verdict(sample: Sample, classes: int) -> tuple[str, str | None, list[str]]:
+    """The sample's name, why it cannot be used, and else what is to be said of it."""
     try:
         if classes:
             label_of(sample, classes)
@@ -177,15 +186,16 @@ def _verdict(sample: Sample, classes: int) -> tuple[str | None, str | None]:
             caption_of(sample), about(sample)
         image_of(sample)
     except SampleError as error:
-        return str(error), None
-    return None, where(sample) if is_animated(sample[field_of(sample, IMAGE_FIELDS, "image")]) else None
+        return where(sample), str(error), []
+    animated = is_animated(sample[field_of(sample, IMAGE_FIELDS, "image")])
+    images = [field for field in sample if field.rpartition(".")[2] in IMAGE_FIELDS]
+    return where(sample), None, [ANIMATED] * animated + [SEVERAL] * (len(images) > 1)
 
 
 def _report(checked: Sequence[_Checked], name: str, max_skipped: float) -> None:
-    """Print what is left out, and what of animations; raises T5Error when it is more than `max_skipped`, or all."""
+    """Print what is left out and what is remarkable; raises T5Error when that is more than `max_skipped`, or all."""
     total = sum(each.content.count - len(each.listed.left_out) for each in checked)
     reasons = [reason for each in checked for reason in each.unusable.values()]
-    animated = [sample for each in checked for sample in each.content.animated]
     first = "; ".join(reasons[:NAMED])
     allowed = min(int(max_skipped * total + ROUNDING), total - 1)
     if len(reasons) > allowed:
@@ -195,8 +205,9 @@ def _report(checked: Sequence[_Checked], name: str, max_skipped: float) -> None:
         )
     if reasons:
         print(f"{name}: left out {len(reasons)} of {total}: {first}", flush=True)
-    if animated:
-        print(f"{name}: {len(animated)} animated, of which the first frame is taken, such as {animated[0]}", flush=True)
+    for remark in (ANIMATED, SEVERAL):
+        if samples := [sample for each in checked for sample in each.content.remarks.get(remark, ())]:
+            print(f"{name}: {len(samples)} {remark}, such as {samples[0]}", flush=True)
 
 
 class _Notes:

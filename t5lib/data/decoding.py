@@ -20,6 +20,7 @@ from t5lib.utils.errors import T5Error
 
 MOST_PIXELS = "T5_MAX_PIXELS"  # the environment variable, which reaches worker processes too
 PILLOWS_LIMIT = 178_956_970  # pixels beyond which Pillow refuses an image
+MOST_ASPECT = 200  # of the longer side to the shorter: a line of one pixel, resized to 224, would fill the memory
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 WHITE = (255, 255, 255, 255)
 
@@ -28,8 +29,8 @@ def decode(content: bytes | Path, channels: int = 3) -> Image.Image:
     """The image in a file, or in a file's content: RGB, grey for `channels` 1, and for 4 RGBA with its transparency.
 
     Raises:
-        T5Error: it cannot be read, has too many pixels, or values without an agreed range. The reason alone: which
-            image it is, the caller knows.
+        T5Error: it cannot be read, has too many pixels, is a mere line, or has values without an agreed range. The
+            reason alone: which image it is, the caller knows.
     """
     with opened(content) as image:
         form = image.format
@@ -65,6 +66,8 @@ def opened(content: bytes | Path) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             if image.width * image.height > limit:
                 raise Image.DecompressionBombError
+            if max(image.size) > MOST_ASPECT * min(image.size):
+                raise T5Error(f"{image.width} × {image.height} pixels are a line; expected at most {MOST_ASPECT} to 1")
             yield image
     except (T5Error, MemoryError):
         raise

@@ -125,12 +125,15 @@ def test_a_tar_that_its_manifest_does_not_describe_is_refused(open_images, tmp_p
         open_images("set.json")
 
 
-def test_animations_are_counted(open_images, tmp_path, capsys):
+def test_animations_and_further_images_are_said(open_images, tmp_path, capsys):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
-    write_tar(tmp_path / "a.tar", [captioned(0), {"1.webp": (tmp_path / "a.webp").read_bytes(), "1.txt": b"a"}])
+    moving = {"1.webp": (tmp_path / "a.webp").read_bytes(), "1.txt": b"a"}
+    write_tar(tmp_path / "a.tar", [captioned(0) | {"0000.v2.jpg": b""}, moving])
     assert open_images("a.tar").count == 2
-    assert "cats: 1 animated, of which the first frame is taken" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "cats: 1 animated, of which the first frame is taken, such as" in told and "a.tar: sample '1'" in told
+    assert "cats: 1 with several images, of which one is read (the key of a sample ends at the first dot" in told
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,12 @@ def test_too_many_pixels_are_refused_with_the_name_of_the_setting(monkeypatch, t
         decode(tmp_path / "a.png")
 
 
+def test_a_line_is_no_image():
+    decode(file(Image.new("L", (1, 200)), "png"))
+    with pytest.raises(T5Error, match="201 × 1 pixels are a line; expected at most 200 to 1"):
+        decode(file(Image.new("L", (201, 1)), "png"))
+
+
 def test_pillows_own_limit_is_raised_with_ours(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(T5Error, match="T5_MAX_PIXELS"):
