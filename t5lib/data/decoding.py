@@ -20,6 +20,7 @@ from t5lib.utils.errors import T5Error
 
 MOST_PIXELS = "T5_MAX_PIXELS"  # the environment variable, which reaches worker processes too
 PILLOWS_LIMIT = 178_956_970  # pixels beyond which Pillow refuses an image
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # to read others Pillow may run programs
 MOST_ASPECT = 200  # of the longer side to the shorter: a line of one pixel, resized to 224, would fill the memory
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 WHITE = (255, 255, 255, 255)
@@ -63,7 +64,7 @@ def opened(content: bytes | Path) -> Iterator[Image.Image]:
     if limit > PILLOWS_LIMIT:
         Image.MAX_IMAGE_PIXELS = limit
     try:
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
             if image.width * image.height > limit:
                 raise Image.DecompressionBombError
             if max(image.size) > MOST_ASPECT * min(image.size):
@@ -101,5 +102,5 @@ def _reason(content: bytes | Path, error: Exception) -> str:
     if empty:
         return "it is empty, 0 bytes"
     if isinstance(error, UnidentifiedImageError):
-        return "its content is that of no known image format"
+        return f"its content is none of {', '.join(FORMATS)}"
     return str(error).partition(" <")[0].partition(" '")[0] or type(error).__name__

@@ -102,7 +102,8 @@ def cut(form: str) -> bytes:
     ("content", "message"),
     [
         (b"", "empty, 0 bytes"),
-        (b"<html>not found</html>", "no known image format"),
+        (b"<html>not found</html>", "its content is none of JPEG, PNG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "none of JPEG"),  # a program: run nothing
         (cut("jpeg"), "truncated"),
         (cut("png"), "truncated"),
         (cut("webp"), "."),
@@ -110,7 +111,7 @@ def cut(form: str) -> bytes:
         (file(Image.fromarray(np.zeros((4, 4), np.float32)), "tiff"), "floating-point values have no agreed range"),
         (file(Image.fromarray(np.zeros((4, 4), np.int32)), "tiff"), "32-bit values have no agreed range"),
     ],
-    ids=["empty", "html", "jpeg", "png", "webp", "bmp", "float", "32-bit"],
+    ids=["empty", "html", "postscript", "jpeg", "png", "webp", "bmp", "float", "32-bit"],
 )
 def test_what_is_no_whole_image_is_refused_in_one_line(content, message):
     with pytest.raises(T5Error, match=message) as raised:
