@@ -31,13 +31,20 @@ class Shard:
     Attributes:
         path: absolute once the manifest has been read.
         count: samples that are read; those of `left_out` are not among them.
-        left_out: positions in the tar of samples that cannot be used.
+        left_out: positions in the tar of samples that cannot be used, in order.
     """
 
     path: str
     count: int
     sha256: str
     left_out: Several[WholeNumber] = ()
+
+    def __post_init__(self) -> None:
+        total = self.count + len(self.left_out)
+        if list(self.left_out) != sorted({position for position in self.left_out if position < total}):
+            raise T5Error(
+                f"left_out is {list(self.left_out)}; expected different positions in order, below the {total} samples"
+            )
 
     def samples(self) -> Iterator[Sample]:
         """Its samples in file order, undecoded. Raises T5Error when the tar is damaged or holds another number."""

@@ -248,6 +248,8 @@ def test_images_of_every_format_become_rgb_with_their_class(tmp_path):
         ({"shards": [{"path": "gone.tar", "count": 3, "sha256": ""}]}, r"gone\.tar does not exist"),
         ({"licence": None}, "licence: expected str"),
         ({"shards": []}, "add up to 0"),
+        ({"shards": [{"path": "0.tar", "count": 2, "sha256": "", "left_out": [3]}]}, r"left_out is \[3\]; expected"),
+        ({"shards": [{"path": "0.tar", "count": 1, "sha256": "", "left_out": [1, 1]}]}, r"left_out is \[1, 1\]"),
     ],
 )
 def test_a_manifest_that_cannot_be_true_is_refused(tmp_path, change, message):
