@@ -68,7 +68,7 @@ def _zeros(file: Any) -> tuple[int, bool]:
 
 
 def _check_members(path: Path | str, members: Sequence[tarfile.TarInfo]) -> None:
-    names: set[str] = set()
+    names: set[tuple[str, str]] = set()
     keys: set[str] = set()
     last = None
     for member in members:
@@ -76,19 +76,19 @@ def _check_members(path: Path | str, members: Sequence[tarfile.TarInfo]) -> None
             raise T5Error(f"{path}: '{member.name}' is no regular file; pack links as files: tar --dereference")
         if ABOUT_SHARD.match(member.name):
             continue
-        key, _ = base_plus_ext(member.name)
+        key, ending = base_plus_ext(member.name)
         if key is None or key.endswith("/"):
             raise T5Error(
                 f"{path}: '{member.name}' belongs to no sample: its name is not KEY.ENDING; rename it or leave it out"
             )
-        if member.name.lower() in names:
+        if (key, ending.lower()) in names:
             raise T5Error(f"{path} holds '{member.name}' twice; pack it again, each file once")
         if key != last and key in keys:
             raise T5Error(
                 f"{path}: the files of sample '{key}' do not stand one after the other, and would be read as several "
                 "samples; pack it again with tar --sort=name"
             )
-        names.add(member.name.lower())
+        names.add((key, ending.lower()))
         keys.add(key)
         last = key
 
@@ -99,7 +99,6 @@ def named(path: Path | str) -> Iterator[None]:
     try:
         yield
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error.args[0] if error.args else error).partition(" @ ")[0]
-        raise T5Error(
-            f"{path} cannot be read as a tar file ({reason.splitlines()[0]}); fetch or make it again"
-        ) from error
+        reason = getattr(error, "strerror", None) or str(error.args[0] if error.args else type(error).__name__)
+        first = reason.partition(" @ ")[0].partition("\n")[0]
+        raise T5Error(f"{path} cannot be read as a tar file ({first}); fetch or make it again") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from encodable import write_tar
 
-from t5lib.data.tars import check_tar, read_samples
+from t5lib.data.tars import check_tar, named, read_samples
 from t5lib.utils.errors import T5Error
 
 SAMPLES = [{f"{index:04d}.png": bytes([index]) * 700, f"{index:04d}.cls": b"%d" % index} for index in range(6)]
@@ -101,6 +101,11 @@ def test_files_that_a_reader_would_pass_over_or_mix_up_are_named(tmp_path, names
         check_tar(write_tar(tmp_path / "a.tar", [{name: b"x"} for name in names]))
 
 
+def test_names_that_differ_in_case_alone_are_two_samples(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [{"a.JPG": b"x"}, {"A.jpg": b"y"}])
+    assert [(sample["__key__"], sample["jpg"]) for sample in read(path)] == [("a", b"x"), ("A", b"y")]
+
+
 def test_folders_and_files_about_the_shard_are_no_samples(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as out:
@@ -118,6 +123,11 @@ def test_links_are_refused(tmp_path):
         out.addfile(member)
     with pytest.raises(T5Error, match=r"'1.jpg' is no regular file; pack links as files: tar --dereference"):
         check_tar(tmp_path / "a.tar")
+
+
+def test_an_error_without_words_is_named_by_its_kind(tmp_path):
+    with pytest.raises(T5Error, match=r"a\.tar cannot be read as a tar file \(EOFError\)"), named("a.tar"):
+        raise EOFError
 
 
 def test_what_is_no_tar_file_is_named(tmp_path):
