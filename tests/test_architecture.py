@@ -4,6 +4,7 @@ flows → tasks → t5lib → t5kernels, and in order inside of them; what a sta
 answer which kind of model it is; every deployment and target can be built.
 """
 
+import ast
 import importlib
 import inspect
 import subprocess
@@ -11,7 +12,7 @@ import sys
 
 import pytest
 import yaml
-from imports import LAYERS, ROOT, circles, closure, files_of, imports, modules, used_by
+from imports import LAYERS, ROOT, circles, closure, files_of, imports, modules, tree, used_by
 
 from t5lib import families
 from t5lib.families.base import Adapter
@@ -93,6 +94,18 @@ def test_inside_of_a_layer_imports_run_one_way_too(folder, order):
             if not (lower or same):
                 wrong.append(f"{file} imports {other}")
     assert wrong == []
+
+
+def test_one_module_opens_image_files():
+    files = [file for folder in LAYERS.values() for file in files_of(folder)]
+    opening = {
+        file
+        for file in files
+        for node in ast.walk(tree(file))
+        if isinstance(node, ast.Attribute)
+        if node.attr == "open" and isinstance(node.value, ast.Name) and node.value.id == "Image"
+    }
+    assert opening == {"t5lib/data/decoding.py"}
 
 
 @pytest.mark.parametrize("package", sorted(ALONE))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from t5lib.data.batches import seeded
 from t5lib.data.buckets import fit
-from t5lib.data.captions import image_of
+from t5lib.data.decoding import image_of
 from t5lib.data.shards import ShardSet
 from t5lib.evaluation.generation import GenerateConfig, sample
 from t5lib.training.objectives import Noised, noising_of

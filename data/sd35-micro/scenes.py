@@ -3,7 +3,6 @@
 Shapes: B scenes; sprites are (E, 4, S, S), RGB multiplied by alpha, then alpha, all 0 to 1.
 """
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from captions import COLOURS, COUNTS, PHRASINGS, caption, caption_index
-from PIL import Image
 from torch import Tensor
 
+from t5lib.data.decoding import image_of
 from t5lib.data.shards import ShardSet
 
 # Where copies stand, by count: centres (x, y) in a picture from -1 to 1, and half the side of a copy.
@@ -71,7 +70,7 @@ def read_sprites(manifest: Path) -> tuple[list[Emoji], Tensor]:
         for sample in shard.samples():
             about = json.loads(sample["json"])
             kinds.append(Emoji(name=about["name"], key=sample["__key__"], group=about["group"]))
-            pictures.append(np.asarray(Image.open(io.BytesIO(sample["webp"])).convert("RGBA")))
+            pictures.append(np.asarray(image_of(sample, 4)))
     rgba = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
     return kinds, torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
 

@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from t5lib.cli.screen import counted, note
 from t5lib.data.batches import seeded
+from t5lib.data.decoding import decode, is_animated
 from t5lib.utils.errors import T5Error
 
 MOST_HELD_OUT = 64
@@ -25,7 +25,7 @@ class ImageReader:
     """Reads image files as `model` wants them: its input size, timm's normalization and crop for its weights.
 
     Files that cannot be read are left out and remembered in `unreadable`, so that one damaged file among thousands
-    costs neither the work done before it nor goes unsaid.
+    costs neither the work done before it nor goes unsaid. `animated` remembers files with several frames.
     """
 
     def __init__(self, model: nn.Module):
@@ -35,6 +35,7 @@ class ImageReader:
         config["input_size"] = (3, *model.patch_embed.img_size)
         self.config, self.transform = config, create_transform(**config)
         self.unreadable: dict[Path, str] = {}
+        self.animated: set[Path] = set()
 
     def read(self, paths: Sequence[Path]) -> Tensor:
         """(B, 3, H, W) float32, B at most the number of `paths`.
@@ -57,18 +58,24 @@ class ImageReader:
         return f"{height} × {width} px, mean {mean}, std {std}"
 
     def report(self) -> None:
-        """Note the files that were left out."""
+        """Note the files that were left out, and those of which one frame of several was taken."""
         if self.unreadable:
             path, reason = next(iter(self.unreadable.items()))
             note(f"left out, for it cannot be read: {counted(len(self.unreadable), 'file')}, such as {path} ({reason})")
+        if self.animated:
+            note(
+                f"of {counted(len(self.animated), 'animation')} the first frame is taken, such as {min(self.animated)}"
+            )
 
     def _read(self, path: Path) -> Tensor | None:
         try:
-            with Image.open(path) as image:
-                return self.transform(image.convert("RGB"))
-        except Exception as error:  # Pillow raises nearly anything on damaged files
-            self.unreadable[path] = str(error).partition(" '")[0] or type(error).__name__
+            image = decode(path)
+        except T5Error as error:
+            self.unreadable[path] = str(error)
             return None
+        if is_animated(path):
+            self.animated.add(path)
+        return self.transform(image)
 
 
 class CalibrationImages:

@@ -3,9 +3,9 @@
 The folder that `encode` fills:
 
     ID.tar             the samples of one input shard: KEY.safetensors and KEY.json; ID is the input's sha256, cut
-    ID.index.json      where in the tar they lie, and which input samples were left out and why
+    ID.index.json      where in the tar they lie, and their sha256
     encoding.json      encoders and settings; with others the folder is filled afresh
-    null.safetensors   {prompt_embeds (L, D), pooled (P,)}: the empty caption
+    null.safetensors   {prompt_embeds (L, D), pooled (P,)}: the empty caption; null.index.json holds its sha256
     manifest.json      t5lib.data.shards.ShardSet, written last
 
 KEY.safetensors holds latent (C, h, w) fp16, with `flip` also that of the mirrored image as `flipped`, and either
@@ -19,10 +19,9 @@ import json
 import os
 import re
 import tarfile
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +31,31 @@ from safetensors.torch import save
 from torch import Tensor
 
 from t5lib.data.buckets import BucketConfig, Size, bucket_sizes, fit, nearest
-from t5lib.data.captions import caption_of, image_of
+from t5lib.data.captions import caption_of
+from t5lib.data.decoding import image_of
 from t5lib.data.encoders import ImageEncoder, TextEncoder
-from t5lib.data.latents import INDEX, MANIFEST, NULL, ShardIndex
-from t5lib.data.shards import Sample, Shard, ShardSet, check
-from t5lib.utils.config import AtLeastOne, Share, settings
+from t5lib.data.latents import MANIFEST, NULL, ShardIndex, digest_of
+from t5lib.data.shards import Shard, ShardSet, label_of
+from t5lib.data.tars import Sample
+from t5lib.utils.config import AtLeastOne, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file, read_json, sha256, write_bytes, write_json
+from t5lib.utils.parallel import ahead
 from t5lib.utils.progress import StepReporter, progress
 
-FORMAT = 1
+FORMAT = 2
 ENCODING = "encoding.json"
 ID_LENGTH = 16  # of the input's 64 digits
-NAMED = 3  # samples left out that a message names
 TAR_BLOCK = 512  # bytes a tar's members are padded to
 
 
 @settings
 class EncodingConfig:
-    """`flip`: encode the mirrored images too. `max_skipped`: share of the samples that may be left out because the
-    image cannot be read or the caption is missing or empty. `workers`: threads that decode images."""
+    """`flip`: encode the mirrored images too. `workers`: threads that decode images."""
 
     buckets: BucketConfig
     flip: bool = False
     batch_size: AtLeastOne = 8
-    max_skipped: Share = 0.01
     workers: AtLeastOne = 4
 
 
@@ -69,9 +68,8 @@ def encode(
         text: encodes the captions; None: the samples carry a class (.cls) in place of a caption.
 
     Raises:
-        T5Error: more than `max_skipped` of the samples cannot be used, with the first of them named; a damaged input
-            shard; a size that the VAE cannot take; latents or embeddings that are not finite; a folder with files
-            of something else.
+        T5Error: a sample that cannot be used (t5lib.data.checking leaves those out); a damaged input shard; a size that
+            the VAE cannot take; latents or embeddings that are not finite; a folder with files of something else.
     """
     folder, work = Path(folder), _Work(images, text, config, bucket_sizes(config.buckets), len(shards.classes))
     work.check(shards)
@@ -80,14 +78,14 @@ def encode(
     _prepare(folder, settings, set(inputs))
     if text:
         write_bytes(folder / NULL, save({name: value[0] for name, value in _embeds(text, [""]).items()}))
+        ShardIndex.write(folder / NULL, [])
     indices, done = {}, 0
     with progress(f"encode {shards.name}", shards.count) as bar:
         for name, shard in inputs.items():
             tar = folder / f"{name}.tar"
-            if not _finished(tar):
+            if not _finished(tar, shard):
                 work.shard(shard, tar, _onwards(bar, done))
             indices[tar] = ShardIndex.read(tar)
-            _refuse([line for index in indices.values() for line in index.skipped], shards, config.max_skipped)
             done += shard.count
             bar.advance(done)
     return _write_manifest(shards, folder, indices, settings)
@@ -126,43 +124,32 @@ class _Work:
     def shard(self, shard: Shard, tar: Path, advance: Callable[[int], None]) -> None:
         """Write the tar, then its index."""
         samples: list[list] = []
-        skipped: list[str] = []
-        with atomic_file(tar) as partial:
-            with tarfile.open(partial, "w") as out:
-                for batch in self.batches(shard, skipped, advance):
-                    for decoded, data, latent in self.encoded(batch):
-                        first = _add(out, f"{decoded.key}.safetensors", data)
-                        samples.append([decoded.key, first, len(data), *latent])
-                        _add(out, f"{decoded.key}.json", json.dumps(decoded.about).encode())
-            index = ShardIndex(sha256=sha256(partial), size=partial.stat().st_size, samples=samples, skipped=skipped)
-        write_json(tar.with_suffix(INDEX), asdict(index))
+        with atomic_file(tar) as partial, tarfile.open(partial, "w") as out:
+            for batch in self.batches(shard, advance):
+                for decoded, data, latent in self.encoded(batch):
+                    first = _add(out, f"{decoded.key}.safetensors", data)
+                    samples.append([decoded.key, first, len(data), *latent, digest_of(data)])
+                    _add(out, f"{decoded.key}.json", json.dumps(decoded.about).encode())
+        ShardIndex.write(tar, samples)
 
-    def batches(self, shard: Shard, skipped: list[str], advance: Callable[[int], None]) -> Iterator[list[_Decoded]]:
+    def batches(self, shard: Shard, advance: Callable[[int], None]) -> Iterator[list[_Decoded]]:
         """The images of a shard in batches of one size; they never mix shards, so that each can be made alone."""
         waiting: dict[Any, list[_Decoded]] = defaultdict(list)
-        with ThreadPoolExecutor(self.config.workers) as pool:
-            ahead = self.config.batch_size + self.config.workers
-            for count, decoded in enumerate(_ahead(pool, self.decoded, shard.samples(), ahead), 1):
-                advance(count)
-                if isinstance(decoded, str):
-                    skipped.append(decoded)
-                    continue
-                batch = waiting[decoded.pixels.shape]
-                batch.append(decoded)
-                if len(batch) == self.config.batch_size:
-                    yield waiting.pop(decoded.pixels.shape)
+        workers, size = self.config.workers, self.config.batch_size
+        images = ahead(self.decoded, shard.samples(), workers=workers, count=size + workers)
+        for count, decoded in enumerate(images, 1):
+            advance(count)
+            batch = waiting[decoded.pixels.shape]
+            batch.append(decoded)
+            if len(batch) == size:
+                yield waiting.pop(decoded.pixels.shape)
         yield from waiting.values()
 
-    def decoded(self, sample: Sample) -> _Decoded | str:
-        """The sample, or a message on what is wrong with it."""
-        about: dict[str, Any] = {} if self.text else {"label": check(sample, self.classes)[1]}
-        try:
-            about |= {"caption": caption_of(sample)} if self.text else {}
-            image = image_of(sample, self.images.channels)
-        except T5Error as error:
-            return str(error)
+    def decoded(self, sample: Sample) -> _Decoded:
+        image = image_of(sample, self.images.channels)
         size = nearest(self.sizes, image.height, image.width)
-        about |= {"width": image.width, "height": image.height, "size": size}
+        shown = {"caption": caption_of(sample)} if self.text else {"label": label_of(sample, self.classes)}
+        about = {**shown, "width": image.width, "height": image.height, "size": size}
         pixels = torch.from_numpy(np.array(fit(image, size))).view(*size, -1).permute(2, 0, 1)
         return _Decoded(sample["__key__"], about, pixels)
 
@@ -199,17 +186,6 @@ def _onwards(bar: StepReporter, before: int) -> Callable[[int], None]:
     return lambda count: bar.advance(before + count)
 
 
-def _ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, count: int) -> Iterator[Any]:
-    """The function's results in the order of `items`, with `count` of them being worked on beforehand."""
-    pending: deque[Future] = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) > count:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-
-
 def _prepare(folder: Path, settings: dict[str, Any], wanted: set[str]) -> None:
     """Keep what an earlier run with these settings finished; remove half-made, outdated and superfluous files."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -228,38 +204,26 @@ def _prepare(folder: Path, settings: dict[str, Any], wanted: set[str]) -> None:
     write_json(note, settings)
 
 
-def _finished(tar: Path) -> bool:
+def _finished(tar: Path, shard: Shard) -> bool:
+    """Whether the tar is there, bit for bit as it was made, with all samples of the input shard."""
     try:
-        ShardIndex.read(tar)
+        index = ShardIndex.read(tar)
     except T5Error:
         return False
-    return True
-
-
-def _refuse(skipped: list[str], shards: ShardSet, share: float) -> None:
-    if len(skipped) > share * shards.count:
-        raise T5Error(
-            f"{len(skipped)} of the {shards.count} samples of {shards.name} cannot be used, more than max_skipped "
-            f"({share}) allows. The first: {'; '.join(skipped[:NAMED])}"
-        )
+    return len(index.samples) == shard.count and sha256(tar) == index.sha256
 
 
 def _write_manifest(shards: ShardSet, folder: Path, indices: dict[Path, ShardIndex], settings: dict[str, Any]) -> Path:
-    skipped = [line for index in indices.values() for line in index.skipped]
-    if skipped:
-        print(f"{shards.name}: left out {len(skipped)} of {shards.count}: {'; '.join(skipped[:NAMED])}", flush=True)
-    made = [(tar, index) for tar, index in indices.items() if index.samples]
-    if not made:
-        raise T5Error(f"{shards.name}: none of the {shards.count} samples can be used; {'; '.join(skipped[:NAMED])}")
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     ShardSet(
         name=shards.name,
         licence=shards.licence,
         source=f"{shards.source}; encoded, settings {fingerprint}",
         classes=shards.classes,
-        count=sum(len(index.samples) for _, index in made),
+        count=shards.count,
         shards=tuple(
-            Shard(path=os.path.abspath(tar), count=len(index.samples), sha256=index.sha256) for tar, index in made
+            Shard(path=os.path.abspath(tar), count=len(index.samples), sha256=index.sha256)
+            for tar, index in indices.items()
         ),
     ).write(folder / MANIFEST, root=folder)
     return folder / MANIFEST

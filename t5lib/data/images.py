@@ -7,7 +7,6 @@ follows from the seed and the number of slots alone. Every random choice is seed
 Shapes: B batch, H and W pixels of the network's input.
 """
 
-import io
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,9 @@ from PIL import Image, ImageOps
 from pydantic import Field
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from t5lib.data.shards import Sample, ShardSet, check, where
+from t5lib.data.decoding import image_of
+from t5lib.data.shards import ShardSet, label_of
+from t5lib.data.tars import Sample
 from t5lib.utils.config import AtLeastOne, NotNegative, Pair, Positive, Share, Triple, WholeNumber, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.seeds import derived_seed
@@ -200,13 +201,7 @@ class _Stream(IterableDataset):
             begin += shard.count
 
     def decode(self, sample: Sample) -> tuple[torch.Tensor, int]:
-        field, label = check(sample, len(self.shards.classes))
-        try:
-            image = Image.open(io.BytesIO(sample[field])).convert("RGB")
-        except Exception as error:  # Pillow raises nearly anything on damaged files
-            reason = str(error).partition(" <")[0]
-            raise T5Error(f"{where(sample)}: .{field} is not a readable image ({reason}); replace it") from error
-        return self.transform(image), label
+        return self.transform(image_of(sample)), label_of(sample, len(self.shards.classes))
 
 
 @dataclass

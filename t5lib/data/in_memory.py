@@ -22,7 +22,7 @@ from t5lib.data.images import Batch, DataConfig, Transform, eval_batches, transf
 from t5lib.data.sampler import Sampler
 from t5lib.data.shards import ShardSet
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import atomic_file
+from t5lib.utils.files import atomic_file, sha256, write_text
 from t5lib.utils.progress import progress
 from t5lib.utils.seeds import numpy_generator
 
@@ -97,9 +97,10 @@ class InMemoryImages:
 def decode(
     shards: ShardSet, data: DataConfig, folder: Path | str, *, limit: int | None = None, workers: int | None = None
 ) -> Path:
-    """Decode, resize and crop the (first `limit`) images of `shards` into a file in `folder`, unless it is there.
+    """Decode, resize and crop the (first `limit`) images of `shards` into a file in `folder`, unless it is there whole.
 
-    The file's name follows from the shards' checksums and from what of `data` decides about the pixels.
+    The file's name follows from the shards' checksums and from what of `data` decides about the pixels; a note beside
+    it holds its sha256.
 
     Args:
         workers: processes that decode; default: data.workers.
@@ -108,7 +109,8 @@ def decode(
         T5Error: a damaged shard or sample, by name.
     """
     file = Path(folder) / f"{_key(shards, data, limit)}.safetensors"
-    if file.exists():
+    note = file.with_suffix(".sha256")
+    if file.exists() and note.exists() and note.read_text(encoding="utf-8") == sha256(file):
         return file
     total = min(limit or shards.count, shards.count)
     batches = eval_batches(
@@ -128,6 +130,7 @@ def decode(
             bar.advance(done)
     with atomic_file(file) as temporary:
         save_file({"images": images, "labels": labels}, temporary)
+    write_text(note, sha256(file))
     return file
 
 
@@ -147,5 +150,5 @@ def _mirrored(images: Tensor, which: Tensor) -> Tensor:
 
 def _key(shards: ShardSet, data: DataConfig, limit: int | None) -> str:
     pixels = [data.img_size, data.interpolation, data.crop_pct]
-    made_from = [[shard.sha256 for shard in shards.shards], shards.count, limit, pixels]
+    made_from = [[[shard.sha256, shard.left_out] for shard in shards.shards], shards.count, limit, pixels]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:20]

@@ -6,15 +6,16 @@ are mirrored, follows from the seed and the batch's number alone: nothing is rea
 memory give the same batches, whatever the number of workers.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,7 +24,7 @@ from t5lib.data.buckets import Size
 from t5lib.data.sampler import Sampler
 from t5lib.data.shards import ShardSet
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json, sha256
+from t5lib.utils.files import read_json, sha256, write_json
 from t5lib.utils.progress import progress
 from t5lib.utils.seeds import numpy_generator
 
@@ -35,23 +36,41 @@ CHANCE = 2  # keeps its random stream apart from those of the sampler
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """What `ID.index.json` says. `samples`: [key, first byte, bytes, latent height, latent width] of each .safetensors
-    in the tar; `skipped`: messages on the input samples left out; `size`: bytes of the tar."""
+    """What `ID.index.json` says about a tar; the entry `digest` there is of all the others.
+
+    Attributes:
+        sha256, size: of the tar, in bytes.
+        samples: [key, first byte, bytes, latent height, latent width, digest] of each .safetensors in it.
+    """
 
     sha256: str
     size: int
     samples: list[list]
-    skipped: list[str]
 
     @classmethod
-    def read(cls, tar: Path | str) -> "ShardIndex":
-        """Raises T5Error when the index is missing, or the tar has another size than when it was made."""
-        tar = Path(tar)
-        index = cls(**read_json(tar.with_suffix(INDEX)))
-        found = tar.stat().st_size if tar.exists() else 0
+    def read(cls, file: Path | str) -> "ShardIndex":
+        """Raises T5Error when the index of `file` is missing or damaged, or was made of a file of another size."""
+        file = Path(file)
+        place = file.with_suffix(INDEX)
+        noted = read_json(place)
+        digest = noted.pop("digest", None) if isinstance(noted, dict) else None
+        if digest != digest_of(json.dumps(noted).encode()):
+            raise T5Error(f"{place} was changed or damaged, or is of an older version; encode {file.name} again")
+        index = cls(**noted)
+        found = file.stat().st_size if file.exists() else 0
         if found != index.size:
-            raise T5Error(f"{tar} has {found} bytes, its index says {index.size}: it was cut short; encode it again")
+            raise T5Error(f"{file} has {found} bytes, its index says {index.size}: it was cut short; encode it again")
         return index
+
+    @classmethod
+    def write(cls, file: Path, samples: list[list]) -> None:
+        noted = asdict(cls(sha256=sha256(file), size=file.stat().st_size, samples=samples))
+        write_json(file.with_suffix(INDEX), noted | {"digest": digest_of(json.dumps(noted).encode())})
+
+
+def digest_of(content: bytes) -> str:
+    """What tells one sample's bytes from any others: 32 hexadecimal digits of their sha256."""
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 class LatentSet:
@@ -125,7 +144,8 @@ class LatentSet:
 
 
 class LatentShards(LatentSet):
-    """Encoded images on disk; samples are read one by one from where the index says they lie.
+    """Encoded images on disk; samples are read one by one from where the index says they lie, and held against their
+    digests there.
 
     Args:
         manifest: what `t5lib.data.encoding.encode` returned.
@@ -140,23 +160,18 @@ class LatentShards(LatentSet):
         rows = [
             (number, first, length, height, width)
             for number, index in enumerate(indices)
-            for _, first, length, height, width in index.samples
+            for _, first, length, height, width, _ in index.samples
         ]
         table = np.array(rows, dtype=np.int64)
+        digests = np.array([row[-1] for index in indices for row in index.samples])
         found, of_size, counts = np.unique(table[:, 3:], axis=0, return_inverse=True, return_counts=True)
         self.sizes = tuple((int(height), int(width)) for height, width in found)
         self.counts = tuple(counts.tolist())
-        self._places = [table[of_size.ravel() == size, :3] for size in range(len(found))]  # shard, first byte, bytes
+        members = [of_size.ravel() == size for size in range(len(found))]
+        self._places = [table[chosen, :3] for chosen in members]  # shard, first byte, bytes
+        self._digests = [digests[chosen] for chosen in members]
         self.num_classes = len(self.shards.classes)
         self.null = self._read_null(Path(manifest).parent / NULL)
-
-    def verify(self) -> None:
-        """Read all shards and hold them against the manifest's sha256. Raises T5Error that names a changed one."""
-        with progress(f"verify {self.shards.name}", len(self.shards.shards)) as bar:
-            for done, shard in enumerate(self.shards.shards, 1):
-                if (found := sha256(shard.path)) != shard.sha256:
-                    raise T5Error(f"{shard.path} has sha256 {found}, its manifest says {shard.sha256}; encode it again")
-                bar.advance(done)
 
     def in_memory(self, device: str | torch.device) -> "InMemoryLatents":
         """All samples read into the memory of `device`."""
@@ -185,23 +200,29 @@ class LatentShards(LatentSet):
             yield batch
 
     def _read(self, size: int, rows: np.ndarray) -> Stored:
-        samples = [self._sample(*place) for place in self._places[size][rows].tolist()]
+        places = zip(self._places[size][rows].tolist(), self._digests[size][rows].tolist(), strict=True)
+        samples = [self._sample(shard, first, length, digest) for (shard, first, length), digest in places]
         return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
-    def _sample(self, shard: int, first: int, length: int) -> Stored:
+    def _sample(self, shard: int, first: int, length: int, digest: str) -> Stored:
         path = self.shards.shards[shard].path
         try:
             with open(path, "rb") as file:
                 file.seek(first)
-                return load(file.read(length))
-        except (OSError, SafetensorError) as error:
+                content = file.read(length)
+        except OSError as error:
             raise T5Error(f"{path} cannot be read at byte {first} ({error}); encode it again") from error
+        if digest_of(content) != digest:
+            raise T5Error(f"{path} was changed or damaged between bytes {first} and {first + length}; encode it again")
+        return load(content)
 
     def _read_null(self, file: Path) -> dict[str, Tensor] | None:
         if "label" in self._read(0, np.arange(1)):
             return None
         if not file.exists():
             raise T5Error(f"{file} does not exist; it holds the empty caption, and encoding makes it: encode again")
+        if sha256(file) != ShardIndex.read(file).sha256:
+            raise T5Error(f"{file} was changed or damaged; it holds the empty caption: encode again")
         return load_file(file)
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import PngImagePlugin
 from torch import Tensor
 
+from t5lib.data.decoding import decode, opened
 from t5lib.evaluation.prompts import Job
 from t5lib.utils.config import AtLeastOne, NotNegative, Pair, settings
 from t5lib.utils.errors import T5Error
@@ -105,7 +106,7 @@ def read_images(paths: Sequence[Path], *, channels: int = 3) -> Tensor:
     """PNG or other image files of one size as (B, C, H, W) uint8.
 
     Raises:
-        T5Error: none, or files of different sizes (named).
+        T5Error: none, one that cannot be read, or files of different sizes (named).
     """
     from torchvision.transforms.functional import pil_to_tensor
 
@@ -113,8 +114,10 @@ def read_images(paths: Sequence[Path], *, channels: int = 3) -> Tensor:
         raise T5Error("there is no image to read; pass the paths of some")
     images = []
     for path in paths:
-        with Image.open(path) as image:
-            images.append(pil_to_tensor(image.convert("L" if channels == 1 else "RGB")))
+        try:
+            images.append(pil_to_tensor(decode(path, channels)))
+        except T5Error as error:
+            raise T5Error(f"{path} is not a readable image ({error}); replace it, or have it made again") from error
         if images[-1].shape != images[0].shape:
             shapes = f"{tuple(images[-1].shape[1:])}, {paths[0]} {tuple(images[0].shape[1:])}"
             raise T5Error(f"images of different sizes: {path} is {shapes} (height, width); pass those of one size")
@@ -263,10 +266,10 @@ def _recipe(job: Job, config: GenerateConfig, model: str) -> dict[str, Any]:
 
 def _is_made(job: Job, recipe: dict[str, Any]) -> bool:
     try:
-        with Image.open(job.path) as image:
+        with opened(job.path) as image:
             text = image.info.get(RECIPE)
             image.verify()
-    except (OSError, SyntaxError):  # not there, cut off or damaged (what Pillow raises of PNG files)
+    except T5Error:  # not there, cut off or damaged
         return False
     found = json.loads(text) if text else {}
     differing = [name for name in recipe if found.get(name) != recipe[name]]

@@ -100,13 +100,14 @@ def _snippet(data: ReportData, images: DataConfig) -> str:
     settings = {key: value for key, value in to_dict(images).items() if key not in ("workers", "eval_batch_size")}
     arguments = "".join(f"    {key}={value!r},\n" for key, value in settings.items())
     return (
-        "import torch\n"
-        "from PIL import Image\n\n"
+        "from pathlib import Path\n\n"
+        "import torch\n\n"
         "import t5lib\n"
+        "from t5lib.data.decoding import decode\n"
         "from t5lib.data.images import DataConfig, transform\n\n"
         f'model = t5lib.load("data/out/{data.target}/finetune")  # device="cuda" for a GPU\n'
         f"prepare = transform(DataConfig(\n{arguments}))\n"
-        'image = prepare(Image.open("picture.png").convert("RGB"))\n'
+        'image = prepare(decode(Path("picture.png")))\n'
         "with torch.inference_mode():\n"
         "    probabilities = model(image[None]).softmax(-1)[0]\n"
         "print(probabilities.argmax().item(), probabilities.max().item())\n"

@@ -14,7 +14,7 @@ from torch import nn
 
 import t5lib
 from t5lib.data.batches import Batches
-from t5lib.data.captions import open_captioned
+from t5lib.data.checking import open_captioned
 from t5lib.data.encoders import ImageEncoder, TextEncoder, encoding_pipeline
 from t5lib.data.encoding import EncodingConfig, encode
 from t5lib.data.latents import MANIFEST, LatentSet, LatentShards
@@ -34,7 +34,7 @@ from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
 from tasks.targets import diffusers_folder, timm_model
 from tasks.targets.base import Target, device, precision
-from tasks.targets.image_shards import COUNTED, open_labelled, refuse_overlap
+from tasks.targets.image_shards import CHECKED, open_labelled, refuse_overlap
 from tasks.targets.sample_evaluator import EvaluateConfig, SampleEvaluator
 
 SCHEDULER = "scheduler"  # its folder in what the stage `source` made
@@ -69,6 +69,8 @@ class ShardsConfig:
             <key>.txt or .json as img2dataset writes them. Relative paths start at the repository. For a
             class-conditional denoiser as classifiers have them (tasks/targets/classifier.py).
         encode: sizes, mirror images, threads.
+        max_skipped: share of the samples that may be left out because the image cannot be read, or the caption or class
+            is missing.
         dtype: of the encoders.
         max_sequence_length: tokens of the T5 encoder's text.
     """
@@ -76,6 +78,7 @@ class ShardsConfig:
     train: str
     val: str
     encode: EncodingConfig
+    max_skipped: Share = 0.01
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     max_sequence_length: AtLeastOne = 256
 
@@ -148,17 +151,16 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         config = self.section("shards")
         self.section("data")
         folder = diffusers_folder.folder_of(self.stage.input("fetch"), self.stage.root)
-        sets = {split: self._images(getattr(config, split), split, folder) for split in SPLITS}
+        sets = {split: self._images(config, split, folder) for split in SPLITS}
         refuse_overlap(sets["train"], sets["val"])
         images, text = _encoders(folder, config)
-        work, sizes = self.stage.resume_dir(), {}
+        work, sizes = self.stage.resume_dir(), dict[str, int]()
         for split, shards in sets.items():
             encode(shards, work / split, images=images, text=text, config=config.encode)
         for split, shards in sets.items():  # together at the end: what is encoded already must outlive a crash
             os.replace(work / split, self.stage.out / split)
             shards.write(self.stage.out / f"images-{split}.json", root=self.stage.root)
-            sizes[split] = read_json(self.stage.out / split / MANIFEST)["count"]
-            sizes[f"{split}_left_out"] = shards.count - sizes[split]
+            sizes |= {split: shards.count, f"{split}_left_out": shards.left_out}
         return sizes
 
     def source(self) -> dict[str, float]:
@@ -287,11 +289,12 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
         return noising_of(scheduler, **self.section("data").objective)
 
-    def _images(self, source: str, split: str, folder: Path) -> ShardSet:
+    def _images(self, config: ShardsConfig, split: str, folder: Path) -> ShardSet:
+        source, stage, most = getattr(config, split), self.stage, config.max_skipped
         if not diffusers_folder.takes_text(folder):
-            return open_labelled(source, split, diffusers_folder.classes(folder), self.stage)
-        root, name = self.stage.root, f"{self.stage.target} {split}"
-        return open_captioned(source, name=name, root=root, notes=root / COUNTED)
+            return open_labelled(source, split, diffusers_folder.classes(folder), most, stage)
+        name, notes = f"{stage.target} {split}", stage.root / CHECKED
+        return open_captioned(source, name=name, root=stage.root, notes=notes, max_skipped=most)
 
 
 def _pipeline_source(source: str) -> str:

@@ -2,25 +2,23 @@
 
 from pathlib import Path
 
-from t5lib.data.shards import ShardSet, scan, tar_files
+from t5lib.data.checking import open_shards
+from t5lib.data.shards import ShardSet
 from t5lib.download import kept
 from t5lib.utils.errors import T5Error
 from tasks.runtime.stage import Stage
 
-COUNTED = "data/scratch/counted-shards.jsonl"  # what a scan noted, for all targets
+CHECKED = "data/scratch/checked-shards.jsonl"  # what is known of tars that were read once, for all targets
 
 
-def open_labelled(source: str, split: str, num_classes: int, stage: Stage) -> ShardSet:
-    """The images of classes that `source` names, all of them checked.
+def open_labelled(source: str, split: str, num_classes: int, max_skipped: float, stage: Stage) -> ShardSet:
+    """The images of classes that `source` names, all of them checked; those that cannot be used are left out.
 
     Raises:
-        T5Error: another form of `source`, or shards that are damaged or hold something else (named).
+        T5Error: another form of `source`, shards that are damaged or hold something else (named), or more samples than
+            `max_skipped` that cannot be used.
     """
     scheme, _, rest = source.partition(":")
-    if scheme == "file" and rest.endswith(".json"):
-        shards = ShardSet.read(stage.root / Path(rest).expanduser())
-        shards.verify()
-        return shards
     if scheme == "file":
         place = stage.root / Path(rest).expanduser()
     elif source.startswith("hf:datasets/"):
@@ -30,8 +28,14 @@ def open_labelled(source: str, split: str, num_classes: int, stage: Stage) -> Sh
             f"shards.{split} is '{source}'; expected file:MANIFEST.json, file:FOLDER, file:PATTERN "
             "or hf:datasets/OWNER/REPO@COMMIT#PATTERN"
         )
-    classes = [str(index) for index in range(num_classes)]
-    return scan(f"{stage.target} {split}", tar_files(place, source), classes, source, stage.root / COUNTED)
+    return open_shards(
+        place,
+        name=f"{stage.target} {split}",
+        source=source,
+        notes=stage.root / CHECKED,
+        max_skipped=max_skipped,
+        classes=[str(index) for index in range(num_classes)],
+    )
 
 
 def refuse_overlap(train: ShardSet, val: ShardSet) -> None:

@@ -1,18 +1,18 @@
 """Real images as generated ones are compared with them, and what is known about each."""
 
-import json
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from t5lib.data.buckets import Size, fit
-from t5lib.data.captions import caption_of, image_of
-from t5lib.data.shards import Sample, ShardSet
+from t5lib.data.captions import about, caption_of
+from t5lib.data.decoding import image_of
+from t5lib.data.shards import SampleError, ShardSet, where
+from t5lib.data.tars import Sample
 from t5lib.evaluation.scores import Scene
 
 
@@ -52,9 +52,19 @@ def references(manifest: Path, size: Size, *, channels: int, most: int, look_at:
 
 
 def cutouts(manifest: Path) -> dict[str, Tensor]:
-    """The pictures (4, h, w) of a manifest, RGBA, by the entry "name" of each .json."""
+    """The pictures (4, h, w) of a manifest, RGBA, by the entry "name" of each .json.
+
+    Raises:
+        T5Error: a sample without such an entry, or whose picture cannot be read.
+    """
     samples = (sample for shard in ShardSet.read(manifest).shards for sample in shard.samples())
-    return {_about(sample)["name"]: pil_to_tensor(image_of(sample, 4)) for sample in samples}
+    pictures = {}
+    for sample in samples:
+        name = about(sample).get("name")
+        if not isinstance(name, str):
+            raise SampleError(f'{where(sample)} has no .json with the entry "name", which says what it shows; add it')
+        pictures[name] = pil_to_tensor(image_of(sample, 4))
+    return pictures
 
 
 def stacked(images: list[RealImage]) -> Tensor:
@@ -63,12 +73,17 @@ def stacked(images: list[RealImage]) -> Tensor:
 
 
 def _described(sample: Sample, classes: tuple[str, ...], size: Size, channels: int) -> RealImage:
-    about, name = _about(sample), _name(sample, classes)
-    scene = None
-    if name is not None and "count" in about and "background" in about:
-        scene = Scene(name=name, count=int(about["count"]), colour=about["background"])
     prompt = int(sample["cls"]) if classes else caption_of(sample)
+    name, scene = _name(sample, classes), None if classes else _scene(sample)
     return RealImage(pixels=_pixels(sample, size, channels), prompt=prompt, name=name, scene=scene)
+
+
+def _scene(sample: Sample) -> Scene | None:
+    entries = about(sample)
+    name, count, colour = (entries.get(entry) for entry in ("name", "count", "background"))
+    if not (isinstance(name, str) and isinstance(count, int) and isinstance(colour, str)):
+        return None
+    return Scene(name=name, count=count, colour=colour)
 
 
 def _pixels(sample: Sample, size: Size, channels: int) -> Tensor:
@@ -76,8 +91,5 @@ def _pixels(sample: Sample, size: Size, channels: int) -> Tensor:
 
 
 def _name(sample: Sample, classes: tuple[str, ...]) -> str | None:
-    return classes[int(sample["cls"])] if classes else _about(sample).get("name")
-
-
-def _about(sample: Sample) -> dict[str, Any]:
-    return json.loads(sample["json"]) if "json" in sample else {}
+    name = classes[int(sample["cls"])] if classes else about(sample).get("name")
+    return name if isinstance(name, str) else None

@@ -17,7 +17,8 @@ from tiny_pipelines import SIDE, tiny_dit_pipeline, tiny_sd3_pipeline
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 TRAINED = {"steps": 3, "batch_size": 4, "lr": 1e-4, "lr_new": 1e-3, "checkpoint_every": 1}
 VIT = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 1, "num_classes": 0}
-IMAGES = 24  # of each split
+IMAGES = 24  # of each split, beside one that cannot be read
+UNREADABLE = {"bad.png": b"", "bad.txt": b"a square", "bad.cls": b"0"}
 
 
 def settings(kind: str, root: Path) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def settings(kind: str, root: Path) -> dict[str, Any]:
             "train": f"file:{root}/{kind}-train.json",
             "val": f"file:{root}/{kind}-val.json",
             "encode": {"buckets": {"sizes": [[side, side]]}},
+            "max_skipped": 0.05,
             "dtype": "fp32",
             "max_sequence_length": 8,
         },
@@ -63,7 +65,7 @@ def write(root: Path, kind: str) -> None:
     save_file(timm.create_model("vit_tiny_patch16_224", **VIT).state_dict(), root / "vit.safetensors")
     for split, first in (("train", 0), ("val", IMAGES)):
         make = captioned if kind == "sd3" else labelled
-        samples = [make(index) for index in range(first, first + IMAGES)]
+        samples = [UNREADABLE, *(make(index) for index in range(first, first + IMAGES))]
         shards = shard_set({root / f"{kind}-{split}.tar": samples}, classes=0 if kind == "sd3" else CLASSES)
         shards.write(root / f"{kind}-{split}.json", root=root)
 

@@ -36,6 +36,7 @@ def labelled(index: int, classes: int = 10) -> dict:
 
 
 def write_tar(path: Path, samples: Iterable[dict[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for sample in samples:
             for name, content in sample.items():

@@ -69,8 +69,8 @@ def test_the_pipeline_is_noted_where_it_lies_and_not_copied(built, root, kind):
     assert not list((root / "data/out/tiny/fetch").rglob("*transformer*"))
 
 
-def test_images_are_encoded_once(built):
-    assert built["shards"] == {"train": 24, "train_left_out": 0, "val": 24, "val_left_out": 0}
+def test_images_are_encoded_once_without_the_unreadable_one(built):
+    assert built["shards"] == {"train": 24, "train_left_out": 1, "val": 24, "val_left_out": 1}
 
 
 def test_the_source_is_the_pipelines_transformer(built, root, kind):
@@ -121,7 +121,7 @@ def test_every_model_draws_the_same_prompts_and_is_scored(built, root, kind):
 
 def test_nothing_is_left_in_scratch(built, root):
     left = [path for path in (root / "data/scratch").rglob("*") if path.is_file()]
-    assert [path.name for path in left if path.name != "counted-shards.jsonl"] == []
+    assert [path.name for path in left if path.name != "checked-shards.jsonl"] == []
 
 
 def test_an_evaluation_that_broke_keeps_its_images(built, root, kind, monkeypatch):

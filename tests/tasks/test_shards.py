@@ -48,10 +48,19 @@ def test_committed_shards_keep_relative_paths_so_that_a_moved_repository_finds_t
         with_manifest(root / "data/numbers", split, first, 6)
     monkeypatch.chdir(tmp_path)
     metrics = run(Path("repo"), "file:data/numbers/train.json", "file:data/numbers/val.json")
-    assert metrics == {"train": 6, "val": 6, "classes": 3, "train_shards": 1, "val_shards": 1}
+    assert metrics == {
+        "train": 6,
+        "val": 6,
+        "classes": 3,
+        "train_left_out": 0,
+        "val_left_out": 0,
+        "train_shards": 1,
+        "val_shards": 1,
+    }
     assert read_json(root / OUT / "train.json")["shards"][0]["path"] == "../../../numbers/train-0.tar"
     shutil.move(root, tmp_path / "moved")
-    ShardSet.read(tmp_path / "moved" / OUT / "val.json").verify()
+    moved = ShardSet.read(tmp_path / "moved" / OUT / "val.json")
+    assert [len(list(shard.samples())) for shard in moved.shards] == [6]
 
 
 def test_the_repository_itself_may_be_reached_by_another_path(tmp_path):
@@ -67,10 +76,17 @@ def test_a_folder_and_a_pattern_without_manifest_are_counted(tmp_path):
     write_tar(tmp_path / "mixed/val-0.tar", 80, 5)
     write_tar(tmp_path / "mixed/train-0.tar", 90, 5)
     metrics = run(tmp_path, "file:plain", f"file:{tmp_path}/mixed/val-*.tar")
-    assert metrics == {"train": 15, "val": 5, "classes": 3, "train_shards": 3, "val_shards": 1}
+    assert metrics == {
+        "train": 15,
+        "val": 5,
+        "classes": 3,
+        "train_left_out": 0,
+        "val_left_out": 0,
+        "train_shards": 3,
+        "val_shards": 1,
+    }
     written = ShardSet.read(tmp_path / OUT / "train.json")
     assert [shard.count for shard in written.shards] == [4, 5, 6] and written.classes == ("0", "1", "2")
-    written.verify()
 
 
 def test_hub_shards_are_fetched_once_and_half_a_download_is_not_taken_for_all(tmp_path, monkeypatch):
@@ -94,7 +110,7 @@ def test_hub_shards_are_fetched_once_and_half_a_download_is_not_taken_for_all(tm
     assert run(tmp_path, train, val)["val"] == 6
     pinned = [source.replace("@main", "@" + "0" * 40) for source in (train, val)]
     assert calls == [pinned[0], *pinned]
-    ShardSet.read(tmp_path / OUT / "train.json").verify()
+    assert [shard.count for shard in ShardSet.read(tmp_path / OUT / "train.json").shards] == [3, 3]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +138,20 @@ def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path, train, val, da
     with pytest.raises(T5Error, match=message):
         run(tmp_path, train, val, **data)
     assert not (tmp_path / OUT).exists()
+
+
+def test_an_unreadable_image_is_left_out_and_counted_before_training_meets_it(tmp_path, capsys):
+    for split, first in (("train", 0), ("val", 10)):
+        tar = write_tar(tmp_path / f"{split}.tar", first, 6)
+        tar.write_bytes(tar.read_bytes().replace(b"IDAT", b"IDAX", 1))
+    sources = [f"file:{tmp_path}/{split}.tar" for split in ("train", "val")]
+    with pytest.raises(T5Error, match=r"1 of the 6 samples of demo train cannot be used.*sample '0': \.png is not a"):
+        run(tmp_path, *sources)
+    params = {"shards": {"train": sources[0], "val": sources[1], "max_skipped": 0.2}, "data": DATA}
+    metrics = run_stage("shards", "demo", params=params, root=tmp_path)
+    assert (metrics["train"], metrics["train_left_out"], metrics["val_left_out"]) == (5, 1, 1)
+    assert [one["__key__"] for one in ShardSet.read(tmp_path / OUT / "train.json").shards[0].samples()] == list("12345")
+    assert "demo val: left out 1 of 6" in capsys.readouterr().out
 
 
 def test_a_damaged_shard_is_found_before_anything_is_written(tmp_path):

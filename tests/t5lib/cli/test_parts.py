@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tiny import tiny_vit
 
@@ -25,6 +27,21 @@ def test_images_get_the_models_own_normalization():
 def test_images_of_other_than_three_channels():
     with pytest.raises(T5Error, match="1 channels"):
         ImageReader(tiny_vit(in_chans=1))
+
+
+def test_image_files_are_decoded_as_everywhere_and_animations_are_said(tmp_path, capsys):
+    wide = Image.fromarray(np.full((32, 32), 128 * 257, np.uint16))  # 16 bits
+    wide.save(tmp_path / "wide.png")
+    frames = [Image.new("RGB", (32, 32), (grey,) * 3) for grey in (128, 255)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "empty.jpg").touch()
+    reader = ImageReader(timm.create_model("vit_tiny_patch16_224", img_size=32))
+    images = reader.read(arguments.find_images(tmp_path))
+    assert images.shape == (2, 3, 32, 32) and images.abs().max() < 0.01  # 128 is 0 for mean and std one half
+    reader.report()
+    told = capsys.readouterr().err
+    assert "1 file, such as" in told and "it is empty, 0 bytes" in told
+    assert "of 1 animation the first frame is taken, such as" in told
 
 
 def test_held_out_images_are_never_fitted_on():

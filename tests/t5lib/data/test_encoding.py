@@ -2,7 +2,9 @@
 
 import io
 import json
+import random
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from webdataset import WebDataset
 from t5lib.data.buckets import BucketConfig
 from t5lib.data.encoders import ImageEncoder, TextEncoder, encoding_pipeline
 from t5lib.data.encoding import EncodingConfig, encode
+from t5lib.data.latents import LatentShards
 from t5lib.data.shards import ShardSet
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import sha256
@@ -232,23 +235,46 @@ def test_without_vae_pixels_from_minus_one_to_one_and_labels(labels, tmp_path):
         np.testing.assert_allclose(tensors["latent"][0].float(), exact, atol=1e-3)
 
 
-def test_unusable_samples_are_left_out_counted_and_named(tmp_path, capsys):
-    good = [captioned(index) for index in range(18)]
-    bad = [{"bad1.jpg": b"broken", "bad1.txt": b"a"}, {"bad2.png": picture(0, 8, 8), "bad2.txt": b" "}]
-    shards = shard_set({tmp_path / "a.tar": good[:9] + bad[:1] + good[9:], tmp_path / "b.tar": bad[1:]})
+def test_a_sample_that_cannot_be_used_is_named(tmp_path):
+    shards = shard_set({tmp_path / "in/a.tar": [captioned(0), {"bad.jpg": b"broken", "bad.txt": b"a"}]})
+    with pytest.raises(T5Error, match=r"sample 'bad': \.jpg is not a readable image"):
+        encode(shards, tmp_path / "out", images=ImageEncoder(None), text=Letters(), config=SQUARE)
+    left = replace(shards, count=1, shards=(replace(shards.shards[0], count=1, left_out=(1,)),))
+    assert list(stored(encode(left, tmp_path / "out", images=ImageEncoder(None), text=Letters(), config=SQUARE))) == [
+        "0000"
+    ]
 
-    def run(share):
-        config = EncodingConfig(buckets=SQUARE.buckets, max_skipped=share)
-        return encode(shards, tmp_path / "out", images=ImageEncoder(None), text=Letters(), config=config)
 
-    assert len(stored(run(0.1))) == 18
-    assert ShardSet.read(tmp_path / "out/manifest.json").count == 18
-    told = capsys.readouterr().out
-    assert "left out 2 of 20" in told
-    assert "'bad1': .jpg is not a readable image" in told
-    assert "'bad2' has an empty caption" in told
-    with pytest.raises(T5Error, match=r"2 of the 20 samples .* more than max_skipped \(0.09\).*'bad1'.*'bad2'"):
-        run(0.09)
+def test_no_flipped_bit_in_encoded_images_goes_unnoticed(captions, tmp_path):
+    manifest = encode(captions, tmp_path / "out", images=ImageEncoder(None), text=Letters(), config=ASPECTS)
+
+    def read() -> list:
+        latents = LatentShards(manifest)
+        return [*latents.eval_batches(4), latents.null]
+
+    whole, rng = read(), random.Random(0)
+    for number in range(90):
+        path = sorted((tmp_path / "out").glob("*.tar" if number % 3 else "*.index.json"))[number % 2]
+        path = tmp_path / "out/null.safetensors" if number % 9 == 4 else path
+        content = path.read_bytes()
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            changed = any(not torch.equal(a[k], b[k]) for a, b in zip(read(), whole, strict=True) for k in b)
+            assert not changed, (path, number)
+        except T5Error as error:
+            assert "again" in str(error) and "\n" not in str(error)
+        path.write_bytes(content)
+
+
+def test_a_finished_shard_that_was_damaged_later_is_made_again(labels, tmp_path):
+    manifest = encode(labels, tmp_path / "out", images=Counting(), text=None, config=SQUARE)
+    before, tar = contents(tmp_path / "out"), Path(ShardSet.read(manifest).shards[1].path)
+    tar.write_bytes(tar.read_bytes().replace(b"latent", b"latenz", 1))  # as large as it was
+    again = Counting()
+    encode(labels, tmp_path / "out", images=again, text=None, config=SQUARE)
+    assert again.calls == 2 and contents(tmp_path / "out") == before
 
 
 class Letters:
@@ -287,5 +313,3 @@ def test_what_cannot_work_is_refused_before_any_work(captions, images, text, tmp
         ImageEncoder(None, dtype="float8")
     with pytest.raises(T5Error, match="images of 1 channels"):
         ImageEncoder(tiny_vae(), channels=1)
-    with pytest.raises(T5Error, match="max_skipped is 2"):
-        EncodingConfig(buckets=ASPECTS.buckets, max_skipped=2)

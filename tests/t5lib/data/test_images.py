@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 
 import t5lib.data.images
-import t5lib.data.shards
 from t5lib.data.images import AugmentConfig, DataConfig, _TrainStream, eval_batches, train_batches, transform
-from t5lib.data.shards import ShardSet, scan
+from t5lib.data.shards import ShardSet
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import sha256, write_json
 
@@ -178,8 +177,6 @@ def test_a_tar_cut_between_members_is_noticed(tmp_path):
     for broken in (lambda: list(eval_batches(shards, exact, batch_size=4)), lambda: first(9, shards)):
         with pytest.raises(T5Error, match=r"1\.tar holds 4 samples, its manifest says 6"):
             broken()
-    with pytest.raises(T5Error, match=r"1\.tar has sha256"):
-        shards.verify()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -196,7 +193,7 @@ def test_more_samples_than_the_manifest_says_are_refused(tmp_path):
     tar = write_tar(tmp_path / "0.tar", pairs(range(6)))
     shards = ShardSet.read(manifest(tmp_path, [tar], [5]))
     with pytest.raises(T5Error, match=r"0\.tar holds more than 5 samples"):
-        shards.verify()
+        list(shards.shards[0].samples())
 
 
 @pytest.mark.parametrize(
@@ -215,19 +212,25 @@ def test_a_bad_sample_is_named_with_its_shard(tmp_path, change, message):
         list(eval_batches(shards, exact, batch_size=2))
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"7.txt": b"a shoe", "7.png": png(7)}, r"sample '7' has no class: found .txt, .png, expected a .cls"),
-        ({"7.cls": b"1", "7.npy": b""}, r"sample '7' has no image: found .cls, .npy, expected .jpg or"),
-    ],
-)
-def test_verify_names_a_sample_without_image_or_class(tmp_path, files, message):
-    with pytest.raises(T5Error, match=message):
-        one_shard(tmp_path, files).verify()
+def test_samples_that_are_left_out_are_passed_over_and_counted(tmp_path):
+    whole = numbered(tmp_path, 6, 6)
+    shards = replace(whole, count=9, shards=(replace(whole.shards[0], count=3, left_out=(0, 3, 5)), whole.shards[1]))
+    assert shards.left_out == 3
+    batches = eval_batches(shards, exact, batch_size=9)
+    assert [n for images, _ in batches for n in numbers(images)] == [1, 2, 4, *range(6, 12)]
+    assert sorted(n for images, _ in first(1, shards, batch_size=9) for n in numbers(images)) == [
+        1,
+        2,
+        4,
+        *range(6, 12),
+    ]
+    shards.write(tmp_path / "left.json", tmp_path)
+    assert ShardSet.read(tmp_path / "left.json") == shards
+    with pytest.raises(T5Error, match="holds 6 samples, its manifest says 7"):
+        list(replace(shards.shards[0], count=4).samples())
 
 
-def test_other_formats_and_colour_spaces_become_rgb(tmp_path):
+def test_images_of_every_format_become_rgb_with_their_class(tmp_path):
     files = {}
     for name, kind, mode in (("a.jpg", "jpeg", "L"), ("b.JPEG", "jpeg", "CMYK"), ("c.webp", "webp", "RGBA")):
         out = io.BytesIO()
@@ -245,6 +248,8 @@ def test_other_formats_and_colour_spaces_become_rgb(tmp_path):
         ({"shards": [{"path": "gone.tar", "count": 3, "sha256": ""}]}, r"gone\.tar does not exist"),
         ({"licence": None}, "licence: expected str"),
         ({"shards": []}, "add up to 0"),
+        ({"shards": [{"path": "0.tar", "count": 2, "sha256": "", "left_out": [3]}]}, r"left_out is \[3\]; expected"),
+        ({"shards": [{"path": "0.tar", "count": 1, "sha256": "", "left_out": [1, 1]}]}, r"left_out is \[1, 1\]"),
     ],
 )
 def test_a_manifest_that_cannot_be_true_is_refused(tmp_path, change, message):
@@ -327,26 +332,3 @@ def test_workers_can_be_spawned(four):
 def test_settings_out_of_range_are_refused(build, message):
     with pytest.raises(T5Error, match=message):
         build()
-
-
-def test_scan_counts_and_hashes_each_file_once(tmp_path, monkeypatch):
-    tars = [write_tar(tmp_path / f"{i}.tar", pairs(range(i + 2))) for i in range(2)]
-    classes, notes = [str(i) for i in range(10)], tmp_path / "notes" / "scan.jsonl"
-    found = scan("numbers", tars, classes, "test", notes)
-    assert [(s.path, s.count, s.sha256) for s in found.shards] == [
-        (str(t), n, sha256(t)) for n, t in enumerate(tars, 2)
-    ]
-    found.verify()
-
-    write_tar(tars[1], pairs(range(5)))
-    notes.write_text(notes.read_text() + '["half a li')
-    counted, count = [], t5lib.data.shards._count
-    monkeypatch.setattr(t5lib.data.shards, "_count", lambda path, n: counted.append(path) or count(path, n))
-    assert [s.count for s in scan("numbers", tars, classes, "test", notes).shards] == [2, 5]
-    assert counted == [tars[1]]
-
-
-def test_scan_names_a_file_that_is_no_tar(tmp_path):
-    (tmp_path / "x.tar").write_bytes(b"<html>not found</html>")
-    with pytest.raises(T5Error, match=r"x\.tar cannot be read as a tar file"):
-        scan("x", [tmp_path / "x.tar"], ["0"], "test", tmp_path / "notes")

@@ -71,8 +71,15 @@ def test_images_are_decoded_once_and_again_when_their_pixels_would_differ(shards
     assert decode(shards, replace(DATA, workers=3, eval_batch_size=7, mean=(0.5,) * 3), tmp_path) == file
     assert file.stat().st_mtime_ns == written
     others = {decode(shards, replace(DATA, img_size=28), tmp_path), decode(shards, DATA, tmp_path, limit=9)}
-    assert len(others | {file}) == 3 == len(list(tmp_path.iterdir()))
+    assert len(others | {file}) == 3 == len(list(tmp_path.glob("*.safetensors")))
     assert len(InMemoryImages.load(decode(shards, DATA, tmp_path, limit=9), DATA)) == 9
+
+
+def test_decoded_images_that_were_damaged_are_decoded_again(shards, tmp_path):
+    file = decode(shards, DATA, tmp_path)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert decode(shards, DATA, tmp_path).read_bytes() == whole
 
 
 def test_an_interrupted_decoding_leaves_nothing(shards, tmp_path, monkeypatch):

@@ -1,0 +1,106 @@
+"""The one image decoder: what every command, shard and score sees of an image file.
+
+An image comes upright as its EXIF entry says, with transparent parts on white, 16-bit grey scaled to 8 bits, palettes
+and other colour spaces as RGB. Of an animation the first frame counts (`is_animated`). Where pixel values have no
+agreed range (32-bit and floating-point images), the image is refused.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from t5lib.data.shards import IMAGE_FIELDS, SampleError, field_of, where
+from t5lib.data.tars import Sample
+from t5lib.utils.errors import T5Error
+
+MOST_PIXELS = "T5_MAX_PIXELS"  # the environment variable, which reaches worker processes too
+PILLOWS_LIMIT = 178_956_970  # pixels beyond which Pillow refuses an image
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # to read others Pillow may run programs
+MOST_ASPECT = 200  # of the longer side to the shorter: a line of one pixel, resized to 224, would fill the memory
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+WHITE = (255, 255, 255, 255)
+
+
+def decode(content: bytes | Path, channels: int = 3) -> Image.Image:
+    """The image in a file, or in a file's content: RGB, grey for `channels` 1, and for 4 RGBA with its transparency.
+
+    Raises:
+        T5Error: it cannot be read, has too many pixels, is a mere line, or has values without an agreed range. The
+            reason alone: which image it is, the caller knows.
+    """
+    with opened(content) as image:
+        form = image.format
+        image = _eight_bits(ImageOps.exif_transpose(image), form)
+        if channels != 4 and image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
+        return image.convert(MODES[channels])
+
+
+def image_of(sample: Sample, channels: int = 3) -> Image.Image:
+    """The decoded image of a sample, as `decode` has it. Raises SampleError, which names shard and key."""
+    field = field_of(sample, IMAGE_FIELDS, "image")
+    try:
+        return decode(sample[field], channels)
+    except T5Error as error:
+        raise SampleError(f"{where(sample)}: .{field} is not a readable image ({error}); replace it") from error
+
+
+def is_animated(content: bytes | Path) -> bool:
+    """Whether the file has several frames, of which `decode` takes the first. Raises T5Error as `decode` does."""
+    with opened(content) as image:
+        return getattr(image, "is_animated", False) and image.format != "MPO"  # a photograph with a preview of it
+
+
+@contextmanager
+def opened(content: bytes | Path) -> Iterator[Image.Image]:
+    """Pillow's image, its pixels not read yet. Whatever Pillow raises of a damaged file becomes a T5Error."""
+    limit = most_pixels()
+    if limit > PILLOWS_LIMIT:
+        Image.MAX_IMAGE_PIXELS = limit
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
+            if image.width * image.height > limit:
+                raise Image.DecompressionBombError
+            if max(image.size) > MOST_ASPECT * min(image.size):
+                raise T5Error(f"{image.width} × {image.height} pixels are a line; expected at most {MOST_ASPECT} to 1")
+            yield image
+    except (T5Error, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        remedy = f"scale it down, or set the environment variable {MOST_PIXELS}"
+        raise T5Error(f"it has more than {limit:,} pixels: {remedy}") from None
+    except Exception as error:  # Pillow raises nearly anything on damaged files
+        raise T5Error(_reason(content, error)) from error
+
+
+def most_pixels() -> int:
+    """The pixels an image may have. Raises T5Error when the environment variable is no such number."""
+    text = os.environ.get(MOST_PIXELS, str(PILLOWS_LIMIT))
+    if not text.isdecimal() or int(text) < 1:
+        raise T5Error(f"the environment variable {MOST_PIXELS} is '{text}'; expected a number such as 400000000")
+    return int(text)
+
+
+def _eight_bits(image: Image.Image, form: str | None) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and form == "PPM"):  # Pillow scales that one to 16 bits
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit" if image.mode == "I" else "floating-point"
+        raise T5Error(f"{kind} values have no agreed range: save it with 8 or 16 bits a channel")
+    return image
+
+
+def _reason(content: bytes | Path, error: Exception) -> str:
+    empty = not content if isinstance(content, bytes) else content.is_file() and content.stat().st_size == 0
+    if empty:
+        return "it is empty, 0 bytes"
+    if isinstance(error, UnidentifiedImageError):
+        return f"its content is none of {', '.join(FORMATS)}"
+    return str(error).partition(" <")[0].partition(" '")[0] or type(error).__name__
