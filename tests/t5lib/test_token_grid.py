@@ -37,7 +37,9 @@ def sd3_inputs(size: tuple[int, int]) -> dict[str, Tensor]:
 
 
 def softmax(kind: str) -> nn.Module:
-    return tiny_sd3() if kind == "sd3" else tiny_vit(dynamic_img_size=True)
+    if kind == "sd3":  # a block with two attentions, and the last, which drops its text
+        return tiny_sd3(num_layers=2, dual_attention_layers=(0,))
+    return tiny_vit(dynamic_img_size=True)
 
 
 def make(kind: str) -> nn.Module:
