@@ -1,5 +1,6 @@
 """A small pipeline in a git repository of its own, with the real flow, DVC and tasks/ machinery and stand-in stages."""
 
+import gc
 import logging
 import os
 import shutil
@@ -89,6 +90,18 @@ targets:
 """
 
 INPUTS = {"fetch": [], "convert": ["fetch"], "evaluate": ["fetch", "convert"]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_kept():
+    """What a module has imported stays: a full collection, as Accelerate asks for after every training, need not look
+    through it. It would take half a second each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or nanobind would tell of leaks
 
 
 def pytest_collection_modifyitems(items) -> None:
