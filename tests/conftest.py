@@ -92,10 +92,10 @@ targets:
 INPUTS = {"fetch": [], "convert": ["fetch"], "evaluate": ["fetch", "convert"]}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def imports_are_kept():
-    """What a module has imported stays: a full collection, as Accelerate asks for after every training, need not look
-    through it. It would take half a second each time."""
+@pytest.fixture(autouse=True)
+def collections_look_at_what_is_new():
+    """What a test finds in memory stays, modules above all. A full collection, as Accelerate asks for after every
+    training, would look through it for half a second."""
     gc.collect()
     gc.freeze()
 

@@ -109,7 +109,7 @@ def run(
     jobs: int = 1,
     seconds: float = math.inf,
 ) -> dict[str, Any]:
-    """Run what is not done yet, and write the summary of what is, after every arm.
+    """Run what is not done yet, and write the summary of what is: JSON and tables after every arm, pictures at the end.
 
     Args:
         settings: of the target, resolved.
@@ -135,6 +135,9 @@ def run(
         problems += [f"{name}: {outcome.last_words}"] if outcome.problem else []
         written = _write(target, settings, planned, out)
     written = written or _write(target, settings, planned, out)
+    if written:
+        plots.save(picture(read_json(out.with_suffix(".json"))), out.with_suffix(".png"))
+        plots.save(samples(planned), out.with_name(f"{out.stem}-samples.png"))
     if problems:
         raise T5Error(f"{len(problems)} of {len(planned)} arms broke: {'; '.join(problems)}")
     if not written:
@@ -247,8 +250,6 @@ def _write(target: str, settings: dict[str, Any], planned: list[Job], out: Path)
     result |= {"source": runs[0]["source"], "real": runs[0]["real"], "arms": arms}
     write_json(out.with_suffix(".json"), result)
     write_text(out.with_suffix(".md"), table(result))
-    plots.save(picture(result), out.with_suffix(".png"))
-    plots.save(samples(planned), out.with_name(f"{out.stem}-samples.png"))
     return True
 
 
