@@ -1,4 +1,4 @@
-"""Small file helpers. Every write is atomic: a temporary sibling, then a rename."""
+"""Small file helpers. Every write is atomic and on the disk: a temporary sibling, fsync, then a rename."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        put(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -78,5 +78,21 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
         raise
     if path.exists():
         os.replace(path, work / "old")  # deleting takes time: a kill must leave the old folder whole, or the new one
-    os.replace(temporary, path)
+    put(temporary, path)
     shutil.rmtree(work, ignore_errors=True)
+
+
+def put(temporary: Path, path: Path) -> None:
+    """Rename a file or folder to `path`, so that not even a power failure leaves a part of it there."""
+    for inner in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+        _sync(inner)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
