@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from t5lib.utils.errors import T5Error
+
+LARGEST_TEXT = 256 * 10**6  # bytes; manifests of a hundred thousand shards take a tenth of it
 
 
 @contextmanager
@@ -51,14 +54,36 @@ def write_json(path: Path | str, value: Any) -> None:
 def read_json(path: Path | str) -> Any:
     """Raises T5Error when the file is missing or is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise T5Error(f"{path} does not exist; expected a JSON file there") from None
-    except ValueError as error:  # not JSON, or not text
+    except (ValueError, RecursionError) as error:  # not JSON, or not text; absurdly deep
         raise T5Error(f"{path} is not valid JSON ({error}); delete it and run the step that makes it again") from None
 
 
+def read_text(path: Path | str) -> str:
+    """The text of a file that people or we wrote.
+
+    Raises:
+        T5Error: a device or pipe, which would never end, or far more than such a file holds.
+    """
+    path = Path(path)
+    _refuse_endless(path)
+    if path.stat().st_size > LARGEST_TEXT:
+        size = path.stat().st_size / 1e6
+        raise T5Error(f"{path} has {size:.0f} MB; expected a text file of at most {LARGEST_TEXT / 1e6:.0f} MB")
+    return path.read_text(encoding="utf-8")
+
+
+def _refuse_endless(path: Path | str) -> None:
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise T5Error(f"{path} is a device, pipe or socket; expected a file")
+
+
 def sha256(path: Path | str) -> str:
+    """Raises T5Error for a device or pipe, which would never end."""
+    _refuse_endless(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from t5lib.download import fetch, resolve
 from t5lib.utils import files
 from t5lib.utils.config import WholeNumber, settings
-from t5lib.utils.errors import T5Error
+from t5lib.utils.errors import T5Error, without_secrets
 from t5lib.weights import dinov2_onnx
 
 _log = logging.getLogger(__name__)
@@ -47,7 +47,10 @@ def fetched_model(config: FetchConfig, folder: Path) -> tuple[nn.Module, dict[st
     source = resolve(config.source)
     fetched = fetch(source, folder, sha256=config.sha256, member=config.member, member_sha256=config.member_sha256)
     weights = _weights_file(fetched)
-    return build(_read(weights, config.format), config), {"source": source, "sha256": files.sha256(weights)}
+    return build(_read(weights, config.format), config), {
+        "source": without_secrets(source),
+        "sha256": files.sha256(weights),
+    }
 
 
 def build(state: dict[str, Tensor], config: FetchConfig) -> nn.Module:

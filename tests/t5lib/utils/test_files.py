@@ -44,7 +44,9 @@ def test_what_is_not_json_is_not_written(tmp_path):
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""], ids=["cut", "binary", "empty"])
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff\xfe", b"", b"[" * 200_000], ids=["cut", "binary", "empty", "absurdly deep"]
+)
 def test_broken_json_is_an_error_with_a_remedy(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(T5Error, match=r"x.json is not valid JSON .*run the step that makes it again"):
@@ -54,6 +56,18 @@ def test_broken_json_is_an_error_with_a_remedy(tmp_path, content):
 def test_missing_json_is_an_error(tmp_path):
     with pytest.raises(T5Error, match=r"x.json does not exist"):
         files.read_json(tmp_path / "x.json")
+
+
+def test_device_pipe_and_hole_are_errors_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "hole", "wb") as file:
+        file.truncate(10**12)
+    for path in ("/dev/zero", tmp_path / "pipe"):
+        for read in (files.read_json, files.sha256):
+            with pytest.raises(T5Error, match="is a device, pipe or socket"):
+                read(path)
+    with pytest.raises(T5Error, match="has 1000000 MB; expected a text file of at most 256 MB"):
+        files.read_json(tmp_path / "hole")
 
 
 def test_sha256(tmp_path):
