@@ -92,9 +92,9 @@ def check(
     """Raises SourceError for what cannot be right, before any work; the arguments are those of `fetch`."""
     source, sha256 = _pinned(source, sha256)
     scheme, _, rest = source.partition(":")
-    if scheme not in ("pypi", "hf", "https", "http", "file") or not rest:
+    if scheme not in ("pypi", "hf", "https", "http", "file") or not rest or "\0" in rest:
         raise SourceError(
-            f"source '{source[:200]}' is not understood; expected pypi:NAME==VERSION, hf:OWNER/REPO@COMMIT, "
+            f"source {source[:200]!r} is not understood; expected pypi:NAME==VERSION, hf:OWNER/REPO@COMMIT, "
             "hf:datasets/OWNER/REPO@COMMIT, https://…#sha256=CHECKSUM or file:PATH"
         )
     name = _file_name(source)  # refuses what is no address, and no name of a repo
@@ -114,7 +114,7 @@ def check(
     if (sha256 or member) and scheme == "hf" and not name:
         raise SourceError(f"{source} names several files, but sha256 and member belong to one; add #FILE")
     for what, value in (("sha256", sha256), ("member_sha256", member_sha256)):
-        if value and not re.fullmatch(r"[0-9a-fA-F]{64}", value):
+        if value is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", value):
             raise SourceError(f"{source}: {what} is '{value[:80]}'; expected 64 hexadecimal digits")
 
 

@@ -98,6 +98,17 @@ def transformer(fetched: Path, root: Path) -> "nn.Module":
     return kind.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32).eval()
 
 
+def blank(folder: Path) -> "nn.Module":
+    """The softmax denoiser without weights, on the meta device."""
+    import diffusers
+    import torch
+
+    check(folder)
+    kind = getattr(diffusers, read_json(folder / "model_index.json")["transformer"][1])
+    with torch.device("meta"):
+        return kind.from_config(read_json(folder / "transformer/config.json"))
+
+
 def _again(fetched: Path) -> str:
     return f"take it as it is now: `dvc repro -f fetch@{fetched.parent.name}`"
 
@@ -124,10 +135,15 @@ def classes(folder: Path) -> int:
 
 def image_size(folder: Path) -> tuple[int, int]:
     """(height, width) in pixels of the images that the pipeline makes unless told otherwise."""
-    side = read_json(folder / "transformer/config.json")["sample_size"]
-    if (folder / "vae").is_dir():
-        side *= 2 ** (len(read_json(folder / "vae/config.json")["block_out_channels"]) - 1)
+    side = read_json(folder / "transformer/config.json")["sample_size"] * pixels_per_latent(folder)
     return side, side
+
+
+def pixels_per_latent(folder: Path) -> int:
+    """How many pixels a latent is wide."""
+    if not (folder / "vae").is_dir():
+        return 1
+    return 2 ** (len(read_json(folder / "vae/config.json")["block_out_channels"]) - 1)
 
 
 def patch(folder: Path) -> int:

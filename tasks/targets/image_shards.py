@@ -1,13 +1,24 @@
 """Image shards that a target's settings name, opened and checked."""
 
+import re
 from pathlib import Path
 
 from t5lib.data.shards import ShardSet, scan, tar_files
-from t5lib.download import kept
+from t5lib.download import check, kept
 from t5lib.utils.errors import T5Error
 from tasks.runtime.stage import Stage
 
 COUNTED = "data/scratch/counted-shards.jsonl"  # what a scan noted, for all targets
+
+
+def check_source(source: str, split: str) -> None:
+    """Raises T5Error unless `source` is of one of the forms that images may have."""
+    if not re.match(r"file:.|hf:datasets/", source):
+        raise T5Error(
+            f"{split} is '{source[:200]}'; expected file:MANIFEST.json, file:FOLDER, file:PATTERN "
+            "or hf:datasets/OWNER/REPO@COMMIT#PATTERN"
+        )
+    check(source)
 
 
 def open_labelled(source: str, split: str, num_classes: int, stage: Stage) -> ShardSet:
@@ -16,20 +27,14 @@ def open_labelled(source: str, split: str, num_classes: int, stage: Stage) -> Sh
     Raises:
         T5Error: another form of `source`, or shards that are damaged or hold something else (named).
     """
+    check_source(source, f"shards.{split}")
     scheme, _, rest = source.partition(":")
     if scheme == "file" and rest.endswith(".json"):
         shards = ShardSet.read(stage.root / Path(rest).expanduser())
         shards.verify()
         return shards
-    if scheme == "file":
-        place = stage.root / Path(rest).expanduser()
-    elif source.startswith("hf:datasets/"):
-        place = kept(source, stage.root / "data/datasets")
-    else:
-        raise T5Error(
-            f"shards.{split} is '{source}'; expected file:MANIFEST.json, file:FOLDER, file:PATTERN "
-            "or hf:datasets/OWNER/REPO@COMMIT#PATTERN"
-        )
+    local = scheme == "file"
+    place = stage.root / Path(rest).expanduser() if local else kept(source, stage.root / "data/datasets")
     classes = [str(index) for index in range(num_classes)]
     return scan(f"{stage.target} {split}", tar_files(place, source), classes, source, stage.root / COUNTED)
 

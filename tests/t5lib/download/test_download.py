@@ -261,7 +261,7 @@ def test_https_gets_only_a_token_that_was_meant_for_it(server, tmp_path, monkeyp
         ("https://x/a b.bin", {}, "not a valid address"),
         ("https://x/a\nb.bin", {}, "not a valid address"),
         ("file:", {}, "not understood"),
-        ("file:\0", {}, "cannot be opened"),
+        ("file:\0", {}, "not understood"),
         ("file:" + "x/" * 3000, {}, "cannot be opened"),
         ("file:~nobody-of-that-name/x", {}, "cannot be opened"),
         ("file:/dev/zero", {}, "is a device, pipe or socket"),
