@@ -100,10 +100,8 @@ def check(
     name = _file_name(source)  # refuses what is no address, and no name of a repo
     if scheme == "pypi":
         pypi.check(rest)
-    if member_sha256 and not member:
-        raise SourceError(f"{source} has a member_sha256 but no member; name the file inside the archive")
-    if member and Path(member).name in ("", ".."):
-        raise SourceError(f"{source}: member '{member}' is no file; name one inside the archive")
+    if scheme == "file":
+        _path(source)
     if scheme == "http" and not sha256:
         raise SourceError(f"{source} is not encrypted; use https, or give the file's sha256")
     if scheme == "https" and not sha256:
@@ -113,6 +111,14 @@ def check(
         )
     if (sha256 or member) and scheme == "hf" and not name:
         raise SourceError(f"{source} names several files, but sha256 and member belong to one; add #FILE")
+    _check_parts(source, sha256, member, member_sha256)
+
+
+def _check_parts(source: str, sha256: str | None, member: str | None, member_sha256: str | None) -> None:
+    if member_sha256 and not member:
+        raise SourceError(f"{source} has a member_sha256 but no member; name the file inside the archive")
+    if member and Path(member).name in ("", ".."):
+        raise SourceError(f"{source}: member '{member}' is no file; name one inside the archive")
     for what, value in (("sha256", sha256), ("member_sha256", member_sha256)):
         if value is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", value):
             raise SourceError(f"{source}: {what} is '{value[:80]}'; expected 64 hexadecimal digits")
@@ -154,13 +160,20 @@ def _download(source: str, partial: Path, token: str | None) -> Path:
     return _local(source) if scheme == "file" else web.download(source, partial, token)
 
 
-def _local(source: str) -> Path:
+def _path(source: str) -> Path:
     try:
-        path = Path(source.removeprefix("file:")).expanduser()
+        return Path(source.removeprefix("file:")).expanduser()
+    except RuntimeError as error:  # no such user
+        raise SourceError(f"{source[:200]!r} cannot be opened ({error}); correct the path") from None
+
+
+def _local(source: str) -> Path:
+    path = _path(source)
+    try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError(f"{source} does not exist (looked for {path.absolute()}); correct the path") from None
-    except (OSError, ValueError, RuntimeError) as error:  # no permission; no path at all; no such user
+    except OSError as error:
         raise SourceError(f"{source[:200]!r} cannot be opened ({str(error)[:200]}); correct the path") from None
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise SourceError(f"{source} is a device, pipe or socket; expected a file or folder")

@@ -13,6 +13,7 @@ from typing import Any
 
 from t5lib.utils.errors import T5Error
 
+LARGEST_HOLE = 10**9  # bytes
 LARGEST_TEXT = 256 * 10**6  # bytes; manifests of a hundred thousand shards take a tenth of it
 
 
@@ -68,22 +69,35 @@ def read_text(path: Path | str) -> str:
         T5Error: a device or pipe, which would never end, or far more than such a file holds.
     """
     path = Path(path)
-    _refuse_endless(path)
+    refuse_endless(path)
     if path.stat().st_size > LARGEST_TEXT:
         size = path.stat().st_size / 1e6
         raise T5Error(f"{path} has {size:.0f} MB; expected a text file of at most {LARGEST_TEXT / 1e6:.0f} MB")
     return path.read_text(encoding="utf-8")
 
 
-def _refuse_endless(path: Path | str) -> None:
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+def refuse_endless(path: Path | str) -> None:
+    """Raises T5Error for what is no file to read: a device or pipe, or a hole of gigabytes."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise T5Error(f"{path} is a device, pipe or socket; expected a file")
+    if stat.S_ISREG(found.st_mode) and found.st_size > LARGEST_HOLE and _begins_with_hole(path):
+        raise T5Error(
+            f"{path} has {found.st_size / 1e9:.0f} GB and begins with a hole: it was never written; get it anew"
+        )
+
+
+def _begins_with_hole(path: Path | str) -> bool:
+    with open(path, "rb") as file:
+        try:
+            return os.lseek(file.fileno(), 0, os.SEEK_DATA) > 0
+        except OSError:  # nothing but a hole
+            return True
 
 
 def sha256(path: Path | str) -> str:
-    """Raises T5Error for a device or pipe, which would never end."""
-    _refuse_endless(path)
+    """Raises T5Error for what would never end (`refuse_endless`)."""
+    refuse_endless(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any, Literal
@@ -137,6 +138,13 @@ def _weights_file(fetched: Path) -> Path:
 
 
 def _read(weights: Path, form: str) -> dict[str, Tensor]:
+    files.refuse_endless(weights)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if weights.stat().st_size > memory:
+        size = weights.stat().st_size
+        raise T5Error(
+            f"{weights} has {size / 1e9:.0f} GB, and this machine {memory / 1e9:.0f} GB of memory; use a larger"
+        )
     if form == "dinov2-onnx":
         return dinov2_onnx.read(weights)
     from timm.models import load_state_dict

@@ -66,6 +66,11 @@ def test_device_pipe_and_hole_are_errors_at_once(tmp_path):
         for read in (files.read_json, files.sha256):
             with pytest.raises(T5Error, match="is a device, pipe or socket"):
                 read(path)
+    for read in (files.read_json, files.sha256):
+        with pytest.raises(T5Error, match="has 1000 GB and begins with a hole"):
+            read(tmp_path / "hole")
+    with open(tmp_path / "hole", "r+b") as file:
+        file.write(b"[")
     with pytest.raises(T5Error, match="has 1000000 MB; expected a text file of at most 256 MB"):
         files.read_json(tmp_path / "hole")
 
