@@ -1,11 +1,15 @@
 """Small file helpers. Every write is atomic and on the disk: a temporary sibling, fsync, then a rename."""
 
+import ctypes
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 import stat
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +18,8 @@ from typing import Any
 from t5lib.utils.errors import T5Error
 
 LARGEST_HOLE = 10**9  # bytes
+_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+_HERE, _EXCHANGE = -100, 2  # of Linux's renameat2: AT_FDCWD, RENAME_EXCHANGE
 LARGEST_TEXT = 256 * 10**6  # bytes; manifests of a hundred thousand shards take a tenth of it
 
 
@@ -104,29 +110,61 @@ def sha256(path: Path | str) -> str:
 
 @contextmanager
 def atomic_dir(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that takes its place on success and vanishes on error."""
+    """Yield a temporary folder beside `path` that takes its place on success and vanishes on error.
+
+    A kill at any moment leaves the old folder or the new one; what else it leaves, the next call removes.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    _sweep(path)
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{_HOST}-{os.getpid()}."))
     temporary = work / "new"
     temporary.mkdir()
     try:
         yield temporary
-    except BaseException:
+        put(temporary, path)
+    finally:
         shutil.rmtree(work, ignore_errors=True)
-        raise
-    if path.exists():
-        os.replace(path, work / "old")  # deleting takes time: a kill must leave the old folder whole, or the new one
-    put(temporary, path)
-    shutil.rmtree(work, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes of this machine that were killed while they made `path` left beside it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{_HOST}-*.*"):
+        pid = left.name.removeprefix(f".{path.name}.{_HOST}-").partition(".")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def put(temporary: Path, path: Path) -> None:
-    """Rename a file or folder to `path`, so that not even a power failure leaves a part of it there."""
+    """Rename a file or folder to `path`, so that not even a power failure leaves a part of it there.
+
+    What was a folder at `path` before is then at `temporary`, or beside it.
+    """
     for inner in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
         _sync(inner)
-    os.replace(temporary, path)
+    if temporary.is_dir() and path.exists():
+        _exchange(temporary, path)
+    else:
+        os.replace(temporary, path)
     _sync(path.parent)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Each takes the other's name, in one step where the system can."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None or rename(_HERE, os.fsencode(new), _HERE, os.fsencode(old), _EXCHANGE):
+        os.replace(old, new.with_name("old"))
+        os.replace(new, old)
 
 
 def _sync(path: Path) -> None:

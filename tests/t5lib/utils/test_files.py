@@ -98,16 +98,28 @@ def test_folder_takes_its_place_on_success_alone(tmp_path):
     assert folder.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_the_old_folder_is_whole_until_the_new_one_takes_its_place(tmp_path, monkeypatch):
-    """Whenever a kill comes, one of the two is there, whole: deleting the old one is the last thing done."""
+@pytest.mark.parametrize("exchanges", [True, False], ids=["in one step", "in two"])
+def test_a_folder_is_always_there_and_what_a_kill_leaves_is_swept(tmp_path, monkeypatch, exchanges):
+    """Killed right before and right after the folder takes its place, wherever the system can exchange names."""
     folder = tmp_path / "out"
     with files.atomic_dir(folder) as temporary:
         (temporary / "one").write_text("")
-    monkeypatch.setattr(files.shutil, "rmtree", lambda *_, **__: None)  # as if killed before anything is deleted
+    if not exchanges:
+        monkeypatch.setattr(files, "_EXCHANGE", 1 << 20)  # which no system knows
+    replaced = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 2**22 + 1)  # of no process
+        patch.setattr(files.shutil, "rmtree", lambda *_, **__: None)  # as if killed before anything is deleted
+        patch.setattr(os, "replace", lambda *paths, replace=os.replace: (replaced.append(paths), replace(*paths)))
+        with files.atomic_dir(folder) as temporary:
+            (temporary / "two").write_text("")
+    assert len(replaced) == (0 if exchanges else 2)
+    assert names(folder) == ["two"] and [path.name for path in tmp_path.rglob("one")] == ["one"]
+    (tmp_path / f".out.{files._HOST}-{os.getpid()}.x").mkdir()  # of a process that is at work
     with files.atomic_dir(folder) as temporary:
-        (temporary / "two").write_text("")
-    assert names(folder) == ["two"]
-    assert [path.name for path in tmp_path.rglob("one")] == ["one"]
+        (temporary / "three").write_text("")
+    assert names(folder) == ["three"]
+    assert names(tmp_path) == [f".out.{files._HOST}-{os.getpid()}.x", "out"]
 
 
 def test_json_is_readable_by_people(tmp_path):
