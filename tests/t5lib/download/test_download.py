@@ -449,7 +449,7 @@ def hub(server, monkeypatch, tmp_path):
 
 def add_repo(server, kind, name, prefix):
     entries = [
-        {"rfilename": path, "size": len(body), "blobId": sha(body)[:40]}
+        {"rfilename": path, "size": len(body), "blobId": hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()}
         | ({"lfs": {"sha256": sha(body), "size": len(body), "pointerSize": 130}} if "safetensors" in path else {})
         for path, body in FILES.items()
     ]
@@ -539,11 +539,12 @@ def test_hf_without_network_can_be_tried_again(hub, tmp_path, monkeypatch):
     assert caught.value.retryable
 
 
-def test_hf_damaged_file_is_refused_and_only_it_is_fetched_again(hub, tmp_path):
-    address = f"/owner/repo/resolve/{COMMIT}/unet/a.safetensors"
+@pytest.mark.parametrize("name", ["unet/a.safetensors", "config.json"], ids=["large", "small"])
+def test_hf_damaged_file_is_refused_and_only_it_is_fetched_again(hub, tmp_path, name):
+    address = f"/owner/repo/resolve/{COMMIT}/{name}"
     good = hub.content[address]["body"]
     hub.content[address]["body"] = good[::-1]
-    with pytest.raises(SourceError, match=r"unet/a\.safetensors arrived damaged") as caught:
+    with pytest.raises(SourceError, match=f"{name} arrived damaged") as caught:
         fetch(f"hf:owner/repo@{COMMIT}", tmp_path / "out")
     assert caught.value.retryable
     assert not (tmp_path / "out").exists()
