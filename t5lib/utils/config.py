@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 AnySettings = TypeVar("AnySettings", bound="DataclassInstance")  # made by `settings`
 
+LONGEST = 800  # characters of what is wrong with a setting
 LARGEST = 2**31 - 1  # of whole numbers: more is a slip, and no seed of NumPy's
 AtLeastOne = Annotated[int, Field(ge=1, le=LARGEST)]
 WholeNumber = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -137,7 +138,8 @@ def from_dict(cls: type[AnySettings], data: dict[str, Any] | None, where: str) -
     try:
         return cls(**values)
     except T5Error as error:
-        raise T5Error(f"{where}{'.' if isinstance(error, SettingError) else ': '}{error}") from None
+        problem = str(error) if len(str(error)) <= LONGEST else f"{str(error)[:LONGEST]} …"
+        raise T5Error(f"{where}{'.' if isinstance(error, SettingError) else ': '}{problem}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """What the stages have to know about a kind of target, all of it: one subclass of Target a kind, one file each."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -156,12 +158,23 @@ class Target(ABC, Generic[Recipe]):
 def check_model(model: nn.Module, sections: dict[str, Any]) -> None:
     """Raises T5Error unless this softmax model, which needs no weights, suits the sections that all kinds have."""
     adapter = family_of(model)
-    chosen_layers(adapter, model, sections["convert"])
-    for resolution in sections["benchmark"].resolutions:
-        adapter.at_resolution(model, sections["benchmark"].at(resolution))
+    with _named("convert"):
+        chosen_layers(adapter, model, sections["convert"])
+    with _named("benchmark.resolutions"):
+        for resolution in sections["benchmark"].resolutions:
+            adapter.at_resolution(model, sections["benchmark"].at(resolution))
     features = sections["align"].features
     if features is not None and features not in [name for name, _ in model.named_modules() if name]:
         raise T5Error(f"align.features '{features}' is no part of a {type(model).__name__}; name one such as 'norm'")
+
+
+@contextmanager
+def _named(section: str) -> Iterator[None]:
+    """Within, errors begin with the section that they are about."""
+    try:
+        yield
+    except T5Error as error:
+        raise T5Error(f"{section}: {error}") from None
 
 
 def device() -> torch.device:

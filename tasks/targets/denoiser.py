@@ -145,11 +145,11 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
 
     @classmethod
     def check(cls, sections: dict[str, Any], root: Path) -> None:
-        """See Target. What a pipeline must be known for is checked where it lies on this machine."""
+        """See Target. What a pipeline must be known for is checked as soon as it lies on this machine."""
         fetch = sections["fetch"]
         timm_model.blank(fetch.features)
-        folder = root / Path(fetch.source.removeprefix("file:")).expanduser()
-        if not fetch.source.startswith("file:") or not folder.is_dir():
+        folder = diffusers_folder.known(fetch.source, root)
+        if folder is None:
             return
         check_model(diffusers_folder.blank(folder), sections)
         _noising(folder / SCHEDULER, sections["data"].objective)

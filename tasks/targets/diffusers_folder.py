@@ -85,6 +85,16 @@ def folder_of(fetched: Path, root: Path) -> Path:
     return folder
 
 
+def known(source: str, root: Path) -> Path | None:
+    """The folder of the pipeline that `source` names, where it lies on this machine or was fetched for any target."""
+    if source.startswith("file:"):
+        folder = root / Path(source.removeprefix("file:")).expanduser()
+        return folder if folder.is_dir() else None
+    notes = [read_json(note) for note in root.glob(f"data/out/*/fetch/{NOTE}")]
+    folders = [root / each["path"] for each in notes if each["source"] == source]
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
 def transformer(fetched: Path, root: Path) -> "nn.Module":
     """The softmax denoiser in single precision, its files' checksums checked."""
     import diffusers

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import write_text
+from t5lib.utils.files import write_json, write_text
 from tasks import targets
 from tasks.runtime import params
 
@@ -78,7 +78,7 @@ DENOISER: dict[str, list[Any]] = {
     "freeze.ceiling": [NAN, INF, 0, -1, "2", None],
     "convert.layers": [[99], {"0-99": "swiglu"}, []],
     "shards.encode.buckets": [
-        {"sizes": [[63, 64]]}, {"sizes": [[64]]}, {"sizes": [[0, 64]]}, {"resolution": 100}, {},
+        {"sizes": [[63, 64]]}, {"sizes": [[64]]}, {"sizes": [[64, 64]] * 10**4, "resolution": 64}, {"sizes": [[0, 64]]}, {"resolution": 100}, {},
         {"resolution": 64, "sizes": [[64, 64]]}, {"resolution": 60, "step": 10}, {"resolution": 64, "max_aspect": INF},
     ],
     "shards.encode.max_skipped": NO_SHARE,
@@ -125,6 +125,16 @@ def test_no_bad_setting_is_accepted(target, table, least):
     tried, wrong = accepted(target, table)
     assert not wrong, wrong
     assert tried >= least
+
+
+def test_settings_of_a_pipeline_of_the_hub_are_checked_against_it_once_it_is_fetched(tmp_path):
+    good = params.read_target(ROOT, "sd35-medium")
+    good["benchmark"]["resolutions"] = [512, 1023]
+    targets.checked(good, "x", tmp_path)
+    model = str(ROOT / "data/sd35-micro/model")
+    write_json(tmp_path / "data/out/x/fetch/pipeline.json", {"source": good["fetch"]["source"], "path": model})
+    with pytest.raises(T5Error, match=r"^x: .*1023 is no multiple"):
+        targets.checked(good, "x", tmp_path)
 
 
 def test_all_targets_of_the_repository_are_good():
