@@ -78,6 +78,7 @@ def download(rest: str, partial: Path, token: str | None) -> Path:
     if not wanted:
         raise SourceError(f"hf:{repo} matches no file; the repo holds {', '.join(sorted(found)[:12])}")
     folder = partial / "repo"
+    _require_space(partial, sum(found[name].size or 0 for name in wanted), repo)
     with _explained(repo, token):
         snapshot_download(
             repo.name,
@@ -91,6 +92,15 @@ def download(rest: str, partial: Path, token: str | None) -> Path:
         _check(folder / name, found[name], repo)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's notes for continuing
     return folder / repo.pattern if repo.pattern and repo.pattern in found else folder
+
+
+def _require_space(partial: Path, size: int, repo: _Repo) -> None:
+    room = shutil.disk_usage(partial).free + sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    if size > room:
+        raise SourceError(
+            f"hf:{repo} has {size / 1e9:.1f} GB, and {partial.parent} room for {room / 1e9:.1f} GB; free some space, "
+            "or name fewer files: #FILE"
+        )
 
 
 def _parse(rest: str) -> _Repo:

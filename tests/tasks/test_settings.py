@@ -78,7 +78,8 @@ DENOISER: dict[str, list[Any]] = {
     "freeze.ceiling": [NAN, INF, 0, -1, "2", None],
     "convert.layers": [[99], {"0-99": "swiglu"}, []],
     "shards.encode.buckets": [
-        {"sizes": [[63, 64]]}, {"sizes": [[64]]}, {"sizes": [[64, 64]] * 10**4, "resolution": 64}, {"sizes": [[0, 64]]}, {"resolution": 100}, {},
+        {"sizes": [[63, 64]]}, {"sizes": [[64]]},
+        {"sizes": [[64, 64]] * 10**4, "resolution": 64}, {"sizes": [[0, 64]]}, {"resolution": 100}, {},
         {"resolution": 64, "sizes": [[64, 64]]}, {"resolution": 60, "step": 10}, {"resolution": 64, "max_aspect": INF},
     ],
     "shards.encode.max_skipped": NO_SHARE,

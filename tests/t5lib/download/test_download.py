@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import tarfile
 import threading
 import zipfile
@@ -487,6 +488,13 @@ def test_hf_one_file_or_those_of_a_pattern(hub, tmp_path):
     assert set(files_in(tmp_path / "d")) == {"config.json", "unet/a.safetensors"}
     with pytest.raises(SourceError, match=r"no file; the repo holds config\.json, model\.safetensors"):
         fetch(f"hf:owner/repo@{COMMIT}#model.bin", tmp_path / "c")
+
+
+def test_hf_repo_that_is_larger_than_the_disk_is_refused_before_any_of_it_comes(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(SourceError, match=r"room for 0\.0 GB; free some space"):
+        fetch(f"hf:owner/repo@{COMMIT}", tmp_path / "out")
+    assert not [path for _, path, _ in hub.seen if "/resolve/" in path]
 
 
 def test_hf_branch_is_resolved_to_its_commit_with_a_warning(hub, tmp_path, caplog):
