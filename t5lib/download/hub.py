@@ -1,5 +1,6 @@
 """Repos of the Hugging Face hub (timm models, whole diffusers pipelines, data sets) at a pinned commit."""
 
+import hashlib
 import logging
 import re
 import shutil
@@ -77,6 +78,7 @@ def download(rest: str, partial: Path, token: str | None) -> Path:
     if not wanted:
         raise SourceError(f"hf:{repo} matches no file; the repo holds {', '.join(sorted(found)[:12])}")
     folder = partial / "repo"
+    _require_space(partial, sum(found[name].size or 0 for name in wanted), repo)
     with _explained(repo, token):
         snapshot_download(
             repo.name,
@@ -90,6 +92,15 @@ def download(rest: str, partial: Path, token: str | None) -> Path:
         _check(folder / name, found[name], repo)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's notes for continuing
     return folder / repo.pattern if repo.pattern and repo.pattern in found else folder
+
+
+def _require_space(partial: Path, size: int, repo: _Repo) -> None:
+    room = shutil.disk_usage(partial).free + sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    if size > room:
+        raise SourceError(
+            f"hf:{repo} has {size / 1e9:.1f} GB, and {partial.parent} room for {room / 1e9:.1f} GB; free some space, "
+            "or name fewer files: #FILE"
+        )
 
 
 def _parse(rest: str) -> _Repo:
@@ -119,6 +130,8 @@ def _check(path: Path, entry: Any, repo: _Repo) -> None:
     sound = path.exists() and entry.size in (None, size)
     if sound and entry.lfs:
         sound = files.sha256(path) == entry.lfs.sha256
+    elif sound and entry.blob_id:
+        sound = _git_checksum(path) == entry.blob_id
     if not sound:
         path.unlink(missing_ok=True)
         raise SourceError(
@@ -126,6 +139,12 @@ def _check(path: Path, entry: Any, repo: _Repo) -> None:
             "run again: only this file is fetched anew",
             retryable=True,
         )
+
+
+def _git_checksum(path: Path) -> str:
+    """The name that git gives a file, which the hub tells of those that are not large."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 @contextmanager

@@ -12,10 +12,14 @@ from t5lib.utils.errors import SourceError
 _NO_NETWORK = re.compile(r"Retrying \(Retry\(|Max retries exceeded|ConnectionError|timed out|Temporary failure", re.I)
 
 
-def download(requirement: str, partial: Path) -> Path:
-    """Download the wheel of `name==version` into `partial`. Wheels only: building from source would run its code."""
+def check(requirement: str) -> None:
+    """Raises SourceError unless it is `name==version`."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.+!-]+", requirement):
         raise SourceError(f"source 'pypi:{requirement}' names no exact version; write pypi:NAME==VERSION")
+
+
+def download(requirement: str, partial: Path) -> Path:
+    """Download the wheel of `name==version` into `partial`. Wheels only: building from source would run its code."""
     folder = Path(tempfile.mkdtemp(dir=partial))
     command = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps", "--only-binary=:all:"]
     result = subprocess.run(

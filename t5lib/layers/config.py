@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 from t5kernels import INNER_LOSSES, INNER_WEIGHTS, KEY_NORMS
 
 from t5lib.layers.layer_map import LAYER_SETS, parse_indices
-from t5lib.utils.config import Choice, Positive, Several, WholeNumber, one_of, settings
+from t5lib.utils.config import Choice, Positive, Several, WholeNumber, one_of, settings, shown
 from t5lib.utils.errors import T5Error
 
 SOFTMAX = "softmax"  # in a layer map: leave this attention as it is
@@ -88,7 +88,7 @@ class TTTConfig:
 
     def __post_init__(self):
         if isinstance(self.layers, str) and self.layers[:1].isdigit():  # as on the command line
-            raise T5Error(f"layers '{self.layers}' is text; write indices, [0, 1], or a map, {{'0-5': 'softmax'}}")
+            raise T5Error(f"layers {shown(self.layers)} is text; write indices, [0, 1], or a map, {{'0-5': 'softmax'}}")
         if isinstance(self.layers, str):
             one_of(self.layers, LAYER_SETS, "layers")
         if isinstance(self.layers, dict):
@@ -149,11 +149,15 @@ class TTTConfig:
         indices = [index for index, _ in named]
         wrong = [index for index in indices if not 0 <= index < count]
         if wrong or not indices or len(set(indices)) != len(indices):
-            raise T5Error(f"layers {self.layers}: expected different indices from 0 to {count - 1}, at least one")
+            raise T5Error(
+                f"layers {shown(self.layers)}: expected different indices from 0 to {count - 1}, at least one"
+            )
         for index, what in named:
             result[index] = what
         if not any(result):
-            raise T5Error(f"layers {self.layers}: nothing to convert; name at least one layer that is not softmax")
+            raise T5Error(
+                f"layers {shown(self.layers)}: nothing to convert; name at least one layer that is not softmax"
+            )
         return result
 
     def _entries(self, layers: dict[str, str]) -> Iterator[tuple[int, "TTTConfig | None"]]:

@@ -4,6 +4,7 @@ import re
 
 from t5lib.utils.errors import T5Error
 
+MOST_LAYERS = 10_000
 LAYER_SETS = ("all", "paper")  # which attentions each means, a model's family tells
 
 
@@ -15,12 +16,14 @@ def parse_indices(text: str) -> list[int]:
     """
     indices: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        match = re.fullmatch(r"(\d{1,8})(?:-(\d{1,8}))?", part.strip())
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise T5Error(
-                f"layers '{text}' is not understood at '{part}'; expected such as 0-5,8 (counted from 0), or "
-                "0-5=softmax,6-11=swiglu"
+                f"layers '{text[:100]}' is not understood at '{part[:100]}'; expected such as 0-5,8 (counted from 0), "
+                "or 0-5=softmax,6-11=swiglu"
             )
+        if int(match[2] or match[1]) >= MOST_LAYERS:
+            raise T5Error(f"layers '{text[:100]}': no model has {MOST_LAYERS} layers; expected such as 0-5,8")
         indices += range(int(match[1]), int(match[2] or match[1]) + 1)
     return indices
 

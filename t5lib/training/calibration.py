@@ -25,10 +25,10 @@ from t5lib.families.base import Adapter
 from t5lib.families.inputs import Inputs, count, joined_by_size, placed
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.grid import TokenGrid
+from t5lib.training import checkpoints
 from t5lib.training.layer_groups import CalibrateConfig, Example, LayerGroup, Seen
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import atomic_file
 
 LOG_EVERY = 10
 STATE = "calibrate.pt"
@@ -70,7 +70,8 @@ def calibrate(
         log: called with {"loss": …, "lr": …} and the step.
 
     Raises:
-        T5Error: the models do not match, or the loss is not finite.
+        T5Error: the models do not match, the loss is not finite, checkpoints were made by another recipe or code, or
+            there is too little room for them.
     """
     config = config or CalibrateConfig()
     device, adapter = next(teacher.parameters()).device, family_of(teacher)
@@ -117,6 +118,7 @@ class _Fit(Work):
         self.optimizer = torch.optim.Adam(parameters, lr=config.lr, fused=self.device.type == "cuda")
         self.error_before = self.errors(seen)
         self.done, self.drawn = Done(), self._draws()
+        self.made_by = checkpoints.maker(model, config)
         self.batches, self.first = 1, 0  # where the present pool begins (after the probe), and with which step
 
     def autocast(self) -> torch.autocast:
@@ -207,20 +209,28 @@ class _Fit(Work):
         content: dict[str, Any] = {"done": asdict(self.done), "batches": self.batches, "first": self.first}
         content |= {"optimizer": self.optimizer.state_dict(), "inherited": [p.detach() for p in self._inherited()]}
         content["mixers"] = [group.mixer.state_dict() for group in self.groups]
-        with atomic_file(folder / STATE) as file:
-            torch.save(content, file)
+        place = folder / f".step-{self.done.step:07d}"
+        with checkpoints.writing(folder):
+            checkpoints.begin(place)
+            torch.save(content, place / STATE)
+            checkpoints.finish(place, self.made_by, self.config.checkpoints_kept)
 
     def restore(self, folder: Path) -> bool:
-        """Continue from a checkpoint; False where there is none."""
-        if not (folder / STATE).exists():
+        """Continue from the newest whole checkpoint; False where there is none."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        size = 3 * sum(parameter.nbytes for parameter in parameters)  # with Adam's two moments
+        checkpoints.require_space(folder, size, self.config.checkpoints_kept)
+        place = checkpoints.newest(folder, self.made_by)
+        if place is None:
             return False
-        content = torch.load(folder / STATE, map_location=self.device, weights_only=True)
-        for group, weights in zip(self.groups, content["mixers"], strict=True):
-            group.mixer.load_state_dict(weights)
-        self.optimizer.load_state_dict(content["optimizer"])
-        with torch.no_grad():
-            for parameter, value in zip(self._inherited(), content["inherited"], strict=True):
-                parameter.copy_(value)
+        content = torch.load(place / STATE, map_location=self.device, weights_only=True)
+        with checkpoints.loading(place):
+            for group, weights in zip(self.groups, content["mixers"], strict=True):
+                group.mixer.load_state_dict(weights)
+            self.optimizer.load_state_dict(content["optimizer"])
+            with torch.no_grad():
+                for parameter, value in zip(self._inherited(), content["inherited"], strict=True):
+                    parameter.copy_(value)
         self.done, self.batches, self.first = Done(**content["done"]), content["batches"], content["first"]
         return True
 

@@ -33,6 +33,7 @@ class CalibrateConfig:
             takes is about 2·L·N·C numbers: half a gigabyte for the paper's layers of SD3.5-Medium at 1024 px.
         reuse: how often each image of a pool is used before the pool is replaced.
         checkpoint_every: steps between checkpoints.
+        checkpoints_kept: how many of them are kept, for the case that a disk damages the newest.
         objective: "output" (squared error of the layer's output over its variance), or "attention" (cross-entropy to
             the softmax map, as Hedgehog does, arXiv 2402.04347; for mixers that have a map, at quadratic cost).
         compile: torch.compile the fitting step (worth it on CUDA).
@@ -47,6 +48,7 @@ class CalibrateConfig:
     pool: AtLeastOne = 4
     reuse: AtLeastOne = 2
     checkpoint_every: AtLeastOne = 500
+    checkpoints_kept: AtLeastOne = 2
     objective: Literal["output", "attention"] = "output"
     compile: bool = False
     seed: WholeNumber = 0

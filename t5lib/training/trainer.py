@@ -6,8 +6,6 @@ what is trained and how fast, averaged weights, checkpoints, a look at every los
 
 import contextlib
 import math
-import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from pydantic import Field
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -25,7 +23,7 @@ from t5lib.conversion import new_parameters
 from t5lib.data.batches import Batches, open_batches
 from t5lib.families import family_of
 from t5lib.families.inputs import Inputs
-from t5lib.training import lora
+from t5lib.training import checkpoints, lora
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.training.nonfinite import explain_blow_up
 from t5lib.utils.config import AtLeastOne, NotNegative, Positive, Share, WholeNumber, settings
@@ -61,6 +59,7 @@ class LoopConfig:
         optimizer: "adamw"; "adamw8bit", whose state takes a quarter of the memory (needs bitsandbytes); "muon", which
             steps inherited matrices by their orthogonalized momentum (arXiv 2502.16982) and the rest as AdamW does.
         checkpoint_every: steps between checkpoints.
+        checkpoints_kept: how many of them are kept, for the case that a disk damages the newest.
     """
 
     batch_size: AtLeastOne = 64
@@ -80,6 +79,7 @@ class LoopConfig:
     gradient_checkpointing: bool = False
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     checkpoint_every: AtLeastOne = 100
+    checkpoints_kept: AtLeastOne = 2
     seed: WholeNumber = 0
 
 
@@ -133,8 +133,9 @@ def train(
         log: called in the main process with loss, learning rates, gradient norm, and the step.
 
     Raises:
-        T5Error: nothing to train, weights in half precision, a missing bitsandbytes, or a loss that is not finite
-            (step, layers and advice named).
+        T5Error: nothing to train, weights in half precision, a missing bitsandbytes, a loss that is not finite
+            (step, layers and advice named), checkpoints made by another recipe, code or number of processes, or
+            too little room for them.
         KeyboardInterrupt: Ctrl-C, at the end of the step and after a checkpoint has been written.
     """
     narrow = {str(p.dtype) for p in model.parameters() if p.dtype.itemsize < 4}
@@ -170,6 +171,8 @@ class Trainer(Work):
         if config.gradient_checkpointing:
             self.adapter.checkpoint_gradients(model, True)
         self.done = Done()
+        processes = self.accelerator.num_processes
+        self.made_by = checkpoints.maker(model, config, steps=steps, processes=processes)
         objective.begin(self)
 
     @property
@@ -246,31 +249,42 @@ class Trainer(Work):
 
     def save(self, folder: Path) -> None:
         """Write `folder`/step-N; a kill at any moment leaves this one or the one before it whole."""
-        final = folder / f"step-{self.done.step:07d}"
-        temporary = folder / f".{final.name}"
-        self.accelerator.save_state(str(temporary))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            # not registered with Accelerate, which would unpickle them when they are loaded
-            write_json(temporary / "done.json", asdict(self.done))
-            if self.ema:
-                save_model(self.ema, str(temporary / "ema.safetensors"))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            for old in folder.glob("step-*"):
-                if old != final:
-                    shutil.rmtree(old)
+        main, place = self.accelerator.is_main_process, folder / f".step-{self.done.step:07d}"
+        with checkpoints.writing(folder):
+            if main:
+                checkpoints.begin(place)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(place))
+            self.accelerator.wait_for_everyone()
+            if main:
+                # not registered with Accelerate, which would unpickle them when they are loaded
+                write_json(place / "done.json", asdict(self.done))
+                if self.ema:
+                    save_model(self.ema, str(place / "ema.safetensors"))
+                checkpoints.finish(place, self.made_by, self.config.checkpoints_kept)
         self.accelerator.wait_for_everyone()
 
     def load(self, folder: Path) -> None:
-        """Continue from the newest whole checkpoint in `folder`, if there is one."""
-        checkpoints = sorted(folder.glob("step-*"))
-        if not checkpoints:
+        """Continue from the newest whole checkpoint in `folder`, if there is one (t5lib.training.checkpoints)."""
+        places: list[Path | None] = [None]
+        if self.accelerator.is_main_process:
+            checkpoints.require_space(folder, self._checkpoint_size(), self.config.checkpoints_kept)
+            places = [checkpoints.newest(folder, self.made_by)]
+        place = broadcast_object_list(places)[0]
+        if place is None:
             return
-        self.accelerator.load_state(str(checkpoints[-1]))
-        self.done = Done(**read_json(checkpoints[-1] / "done.json"))
-        if self.ema:
-            load_model(self.ema, checkpoints[-1] / "ema.safetensors")
+        with checkpoints.loading(place):
+            self.accelerator.load_state(str(place))
+            self.done = Done(**read_json(place / "done.json"))
+            if self.ema:
+                load_model(self.ema, place / "ema.safetensors")
+
+    def _checkpoint_size(self) -> int:
+        """About how many bytes a checkpoint takes."""
+        weights = sum(tensor.nbytes for tensor in self.plain.state_dict().values())
+        trained = sum(parameter.nbytes for parameter in self.plain.parameters() if parameter.requires_grad)
+        moments = trained // 2 if self.config.optimizer == "adamw8bit" else 2 * trained
+        return weights * (2 if self.ema else 1) + moments
 
     def close(self) -> None:
         """The model is a plain one again, in eval mode, with a gradient for everything that had one."""

@@ -15,6 +15,7 @@ T5Error.
 import dataclasses
 import difflib
 import functools
+import reprlib
 import typing
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform
@@ -31,14 +32,29 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 AnySettings = TypeVar("AnySettings", bound="DataclassInstance")  # made by `settings`
 
-AtLeastOne = Annotated[int, Field(ge=1)]
-WholeNumber = Annotated[int, Field(ge=0)]
+LONGEST = 800  # characters of what is wrong with a setting
+LARGEST = 2**31 - 1  # of whole numbers: more is a slip, and no seed of NumPy's
+AtLeastOne = Annotated[int, Field(ge=1, le=LARGEST)]
+WholeNumber = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Several = Annotated[tuple[T, ...], Strict(False)]  # a list will do, as YAML writes it
 Pair = Annotated[tuple[T, T], Strict(False)]
 Triple = Annotated[tuple[T, T, T], Strict(False)]
+
+
+_repr = reprlib.Repr()
+_repr.maxdict = _repr.maxlist = _repr.maxtuple = 12
+_repr.maxstring = _repr.maxother = 100
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: as Python writes it, but short, whatever came."""
+    try:
+        return _repr.repr(value)
+    except ValueError:  # a number with more digits than Python writes
+        return "a number of thousands of digits"
 
 
 class SettingError(T5Error):
@@ -106,14 +122,14 @@ def from_dict(cls: type[AnySettings], data: dict[str, Any] | None, where: str) -
         T5Error: an unknown key (names the nearest), a missing key, or a value that does not fit.
     """
     if not isinstance(data, dict | None):
-        raise T5Error(f"{where} must be a mapping of settings, got {data!r}")
+        raise T5Error(f"{where} must be a mapping of settings, got {shown(data)}")
     data = data or {}
     if expand := getattr(cls, "expand", None):  # shorthands of the class, such as TTTConfig's presets
         data = expand(data)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            raise T5Error(f"{where}: unknown setting '{key}'; {_nearest(str(key), fields)}")
+            raise T5Error(f"{where}: unknown setting '{_word(key)}'; {_nearest(_word(key), fields)}")
     missing = [name for name, field in fields.items() if name not in data and _required(field)]
     if missing:
         raise T5Error(f"{where}: missing {', '.join(missing)}; add it to this section")
@@ -122,7 +138,8 @@ def from_dict(cls: type[AnySettings], data: dict[str, Any] | None, where: str) -
     try:
         return cls(**values)
     except T5Error as error:
-        raise T5Error(f"{where}{'.' if isinstance(error, SettingError) else ': '}{error}") from None
+        problem = str(error) if len(str(error)) <= LONGEST else f"{str(error)[:LONGEST]} …"
+        raise T5Error(f"{where}{'.' if isinstance(error, SettingError) else ': '}{problem}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -134,9 +151,14 @@ def one_of(value: Any, allowed: Iterable[Any], what: str) -> None:
     """Raise T5Error naming the nearest allowed value unless `value` is one of `allowed`."""
     allowed = list(allowed)
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+        near = difflib.get_close_matches(_word(value), [str(a) for a in allowed], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise T5Error(f"{what} '{value}' is unknown; expected one of {', '.join(map(str, allowed))}{hint}")
+        raise T5Error(f"{what} '{_word(value)}' is unknown; expected one of {', '.join(map(str, allowed))}{hint}")
+
+
+def _word(value: Any) -> str:
+    """A name as messages show it."""
+    return value if isinstance(value, str) and len(value) <= 100 else shown(value)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -175,18 +197,18 @@ def _sentence(cls: type, values: dict[str, Any], error: ValidationError) -> str:
     name = _place(problem["loc"], values)
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "unexpected_keyword_argument":
-        return f"unknown setting '{name}'; {_nearest(name, [field.name for field in dataclasses.fields(cls)])}"
+        return f"unknown setting '{_word(name)}'; {_nearest(name, [field.name for field in dataclasses.fields(cls)])}"
     if kind == "missing":
-        return f"missing {name}" if len(problem["loc"]) == 1 else f"{name}: expected more values, got {value!r}"
+        return f"missing {name}" if len(problem["loc"]) == 1 else f"{name}: expected more values, got {shown(value)}"
     if kind == "literal_error":
         return _unknown(name, value, context["expected"])
     if kind in _BOUNDS:
         key, phrase = _BOUNDS[kind]
-        return f"{name} is {value}; expected {phrase.format(f'{context[key]:g}')}"
+        return f"{name} is {shown(value)}; expected {phrase.format(f'{context[key]:.10g}')}"
     if kind == "finite_number":
-        return f"{name} is {value}; expected a finite number"
+        return f"{name} is {shown(value)}; expected a finite number"
     expected = _TYPES.get(kind) or problem["msg"].removeprefix("Input should be ")
-    return f"{name}: expected {expected}, got {value!r}{_number_hint(expected, value)}"
+    return f"{name}: expected {expected}, got {shown(value)}{_number_hint(expected, value)}"
 
 
 def _place(loc: tuple[int | str, ...], values: Any) -> str:
@@ -205,9 +227,9 @@ def _place(loc: tuple[int | str, ...], values: Any) -> str:
 
 def _unknown(name: str, value: Any, expected: str) -> str:
     allowed = [word.strip(" '") for part in expected.split(" or ") for word in part.split(",")]
-    near = difflib.get_close_matches(str(value), allowed, n=1)
+    near = difflib.get_close_matches(_word(value), allowed, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
-    return f"{name} '{value}' is unknown; expected one of {', '.join(allowed)}{hint}"
+    return f"{name} '{_word(value)}' is unknown; expected one of {', '.join(allowed)}{hint}"
 
 
 def _number_hint(expected: str, value: Any) -> str:

@@ -1,8 +1,18 @@
 """Errors meant for the user: each message says what came, what was expected, and the remedy."""
 
+import re
+
+_USERINFO = re.compile(r"(?<=://)[^/?#\s'\"]*@")
+_SECRET = re.compile(
+    r"([?&][\w.-]*(?:token|key|secret|signature|sig|password|passwd|credential)[\w.-]*=)[^&#\s'\")]+", re.I
+)
+
 
 class T5Error(Exception):
-    """A problem the user can mend; printed without a traceback."""
+    """A problem the user can mend; printed without a traceback, and without passwords of addresses in it."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(without_secrets(message))
 
 
 class SourceError(T5Error):
@@ -11,3 +21,8 @@ class SourceError(T5Error):
     def __init__(self, message: str, *, retryable: bool = False):
         super().__init__(message)
         self.retryable = retryable
+
+
+def without_secrets(text: str) -> str:
+    """`text` with user names and passwords of addresses, and secrets in their queries, cut out."""
+    return _SECRET.sub(r"\1…", _USERINFO.sub("…@", text))

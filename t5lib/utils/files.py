@@ -1,16 +1,26 @@
-"""Small file helpers. Every write is atomic: a temporary sibling, then a rename."""
+"""Small file helpers. Every write is atomic and on the disk: a temporary sibling, fsync, then a rename."""
 
+import ctypes
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
+import stat
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from t5lib.utils.errors import T5Error
+
+LARGEST_HOLE = 10**9  # bytes
+_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+_HERE, _EXCHANGE = -100, 2  # of Linux's renameat2: AT_FDCWD, RENAME_EXCHANGE
+LARGEST_TEXT = 256 * 10**6  # bytes; manifests of a hundred thousand shards take a tenth of it
 
 
 @contextmanager
@@ -27,7 +37,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        put(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -51,32 +61,115 @@ def write_json(path: Path | str, value: Any) -> None:
 def read_json(path: Path | str) -> Any:
     """Raises T5Error when the file is missing or is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise T5Error(f"{path} does not exist; expected a JSON file there") from None
-    except ValueError as error:  # not JSON, or not text
+    except (ValueError, RecursionError) as error:  # not JSON, or not text; absurdly deep
         raise T5Error(f"{path} is not valid JSON ({error}); delete it and run the step that makes it again") from None
 
 
+def read_text(path: Path | str) -> str:
+    """The text of a file that people or we wrote.
+
+    Raises:
+        T5Error: a device or pipe, which would never end, or far more than such a file holds.
+    """
+    path = Path(path)
+    refuse_endless(path)
+    if path.stat().st_size > LARGEST_TEXT:
+        size = path.stat().st_size / 1e6
+        raise T5Error(f"{path} has {size:.0f} MB; expected a text file of at most {LARGEST_TEXT / 1e6:.0f} MB")
+    return path.read_text(encoding="utf-8")
+
+
+def refuse_endless(path: Path | str) -> None:
+    """Raises T5Error for what is no file to read: a device or pipe, or a hole of gigabytes."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise T5Error(f"{path} is a device, pipe or socket; expected a file")
+    if stat.S_ISREG(found.st_mode) and found.st_size > LARGEST_HOLE and _begins_with_hole(path):
+        raise T5Error(
+            f"{path} has {found.st_size / 1e9:.0f} GB and begins with a hole: it was never written; get it anew"
+        )
+
+
+def _begins_with_hole(path: Path | str) -> bool:
+    with open(path, "rb") as file:
+        try:
+            return os.lseek(file.fileno(), 0, os.SEEK_DATA) > 0
+        except OSError:  # nothing but a hole
+            return True
+
+
 def sha256(path: Path | str) -> str:
+    """Raises T5Error for what would never end (`refuse_endless`)."""
+    refuse_endless(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def atomic_dir(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that takes its place on success and vanishes on error."""
+    """Yield a temporary folder beside `path` that takes its place on success and vanishes on error.
+
+    A kill at any moment leaves the old folder or the new one; what else it leaves, the next call removes.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    _sweep(path)
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{_HOST}-{os.getpid()}."))
     temporary = work / "new"
     temporary.mkdir()
     try:
         yield temporary
-    except BaseException:
+        put(temporary, path)
+    finally:
         shutil.rmtree(work, ignore_errors=True)
-        raise
-    if path.exists():
-        os.replace(path, work / "old")  # deleting takes time: a kill must leave the old folder whole, or the new one
-    os.replace(temporary, path)
-    shutil.rmtree(work, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes of this machine that were killed while they made `path` left beside it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{_HOST}-*.*"):
+        pid = left.name.removeprefix(f".{path.name}.{_HOST}-").partition(".")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def put(temporary: Path, path: Path) -> None:
+    """Rename a file or folder to `path`, so that not even a power failure leaves a part of it there.
+
+    What was a folder at `path` before is then at `temporary`, or beside it.
+    """
+    for inner in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+        _sync(inner)
+    if temporary.is_dir() and path.exists():
+        _exchange(temporary, path)
+    else:
+        os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Each takes the other's name, in one step where the system can."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None or rename(_HERE, os.fsencode(new), _HERE, os.fsencode(old), _EXCHANGE):
+        os.replace(old, new.with_name("old"))
+        os.replace(new, old)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from t5lib.utils.config import from_dict, to_dict
+from t5lib.utils.config import from_dict, shown
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import write_text
+from t5lib.utils.files import read_text, write_text
 
+MOST_VALUES = 100_000  # of a file, what aliases repeat counted as often as it stands there
 TAKES = "takes"  # of a target, no section: what building it takes, in words
 
 
@@ -20,19 +21,65 @@ def read(root: Path | str = ".") -> dict[str, Any]:
     """The whole of params.yaml. Raises T5Error when it is missing, is not YAML, or has no `targets`."""
     path = Path(root) / "params.yaml"
     try:
-        params = yaml.safe_load(path.read_text(encoding="utf-8"))
+        params = parsed(read_text(path), str(path))
     except FileNotFoundError:
         raise T5Error(f"{path.resolve()} does not exist; run this from the repository's folder") from None
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
         raise T5Error(f"{path} is not valid YAML: {error}") from None
     if not isinstance(params, dict) or not isinstance(params.get("targets"), dict):
         raise T5Error(f"{path} has no `targets:`; expected `targets: {{<name>: {{<section>: ...}}}}`")
     return params
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML where each key of a mapping stands once; the last of two would win without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"'{key.value[:100]}' stands twice in one mapping, again in line {line}; drop one")
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return node
+
+
+def parsed(text: str, where: str) -> Any:
+    """The plain values of a YAML text. `where` names its origin.
+
+    Raises:
+        T5Error: it is not YAML, a key stands twice, or aliases blow it up.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        many = node is not None and _count(node, {}) > MOST_VALUES
+        values = loader.construct_document(node) if node is not None and not many else None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: such as a number of thousands of digits
+        raise T5Error(f"{where} is not valid YAML: {str(error)[:500]}") from None
+    except RecursionError:
+        raise T5Error(f"{where} is nested absurdly deep, or holds itself; write it flat") from None
+    if many:
+        raise T5Error(f"{where} stands for more than {MOST_VALUES} values, aliases spelled out; write fewer")
+    return values
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values it stands for where every alias is spelled out."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        inner = [each for pair in node.value for each in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_count(each, known) for each in inner)
+    return known[id(node)]
+
+
 def read_target(root: Path | str, target: str) -> dict[str, Any]:
     """The sections of `targets.<target>`. Raises T5Error that names the nearest target when there is none."""
-    return {name: section for name, section in _entry(root, target).items() if name != TAKES}
+    entry = _entry(root, target)
+    if not isinstance(entry, dict):
+        raise T5Error(f"params.yaml: targets.{target} is {shown(entry)}; expected its sections")
+    return {name: section for name, section in entry.items() if name != TAKES}
 
 
 def takes(root: Path | str, target: str) -> str:
@@ -50,7 +97,7 @@ def _entry(root: Path | str, target: str) -> dict[str, Any]:
 
 
 def checked(settings: dict[str, Any], sections: dict[str, type], where: str) -> dict[str, Any]:
-    """The sections of a target with their defaults filled in, as plain values.
+    """The sections of a target, each as what it is, with its defaults.
 
     Args:
         sections: those that its kind of target has, and what each is.
@@ -61,13 +108,15 @@ def checked(settings: dict[str, Any], sections: dict[str, type], where: str) -> 
     """
     for section in settings:
         if section not in sections:
-            raise T5Error(f"{where}.{section} is read by no stage; known sections: {', '.join(sorted(sections))}")
+            raise T5Error(
+                f"{where}.{str(section)[:100]} is read by no stage; known sections: {', '.join(sorted(sections))}"
+            )
     missing = [section for section in sections if section not in settings]
     if missing:
         raise T5Error(
             f"{where} lacks the sections {', '.join(missing)}; add them, empty if need be: {missing[0]}: {{}}"
         )
-    return {name: to_dict(from_dict(sections[name], settings[name], f"{where}.{name}")) for name in settings}
+    return {name: from_dict(sections[name], settings[name], f"{where}.{name}") for name in settings}
 
 
 def changed(settings: dict[str, Any], changes: Iterable[str], target: str) -> dict[str, Any]:
@@ -87,7 +136,7 @@ def changed(settings: dict[str, Any], changes: Iterable[str], target: str) -> di
             section = section.get(key)
             if not isinstance(section, dict):
                 raise T5Error(f"--set {word}: '{key}' is no section of {target}; expected SECTION.NAME=VALUE")
-        section[name] = yaml.safe_load(value)
+        section[name] = parsed(value, f"--set {path}")
     return settings
 
 

@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t5lib.utils.config import to_dict
+from t5lib.utils.errors import T5Error
 from tasks.runtime import params
 
 if TYPE_CHECKING:
@@ -42,7 +44,9 @@ def libraries(settings: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _kind(settings: dict[str, Any]) -> tuple[str, str]:
-    return _KINDS.get((settings.get("fetch") or {}).get("format"), _USUAL)
+    fetch = settings.get("fetch")
+    form = fetch.get("format") if isinstance(fetch, dict) else None
+    return _KINDS.get(form if isinstance(form, str) else None, _USUAL)
 
 
 def resolve(root: Path | str, target: str, changes: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
@@ -52,14 +56,20 @@ def resolve(root: Path | str, target: str, changes: list[str] | tuple[str, ...] 
         changes: command line words that replace values, such as `evaluate.sampling.steps=20` (params.changed).
 
     Raises:
-        T5Error: an unknown setting, a wrong type, or a section that no stage reads.
+        T5Error: an unknown setting, a wrong value, a section that no stage reads, or settings that do not go together.
     """
-    settings = checked(params.read_target(root, target), f"params.yaml: targets.{target}")
+    settings = checked(params.read_target(root, target), f"params.yaml: targets.{target}", root)
     if not changes:
         return settings
-    return checked(params.changed(settings, changes, target), f"{target} with --set")
+    return checked(params.changed(settings, changes, target), f"{target} with --set", root)
 
 
-def checked(settings: dict[str, Any], where: str) -> dict[str, Any]:
+def checked(settings: dict[str, Any], where: str, root: Path | str = ".") -> dict[str, Any]:
     """The sections of a target with their defaults filled in; `where` names their origin. Raises as `resolve` does."""
-    return params.checked(settings, kind(settings).SECTIONS, where)
+    of_kind = kind(settings)
+    sections = params.checked(settings, of_kind.SECTIONS, where)
+    try:
+        of_kind.check(sections, Path(root))
+    except T5Error as error:
+        raise T5Error(f"{where}: {error}") from None
+    return {name: to_dict(section) for name, section in sections.items()}

@@ -1,6 +1,8 @@
 """What the stages have to know about a kind of target, all of it: one subclass of Target a kind, one file each."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -12,6 +14,8 @@ from torch import nn
 import t5lib
 from t5lib.benchmarks.resolution_sweep import BenchmarkConfig
 from t5lib.data.batches import Batches
+from t5lib.families import family_of
+from t5lib.families.replacement import chosen_layers
 from t5lib.layers.config import TTTConfig
 from t5lib.report.common import Quality
 from t5lib.report.data import ReportData
@@ -19,6 +23,7 @@ from t5lib.training.alignment import AlignConfig
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.training.trainer import LoopConfig, TrainReport
 from t5lib.utils.config import AtLeastOne, WholeNumber, settings
+from t5lib.utils.errors import T5Error
 from tasks.runtime.stage import Stage
 
 Recipe = TypeVar("Recipe", bound=LoopConfig)  # of the training of one kind
@@ -80,6 +85,16 @@ class Target(ABC, Generic[Recipe]):
         """The model that another stage made, on the device of this process."""
         return t5lib.load(self.stage.input(made_by), device())
 
+    @classmethod
+    @abstractmethod
+    def check(cls, sections: dict[str, Any], root: Path) -> None:
+        """Raises T5Error for settings, each good by itself, that do not go together. Loads no weights.
+
+        Args:
+            sections: all of SECTIONS, as settings.
+            root: of the repository.
+        """
+
     # Stages that differ altogether; each returns the stage's metrics.
 
     @abstractmethod
@@ -138,6 +153,28 @@ class Target(ABC, Generic[Recipe]):
     def samples(self) -> Path | None:
         """A picture of what the models draw, where they draw."""
         return None
+
+
+def check_model(model: nn.Module, sections: dict[str, Any]) -> None:
+    """Raises T5Error unless this softmax model, which needs no weights, suits the sections that all kinds have."""
+    adapter = family_of(model)
+    with _named("convert"):
+        chosen_layers(adapter, model, sections["convert"])
+    with _named("benchmark.resolutions"):
+        for resolution in sections["benchmark"].resolutions:
+            adapter.at_resolution(model, sections["benchmark"].at(resolution))
+    features = sections["align"].features
+    if features is not None and features not in [name for name, _ in model.named_modules() if name]:
+        raise T5Error(f"align.features '{features}' is no part of a {type(model).__name__}; name one such as 'norm'")
+
+
+@contextmanager
+def _named(section: str) -> Iterator[None]:
+    """Within, errors begin with the section that they are about."""
+    try:
+        yield
+    except T5Error as error:
+        raise T5Error(f"{section}: {error}") from None
 
 
 def device() -> torch.device:

@@ -26,10 +26,10 @@ from t5lib.utils.config import AtLeastOne, NotNegative, Share, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file
 from t5lib.utils.progress import progress
-from tasks.targets.base import Target, precision
-from tasks.targets.image_shards import open_labelled, refuse_overlap
+from tasks.targets.base import Target, check_model, precision
+from tasks.targets.image_shards import check_source, open_labelled, refuse_overlap
 from tasks.targets.linear_head import fit_head
-from tasks.targets.timm_model import FetchConfig, fetched_model
+from tasks.targets.timm_model import FetchConfig, blank, fetched_model
 
 KEPT = "validation.safetensors"  # what a stage's model predicts on the validation images
 
@@ -50,6 +50,10 @@ class ShardsConfig:
     train: str
     val: str
     max_skipped: Share = 0.01
+
+    def __post_init__(self):
+        check_source(self.train, "train")
+        check_source(self.val, "val")
 
 
 @settings
@@ -100,6 +104,22 @@ class ClassifierTarget(Target[TrainConfig]):
         "finetune": TrainConfig,
         "evaluate": EvaluateConfig,
     }
+
+    @classmethod
+    def check(cls, sections: dict[str, Any], root: Path) -> None:
+        """See Target."""
+        data, model = sections["data"], blank(sections["fetch"])
+        check_model(model, sections)
+        _check_images(model.patch_embed, data)
+        if model.num_classes != data.num_classes:
+            raise T5Error(
+                f"data.num_classes is {data.num_classes}, but the model has {model.num_classes} classes; correct it, "
+                "or fetch.model_args.num_classes"
+            )
+        recipes = (sections["source"].finetune, sections["freeze"].train, sections["finetune"])
+        for recipe in recipes:
+            if recipe:
+                transform(data, recipe.augment)  # refuses what timm does not understand
 
     def fetch(self) -> dict[str, Any]:
         model, origin = fetched_model(self.section("fetch"), self.stage.resume_dir() / "source")
@@ -191,7 +211,7 @@ class ClassifierTarget(Target[TrainConfig]):
                 "was not trained on; a fine-tune would diverge. Use key_norm 'instance', calibrate with a lower lr, or "
                 "evaluate in fp32"
             )
-        if measured["top1"] < config.floor:
+        if not measured["top1"] >= config.floor:
             raise T5Error(
                 f"freeze gate: top-1 is {measured['top1']:.1f} % with only the new parameters trained, below the floor "
                 f"of {config.floor:g} %. The new layers do not stand in for attention yet, and a fine-tune would "
@@ -233,6 +253,20 @@ class ClassifierTarget(Target[TrainConfig]):
         batches = eval_batches(images, transform(data), batch_size=data.eval_batch_size, workers=data.workers)
         with progress("evaluate", images.count) as bar:
             return predict(models, batches, precision=mode, on_batch=bar.advance)
+
+
+def _check_images(embedding: nn.Module, data: DataConfig) -> None:
+    """Raises T5Error unless the model takes images of that size."""
+    size = data.img_size if isinstance(data.img_size, tuple) else (data.img_size, data.img_size)
+    if not embedding.dynamic_img_pad and any(
+        side % patch for side, patch in zip(size, embedding.patch_size, strict=True)
+    ):
+        raise T5Error(f"data.img_size is {data.img_size}; expected multiples of the patch, {embedding.patch_size[0]}")
+    if embedding.strict_img_size and size != tuple(embedding.img_size):
+        raise T5Error(
+            f"data.img_size is {data.img_size}, but the model takes {embedding.img_size}; correct it, or "
+            "fetch.model_args.img_size"
+        )
 
 
 def _kept_logits(folder: Path, mode: str) -> Tensor | None:

@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,12 +15,13 @@ from torch import nn
 
 import t5lib
 from t5lib.data.batches import Batches
+from t5lib.data.buckets import bucket_sizes
 from t5lib.data.checking import open_captioned
 from t5lib.data.encoders import ImageEncoder, TextEncoder, encoding_pipeline
 from t5lib.data.encoding import EncodingConfig, encode
 from t5lib.data.latents import MANIFEST, LatentSet, LatentShards
 from t5lib.data.shards import ShardSet
-from t5lib.download import kept
+from t5lib.download import check, kept
 from t5lib.families.inputs import Inputs
 from t5lib.report import denoiser as report
 from t5lib.report import plots
@@ -33,8 +35,8 @@ from t5lib.utils.config import AtLeastOne, Share, WholeNumber, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
 from tasks.targets import diffusers_folder, timm_model
-from tasks.targets.base import Target, device, precision
-from tasks.targets.image_shards import CHECKED, open_labelled, refuse_overlap
+from tasks.targets.base import Target, check_model, device, precision
+from tasks.targets.image_shards import CHECKED, check_source, open_labelled, refuse_overlap
 from tasks.targets.sample_evaluator import EvaluateConfig, SampleEvaluator
 
 SCHEDULER = "scheduler"  # its folder in what the stage `source` made
@@ -59,6 +61,13 @@ class FetchConfig:
     inception: str | None = None
     clip: str | None = None
 
+    def __post_init__(self):
+        if not re.match(r"file:.|hf:(?!datasets/)", self.source):
+            raise T5Error(f"source is '{self.source[:200]}'; expected a pipeline: file:FOLDER or hf:OWNER/REPO@COMMIT")
+        for source in (self.source, self.inception, self.clip):
+            if source is not None:
+                check(source)
+
 
 @settings
 class ShardsConfig:
@@ -81,6 +90,10 @@ class ShardsConfig:
     max_skipped: Share = 0.01
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     max_sequence_length: AtLeastOne = 256
+
+    def __post_init__(self):
+        check_source(self.train, "train")
+        check_source(self.val, "val")
 
 
 @settings
@@ -132,6 +145,26 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         "finetune": DenoiserTrainConfig,
         "evaluate": EvaluateConfig,
     }
+
+    @classmethod
+    def check(cls, sections: dict[str, Any], root: Path) -> None:
+        """See Target. What a pipeline must be known for is checked as soon as it lies on this machine."""
+        fetch = sections["fetch"]
+        timm_model.blank(fetch.features)
+        folder = diffusers_folder.known(fetch.source, root)
+        if folder is None:
+            return
+        check_model(diffusers_folder.blank(folder), sections)
+        _noising(folder / SCHEDULER, sections["data"].objective)
+        pixels = diffusers_folder.pixels_per_latent(folder)
+        if sections["benchmark"].pixels_per_latent != pixels:
+            raise T5Error(f"benchmark.pixels_per_latent: this pipeline has {pixels}; write that")
+        unit = pixels * diffusers_folder.patch(folder)
+        sizes = {"shards.encode.buckets": bucket_sizes(sections["shards"].encode.buckets)}
+        sizes["evaluate.sampling.size"] = tuple(filter(None, [sections["evaluate"].sampling.size]))
+        for name, each in sizes.items():
+            if wrong := [size for size in each if any(side % unit for side in size)]:
+                raise T5Error(f"{name}: {wrong[:5]} are no multiples of {unit} pixels, as wide as a token is")
 
     def fetch(self) -> dict[str, Any]:
         """Fetch and check pipeline and scorers. Large files stay where they were downloaded to or lie already."""
@@ -236,7 +269,7 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
 
     def check_gate(self, measured: dict[str, float], config: FreezeConfig) -> dict[str, float]:
         loss, source = measured["loss"], self._known_loss(self.stage.input("source"))
-        if not math.isfinite(loss) or loss > config.ceiling * source:
+        if not (math.isfinite(loss) and loss <= config.ceiling * source):
             raise T5Error(
                 f"freeze gate: with only the new parameters trained the held-out loss is {loss:.4g}, more than "
                 f"{config.ceiling:g} times the source's {source:.4g}. The new layers do not stand in for attention "
@@ -285,9 +318,7 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
 
     def _noising(self, source: Path | None = None) -> Noising:
         """Of the scheduler that the stage `source` kept, with the changes in the section `data`."""
-        config = read_json((source or self.stage.input("source")) / SCHEDULER / "scheduler_config.json")
-        scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-        return noising_of(scheduler, **self.section("data").objective)
+        return _noising((source or self.stage.input("source")) / SCHEDULER, self.section("data").objective)
 
     def _images(self, config: ShardsConfig, split: str, folder: Path) -> ShardSet:
         source, stage, most = getattr(config, split), self.stage, config.max_skipped
@@ -297,12 +328,15 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         return open_captioned(source, name=name, root=stage.root, notes=notes, max_skipped=most)
 
 
+def _noising(folder: Path, changes: dict[str, Any]) -> Noising:
+    """Of the scheduler in `folder`."""
+    config = read_json(folder / "scheduler_config.json")
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    return noising_of(scheduler, **changes)
+
+
 def _pipeline_source(source: str) -> str:
     """A hub repo without #FILES means the pipeline's files alone."""
-    if source.startswith("hf:datasets/"):
-        raise T5Error(
-            f"fetch.source is '{source}', a data set; expected a pipeline: file:FOLDER or hf:OWNER/REPO@COMMIT"
-        )
     return f"{source}#{diffusers_folder.HUB_FILES}" if source.startswith("hf:") and "#" not in source else source
 
 

@@ -85,6 +85,16 @@ def folder_of(fetched: Path, root: Path) -> Path:
     return folder
 
 
+def known(source: str, root: Path) -> Path | None:
+    """The folder of the pipeline that `source` names, where it lies on this machine or was fetched for any target."""
+    if source.startswith("file:"):
+        folder = root / Path(source.removeprefix("file:")).expanduser()
+        return folder if folder.is_dir() else None
+    notes = [read_json(note) for note in root.glob(f"data/out/*/fetch/{NOTE}")]
+    folders = [root / each["path"] for each in notes if each["source"] == source]
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
 def transformer(fetched: Path, root: Path) -> "nn.Module":
     """The softmax denoiser in single precision, its files' checksums checked."""
     import diffusers
@@ -96,6 +106,17 @@ def transformer(fetched: Path, root: Path) -> "nn.Module":
             raise T5Error(f"{folder / name} is not the file that was fetched; put that back, or {_again(fetched)}")
     kind = getattr(diffusers, read_json(folder / "model_index.json")["transformer"][1])
     return kind.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32).eval()
+
+
+def blank(folder: Path) -> "nn.Module":
+    """The softmax denoiser without weights, on the meta device."""
+    import diffusers
+    import torch
+
+    check(folder)
+    kind = getattr(diffusers, read_json(folder / "model_index.json")["transformer"][1])
+    with torch.device("meta"):
+        return kind.from_config(read_json(folder / "transformer/config.json"))
 
 
 def _again(fetched: Path) -> str:
@@ -124,10 +145,15 @@ def classes(folder: Path) -> int:
 
 def image_size(folder: Path) -> tuple[int, int]:
     """(height, width) in pixels of the images that the pipeline makes unless told otherwise."""
-    side = read_json(folder / "transformer/config.json")["sample_size"]
-    if (folder / "vae").is_dir():
-        side *= 2 ** (len(read_json(folder / "vae/config.json")["block_out_channels"]) - 1)
+    side = read_json(folder / "transformer/config.json")["sample_size"] * pixels_per_latent(folder)
     return side, side
+
+
+def pixels_per_latent(folder: Path) -> int:
+    """How many pixels a latent is wide."""
+    if not (folder / "vae").is_dir():
+        return 1
+    return 2 ** (len(read_json(folder / "vae/config.json")["block_out_channels"]) - 1)
 
 
 def patch(folder: Path) -> int:

@@ -1,14 +1,25 @@
 """Image shards that a target's settings name, opened and checked."""
 
+import re
 from pathlib import Path
 
 from t5lib.data.checking import open_shards
 from t5lib.data.shards import ShardSet
-from t5lib.download import kept
+from t5lib.download import check, kept
 from t5lib.utils.errors import T5Error
 from tasks.runtime.stage import Stage
 
 CHECKED = "data/scratch/checked-shards.jsonl"  # what is known of tars that were read once, for all targets
+
+
+def check_source(source: str, split: str) -> None:
+    """Raises T5Error unless `source` is of one of the forms that images may have."""
+    if not re.match(r"file:.|hf:datasets/", source):
+        raise T5Error(
+            f"{split} is '{source[:200]}'; expected file:MANIFEST.json, file:FOLDER, file:PATTERN "
+            "or hf:datasets/OWNER/REPO@COMMIT#PATTERN"
+        )
+    check(source)
 
 
 def open_labelled(source: str, split: str, num_classes: int, max_skipped: float, stage: Stage) -> ShardSet:
@@ -18,18 +29,11 @@ def open_labelled(source: str, split: str, num_classes: int, max_skipped: float,
         T5Error: another form of `source`, shards that are damaged or hold something else (named), or more samples than
             `max_skipped` that cannot be used.
     """
+    check_source(source, f"shards.{split}")
     scheme, _, rest = source.partition(":")
-    if scheme == "file":
-        place = stage.root / Path(rest).expanduser()
-    elif source.startswith("hf:datasets/"):
-        place = kept(source, stage.root / "data/datasets")
-    else:
-        raise T5Error(
-            f"shards.{split} is '{source}'; expected file:MANIFEST.json, file:FOLDER, file:PATTERN "
-            "or hf:datasets/OWNER/REPO@COMMIT#PATTERN"
-        )
+    local = scheme == "file"
     return open_shards(
-        place,
+        stage.root / Path(rest).expanduser() if local else kept(source, stage.root / "data/datasets"),
         name=f"{stage.target} {split}",
         source=source,
         notes=stage.root / CHECKED,

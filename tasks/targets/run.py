@@ -30,7 +30,7 @@ from t5lib.utils.files import sha256
 from tasks.runtime.params import read_target
 from tasks.runtime.stage import Stage
 from tasks.runtime.tracking import device, flatten, start_run
-from tasks.targets import kind
+from tasks.targets import kind, resolve
 
 
 def run_stage(
@@ -77,6 +77,7 @@ def main(run: Callable[..., dict[str, Any]]) -> None:
         signal.signal(stop, signal.default_int_handler)
     started = time.monotonic()
     try:
+        resolve(".", target)  # every setting, also those that later stages read: no work shall be lost to a slip
         metrics = run_stage(name, target, track=True)
     except T5Error as error:
         sys.exit(f"{name}: {error}")

@@ -42,7 +42,7 @@ class EvaluateConfig:
     samples: Annotated[int, Field(ge=scores.LEAST)] = 1000
     shown: AtLeastOne = 8
     sampling: GenerateConfig = Field(default_factory=GenerateConfig)
-    cutouts: Annotated[str, Field(pattern="^file:")] | None = None
+    cutouts: Annotated[str, Field(pattern="^file:.")] | None = None
 
     def __post_init__(self) -> None:
         if self.shown > self.samples:

@@ -1,6 +1,8 @@
 """The softmax model of timm that a `fetch` section describes: its weights, downloaded, checked and put into it."""
 
+import difflib
 import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +12,10 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from t5lib.download import fetch, resolve
+from t5lib.download import check, fetch, resolve
 from t5lib.utils import files
-from t5lib.utils.config import WholeNumber, settings
-from t5lib.utils.errors import T5Error
+from t5lib.utils.config import WholeNumber, settings, shown
+from t5lib.utils.errors import T5Error, without_secrets
 from t5lib.weights import dinov2_onnx
 
 _log = logging.getLogger(__name__)
@@ -41,13 +43,19 @@ class FetchConfig:
     model_args: dict[str, Any] = Field(default_factory=dict)
     seed: WholeNumber = 0
 
+    def __post_init__(self):
+        check(self.source, sha256=self.sha256, member=self.member, member_sha256=self.member_sha256)
+
 
 def fetched_model(config: FetchConfig, folder: Path) -> tuple[nn.Module, dict[str, str]]:
     """The model that `config` describes, fetched into `folder`, and its origin: {"source", "sha256"}."""
     source = resolve(config.source)
     fetched = fetch(source, folder, sha256=config.sha256, member=config.member, member_sha256=config.member_sha256)
     weights = _weights_file(fetched)
-    return build(_read(weights, config.format), config), {"source": source, "sha256": files.sha256(weights)}
+    return build(_read(weights, config.format), config), {
+        "source": without_secrets(source),
+        "sha256": files.sha256(weights),
+    }
 
 
 def build(state: dict[str, Tensor], config: FetchConfig) -> nn.Module:
@@ -56,16 +64,13 @@ def build(state: dict[str, Tensor], config: FetchConfig) -> nn.Module:
     Raises:
         T5Error: unknown architecture, arguments it does not take, or weights that do not fit it (all named).
     """
-    import timm  # it takes seconds, and most of what looks into a target's settings loads no model
+    import timm  # it takes seconds
 
-    if not timm.is_model(config.architecture):
-        raise T5Error(f"timm {timm.__version__} knows no architecture '{config.architecture}'; see timm.list_models()")
+    empty = blank(config)
     try:
-        with torch.device("meta"):
-            blank = timm.create_model(config.architecture, pretrained=False, **config.model_args)
-        state = _with_head(state, blank, config.seed)
+        state = _with_head(state, empty, config.seed)
         # The same number of classes on both sides makes timm's loading strict: nothing missing, nothing left over.
-        weights = {"state_dict": state, "num_classes": blank.num_classes}
+        weights = {"state_dict": state, "num_classes": empty.num_classes}
         model = timm.create_model(
             config.architecture, pretrained=True, pretrained_cfg_overlay=weights, **config.model_args
         )
@@ -76,6 +81,24 @@ def build(state: dict[str, Tensor], config: FetchConfig) -> nn.Module:
         ) from error
     del model.pretrained_cfg["state_dict"]
     return model.eval()
+
+
+def blank(config: FetchConfig) -> nn.Module:
+    """The model without weights, on the meta device. Raises T5Error for an unknown architecture or argument."""
+    import timm  # it takes seconds
+
+    if not timm.is_model(config.architecture):
+        near = difflib.get_close_matches(config.architecture, timm.list_models(), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "see timm.list_models()"
+        raise T5Error(f"timm {timm.__version__} knows no architecture '{config.architecture}'; {hint}")
+    try:
+        with torch.device("meta"):
+            return timm.create_model(config.architecture, pretrained=False, **config.model_args)
+    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, ZeroDivisionError) as error:
+        raise T5Error(
+            f"timm's {config.architecture} cannot be made with {shown(config.model_args)}: {error}; correct "
+            "fetch.model_args"
+        ) from error
 
 
 def _with_head(state: dict[str, Tensor], blank: nn.Module, seed: int) -> dict[str, Tensor]:
@@ -115,6 +138,13 @@ def _weights_file(fetched: Path) -> Path:
 
 
 def _read(weights: Path, form: str) -> dict[str, Tensor]:
+    files.refuse_endless(weights)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if weights.stat().st_size > memory:
+        size = weights.stat().st_size
+        raise T5Error(
+            f"{weights} has {size / 1e9:.0f} GB, and this machine {memory / 1e9:.0f} GB of memory; use a larger"
+        )
     if form == "dinov2-onnx":
         return dinov2_onnx.read(weights)
     from timm.models import load_state_dict

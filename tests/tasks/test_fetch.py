@@ -144,6 +144,15 @@ def test_safetensors_cut_short_are_refused(tmp_path, weights):
         run(tmp_path)
 
 
+@pytest.mark.parametrize("written", [b"", b"PK"], ids=["hole alone", "larger than memory"])
+def test_weights_that_are_a_hole_or_larger_than_memory_are_refused_at_once(tmp_path, weights, written):
+    with open(tmp_path / "repo/model.safetensors", "wb") as file:
+        file.write(written)
+        file.truncate(10**13)
+    with pytest.raises(T5Error, match="begins with a hole" if not written else "GB of memory"):
+        run(tmp_path)
+
+
 def test_repo_without_weights_names_what_it_holds(tmp_path, weights):
     (tmp_path / "repo/model.safetensors").rename(tmp_path / "repo/unet.safetensors")
     with pytest.raises(T5Error, match=r"only unet\.safetensors.*#FILE"):

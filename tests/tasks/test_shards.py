@@ -116,7 +116,7 @@ def test_hub_shards_are_fetched_once_and_half_a_download_is_not_taken_for_all(tm
 @pytest.mark.parametrize(
     ("train", "val", "data", "message"),
     [
-        ("s3:bucket", "file:v.json", {}, "shards.train is 's3:bucket'; expected file:MANIFEST.json"),
+        ("s3:bucket", "file:v.json", {}, "train is 's3:bucket'; expected file:MANIFEST.json"),
         ("file:nowhere", "file:v.json", {}, r"file:nowhere gives no shards: looked for \*\.tar"),
         ("file:nowhere.json", "file:v.json", {}, r"nowhere\.json does not exist"),
         ("file:t.json", "file:v.json", {"num_classes": 9}, "have 3 classes, but data.num_classes is 9"),

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field
 
 from t5lib.utils.config import AtLeastOne, Several, WholeNumber, from_dict, one_of, settings, to_dict
 from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_text
 from tasks import targets
 from tasks.runtime import params
 from tasks.studies.common import checksum
@@ -337,8 +337,8 @@ def _file(root: Path, name: str) -> Path:
 
 def _read(file: Path) -> Any:
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        return params.parsed(read_text(file), str(file))
     except FileNotFoundError:
         raise T5Error(f"{file} does not exist; expected an ablation in YAML, such as {FOLDER / 'smoke.yaml'}") from None
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
         raise T5Error(f"{file} is not valid YAML: {error}") from None

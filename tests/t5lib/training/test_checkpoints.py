@@ -29,8 +29,13 @@ from training_job import (
 )
 
 from t5lib.training.trainer import Trainer
+from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +111,7 @@ def test_ctrl_c_waits_for_the_step_writes_a_checkpoint_and_the_rest_ends_with_th
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     stopped = 5 if moment in ("in a step", "in a batch") else 4
     assert steps == list(range(1, stopped + 1))
-    assert [path.name for path in tmp_path.iterdir()] == [f"step-{stopped:07d}"]
+    assert names(tmp_path) == ["step-0000003", f"step-{stopped:07d}"]
     model = converted()
     run(model, ALL_ON, resume_dir=tmp_path, log=lambda _, step: steps.append(step))
     assert steps == list(range(1, STEPS + 1)) and same(state(model), uninterrupted)
@@ -145,7 +150,7 @@ def test_only_whole_checkpoints_are_picked_up(uninterrupted, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(Accelerator, "save_state", torn)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(T5Error, match=r"could not be written to .*disk full.*step-0000003 is kept"):
             run(converted(), ALL_ON, resume_dir=tmp_path)
     model, steps = converted(), []
     run(model, ALL_ON, resume_dir=tmp_path, log=lambda _, step: steps.append(step))
@@ -163,9 +168,11 @@ def test_a_checkpoint_is_read_without_running_what_it_pickles(tmp_path, monkeypa
     assert set(restricted) == {True}
 
 
-def test_only_the_newest_checkpoint_is_kept(tmp_path):
-    run(converted(), ALL_ON, resume_dir=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-0000006"]
+@pytest.mark.parametrize("kept", [1, 2])
+def test_so_many_checkpoints_are_kept_and_nothing_of_runs_that_were_killed(kept, tmp_path):
+    (tmp_path / ".step-0000001").mkdir()
+    run(converted(), dataclasses.replace(ALL_ON, checkpoint_every=2, checkpoints_kept=kept), resume_dir=tmp_path)
+    assert names(tmp_path) == ["step-0000006", "step-0000008"][-kept:]
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +214,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits_as_an_uninterrupted
         killed.join()
         assert killed.exitcode == -signal.SIGKILL
         (tmp_path / "paused").unlink()
-    assert [path.name for path in tmp_path.iterdir()] == ["step-0000003"]
+    assert names(tmp_path) == ["step-0000003"]
     last = processes(job, out, tmp_path)
     last.join(60)
     assert last.exitcode == 0
@@ -232,4 +239,6 @@ def test_two_processes_equal_one_with_twice_the_batch(trainable, processes, tmp_
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(one[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
     assert [(tmp_path / f"rank{rank}.logged").read_text() for rank in (0, 1)] == [str(STEPS), "0"]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000006"]
+    assert names(tmp_path / "checkpoints") == ["step-0000003", "step-0000006"]
+    with pytest.raises(T5Error, match=r"step-0000006 was made otherwise \(processes was 2, is 1\)"):
+        run(deterministic(), config, resume_dir=tmp_path / "checkpoints")

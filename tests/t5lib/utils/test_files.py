@@ -44,7 +44,9 @@ def test_what_is_not_json_is_not_written(tmp_path):
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""], ids=["cut", "binary", "empty"])
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff\xfe", b"", b"[" * 200_000], ids=["cut", "binary", "empty", "absurdly deep"]
+)
 def test_broken_json_is_an_error_with_a_remedy(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(T5Error, match=r"x.json is not valid JSON .*run the step that makes it again"):
@@ -54,6 +56,23 @@ def test_broken_json_is_an_error_with_a_remedy(tmp_path, content):
 def test_missing_json_is_an_error(tmp_path):
     with pytest.raises(T5Error, match=r"x.json does not exist"):
         files.read_json(tmp_path / "x.json")
+
+
+def test_device_pipe_and_hole_are_errors_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "hole", "wb") as file:
+        file.truncate(10**12)
+    for path in ("/dev/zero", tmp_path / "pipe"):
+        for read in (files.read_json, files.sha256):
+            with pytest.raises(T5Error, match="is a device, pipe or socket"):
+                read(path)
+    for read in (files.read_json, files.sha256):
+        with pytest.raises(T5Error, match="has 1000 GB and begins with a hole"):
+            read(tmp_path / "hole")
+    with open(tmp_path / "hole", "r+b") as file:
+        file.write(b"[")
+    with pytest.raises(T5Error, match="has 1000000 MB; expected a text file of at most 256 MB"):
+        files.read_json(tmp_path / "hole")
 
 
 def test_sha256(tmp_path):
@@ -79,16 +98,28 @@ def test_folder_takes_its_place_on_success_alone(tmp_path):
     assert folder.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_the_old_folder_is_whole_until_the_new_one_takes_its_place(tmp_path, monkeypatch):
-    """Whenever a kill comes, one of the two is there, whole: deleting the old one is the last thing done."""
+@pytest.mark.parametrize("exchanges", [True, False], ids=["in one step", "in two"])
+def test_a_folder_is_always_there_and_what_a_kill_leaves_is_swept(tmp_path, monkeypatch, exchanges):
+    """Killed right before and right after the folder takes its place, wherever the system can exchange names."""
     folder = tmp_path / "out"
     with files.atomic_dir(folder) as temporary:
         (temporary / "one").write_text("")
-    monkeypatch.setattr(files.shutil, "rmtree", lambda *_, **__: None)  # as if killed before anything is deleted
+    if not exchanges:
+        monkeypatch.setattr(files, "_EXCHANGE", 1 << 20)  # which no system knows
+    replaced = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 2**22 + 1)  # of no process
+        patch.setattr(files.shutil, "rmtree", lambda *_, **__: None)  # as if killed before anything is deleted
+        patch.setattr(os, "replace", lambda *paths, replace=os.replace: (replaced.append(paths), replace(*paths)))
+        with files.atomic_dir(folder) as temporary:
+            (temporary / "two").write_text("")
+    assert len(replaced) == (0 if exchanges else 2)
+    assert names(folder) == ["two"] and [path.name for path in tmp_path.rglob("one")] == ["one"]
+    (tmp_path / f".out.{files._HOST}-{os.getpid()}.x").mkdir()  # of a process that is at work
     with files.atomic_dir(folder) as temporary:
-        (temporary / "two").write_text("")
-    assert names(folder) == ["two"]
-    assert [path.name for path in tmp_path.rglob("one")] == ["one"]
+        (temporary / "three").write_text("")
+    assert names(folder) == ["three"]
+    assert names(tmp_path) == [f".out.{files._HOST}-{os.getpid()}.x", "out"]
 
 
 def test_json_is_readable_by_people(tmp_path):

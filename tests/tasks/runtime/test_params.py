@@ -76,10 +76,10 @@ def test_outside_the_repository_the_message_says_where_to_go(tmp_path):
 
 def test_settings_are_replaced_by_words_at_any_depth_and_checked():
     root = Path(__file__).parents[3]
-    words = ["evaluate.sampling.steps=3", "shards.train=file:elsewhere.json", "convert.layers={0-1: softmax}"]
+    words = ["evaluate.sampling.steps=3", "shards.train=file:elsewhere.json", "convert.layers={0-1: swiglu}"]
     found = targets.resolve(root, "sd35-micro", words)
     assert found["evaluate"]["sampling"] == targets.resolve(root, "sd35-micro")["evaluate"]["sampling"] | {"steps": 3}
-    assert found["shards"]["train"] == "file:elsewhere.json" and found["convert"]["layers"] == {"0-1": "softmax"}
+    assert found["shards"]["train"] == "file:elsewhere.json" and found["convert"]["layers"] == {"0-1": "swiglu"}
     for word, message in (
         ("evaluate.sampling.stepps=3", "unknown setting 'stepps'; did you mean 'steps'"),
         ("evaluate.samples.steps=3", "'samples' is no section of sd35-micro"),
