@@ -229,4 +229,4 @@ def unrecorded(small_repo, monkeypatch):
     """Child processes run as if MLflow were not installed: they are quicker, and it must work."""
     (small_repo.root / "site").mkdir()
     (small_repo.root / "site/sitecustomize.py").write_text('import sys; sys.modules["mlflow"] = None')
-    monkeypatch.setenv("PYTHONPATH", str(small_repo.root / "site"))
+    monkeypatch.setenv("PYTHONPATH", str(small_repo.root / "site"), prepend=os.pathsep)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -80,3 +81,23 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
         os.replace(path, work / "old")  # deleting takes time: a kill must leave the old folder whole, or the new one
     os.replace(temporary, path)
     shutil.rmtree(work, ignore_errors=True)
+
+
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(\.\w+)?")  # what atomic_file and atomic_dir call their own
+
+
+def remove_leftovers(folder: Path | str) -> None:
+    """Remove what killed writers left in `folder` and below; an old folder that was set aside is put back.
+
+    Only for a folder that no other process writes to now.
+    """
+    for path in sorted(Path(folder).rglob(".*")):
+        if not (match := LEFTOVER.fullmatch(path.name)):
+            continue
+        place = path.with_name(match["name"])
+        if (path / "old").is_dir() and not place.exists():
+            os.replace(path / "old", place)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
