@@ -1,6 +1,6 @@
 """What `make test` has no time for: kills at random moments, and several at once. `python -m tests.chaos [KILLS]`.
 
-Every attack is made on the small repository of tests/conftest.py, whose stage `convert` takes steps and goes on from the
+Every attack is made on the small repository of tests/conftest; its stage `convert` takes steps and goes on from the
 last. Prints a line an attack and ends with status 1 when anything was lost or left behind.
 """
 

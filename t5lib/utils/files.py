@@ -1,5 +1,6 @@
 """Small file helpers. Every write is atomic: a temporary sibling, then a rename."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -77,10 +78,19 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    if path.exists():
+    if not path.exists():
+        os.replace(temporary, path)
+    elif not _exchange(temporary, path):
         os.replace(path, work / "old")  # deleting takes time: a kill must leave the old folder whole, or the new one
-    os.replace(temporary, path)
+        os.replace(temporary, path)
     shutil.rmtree(work, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths, with no moment between; False where that cannot be done (not Linux, some file systems)."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
 
 
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(\.\w+)?")  # what atomic_file and atomic_dir call their own

@@ -10,7 +10,7 @@ from pathlib import Path
 from t5lib.utils.errors import T5Error
 
 FULL = re.compile(r"No space left on device|[Qq]uota exceeded|disk is full|PytorchStreamWriter failed writing")
-NO_MEMORY = re.compile(r"out of memory|t allocate memory|annot allocate memory|bad_alloc")
+NO_MEMORY = re.compile(r"out of memory|t allocate memory|annot allocate memory|bad_alloc|DataLoader worker .* killed")
 LEAST = 1 << 20  # bytes; where less is free an error that gives no reason is put down to the disk
 
 

@@ -109,6 +109,30 @@ def test_what_fails_before_a_stage_begins_is_told_with_dvcs_words(mlflow_repo, u
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "fetch: out/a: no space is left on its disk; free some",
+            "fetch: out/a: no space is left on its disk; free some",
+        ),
+        ("tasks.fetch: its process was killed; if memory was short", "tasks.fetch: its process was killed; if memory"),
+        (
+            "ERROR: failed to run: python -m tasks.fetch small, exited with -9",
+            "fetch: its process was killed; if memory",
+        ),
+        (
+            "ERROR: unexpected error - [Errno 28] No space left on device: 'x'",
+            "fetch: no space is left on the disk where DVC",
+        ),
+    ],
+    ids=["full disk", "killed fork", "killed", "full cache"],
+)
+def test_a_stage_that_could_not_leave_its_error_is_told_in_one_line(tmp_path, line, message):
+    error = t5_module._stage_error("fetch", tmp_path / "fetch.error.json", ["at work", line, "ERROR: failed"], 255)
+    assert str(error).startswith(message) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
     ("target", "old", "new", "message"),
     [
         ("smal", "small", "small", "no target 'smal'; did you mean 'small'"),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 
 import pytest
 
@@ -79,9 +80,22 @@ def test_folder_takes_its_place_on_success_alone(tmp_path):
     assert folder.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_the_old_folder_is_whole_until_the_new_one_takes_its_place(tmp_path, monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="needs renameat2")
+def test_an_old_folder_and_a_new_one_are_swapped_in_one_step(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    with files.atomic_dir(folder) as temporary:
+        (temporary / "one").write_text("")
+    monkeypatch.setattr(os, "replace", None)  # two steps, between which a kill would leave neither
+    with files.atomic_dir(folder) as temporary:
+        (temporary / "two").write_text("")
+    assert names(folder) == ["two"] and names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("exchange", [files._exchange, lambda *_: False], ids=["exchange", "two steps"])
+def test_the_old_folder_is_whole_until_the_new_one_takes_its_place(tmp_path, monkeypatch, exchange):
     """Whenever a kill comes, one of the two is there, whole: deleting the old one is the last thing done."""
     folder = tmp_path / "out"
+    monkeypatch.setattr(files, "_exchange", exchange)
     with files.atomic_dir(folder) as temporary:
         (temporary / "one").write_text("")
     monkeypatch.setattr(files.shutil, "rmtree", lambda *_, **__: None)  # as if killed before anything is deleted

@@ -34,6 +34,7 @@ FULL, RIGHT, MEMORY = "no space is left on its disk; free some", "give this user
         (MemoryError(), MEMORY),
         (os_error(errno.ENOMEM), MEMORY),
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "CUDA out of memory.*smaller batch_size"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), MEMORY),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MEMORY),
     ],
     ids=repr,
