@@ -36,7 +36,7 @@ DVC_NOISE = re.compile(
     r"|\tdvc config |Use `dvc push`|Data and pipelines are up to date"
 )
 DVC_SKIPPED = re.compile(r"Stage '.*' (didn't change, skipping|is cached - skipping run)")
-KILLED = re.compile(r"failed to run: .*, exited with (-9|137)$")
+STAGE_ENDED = re.compile(r"failed to run: .*, exited with (?P<status>-?\d+)$")
 HEADLINES = ("evaluate", "benchmark")  # the stages whose metrics are shown with the whole run
 RETRY_AFTER_SECONDS = [5, 30]
 KEPT = "finished stages are kept"
@@ -168,17 +168,19 @@ def _stage_error(name: str, error_file: Path, lines: list[str], code: int) -> St
     if error_file.is_file():
         error = read_json(error_file)
         return StageError(f"{name}: {error['message']}", retryable=error["retryable"])
-    for line in lines:
-        if line.startswith((f"{name}: ", f"tasks.{name}: ")):  # it could not write the file
-            return StageError(line)
+    of_dvc = [line for line in lines if line.startswith("ERROR: ")]
+    of_stage = [line for line in lines if line not in of_dvc]
+    for line in of_dvc:
         if failures.FULL.search(line):
-            partial = error_file.parent / name
             return StageError(
-                f"{name}: no space is left on the disk where DVC keeps the result ({line}); free some and run the "
-                f"same again; partial work is kept in {partial}"
+                f"{name}: no space is left on the disk where DVC keeps the result ({line.removeprefix('ERROR: ')}); "
+                f"free some and run the same again; partial work is kept in {error_file.parent / name}"
             )
-        if KILLED.search(line):
-            return StageError(f"{name}: its process was killed; if memory was short, take a smaller batch_size")
+        if ended := STAGE_ENDED.search(line):
+            if ended["status"] in ("-9", "137"):
+                return StageError(f"{name}: its process was killed; if memory was short, take a smaller batch_size")
+            if of_stage and of_stage[-1].startswith((f"{name}: ", f"tasks.{name}: ")):  # it could not write the file
+                return StageError(of_stage[-1])
     return StageError("\n".join([f"{name}: DVC ended with status {code}, saying:", *lines[-15:]]))
 
 

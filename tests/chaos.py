@@ -1,4 +1,4 @@
-"""What `make test` has no time for: kills at random moments, and several at once. `python -m tests.chaos [KILLS]`.
+"""What `make test` has no time for: kills at random moments, several at once. `python -m tests.chaos [KILLS [ATTACK]]`.
 
 Every attack is made on the small repository of tests/conftest; its stage `convert` takes steps and goes on from the
 last. Prints a line an attack and ends with status 1 when anything was lost or left behind.
@@ -54,6 +54,7 @@ class Attack:
     def __init__(self, folder: Path):
         self.repo: SmallRepo = made_repo(folder / "repo")
         (self.repo.root / "tasks/convert.py").write_text(CONVERT)
+        (self.repo.root / "data").mkdir()  # as in every clone
         self.mark = uuid.uuid4().hex
         self.env = {**os.environ, "T5_CHAOS": self.mark, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
         self.env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -165,8 +166,10 @@ def main() -> None:
         "2 flows of one target at once": lambda attack: many_at_once(attack, 2, *FLOW),
         f"{kills} kills of the flow": lambda attack: kill_the_flow(attack, kills),
     }
-    bad = 0
+    bad, chosen = 0, " ".join(sys.argv[2:])
     for name, attack in attacks.items():
+        if chosen not in name:
+            continue
         with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
             problems = attack(made := Attack(Path(folder)))
             if problems:
