@@ -6,7 +6,6 @@ from prefect import runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas import filters
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import get_current_settings
 from prefect.states import Crashed
 
@@ -18,6 +17,8 @@ PROCESS = "process "  # begins the tag that says whose a flow run is
 
 def end_temporary_server_with_us() -> None:
     """Prefect stops the server that it starts for a flow only where the flow can still ask for it."""
+    from prefect.server.api.server import SubprocessASGIServer  # seconds, which a flow with a server need not spend
+
     start = SubprocessASGIServer._run_uvicorn_command
 
     def watched(server):
