@@ -16,14 +16,16 @@ from prefect import Task, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
+from flows import server
 from flows.process import environment, stream
 from t5lib.utils.errors import T5Error
 from tasks import targets
-from tasks.runtime import tracking, warm
+from tasks.runtime import failures, readiness, tracking, warm
 
 LIBRARIES = targets.libraries({})  # of classifiers: what ablations compare
 TASK = [sys.executable, "-m", "tasks.studies.ablation"]
 PREFIX = "ablation: "  # of the command's own errors
+KEPT = "finished variants are kept"
 SHOWN = 15  # last lines of a broken command that its error shows
 
 
@@ -39,9 +41,13 @@ def ablate(name: str = "dinov2-fashion", seeds: list[int] | None = None, out: st
     Raises:
         T5Error: a slip in the settings, before any work; or what broke, after all else is done.
     """
+    server.sign_and_sweep(get_run_logger())
     # A returned state, not an exception, so that Prefect shows the message alone.
     try:
-        with warm.serving(LIBRARIES, environment(tracking.UNOBSERVED)) as variables:
+        with (
+            failures.in_words(Path.cwd(), lambda: KEPT),
+            warm.serving(LIBRARIES, environment(tracking.UNOBSERVED)) as variables,
+        ):
             return _run(Path.cwd(), name, seeds, out or f"docs/results/ablation-{Path(name).stem}", variables)
     except T5Error as error:
         return Failed(message=str(error), data=error)
@@ -111,6 +117,7 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell made us ignore Ctrl-C
     try:
+        readiness.check_disk(Path.cwd())
         print(*ablate(arguments.name, arguments.seeds, arguments.out), sep="\n")
     except T5Error as error:
         sys.exit(f"\n{error}")

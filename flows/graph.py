@@ -47,7 +47,9 @@ def order(dot: str, target: str) -> list[str]:
 
 
 def dvc_dag(root: Path) -> str:
-    run = subprocess.run(["dvc", "dag", "--dot"], cwd=root, env=environment({}), capture_output=True, text=True)
+    run = subprocess.run(
+        ["dvc", "--wait-for-lock", "dag", "--dot"], cwd=root, env=environment({}), capture_output=True, text=True
+    )
     if run.returncode:
         raise T5Error(f"`dvc dag` failed: {run.stderr.strip() or run.stdout.strip()}")
     return run.stdout

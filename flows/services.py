@@ -125,7 +125,7 @@ def ui(root: Path, port: int) -> None:
     if not store.is_file():
         raise T5Error(f"{store} does not exist: no run was recorded yet; `make demo` makes one")
     print(f"MLflow: http://127.0.0.1:{port}   (Ctrl-C ends it)", flush=True)
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{store.resolve()}"]
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking.store_uri(root)]
     place = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     # without this variable its job runners outlive it
     env = environment({"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})

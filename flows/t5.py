@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,27 @@ from prefect import Task, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
-from flows import graph
+from flows import dvc_locks, graph, server
 from flows.process import environment, stream
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
 from tasks import targets
-from tasks.runtime import params, tracking, warm
+from tasks.runtime import failures, params, processes, readiness, tracking, warm
+from tasks.runtime.stage import remove_recorded
 from tasks.targets.diffusers_folder import NOTE
 
 # What DVC and the loading of pipelines say that a reader of the log need not know.
 DVC_NOISE = re.compile(
     r"Running stage |> python -m |(Updating|Generating) lock file|To track the changes|\tgit add "
     r"|Loading (weights|pipeline components|checkpoint shards)|\s*deprecate\(|.*FutureWarning: `torch_dtype`"
-    r"|To enable auto staging|WARNING: .* is empty|\tdvc config |Use `dvc push`|Data and pipelines are up to date"
+    r"|To enable auto staging|WARNING: Process '.* Auto removed it from the lock file|WARNING: .* is empty"
+    r"|\tdvc config |Use `dvc push`|Data and pipelines are up to date"
 )
 DVC_SKIPPED = re.compile(r"Stage '.*' (didn't change, skipping|is cached - skipping run)")
+STAGE_ENDED = re.compile(r"failed to run: .*, exited with (?P<status>-?\d+)$")
 HEADLINES = ("evaluate", "benchmark")  # the stages whose metrics are shown with the whole run
 RETRY_AFTER_SECONDS = [5, 30]
+KEPT = "finished stages are kept"
 
 
 class StageError(T5Error):
@@ -71,14 +76,23 @@ def t5(target: str = "dinov2-fashion") -> dict[str, Any]:
         T5Error: unknown target, a setting that does not fit, or this is not the repository's folder.
     """
     # A returned state, not an exception, so that Prefect shows the message alone.
+    root = Path.cwd()
     try:
-        return _build(Path.cwd(), target)
+        with failures.in_words(root, lambda: KEPT):
+            return _build(root, target)
     except T5Error as error:
         return Failed(message=str(error), data=error)
 
 
 def _build(root: Path, target: str) -> dict[str, Any]:
+    log = get_run_logger()
     libraries = targets.libraries(params.read_target(root, target))
+    server.sign_and_sweep(log)
+    with processes.exclusive(root / f"data/scratch/{target}/flow.lock", f"target {target}", log.info):
+        return _build_alone(root, target, libraries)
+
+
+def _build_alone(root: Path, target: str, libraries: Sequence[str]) -> dict[str, Any]:
     with warm.serving(libraries, environment(tracking.UNOBSERVED)) as variables:
         return _built(root, target, variables)
 
@@ -97,10 +111,10 @@ def _built(root: Path, target: str, variables: dict[str, str]) -> dict[str, Any]
         root, target, target, settings, {"stage": "flow", "protocol": tracking.protocol(settings, names)}
     )
     run.log_params(settings)
-    variables = variables | ({tracking.PARENT_VARIABLE: run.id} if run.id else {})
     try:
         for name in names:
-            _stage_task(name)(str(root), name, target, variables, return_state=True).result()
+            recorded = variables | {tracking.PARENT_VARIABLE: run.id or ""}
+            _stage_task(name)(str(root), name, target, recorded, return_state=True).result()
             run.adopt_stage(root, target, name)
         headlines = {name: read_json(root / f"data/out/{target}/{name}.json") for name in HEADLINES if name in names}
         run.log_metrics(headlines)
@@ -131,11 +145,16 @@ def run_stage(root: str, name: str, target: str, variables: dict[str, str]) -> S
             skipped = True
         elif not DVC_NOISE.match(line):
             lines.append(line)
-            if not line.startswith("ERROR: failed to reproduce"):  # DVC's own; _stage_error shows it if need be
+            # DVC's own words; _stage_error shows them if need be
+            if not line.startswith("ERROR: failed to reproduce") and not dvc_locks.REFUSAL.match(line):
                 log.info(line)
 
     command = ["dvc", "--wait-for-lock", "repro", "-s", f"{name}@{target}"]
-    code = stream(command, on_line, cwd=Path(root), env=environment(variables))
+    while code := stream(command, on_line, cwd=Path(root), env=environment(variables)):
+        if not dvc_locks.wait(Path(root), lines, log.info):
+            break
+        lines.clear()
+    remove_recorded(Path(root), target)
     if code:
         error = _stage_error(name, error_file, lines, code)
         return Failed(message=str(error), data=error)
@@ -145,9 +164,23 @@ def run_stage(root: str, name: str, target: str, variables: dict[str, str]) -> S
 
 
 def _stage_error(name: str, error_file: Path, lines: list[str], code: int) -> StageError:
+    """The stage's own words; where it had none, what DVC said."""
     if error_file.is_file():
         error = read_json(error_file)
         return StageError(f"{name}: {error['message']}", retryable=error["retryable"])
+    of_dvc = [line for line in lines if line.startswith("ERROR: ")]
+    of_stage = [line for line in lines if line not in of_dvc]
+    for line in of_dvc:
+        if failures.FULL.search(line):
+            return StageError(
+                f"{name}: no space is left on the disk where DVC keeps the result ({line.removeprefix('ERROR: ')}); "
+                f"free some and run the same again; partial work is kept in {error_file.parent / name}"
+            )
+        if ended := STAGE_ENDED.search(line):
+            if ended["status"] in ("-9", "137"):
+                return StageError(f"{name}: its process was killed; if memory was short, take a smaller batch_size")
+            if of_stage and of_stage[-1].startswith((f"{name}: ", f"tasks.{name}: ")):  # it could not write the file
+                return StageError(of_stage[-1])
     return StageError("\n".join([f"{name}: DVC ended with status {code}, saying:", *lines[-15:]]))
 
 
@@ -187,7 +220,10 @@ def main() -> None:
     target = parser.parse_args().target
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell made us ignore Ctrl-C
     try:
-        t5(target)
+        params.read_target(Path.cwd(), target)
+        readiness.check_disk(Path.cwd())
+        with failures.in_words(Path.cwd(), lambda: KEPT):
+            t5(target)
     except T5Error as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:

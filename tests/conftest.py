@@ -165,19 +165,26 @@ class SmallRepo:
         return run.stdout
 
 
+LIBRARIES = ("mlflow.store.tracking.sqlalchemy_store",)  # the stages import nothing else that takes long
+
+
 @pytest.fixture
 def small_repo(tmp_path, monkeypatch) -> SmallRepo:
     """It is also the working folder."""
-    root = tmp_path / "repo"
+    monkeypatch.setattr(targets, "_LIBRARIES", {"classifier": LIBRARIES})
+    repo = made_repo(tmp_path / "repo")
+    monkeypatch.chdir(repo.root)
+    return repo
+
+
+def made_repo(root: Path) -> SmallRepo:
     for module in ("__init__", "targets/__init__", "targets/__main__", "targets/run", "targets/diffusers_folder"):
         (root / f"tasks/{module}.py").parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / f"tasks/{module}.py", root / f"tasks/{module}.py")
     shutil.copytree(ROOT / "tasks/runtime", root / "tasks/runtime", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "tasks/targets/classifier.py").write_text(TARGET)
-    libraries = ("mlflow.store.tracking.sqlalchemy_store",)  # the stages import nothing else that takes long
     kinds = root / "tasks/targets/__init__.py"
-    kinds.write_text(f"{kinds.read_text()}\n_LIBRARIES = {{'classifier': {libraries}}}\n")
-    monkeypatch.setattr(targets, "_LIBRARIES", {"classifier": libraries})
+    kinds.write_text(f"{kinds.read_text()}\n_LIBRARIES = {{'classifier': {LIBRARIES}}}\n")
     for name, inputs in INPUTS.items():
         (root / f"tasks/{name}.py").write_text(STAGE.format(name=name, inputs=inputs))
     (root / "params.yaml").write_text(PARAMS)
@@ -190,7 +197,6 @@ def small_repo(tmp_path, monkeypatch) -> SmallRepo:
     repo.git("init", "-q")
     repo.git("add", "-A")
     repo.git("commit", "-qm", "start")
-    monkeypatch.chdir(root)
     return repo
 
 
@@ -246,4 +252,4 @@ def unrecorded(small_repo, monkeypatch):
     """Child processes run as if MLflow were not installed: they are quicker, and it must work."""
     (small_repo.root / "site").mkdir()
     (small_repo.root / "site/sitecustomize.py").write_text('import sys; sys.modules["mlflow"] = None')
-    monkeypatch.setenv("PYTHONPATH", str(small_repo.root / "site"))
+    monkeypatch.setenv("PYTHONPATH", str(small_repo.root / "site"), prepend=os.pathsep)

@@ -5,6 +5,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -173,3 +174,24 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# What atomic_file and atomic_dir call their own.
+LEFTOVER = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{8}-\d+)?\.[a-z0-9_]{8}(\.\w+)?")
+
+
+def remove_leftovers(folder: Path | str) -> None:
+    """Remove what killed writers left in `folder` and below; an old folder that was set aside is put back.
+
+    Only for a folder that no other process writes to now.
+    """
+    for path in sorted(Path(folder).rglob(".*")):
+        if not (match := LEFTOVER.fullmatch(path.name)):
+            continue
+        place = path.with_name(match["name"])
+        if (path / "old").is_dir() and not place.exists():
+            os.replace(path / "old", place)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

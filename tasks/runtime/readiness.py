@@ -7,6 +7,8 @@ from typing import Any
 
 from t5lib.download import hub
 from t5lib.utils.errors import SourceError, T5Error
+from t5lib.utils.files import write_bytes
+from tasks.runtime import failures
 
 # Settings that name sources: section, setting, what it is, and what to do when a file: is not there.
 SOURCES = (
@@ -16,6 +18,7 @@ SOURCES = (
     ("shards", "train", "training images", "put them there"),
     ("shards", "val", "validation images", "put them there"),
 )
+PROBE = 8 << 20  # bytes: what the records of a run may take
 CAPTIONED = " as tar files with <key>.jpg and <key>.txt (img2dataset with output_format=webdataset writes such)"
 
 
@@ -35,6 +38,13 @@ def check(root: Path, target: str, settings: dict[str, Any]) -> None:
         missing.append("  bitsandbytes: adamw8bit needs it; pip install bitsandbytes, or set optimizer: adamw")
     if missing:
         raise T5Error("\n".join([f"'{target}' cannot be built yet. Missing:", *missing]))
+
+
+def check_disk(root: Path) -> None:
+    """Raises T5Error where nothing, or next to nothing, can be written to data/."""
+    with failures.in_words(root, lambda: "nothing was started"):
+        write_bytes(root / "data/.probe", bytes(PROBE))
+        (root / "data/.probe").unlink()
 
 
 def _optimizers(settings: Any) -> set[str]:

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
 import traceback
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,11 @@ import yaml
 
 from t5lib.utils.config import AnySettings, from_dict, to_dict
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json, sha256, write_json, write_text
+from t5lib.utils.files import read_json, remove_leftovers, sha256, write_json, write_text
+from tasks.runtime import processes
 from tasks.runtime.tracking import NoRun
+
+FINISHED = "finished"  # in the scratch folder of a stage that succeeded, until DVC has recorded it
 
 
 class Stage:
@@ -21,13 +26,14 @@ class Stage:
     Attributes:
         name, target: such as "convert" and "dinov2-fashion".
         root: the repository's folder.
+        settings: of the target, by section.
     """
 
     def __init__(self, name: str, target: str, *, settings: dict[str, Any], sections: dict[str, type], root: Path):
         self.name, self.target, self.root = name, target, root
         self.resolved: dict[str, Any] = {}  # what params() gave out, as plain values
         self.run_log: NoRun = NoRun()  # its MLflow run
-        self._settings, self._sections = settings, sections
+        self.settings, self._sections = settings, sections
         self._declared = _declared(root, name, target)
         self._configs: dict[str, Any] = {}
         self._used: dict[str, str] = {}  # what input() and metrics() gave out, as checksums
@@ -45,10 +51,10 @@ class Stage:
         if self._sections.get(section) is not cls:
             raise RuntimeError(f'tasks/{self.name}.py reads "{section}", a {cls.__name__}: add it to its READS')
         where = f"params.yaml: targets.{self.target}"
-        if section not in self._settings:
+        if section not in self.settings:
             raise T5Error(f"{where} has no section '{section}', which stage '{self.name}' reads; add it, empty: {{}}")
         self._must_be_declared(f"targets.{self.target}.{section}")
-        config = from_dict(cls, self._settings[section], f"{where}.{section}")
+        config = from_dict(cls, self.settings[section], f"{where}.{section}")
         self._still_open(f'params("{section}")')
         self.resolved[section] = to_dict(config)
         self.run_log.log_params(self.resolved)
@@ -85,11 +91,11 @@ class Stage:
         """The folder for checkpoints: the same one again after a crash, as long as settings and inputs are the same.
 
         Call it (and `log`) after params(), input() and metrics() were asked for the last new one. It is removed on
-        success.
+        success; under DVC, once DVC has recorded that.
         """
         if self._resume_dir is None:
             made_from = json.dumps([self.resolved, self._used], sort_keys=True)
-            self._resume_dir = self._scratch / self.name / hashlib.sha256(made_from.encode()).hexdigest()[:16]
+            self._resume_dir = self._partial_work / hashlib.sha256(made_from.encode()).hexdigest()[:16]
             self._resume_dir.mkdir(parents=True, exist_ok=True)
             _rewrite_history(self._history, self._history)  # a killed run may have left half a line
         return self._resume_dir
@@ -110,6 +116,10 @@ class Stage:
         write_json(self.out / name, value)
         self.artifact(self.out / name)
 
+    def publish(self, name: str) -> None:
+        """Put a folder of resume_dir() among the outputs; it stays there too, by hard links where possible."""
+        shutil.copytree(self.resume_dir() / name, self.out / name, copy_function=_link_or_copy)
+
     @property
     def metrics_file(self) -> Path:
         return self._outputs / f"{self.name}.json"
@@ -117,6 +127,15 @@ class Stage:
     @property
     def error_file(self) -> Path:
         return self._scratch / f"{self.name}.error.json"
+
+    def kept(self) -> str:
+        """What there is still when the stage broke, in words."""
+        partial = any(path.is_file() for path in self._partial_work.rglob("*"))
+        return f"partial work is kept in {self._partial_work}" if partial else "the results of other stages are kept"
+
+    @property
+    def _partial_work(self) -> Path:
+        return self._scratch / self.name
 
     @property
     def _outputs(self) -> Path:
@@ -146,10 +165,20 @@ class Stage:
     def _remedy(self, stage: str) -> str:
         return f"run `dvc repro {stage}@{self.target}` or `python -m flows.t5 {self.target}`"
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Within, no other process makes this stage of this target."""
+        lock = self._scratch / f"{self.name}.lock"
+        return processes.exclusive(lock, f"stage {self.name} of {self.target}")
+
     def begin(self) -> None:
         """Clear what an earlier run left, so that nothing stale is ever taken for a result."""
+        remove_recorded(self.root, self.target)
+        if self._partial_work.is_dir():
+            remove_leftovers(self._partial_work)
+            (self._partial_work / FINISHED).unlink(missing_ok=True)
         for folder in (self.out, self._outputs / self.name):
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.is_dir():
+                shutil.rmtree(folder)
         for file in (self.metrics_file, self.error_file):
             file.unlink(missing_ok=True)
         self.out.mkdir(parents=True)
@@ -160,7 +189,10 @@ class Stage:
             _rewrite_history(self._history, self.out / "history.jsonl")
         self.out.replace(self._outputs / self.name)
         write_json(self.metrics_file, metrics)
-        shutil.rmtree(self._scratch / self.name, ignore_errors=True)
+        if "DVC_STAGE" in os.environ and self._partial_work.is_dir():  # DVC drops the outputs if it is killed now
+            (self._partial_work / FINISHED).touch()
+        else:
+            shutil.rmtree(self._partial_work, ignore_errors=True)
 
     def fail(self, error: BaseException) -> None:
         """Leave the error where the flow finds it; partial work stays in resume_dir()."""
@@ -169,14 +201,30 @@ class Stage:
             message = "interrupted; run it again to go on from its last checkpoint"
         else:
             message = str(error) if isinstance(error, T5Error) else f"{type(error).__name__}: {error}"
-        write_json(
-            self.error_file,
-            {
-                "message": message,
-                "retryable": getattr(error, "retryable", False),
-                "traceback": "".join(traceback.format_exception(error)),
-            },
-        )
+        with suppress(OSError):  # the disk may be full: `error` says so, and this must not take its place
+            write_json(
+                self.error_file,
+                {
+                    "message": message,
+                    "retryable": getattr(error, "retryable", False),
+                    "traceback": "".join(traceback.format_exception(error)),
+                },
+            )
+
+
+def remove_recorded(root: Path, target: str) -> None:
+    """Remove the partial work of the target's stages that succeeded and whose results DVC has recorded."""
+    finished = list((root / "data/scratch" / target).glob(f"*/{FINISHED}"))
+    lock = root / "dvc.lock"
+    if not finished or not lock.is_file():
+        return
+    recorded = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
+    for mark in finished:
+        name = mark.parent.name
+        metrics = f"data/out/{target}/{name}.json"
+        outs = {out["path"]: out.get("md5") for out in recorded.get(f"{name}@{target}", {}).get("outs", [])}
+        if (root / metrics).is_file() and outs.get(metrics) == _md5(root / metrics):
+            shutil.rmtree(mark.parent, ignore_errors=True)
 
 
 def _declared(root: Path, name: str, target: str) -> set[str] | None:
@@ -187,6 +235,17 @@ def _declared(root: Path, name: str, target: str) -> set[str] | None:
         return None
     entry = stages[name].get("do", stages[name])
     return {item.replace("${item}", target) for item in [*entry.get("deps", []), *entry.get("params", [])]}
+
+
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def _link_or_copy(source: str, to: str) -> None:
+    try:
+        os.link(source, to)
+    except OSError:  # on another file system, or one without links
+        shutil.copy2(source, to)
 
 
 def _checksum(folder: Path) -> str:

@@ -7,19 +7,24 @@ it is reported once and the rest of the run goes unrecorded.
 import importlib.util
 import os
 import platform
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import sha256
+from tasks.runtime import processes
 
 # Not MLFLOW_RUN_ID: with that one set a stage would write into its parent's run instead of making its own.
+# Empty: the flow could not record and has said why; its stages do not try again.
 PARENT_VARIABLE = "T5_PARENT_RUN"
 FOLDER = Path("data/mlflow")
+PROCESS = "process"  # tag: whose a run is
 UNOBSERVED = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}  # read when MLflow is imported
 
 
@@ -30,7 +35,7 @@ def _never_fatal(method: Callable) -> Callable:
             try:
                 method(self, *args, **kwargs)
             except Exception as error:
-                self.broken = True
+                self.broken, self.id = True, None
                 print(f"MLflow: {type(error).__name__}: {error}; this run is not recorded further", file=sys.stderr)
 
     return guarded
@@ -116,20 +121,32 @@ class Run(NoRun):
 def start_run(root: Path, target: str, name: str, settings: dict[str, Any], tags: dict[str, str]) -> NoRun:
     """Start a run called `name`, nested in the flow's run when PARENT_VARIABLE holds one.
 
-    `settings` are the target's, by section; those that tell one run from another at a glance become tags.
+    `settings` are the target's, by section; those that tell one run from another at a glance become tags. Runs whose
+    process was killed are marked so.
     """
     parent = os.environ.get(PARENT_VARIABLE)
+    if parent == "":
+        return NoRun()
     nested = {"mlflow.parentRunId": parent} if parent else {}
     tags = {"target": target, **_telling(settings), **_commit(root), **tags, **nested, "mlflow.user": _user()}
     try:
         client = _client(root)
         if client is None:
             return NoRun()
-        run = client.create_run(_experiment(client, root), run_name=name, tags=tags)
+        experiment = _experiment(client, root)
+        if not parent:
+            _close_killed(client, experiment)
+        run = client.create_run(experiment, run_name=name, tags={**tags, PROCESS: processes.identity()})
     except Exception as error:
         print(f"MLflow: {type(error).__name__}: {error}; this run is not recorded", file=sys.stderr)
         return NoRun()
     return Run(client, run.info.run_id)
+
+
+def _close_killed(client: Any, experiment: str) -> None:
+    for run in client.search_runs([experiment], "attributes.status = 'RUNNING'", max_results=1000):
+        if processes.is_gone(run.data.tags.get(PROCESS, "")):
+            client.set_terminated(run.info.run_id, "KILLED")
 
 
 def record_past_run(
@@ -238,7 +255,23 @@ def _client(root: Path) -> Any | None:
     for name in ("mlflow", "alembic"):  # they announce every table they create
         logging.getLogger(name).setLevel(logging.WARNING)
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
-    return MlflowClient(f"sqlite:///{(root / FOLDER / 'mlflow.db').resolve()}")
+    _must_open(root / FOLDER / "mlflow.db")
+    return MlflowClient(store_uri(root))
+
+
+def store_uri(root: Path) -> str:
+    """MLflow's database as the URI that MLflow takes. Raises T5Error for a path that such a URI cannot hold."""
+    database = (root / FOLDER / "mlflow.db").resolve()
+    for place in (str(database), os.path.relpath(database)):
+        if not set("%?#") & set(place):  # MLflow and what it uses would read them each in its own way
+            return f"sqlite:///{place}"
+    raise T5Error(f"{database} has one of % ? # in its path, which MLflow cannot take; run this from {root.resolve()}")
+
+
+def _must_open(database: Path) -> None:
+    """Raises sqlite3.Error at once where MLflow would try again for minutes."""
+    with closing(sqlite3.connect(database, timeout=10.0)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
 
 
 def _experiment(client: Any, root: Path) -> str:

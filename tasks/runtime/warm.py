@@ -15,6 +15,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -62,7 +63,7 @@ def serving(libraries: Sequence[str], environment: Mapping[str, str]) -> Iterato
 
 
 def serve(listener: socket.socket, libraries: Sequence[str]) -> None:
-    """Until standard input ends, fork for everyone who calls."""
+    """Until standard input ends, fork for everyone who calls; then remove the folder of the socket."""
     with listener:
         for library in libraries:
             with suppress(ImportError):  # the stage that needs it will say so
@@ -70,7 +71,8 @@ def serve(listener: socket.socket, libraries: Sequence[str]) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
         while True:
             ready, _, _ = select.select([listener, sys.stdin], [], [])
-            if sys.stdin in ready:
+            if sys.stdin in ready:  # the flow was killed
+                shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
                 return
             caller, _ = listener.accept()
             if os.fork() == 0:

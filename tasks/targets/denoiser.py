@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 import re
 import shutil
 from pathlib import Path
@@ -190,8 +189,8 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         work, sizes = self.stage.resume_dir(), dict[str, int]()
         for split, shards in sets.items():
             encode(shards, work / split, images=images, text=text, config=config.encode)
-        for split, shards in sets.items():  # together at the end: what is encoded already must outlive a crash
-            os.replace(work / split, self.stage.out / split)
+        for split, shards in sets.items():
+            self.stage.publish(split)
             shards.write(self.stage.out / f"images-{split}.json", root=self.stage.root)
             sizes |= {split: shards.count, f"{split}_left_out": shards.left_out}
         return sizes
@@ -215,7 +214,7 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         images = stage.resume_dir() / "images"
         drawn = {name: evaluator.draw(name, folder, images / name) for name, folder in folders.items()}
         scores = evaluator.scores(drawn)
-        os.replace(images, stage.out / "images")
+        stage.publish("images")
         few = {name: each.images[: config.shown] for name, each in drawn.items()}
         plots.save(sample_grid(few, evaluator.prompts[: config.shown]), stage.out / "samples.png")
         stage.artifact(stage.out / "samples.png")

@@ -27,6 +27,7 @@ from typing import Any
 
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import sha256
+from tasks.runtime.failures import in_words
 from tasks.runtime.params import read_target
 from tasks.runtime.stage import Stage
 from tasks.runtime.tracking import device, flatten, start_run
@@ -43,19 +44,27 @@ def run_stage(
         track: record the run in MLflow.
 
     Raises:
-        Exception: what the stage raises; it is also written to `data/scratch/<target>/<stage>.error.json`.
+        T5Error: disk, permission or memory stopped it, in words.
+        Exception: what else the stage raises; either is also written to `data/scratch/<target>/<stage>.error.json`.
     """
     root = Path(root)
     settings = read_target(root, target) if params is None else params
     module, of_kind = import_module(f"tasks.{name}"), kind(settings)
     sections = {section: of_kind.SECTIONS[section] for section in module.READS}
     stage = Stage(name, target, settings=settings, sections=sections, root=root)
-    stage.begin()
-    if track:
-        stage.run_log = start_run(root, target, name, settings, {"stage": name, "protocol": name})
+    with in_words(root, stage.kept), stage.alone():
+        return _run_alone(stage, lambda: module.run(of_kind(stage)), track)
+
+
+def _run_alone(stage: Stage, run: Callable[[], dict[str, Any]], track: bool) -> dict[str, Any]:
     try:
-        metrics = module.run(of_kind(stage))
-        stage.succeed(metrics)
+        with in_words(stage.root, stage.kept):
+            stage.begin()
+            if track:
+                tags = {"stage": stage.name, "protocol": stage.name}
+                stage.run_log = start_run(stage.root, stage.target, stage.name, stage.settings, tags)
+            metrics = run()
+            stage.succeed(metrics)
     except BaseException as error:
         stage.fail(error)
         stage.run_log.set_tags({"device": device()})

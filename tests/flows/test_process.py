@@ -1,6 +1,7 @@
 """Commands started by a flow: their lines arrive while they run, and they end when the flow does."""
 
 import os
+import subprocess
 import sys
 import time
 
@@ -18,6 +19,7 @@ while True:
         print(os.getpid(), child.pid)
         time.sleep(60)
     except KeyboardInterrupt:
+        print("one last word")
         if sys.argv[1] == "obedient":
             open("checkpoint", "w").close()
             raise
@@ -61,6 +63,22 @@ def test_an_interrupt_ends_the_whole_family_after_time_for_a_checkpoint(tmp_path
     assert len(family) == 2
     assert not any(alive(pid) for pid in family)
     assert (tmp_path / "checkpoint").exists() == (kind == "obedient")
+
+
+def test_a_killed_flow_takes_its_commands_with_it_after_time_for_a_checkpoint(tmp_path):
+    flow = f"""
+import sys
+from pathlib import Path
+from flows.process import environment, stream
+command = [sys.executable, "-c", {FAMILY!r}, "obedient"]
+stream(command, lambda line: print(line, flush=True), cwd=Path({str(tmp_path)!r}), env=environment({{}}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", flow], stdout=subprocess.PIPE, text=True)
+    family = [int(pid) for pid in process.stdout.readline().split()]
+    process.kill()
+    process.communicate()
+    assert len(family) == 2 and not any(alive(pid) for pid in family)
+    assert (tmp_path / "checkpoint").exists()
 
 
 def alive(pid):

@@ -109,6 +109,28 @@ def test_what_fails_before_a_stage_begins_is_told_with_dvcs_words(mlflow_repo, u
 
 
 @pytest.mark.parametrize(
+    ("last", "status", "message"),
+    [
+        ("fetch: out/a: no space is left on its disk", 1, "fetch: out/a: no space is left on its disk"),
+        ("tasks.fetch: its process was killed; if", 1, "tasks.fetch: its process was killed; if"),
+        ("fetch: 10/20  loss 1", -9, "fetch: its process was killed; if memory was short"),
+    ],
+    ids=["full disk", "killed fork", "killed"],
+)
+def test_a_stage_that_could_not_leave_its_error_is_told_in_one_line(tmp_path, last, status, message):
+    ended = f"ERROR: failed to reproduce 'fetch@a': failed to run: python -m tasks.fetch a, exited with {status}"
+    error = t5_module._stage_error("fetch", tmp_path / "fetch.error.json", ["fetch: 1/20  loss 2", last, ended], 255)
+    assert str(error).startswith(message) and "\n" not in str(error)
+
+
+def test_a_disk_that_is_full_for_dvc_is_told_with_what_is_kept(tmp_path):
+    lines = ["fetch: 20/20  loss 1", "ERROR: unexpected error - [Errno 28] No space left on device: 'x'"]
+    error = t5_module._stage_error("fetch", tmp_path / "fetch.error.json", lines, 255)
+    assert str(error).startswith("fetch: no space is left on the disk where DVC keeps the result (unexpected error")
+    assert str(error).endswith(f"partial work is kept in {tmp_path / 'fetch'}")
+
+
+@pytest.mark.parametrize(
     ("target", "old", "new", "message"),
     [
         ("smal", "small", "small", "no target 'smal'; did you mean 'small'"),

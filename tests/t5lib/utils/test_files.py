@@ -125,3 +125,12 @@ def test_a_folder_is_always_there_and_what_a_kill_leaves_is_swept(tmp_path, monk
 def test_json_is_readable_by_people(tmp_path):
     files.write_json(tmp_path / "x.json", {"a": 1})
     assert (tmp_path / "x.json").read_text() == json.dumps({"a": 1}, indent=2) + "\n"
+
+
+def test_what_killed_writers_left_is_removed_and_a_folder_set_aside_is_put_back(tmp_path):
+    for name in (".data.json.ab12_xyz.json", "a/.weights.abcdefgh", ".keep", "a/data.json", ".half.abcdefgh/new/x"):
+        files.write_text(tmp_path / name, "")
+    files.write_text(tmp_path / f".model.{files._HOST}-77.12345678/old/weights", "old")
+    files.remove_leftovers(tmp_path)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == [".keep", "a/data.json", "model/weights"]

@@ -1,5 +1,8 @@
 """What a target needs and cannot be had is named at once, each with its remedy, before any work."""
 
+import errno
+import os
+
 import pytest
 
 from t5lib.utils.errors import SourceError, T5Error
@@ -68,3 +71,15 @@ def test_every_target_of_ours_names_its_sources_where_they_are_looked_for():
     for target in params.read()["targets"].values():
         named = {(section, name) for section, name, _, _ in readiness.SOURCES if target[section].get(name)}
         assert {("fetch", "source"), ("shards", "train"), ("shards", "val")} <= named
+
+
+def test_a_full_disk_is_told_before_anything_starts(tmp_path, monkeypatch):
+    readiness.check_disk(tmp_path)
+    assert list((tmp_path / "data").iterdir()) == []
+
+    def fail(path, _content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(readiness, "write_bytes", fail)
+    with pytest.raises(T5Error, match=r"no space is left on its disk; free some .*; nothing was started$"):
+        readiness.check_disk(tmp_path)

@@ -1,6 +1,9 @@
 """Stages: results appear whole or not at all, crashes leave what is needed to go on, slips are named."""
 
+import errno
+import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +11,7 @@ import time
 from dataclasses import dataclass
 
 import pytest
+import yaml
 
 from t5lib.utils.errors import SourceError, T5Error
 from tasks.runtime.stage import read_history
@@ -44,7 +48,8 @@ def fail_with(error):
 
 
 def everything_under(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return sorted(str(path.relative_to(folder)) for path in files)
 
 
 def test_output_and_metrics_are_in_their_place_and_nothing_else_is_left(stage, tmp_path):
@@ -150,6 +155,107 @@ def test_history_survives_a_kill_and_later_points_replace_earlier_ones(stage, tm
         {"step": 20, "loss": 0.5},
         {"step": 30, "loss": 0.25, "val_top1": 80.0},
     ]
+
+
+def dvc_lock(root, name):
+    digest = hashlib.md5((root / f"data/out/a/{name}.json").read_bytes()).hexdigest()
+    outs = [{"path": f"data/out/a/{name}", "md5": "x.dir"}, {"path": f"data/out/a/{name}.json", "md5": digest}]
+    (root / "dvc.lock").write_text(yaml.safe_dump({"stages": {f"{name}@a": {"outs": outs}}}))
+
+
+def test_under_dvc_partial_work_stays_until_dvc_has_recorded_the_stage(stage, tmp_path, monkeypatch):
+    """DVC, killed while it stores the outputs, removes them and runs the stage again."""
+    monkeypatch.setenv("DVC_STAGE", "demo@a")
+    seen = []
+
+    def run(stage):
+        checkpoint = stage.resume_dir() / "checkpoint"
+        seen.append(checkpoint.exists())
+        checkpoint.touch()
+        return {"top1": len(seen)}
+
+    stage(run)
+    stage(write_result_named, name="other")  # sees no dvc.lock
+    stage(run)
+    dvc_lock(tmp_path, "demo")
+    stage(write_result_named, name="other")
+    stage(run)
+    assert seen == [False, True, False]
+
+
+def test_a_stage_that_dvc_recorded_and_that_broke_later_keeps_its_partial_work(stage, tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_STAGE", "demo@a")
+    stage(write_result)
+    dvc_lock(tmp_path, "demo")
+
+    def broken(stage):
+        (stage.resume_dir() / "checkpoint").touch()
+        raise T5Error("stopped")
+
+    with pytest.raises(T5Error):
+        stage(broken)
+    stage(write_result_named, name="other")
+    assert [path.rsplit("/")[-1] for path in everything_under(tmp_path / "data/scratch")] == [
+        "demo.error.json",
+        "checkpoint",
+    ]
+
+
+def publish(stage):
+    size = stage.params(Config).size
+    for name in ("train", "val"):
+        folder = stage.resume_dir() / name
+        folder.mkdir(exist_ok=True)
+        if not (folder / "tar").exists():
+            (folder / "tar").write_text("encoded by " + str(size))
+        stage.publish(name)
+    return {}
+
+
+def no_links(*_):
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+
+@pytest.mark.parametrize("link", [os.link, no_links], ids=["links", "another file system"])
+def test_what_is_published_stays_in_scratch_when_the_next_step_fails(stage, tmp_path, monkeypatch, link):
+    monkeypatch.setattr(os, "link", link)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "data/out/a/demo.json")
+
+    def fail(*_):
+        raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.runtime.stage.write_json", fail)  # that of the error file too
+        with pytest.raises(T5Error, match=r"demo.json: no space is left .*; partial work is kept in .*scratch/a/demo$"):
+            stage(publish)
+    kept = [path for path in everything_under(tmp_path / "data/scratch/a/demo") if path.endswith("tar")]
+    assert len(kept) == 2
+    stage(publish)
+    assert everything_under(tmp_path / "data/out/a/demo") == ["train/tar", "val/tar"]
+    assert everything_under(tmp_path / "data/scratch") == []
+
+
+def test_files_that_a_killed_run_was_writing_are_in_nobodys_way(stage, tmp_path):
+    def killed(stage):
+        (stage.resume_dir() / ".encoding.json.ab12_xyz.json").touch()
+        (stage.resume_dir() / "checkpoint").touch()
+        raise T5Error("killed")
+
+    with pytest.raises(T5Error):
+        stage(killed)
+    stage(lambda stage: {"files": len(list(stage.resume_dir().iterdir()))})
+    assert json.loads((tmp_path / "data/out/a/demo.json").read_text()) == {"files": 1}
+
+
+def test_results_that_cannot_be_replaced_are_told_with_their_path(stage, tmp_path, monkeypatch):
+    stage(write_result)
+
+    def refuse(path, **_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    with pytest.raises(T5Error, match=r"data/out/a/demo: Permission denied; give this user the right"):
+        stage(write_result)
 
 
 def test_missing_input_is_named_with_the_command_that_makes_it(stage):

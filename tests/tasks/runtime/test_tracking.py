@@ -1,13 +1,15 @@
 """MLflow on sqlite: what a run holds, what tells runs apart, and that the record never stops the work."""
 
 import json
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
-from tasks.runtime import tracking
+from tasks.runtime import processes, tracking
 from tasks.targets.run import run_stage
 
 pytestmark = pytest.mark.pipeline
@@ -113,10 +115,41 @@ def test_uncommitted_changes_show_in_the_commit(mlflow_repo):
     assert tracking.git_commit(mlflow_repo.root / "..") == "unknown"
 
 
-def test_a_broken_store_costs_the_record_and_not_the_work(mlflow_repo, convert, capsys):
+def test_a_broken_store_costs_the_record_and_neither_the_work_nor_minutes(mlflow_repo, convert, capsys):
     (mlflow_repo.root / "data/mlflow/mlflow.db").write_text("not a database")
+    started = time.monotonic()
     assert convert(learn)["top1"] == 84.5
     assert "this run is not recorded" in capsys.readouterr().err
+    assert time.monotonic() - started < 15
+
+
+def test_what_the_flow_could_not_record_its_stages_do_not_try_to(mlflow_repo, convert, capsys, monkeypatch):
+    (mlflow_repo.root / "data/mlflow/mlflow.db").write_text("not a database")
+    monkeypatch.setenv(tracking.PARENT_VARIABLE, "")
+    convert(learn)
+    assert capsys.readouterr().err == ""
+
+
+def test_runs_whose_process_was_killed_do_not_seem_to_run(mlflow_repo, convert):
+    host, pid, _ = processes.identity().split()
+    client = tracking._client(mlflow_repo.root)
+    experiment = tracking._experiment(client, mlflow_repo.root)
+    owners = {"killed": f"{host} {pid} 1", "elsewhere": f"another {pid} 1", "alive": processes.identity()}
+    for name, owner in owners.items():
+        client.create_run(experiment, run_name=name, tags={tracking.PROCESS: owner})
+    convert(learn)
+    status = {run.info.run_name: run.info.status for run in mlflow_repo.recorded()}
+    assert status == {"killed": "KILLED", "elsewhere": "RUNNING", "alive": "RUNNING", "convert": "FINISHED"}
+
+
+@pytest.mark.parametrize("name", ["50%", "a%20b", "why?", "what?x=1#2"])
+def test_the_store_stays_in_a_folder_whose_name_means_something_in_a_uri(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    assert tracking.store_uri(Path()) == "sqlite:///data/mlflow/mlflow.db"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(T5Error, match="MLflow cannot take; run this from"):
+        tracking.store_uri(tmp_path / name)
 
 
 def test_a_store_that_breaks_on_the_way_is_reported_once(mlflow_repo, convert, capsys):

@@ -112,12 +112,13 @@ def test_the_process_ends_with_the_flow_also_when_the_flow_is_killed(folder):
 import os, time
 from tasks.runtime import warm
 with warm.serving([], os.environ) as given:
-    print("ready", flush=True)
+    print(given[warm.ADDRESS], flush=True)
     time.sleep(60)
 """
     process = subprocess.Popen([sys.executable, "-c", flow], cwd=folder, stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
+    address = process.stdout.readline().strip()
     [server] = psutil.Process(process.pid).children()
     process.kill()
     assert psutil.wait_procs([server], timeout=20)[0]
+    assert not os.path.exists(os.path.dirname(address))
     process.communicate()

@@ -1,0 +1,52 @@
+"""Where another DVC process is at the same files a flow waits for it; what a killed one left is not waited for."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from flows import dvc_locks
+
+REFUSAL = """\
+ERROR: failed to reproduce 'fetch@small': 'data/out/small/fetch' is busy, it is being blocked by:
+  (PID {pid}): dvc repro fetch@small
+
+If there are no processes with such PIDs, you can manually remove '.dvc/tmp/rwlock' and try again."""
+
+
+@pytest.fixture
+def rwlock(tmp_path):
+    (tmp_path / ".dvc/tmp").mkdir(parents=True)
+    return tmp_path / ".dvc/tmp/rwlock"
+
+
+def refusal(pid):
+    return [line for line in REFUSAL.format(pid=pid).splitlines() if line]
+
+
+def test_it_waits_for_the_process_that_dvc_names_and_says_so(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)", "dvc"])
+    started, said = time.monotonic(), []
+    assert dvc_locks.wait(tmp_path, refusal(other.pid), said.append)
+    assert time.monotonic() - started > 0.3
+    assert said == [f"process {other.pid} (dvc repro fetch@small) works on the same files; waiting until it ends"]
+    other.wait()
+
+
+def test_a_stranger_with_the_number_of_a_killed_dvc_is_taken_off_its_list(tmp_path, rwlock):
+    mine, other = {"pid": os.getpid(), "cmd": "dvc repro a"}, {"pid": 1, "cmd": "dvc repro b"}
+    users = {"write": {"a": mine, "b": other}, "read": {"c": [mine], "d": [mine, other]}}
+    rwlock.write_text(json.dumps(users))
+    assert dvc_locks.wait(tmp_path, refusal(os.getpid()), pytest.fail)
+    assert json.loads(rwlock.read_text()) == {"write": {"b": other}, "read": {"d": [other]}}
+
+
+def test_other_failures_are_not_waited_for(tmp_path):
+    assert not dvc_locks.wait(tmp_path, ["ERROR: failed to reproduce 'x'"], pytest.fail)
+
+
+def test_none_of_dvcs_advice_is_shown():
+    assert all(dvc_locks.REFUSAL.match(line) for line in refusal(7))
