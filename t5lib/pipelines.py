@@ -58,7 +58,7 @@ def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
 
 
 def convert_pipeline(
-    pipe: DiffusionPipeline, config: TTTConfig | None = None, *, inplace: bool = False
+    pipe: DiffusionPipeline, config: TTTConfig | str | None = None, *, inplace: bool = False
 ) -> DiffusionPipeline:
     """`pipe` with a converted transformer (t5lib.convert); a new pipeline that shares all else, unless `inplace`.
 

@@ -141,6 +141,7 @@ class DiffusersAdapter(Adapter):
     softmax_class: ClassVar[type[ModelMixin]]
     converted_class: ClassVar[type[ModelMixin]]
     processors: ClassVar[tuple[type, ...]]  # of attentions that are plain softmax
+    conditions: ClassVar[tuple[str, ...]]  # arguments of the model's forward besides latents
 
     def check_convertible(self, model: nn.Module) -> None:
         if type(model) not in (self.softmax_class, self.converted_class):
@@ -242,6 +243,20 @@ class DiffusersAdapter(Adapter):
     def projections(self, layer: nn.Module) -> list[nn.Module]:
         parts = (getattr(layer, name) for name in (*IMAGE, *TEXT))
         return [part for part in parts if part is not None]
+
+    def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
+        missing = [name for name in self.conditions if inputs.get(name) is None]
+        if missing:
+            raise T5Error(
+                f"a batch for {type(model).__name__} lacks {', '.join(missing)}; expected its keyword arguments "
+                f"{', '.join((self.input_name, *self.conditions))}, which t5lib.training.objectives.noised_inputs makes"
+            )
+        for side in inputs[self.input_name].shape[-2:]:
+            check_multiple(side, model.config.patch_size, "the patch size")
+        super().check_inputs(model, inputs)
+
+    def in_channels(self, model: nn.Module) -> int:
+        return model.config.in_channels
 
     def call(self, model: nn.Module, inputs: Inputs) -> Tensor:
         return model(**inputs, return_dict=False)[0]

@@ -87,6 +87,7 @@ class DiT(DiffusersAdapter):
     softmax_class = DiTTransformer2DModel
     converted_class = T5DiTTransformer2DModel
     processors = (AttnProcessor2_0,)
+    conditions = ("timestep", "class_labels")
 
     def attention_names(self, model: nn.Module) -> list[str]:
         return [f"transformer_blocks.{index}.attn1" for index in range(len(model.transformer_blocks))]

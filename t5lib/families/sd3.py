@@ -94,6 +94,7 @@ class SD3(DiffusersAdapter):
     softmax_class = SD3Transformer2DModel
     converted_class = T5SD3Transformer2DModel
     processors = (JointAttnProcessor2_0,)
+    conditions = ("timestep", "encoder_hidden_states", "pooled_projections")
 
     def check_blocks(self, model: nn.Module) -> None:
         for index, block in enumerate(model.transformer_blocks):

@@ -1,6 +1,7 @@
 """timm's VisionTransformer family: where its attentions are, how its tokens lie, how a model is rebuilt."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -60,7 +61,9 @@ class TimmVit(Adapter):
         return model.blocks
 
     def grid(self, model: nn.Module, inputs: Inputs) -> TokenGrid:
-        rows, columns = model.patch_embed.dynamic_feat_size(inputs[self.input_name].shape[-2:])
+        size = inputs[self.input_name].shape[-2:]
+        _check_size(model.patch_embed, tuple(size))
+        rows, columns = model.patch_embed.dynamic_feat_size(size)
         return TokenGrid(rows, columns, model.num_prefix_tokens)
 
     def fixed_grid(self, model: nn.Module) -> TokenGrid | None:
@@ -127,6 +130,15 @@ class TimmVit(Adapter):
     def projections(self, layer: nn.Module) -> list[nn.Module]:
         return [layer.qkv, layer.q_norm, layer.k_norm]
 
+    def inputs(self, batch: Any) -> Inputs:
+        """See Adapter; also what the processors of transformers give, {"pixel_values": …}, with or without labels."""
+        if isinstance(batch, Mapping) and "pixel_values" in batch and not set(batch) - {"pixel_values", "labels"}:
+            batch = batch["pixel_values"]
+        return super().inputs(batch)
+
+    def in_channels(self, model: nn.Module) -> int:
+        return model.in_chans
+
     def call(self, model: nn.Module, inputs: Inputs) -> Tensor:
         return model(**inputs)
 
@@ -144,7 +156,7 @@ class TimmVit(Adapter):
         return model
 
     def example_inputs(self, model: nn.Module, size: ExampleSize) -> Inputs:
-        shape = (size.batch, model.patch_embed.proj.in_channels, size.resolution, size.resolution)
+        shape = (size.batch, self.in_channels(model), size.resolution, size.resolution)
         return {self.input_name: torch.randn(shape, generator=torch.Generator().manual_seed(0))}
 
     def describe(self, model: nn.Module) -> tuple[str, dict[str, Any]]:
@@ -203,6 +215,21 @@ class TimmVit(Adapter):
                 f"which was changed after it was created: {error}"
             ) from None
         return model
+
+
+def _check_size(patch_embed: nn.Module, size: tuple[int, ...]) -> None:
+    """Raises T5Error unless images of `size`, (height, width) in pixels, can be cut into patches."""
+    height, width = size
+    if getattr(patch_embed, "strict_img_size", False):
+        if size != tuple(patch_embed.img_size):
+            own = "×".join(map(str, patch_embed.img_size))
+            raise T5Error(
+                f"images are {height}×{width} px, the model takes {own}; resize them, or call "
+                f"model.set_input_size(img_size=({height}, {width})) before converting"
+            )
+    elif not getattr(patch_embed, "dynamic_img_pad", False):
+        for side, patch in zip(size, patch_embed.feat_ratio(as_scalar=False), strict=True):
+            check_multiple(side, patch, "the patch size")
 
 
 ADAPTER = TimmVit()

@@ -32,7 +32,7 @@ T = TypeVar("T")
 AnySettings = TypeVar("AnySettings", bound="DataclassInstance")  # made by `settings`
 
 AtLeastOne = Annotated[int, Field(ge=1)]
-WholeNumber = Annotated[int, Field(ge=0)]
+WholeNumber = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -125,6 +125,15 @@ def from_dict(cls: type[AnySettings], data: dict[str, Any] | None, where: str) -
         raise T5Error(f"{where}{'.' if isinstance(error, SettingError) else ': '}{error}") from None
 
 
+def checked(config: AnySettings | None, cls: type[AnySettings]) -> AnySettings:
+    """`config`, or the defaults of `cls` for None. Raises T5Error when it is anything else."""
+    if config is None:
+        return cls()
+    if not isinstance(config, cls):
+        raise T5Error(f"expected settings, a {cls.__name__}, or None for the defaults; got {config!r:.60}")
+    return config
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The settings as JSON-ready plain values (tuples become lists)."""
     return _plain(dataclasses.asdict(config))
@@ -176,6 +185,8 @@ def _sentence(cls: type, values: dict[str, Any], error: ValidationError) -> str:
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "unexpected_keyword_argument":
         return f"unknown setting '{name}'; {_nearest(name, [field.name for field in dataclasses.fields(cls)])}"
+    if kind == "unexpected_positional_argument":
+        return f"got {value!r} without a name; settings are given by name, such as {next(iter(cls.__annotations__))}=…"
     if kind == "missing":
         return f"missing {name}" if len(problem["loc"]) == 1 else f"{name}: expected more values, got {value!r}"
     if kind == "literal_error":
