@@ -294,9 +294,7 @@ def test_training_mode_and_hooks_are_as_before():
 
 
 def test_a_teacher_with_other_heads_is_refused():
-    with pytest.raises(
-        T5Error, match=r"blocks\.0\.attn of the teacher has .* \(4, 8, 32\), of the model \(2, 16, 32\)"
-    ):
+    with pytest.raises(T5Error, match=r"blocks\.0\.attn of the teacher has .* \(4, 8, 32\), of the model \(2, 16"):
         calibrated(t5lib.convert(tiny_vit()), tiny_vit(num_heads=4))
 
 

@@ -106,7 +106,7 @@ def test_weights_that_conversion_started_afresh_are_no_difference():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_weights_of_another_precision_than_the_fit_are_refused(dtype):
     teacher = tiny_vit().to(dtype)
-    with pytest.raises(T5Error, match=r"a CPU fits layers in float32; call \.float\(\) on both models"):
+    with pytest.raises(T5Error, match=r"on a CPU layers are fitted in float32; call \.float\(\) on both"):
         calibrate(teacher, model=t5lib.convert(teacher))
     with pytest.raises(T5Error, match=r"too coarse for small steps|call model\.float\(\)"):
         align(teacher, model=t5lib.convert(teacher))
@@ -210,7 +210,5 @@ def test_a_batch_of_a_denoiser_must_hold_all_that_it_is_called_with():
 def test_settings_of_another_type_are_refused(config):
     model = t5lib.convert(tiny_vit())
     for fit in (t5lib.calibrate, t5lib.align):
-        with pytest.raises(
-            T5Error, match=r"expected settings, a (Calibrate|Align)Config, or None for the defaults; got"
-        ):
+        with pytest.raises(T5Error, match=r"expected settings, a (Calibrate|Align)Config, or None for"):
             fit(model, teacher=tiny_vit(), batches=[IMAGES], config=config)
