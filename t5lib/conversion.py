@@ -5,7 +5,7 @@ import copy
 from torch import nn
 
 from t5lib.families import family_of
-from t5lib.families.replacement import chosen_layers, replace_attentions
+from t5lib.families.replacement import carry_hooks, chosen_layers, replace_attentions
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.config import checked
@@ -52,7 +52,10 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     if not inplace:
         model = copy.deepcopy(model)
     for name in layers:
-        model.set_submodule(name, adapter.softmax_attention(model.get_submodule(name)))
+        layer = model.get_submodule(name)
+        attention = adapter.softmax_attention(layer)
+        carry_hooks(layer, attention)
+        model.set_submodule(name, attention)
     adapter.drop_grid(model)
     adapter.unmark(model)
     return model

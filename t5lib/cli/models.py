@@ -17,6 +17,7 @@ from t5lib.checkpoint import read_description
 from t5lib.cli.arguments import Source
 from t5lib.cli.screen import note
 from t5lib.families.timm_vit import ADAPTER
+from t5lib.utils.devices import usable_device
 from t5lib.utils.errors import SourceError, T5Error
 
 
@@ -24,13 +25,7 @@ def choose_device(name: str | None) -> torch.device:
     """The device called `name`; by default the GPU if there is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise T5Error(f"--device {name} cannot be used ({reason}); expected cpu, cuda or cuda:1") from None
-    return device
+    return usable_device(name, "--device")
 
 
 def outline(source: Source) -> nn.Module:

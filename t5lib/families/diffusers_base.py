@@ -4,6 +4,7 @@ Shapes: B latents, N image tokens, T text tokens, C channels, H heads, D head wi
 """
 
 import copy
+import re
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, announce_grid
 from t5lib.utils.config import from_dict, to_dict
 from t5lib.utils.errors import T5Error
+from t5lib.utils.weights import check_numbers
 
 IMAGE = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
 TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
@@ -108,6 +110,39 @@ class DiffusersTTTAttention(TTTLayer):
         for module in self.to_out:  # projection, dropout
             o = module(o)
         return o
+
+
+class ConvertedModel(ModelMixin):
+    """What the converted classes share: one that is loaded has all its weights from the files, none made up."""
+
+    @classmethod
+    def from_pretrained(cls, *source: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        """As diffusers' own.
+
+        Raises:
+            T5Error: the files lack weights of the model that config.json describes, or hold others, or numbers that
+                are not finite.
+        """
+        model, info = super().from_pretrained(*source, output_loading_info=True, **options)
+        check_loaded(model, info, f"{source[0] if source else 'the checkpoint'}")
+        return (model, info) if output_loading_info else model
+
+
+def check_loaded(model: ModelMixin, info: dict[str, Any], source: str) -> None:
+    """Raises T5Error unless diffusers found every weight of `model`, no others, and all of them finite.
+
+    Args:
+        info: what its from_pretrained tells with output_loading_info.
+    """
+    ignored = model._keys_to_ignore_on_load_unexpected or []
+    missing = sorted(info["missing_keys"])
+    unknown = [name for name in sorted(info["unexpected_keys"]) if not any(re.search(each, name) for each in ignored)]
+    if missing or unknown or info["mismatched_keys"]:
+        raise T5Error(
+            f"the weights in {source} are not those of the {type(model).__name__} in its config.json: missing "
+            f"{missing[:4]}, unknown {unknown[:4]}, other shapes {info['mismatched_keys'][:2]}; save or fetch it again"
+        )
+    check_numbers(dict(model.named_parameters()), source)
 
 
 def check_attention(attention: nn.Module, name: str, processors: tuple[type, ...]) -> None:
@@ -326,7 +361,7 @@ class DiffusersAdapter(Adapter):
     def convert_as_told(self, model: nn.Module, told: dict[str, Any] | None) -> None:
         """Convert a model that diffusers is making, as the entry t5_config of its config.json says."""
         if told:
-            config = from_dict(TTTConfig, dict(told), "config.json: t5_config")
+            config = from_dict(TTTConfig, told, "config.json: t5_config")
             replace_attentions(self, model, config, chosen_layers(self, model, config))
 
 

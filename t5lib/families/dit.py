@@ -11,7 +11,7 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from t5lib.families.diffusers_base import DiffusersAdapter, latent_grid
+from t5lib.families.diffusers_base import ConvertedModel, DiffusersAdapter, latent_grid
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, announce_grid
@@ -22,7 +22,7 @@ __all__ = ["ADAPTER", "ModelMixin", "T5DiTTransformer2DModel"]
 SPACING = "downscale_freq_shift"  # of the timestep embedding's frequencies
 
 
-class T5DiTTransformer2DModel(DiTTransformer2DModel):
+class T5DiTTransformer2DModel(ConvertedModel, DiTTransformer2DModel):
     """A DiTTransformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them.
 
     Args:

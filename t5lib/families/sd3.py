@@ -17,7 +17,7 @@ from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from t5lib.families.diffusers_base import DiffusersAdapter
+from t5lib.families.diffusers_base import ConvertedModel, DiffusersAdapter
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.errors import T5Error
@@ -39,7 +39,7 @@ MEDIUM: dict[str, Any] = {  # arguments of SD3Transformer2DModel as SD3.5-Medium
 }
 
 
-class T5SD3Transformer2DModel(SD3Transformer2DModel):
+class T5SD3Transformer2DModel(ConvertedModel, SD3Transformer2DModel):
     """An SD3Transformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them.
 
     Args:

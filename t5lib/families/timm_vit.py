@@ -19,6 +19,9 @@ from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, announce_grid
 from t5lib.utils.errors import T5Error
 
+# Arguments of timm.create_model that name files or addresses.
+LOADS_WEIGHTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
 
 class TimmVit(Adapter):
     """ViT, DeiT, AugReg, DINOv2, DeiT III, SigLIP and whatever else timm makes a VisionTransformer."""
@@ -191,6 +194,8 @@ class TimmVit(Adapter):
             raise T5Error(
                 f"timm {timm.__version__} knows no architecture '{architecture}'; is it older than the model?"
             )
+        if loading := sorted(LOADS_WEIGHTS & arguments.keys()):
+            raise T5Error(f"{', '.join(loading)} is no argument of a model but one that loads weights; leave it out")
         model = timm.create_model(architecture, pretrained=False, **arguments)
         if config:
             replace_attentions(self, model, config, chosen_layers(self, model, config))

@@ -34,7 +34,8 @@ from t5lib.families.dit import T5DiTTransformer2DModel
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.config import to_dict
 from t5lib.utils.errors import T5Error
-from t5lib.weights.state_dicts import INNER, RELEASED, check_fit, read
+from t5lib.utils.weights import check_fit
+from t5lib.weights.state_dicts import INNER, RELEASED, RELEASED_REMEDY, read
 
 NORM_EPS = 1e-6  # of DiT's own code; diffusers' default is 1e-5
 HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}  # of DiT-XL, -L, -B and -S by width: weights do not tell
@@ -119,7 +120,7 @@ def _fill(
     model = model.type(weights["x_embedder.proj.weight"].dtype)
     ours = to_ours(weights, arguments["num_layers"], arguments["num_attention_heads"])
     positions = ours.pop("pos_embed")
-    check_fit(ours, model.state_dict(), source)
+    check_fit(ours, model.state_dict(), f"{source} does not fit the model it describes", RELEASED_REMEDY)
     model.load_state_dict(ours)
     return model, positions
 

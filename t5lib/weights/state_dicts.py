@@ -21,6 +21,7 @@ ALL_ENTRIES = (*ENTRIES["ema"], *ENTRIES["model"])
 WRAPPERS = ("_orig_mod.", "module.")  # left in names by torch.compile and DDP
 
 RELEASED = {"w1": "w1", "w2": "w2", "w3": "w3", "q_conv2d": "q_conv", "k_conv2d": "k_conv"}
+RELEASED_REMEDY = "expected the released code's layout, or pass config"
 INNER = {("w1", "w2", "w3"): "swiglu", ("w1", "w2"): "two_layer"}
 
 
@@ -71,18 +72,3 @@ def _unwrapped(name: str) -> str:
     while name.startswith(WRAPPERS):
         name = name.partition(".")[2]
     return name
-
-
-def check_fit(ours: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:
-    """Raises T5Error naming the weights that are missing, unknown, or of another shape than `expected`."""
-    missing, unknown = (sorted(set(a) - set(b)) for a, b in ((expected, ours), (ours, expected)))
-    shapes = [
-        f"{name} {tuple(ours[name].shape)} for {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in ours and ours[name].shape != value.shape
-    ]
-    if missing or unknown or shapes:
-        raise T5Error(
-            f"{source} does not fit the model it describes: missing {missing[:6]}, unknown {unknown[:6]}, "
-            f"other shapes {shapes[:6]}; expected the released code's layout, or pass config"
-        )
