@@ -40,6 +40,7 @@ _HOMES = {
     "save": "checkpoint",
     "load": "checkpoint",
     "load_released": "weights.released",
+    "load_weights": "weights.timm_vit",
     "load_pipeline": "pipelines",
     "convert_pipeline": "pipelines",
 }

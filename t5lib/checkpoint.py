@@ -21,7 +21,8 @@ from t5lib.utils.files import atomic_dir, read_json, write_json
 from t5lib.utils.weights import check_fit, check_numbers
 
 FORMAT = 1
-ENTRIES = {"architecture": str, "model_args": dict, "t5": dict | None}  # of t5.json, those without which nothing loads
+ENTRIES = {"architecture": str, "model_args": dict, "t5": dict | None}  # of t5.json
+OPTIONAL = {"preprocessing": dict}
 FILES = {"model.safetensors", "t5.json"}
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what a tag of timm's weights decides
 
@@ -121,7 +122,8 @@ def read_description(folder: Path | str) -> dict[str, Any]:
         raise T5Error(
             f"{folder}/t5.json is of format {description.get('format')}; this t5lib reads {FORMAT}: update it"
         )
-    wrong = [name for name, kinds in ENTRIES.items() if not isinstance(description.get(name, False), kinds)]
+    expected = ENTRIES | {name: kind for name, kind in OPTIONAL.items() if name in description}
+    wrong = [name for name, kinds in expected.items() if not isinstance(description.get(name, False), kinds)]
     if wrong:
         shown = ", ".join(f"{name}: {description.get(name, 'missing')!r:.40}" for name in wrong)
         raise T5Error(f"{folder}/t5.json has no such entries as t5lib.save writes, {shown}; save or copy it again")

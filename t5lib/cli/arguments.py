@@ -17,7 +17,7 @@ class Source:
 
     Attributes:
         name: as typed.
-        weights: safetensors file to load in place of timm's pretrained weights.
+        weights: to load in place of timm's pretrained ones (t5lib.load_weights).
         pretrained: False for random weights.
         img_size: (height, width) in pixels, None for the model's own.
     """
@@ -55,13 +55,8 @@ class Source:
     def _check_weights(self, weights: Path) -> None:
         if not self.pretrained:
             raise T5Error("--weights and --no-pretrained contradict each other; leave one out")
-        if not weights.is_file():
-            raise T5Error(f"--weights {weights} does not exist; expected a .safetensors file")
-        if weights.suffix != ".safetensors":
-            raise T5Error(
-                f"--weights {weights} is no .safetensors file; other formats can run code when they are opened. "
-                "Load it where you trust it, and save it with safetensors.torch.save_file"
-            )
+        if not weights.exists():
+            raise T5Error(f"--weights {weights} does not exist; expected a file of weights, or the folder of one")
 
 
 def find_images(folder: Path, least: int = 1) -> list[Path]:

@@ -45,7 +45,11 @@ ModelArgument = Annotated[
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Your own .safetensors of that timm model.", rich_help_panel=MODEL),
+    typer.Option(
+        metavar="FILE",
+        help="Your own weights of it, in timm's or transformers' names: .safetensors, .pt, an index, or a folder.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Pretrained = Annotated[
     bool, typer.Option(help="timm's weights, or random ones to try things out.", rich_help_panel=MODEL)

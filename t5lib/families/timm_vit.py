@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from t5lib.families.base import Adapter, Tokens, check_multiple
 from t5lib.families.inputs import ExampleSize, Inputs
+from t5lib.families.refusals import reason
 from t5lib.families.replacement import chosen_layers, replace_attentions
 from t5lib.layers.attention import TTTAttention, project
 from t5lib.layers.config import TTTConfig
@@ -44,8 +45,7 @@ class TimmVit(Adapter):
             if type(attention) is not Attention:
                 present = type(attention).__name__ if attention is not None else type(block).__name__
                 raise T5Error(
-                    f"blocks.{index} uses {present}; only timm's Attention can be converted (relative position bias, "
-                    "rotary and parallel attention have no counterpart in a TTT layer)"
+                    f"blocks.{index} uses {present}; only timm's Attention can be converted: {reason(present)}"
                 )
         if not isinstance(model.patch_drop, nn.Identity):
             raise T5Error("patch_drop_rate is set: dropped patches leave holes in the grid; build the model with 0")
@@ -90,6 +90,8 @@ class TimmVit(Adapter):
         attention = Attention(channels, layer.num_heads, attn_head_dim=head_dim, device="meta")
         for name in TTTAttention.inherited:
             setattr(attention, name, getattr(layer, name))
+        for name, value in layer.softmax.items():
+            setattr(attention, name, value)
         return attention.train(layer.training)
 
     def reset_left_out(self, model: nn.Module, name: str, inherit: str) -> list[str]:

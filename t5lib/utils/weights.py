@@ -1,13 +1,34 @@
 """Weights by name, checked before a model takes them: that they are numbers, and that they are the model's."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SHOWN = 4
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that the index of a sharded checkpoint names, model.safetensors.index.json or the like.
+
+    Raises:
+        T5Error: it is no such index, or files are missing (named).
+    """
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+        raise T5Error(f"{index} is no index of shards: it has no weight_map of files beside it; fetch it again")
+    shards = sorted(set(names.values()))
+    if missing := [name for name in shards if not (index.parent / name).is_file()]:
+        raise T5Error(
+            f"{index.parent} lacks {', '.join(missing[:SHOWN])}, {len(missing)} of the {len(shards)} shards that "
+            f"{index.name} names; fetch them again"
+        )
+    return [index.parent / name for name in shards]
 
 
 def check_numbers(weights: "dict[str, Tensor]", source: str) -> None:
