@@ -42,6 +42,7 @@ _HOMES = {
     "load_released": "weights.released",
     "load_weights": "weights.timm_vit",
     "load_pipeline": "pipelines",
+    "load_transformer": "pipelines",
     "convert_pipeline": "pipelines",
 }
 __all__ = sorted(_HOMES)

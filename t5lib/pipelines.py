@@ -14,16 +14,25 @@ Once this module is imported, DiffusionPipeline.from_pretrained loads such folde
 import copy
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from safetensors import SafetensorError, safe_open
 
 from t5lib.conversion import convert
-from t5lib.families import dit, sd3  # noqa: F401 (the classes that saved pipelines name)
+from t5lib.families import dit, sd3  # also the classes that saved pipelines name
+from t5lib.families.diffusers_base import check_loaded
 from t5lib.layers.config import TTTConfig
 from t5lib.model_card import Figures, License, model_card
 from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json
+
+_FAMILIES = (dit.ADAPTER, sd3.ADAPTER)
+TRANSFORMERS = {kind.__name__: kind for family in _FAMILIES for kind in (family.softmax_class, family.converted_class)}
 
 
 def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
@@ -54,7 +63,48 @@ def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
         ) from error
     entries = index.items()  # type: ignore[attr-defined]  # diffusers tells what it returns with other arguments
     left_out = {name: None for name, value in entries if value in ([None, None], (None, None))}
-    return DiffusionPipeline.from_pretrained(source, **left_out | options)
+    with _reading(source):
+        return DiffusionPipeline.from_pretrained(source, **left_out | options)
+
+
+def load_transformer(folder: Path | str, torch_dtype: torch.dtype | None = None) -> ModelMixin:
+    """The transformer of the pipeline in `folder`, converted or not, in eval mode.
+
+    Args:
+        torch_dtype: its precision; None for that of the files.
+
+    Raises:
+        T5Error: no pipeline, one with another kind of transformer, or one whose weights are not all there.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise T5Error(f"{folder} has no model_index.json; expected a folder written by pipe.save_pretrained")
+    kind = (read_json(folder / "model_index.json").get("transformer") or [None, None])[1]
+    if kind not in TRANSFORMERS:
+        raise T5Error(f"{folder} has the transformer {kind}; expected one of {', '.join(TRANSFORMERS)}")
+    options = {"subfolder": "transformer", "torch_dtype": torch_dtype or _precision(folder / "transformer")}
+    with _reading(folder):
+        model, info = TRANSFORMERS[kind].from_pretrained(folder, output_loading_info=True, **options)
+    check_loaded(model, info, str(folder / "transformer"))
+    return model.eval()
+
+
+@contextmanager
+def _reading(source: Path | str) -> Iterator[None]:
+    """What diffusers and safetensors raise on files that are missing or damaged becomes one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise T5Error(f"{source} cannot be read ({reason}); save or fetch the pipeline again") from error
+
+
+def _precision(folder: Path) -> torch.dtype:
+    """Of the first weight in the files of `folder`."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with _reading(folder), safe_open(file, framework="pt") as weights:
+            return weights.get_tensor(next(iter(weights.keys()))).dtype
+    return torch.float32
 
 
 def convert_pipeline(

@@ -112,8 +112,8 @@ class DiffusersTTTAttention(TTTLayer):
         return o
 
 
-class ConvertedModel(ModelMixin):
-    """What the converted classes share: one that is loaded has all its weights from the files, none made up."""
+class ConvertedModel:
+    """Stands before diffusers' class among the bases of a converted one: weights are loaded whole, none is made up."""
 
     @classmethod
     def from_pretrained(cls, *source: Any, output_loading_info: bool = False, **options: Any) -> Any:
@@ -123,7 +123,9 @@ class ConvertedModel(ModelMixin):
             T5Error: the files lack weights of the model that config.json describes, or hold others, or numbers that
                 are not finite.
         """
-        model, info = super().from_pretrained(*source, output_loading_info=True, **options)
+        model, info = super().from_pretrained(  # type: ignore[misc]  # of the model beside it
+            *source, output_loading_info=True, **options
+        )
         check_loaded(model, info, f"{source[0] if source else 'the checkpoint'}")
         return (model, info) if output_loading_info else model
 
@@ -134,7 +136,7 @@ def check_loaded(model: ModelMixin, info: dict[str, Any], source: str) -> None:
     Args:
         info: what its from_pretrained tells with output_loading_info.
     """
-    ignored = model._keys_to_ignore_on_load_unexpected or []
+    ignored: list[str] = model._keys_to_ignore_on_load_unexpected or []
     missing = sorted(info["missing_keys"])
     unknown = [name for name in sorted(info["unexpected_keys"]) if not any(re.search(each, name) for each in ignored)]
     if missing or unknown or info["mismatched_keys"]:

@@ -22,7 +22,7 @@ __all__ = ["ADAPTER", "ModelMixin", "T5DiTTransformer2DModel"]
 SPACING = "downscale_freq_shift"  # of the timestep embedding's frequencies
 
 
-class T5DiTTransformer2DModel(ConvertedModel, DiTTransformer2DModel):
+class T5DiTTransformer2DModel(ConvertedModel, DiTTransformer2DModel):  # type: ignore[misc]  # diffusers' own bases differ
     """A DiTTransformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them.
 
     Args:

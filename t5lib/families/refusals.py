@@ -57,7 +57,7 @@ def of_model(model: Any, convertible: Callable[[nn.Module], bool]) -> str:
             return f"{kind} wraps a {type(part).__name__}; pass that: {where}"
     if type(model).__module__.startswith("transformers."):
         return _twin(kind)
-    attends = any("attention" in type(part).__name__.lower() for part in model.modules())
+    attends = any(name in type(part).__name__ for part in model.modules() for name in ("Attn", "Attention"))
     why = reason(kind) if attends else "it has no attention"
     return f"{kind} is not {CONVERTIBLE}: {why}; only these can be converted so far"
 

@@ -39,7 +39,7 @@ MEDIUM: dict[str, Any] = {  # arguments of SD3Transformer2DModel as SD3.5-Medium
 }
 
 
-class T5SD3Transformer2DModel(ConvertedModel, SD3Transformer2DModel):
+class T5SD3Transformer2DModel(ConvertedModel, SD3Transformer2DModel):  # type: ignore[misc]  # diffusers' own bases differ
     """An SD3Transformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them.
 
     Args:

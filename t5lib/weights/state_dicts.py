@@ -116,7 +116,8 @@ def _unwrapped(
     Args:
         alone: drop what is outside of the wrappers.
     """
-    weights, taken = {name.replace(COMPILED, ""): value for name, value in weights.items()}, []
+    weights = {name.replace(COMPILED, ""): value for name, value in weights.items()}
+    taken: list[str] = []
     while prefix := _wrapper(weights, which):
         inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         outside = {name: value for name, value in weights.items() if not name.startswith(ALL_WRAPPERS)}
