@@ -31,7 +31,13 @@ def load_weights(architecture: str, path: Path | str, *, which: str | None = Non
     """
     weights = in_timm_names(read(path, which)[0])
     heads = weights["head.weight"].shape[0] if "head.weight" in weights else 0
-    return build(weights, architecture, {"num_classes": heads} | arguments, own_head="num_classes" not in arguments)
+    return build(
+        weights,
+        architecture,
+        {"num_classes": heads} | arguments,
+        own_head="num_classes" not in arguments,
+        where=f" in {path}",
+    )
 
 
 def in_timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -40,7 +46,13 @@ def in_timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build(
-    weights: dict[str, Tensor], architecture: str, arguments: dict[str, Any], seed: int = 0, *, own_head: bool = False
+    weights: dict[str, Tensor],
+    architecture: str,
+    arguments: dict[str, Any],
+    seed: int = 0,
+    *,
+    own_head: bool = False,
+    where: str = "",
 ) -> nn.Module:
     """The timm model with every one of `weights`, by timm's own loading, in eval mode.
 
@@ -49,6 +61,7 @@ def build(
             std 0.02, zero bias).
         seed: of the fresh head.
         own_head: the head must be that of the weights.
+        where: they came from, for messages, such as " in FILE".
 
     Raises:
         T5Error: unknown architecture, arguments it does not take, or weights that do not fit it (all named).
@@ -64,7 +77,7 @@ def build(
     except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:600]
         raise T5Error(
-            f"the weights do not fit timm's {architecture} with {arguments}: {reason}; correct architecture and "
+            f"the weights{where} do not fit timm's {architecture} with {arguments}: {reason}; correct architecture and "
             "arguments, or take the weights that belong to them"
         ) from error
     del model.pretrained_cfg["state_dict"]
