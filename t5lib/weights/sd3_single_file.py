@@ -16,8 +16,10 @@ from t5lib.utils.weights import check_fit
 from t5lib.weights.state_dicts import read
 
 INSIDE = "diffusion_model."  # of names in files that hold a VAE and text encoders, too
-NEEDED = ("pos_embed", "joint_blocks.0.x_block.attn.qkv.weight")
-NEEDED += ("x_embedder.proj.weight", "context_embedder.weight", "y_embedder.mlp.0.weight", "final_layer.linear.weight")
+NEEDED = (
+    *("pos_embed", "joint_blocks.0.x_block.attn.qkv.weight", "final_layer.linear.weight"),
+    *("x_embedder.proj.weight", "context_embedder.weight", "y_embedder.mlp.0.weight"),
+)
 HEAD_DIM = 64  # of every SD3; where there are no q and k norms, weights do not tell
 
 

@@ -61,7 +61,6 @@ def build(
             std 0.02, zero bias).
         seed: of the fresh head.
         own_head: the head must be that of the weights.
-        where: they came from, for messages, such as " in FILE".
 
     Raises:
         T5Error: unknown architecture, arguments it does not take, or weights that do not fit it (all named).
@@ -77,7 +76,7 @@ def build(
     except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:600]
         raise T5Error(
-            f"the weights{where} do not fit timm's {architecture} with {arguments}: {reason}; correct architecture and "
+            f"the weights do not fit timm's {architecture} with {arguments}: {reason}; correct architecture and "
             "arguments, or take the weights that belong to them"
         ) from error
     del model.pretrained_cfg["state_dict"]
