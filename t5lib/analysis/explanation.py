@@ -18,6 +18,7 @@ from t5lib.families.base import Adapter, Tokens
 from t5lib.families.inputs import Inputs, check_finite, count, first, parts, placed
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.grid import TokenGrid, grid_scope
+from t5lib.training.pair import check_weights
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
 
@@ -342,3 +343,4 @@ def _check(adapter: Adapter, softmax_model: nn.Module, converted_model: nn.Modul
         raise T5Error(
             f"explain: the models differ in {'; '.join(other[:3])}: pass the softmax model and what was made of it"
         )
+    check_weights(converted_model, softmax_model)

@@ -11,6 +11,7 @@ from t5lib.families.base import Adapter, Tokens
 from t5lib.families.inputs import Inputs, check_finite, count, parts, placed
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
+from t5lib.utils.seeds import check_seed
 
 IMAGES_AT_ONCE = 16  # bounds the memory at high resolutions
 
@@ -67,7 +68,7 @@ def diagnose(model: nn.Module, batch: Any, *, seed: int = 0) -> Diagnosis:
     return Diagnosis(
         layers=tuple(adapter.attention_names(model)),
         shift_ratio=_shift_ratios(model, adapter, inputs),
-        random_init=_shift_ratios(adapter.fresh(model, seed), adapter, inputs),
+        random_init=_shift_ratios(adapter.fresh(model, check_seed(seed)), adapter, inputs),
     )
 
 

@@ -41,12 +41,12 @@ def check_pair(model: nn.Module, teacher: nn.Module) -> None:
     for name, each in (("model", model), ("teacher", teacher)):
         if any(parameter.is_meta for parameter in each.parameters()):
             raise T5Error(f"the {name} is on the meta device and has no weights; load them before it is fitted")
-    _check_weights(model, teacher)
+    check_weights(model, teacher)
 
 
 @torch.no_grad()
-def _check_weights(model: nn.Module, teacher: nn.Module) -> None:
-    """That the weights which both models have are nearly those of the teacher."""
+def check_weights(model: nn.Module, teacher: nn.Module) -> None:
+    """Raises T5Error unless the weights that both models have are those of the teacher, or were trained from them."""
     report = getattr(model, "t5_report", None)
     reset = set(report.reset) if report else set()
     ours, theirs = dict(model.named_parameters()), dict(teacher.named_parameters())

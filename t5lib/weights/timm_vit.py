@@ -31,13 +31,11 @@ def load_weights(architecture: str, path: Path | str, *, which: str | None = Non
     """
     weights = in_timm_names(read(path, which)[0])
     heads = weights["head.weight"].shape[0] if "head.weight" in weights else 0
-    return build(
-        weights,
-        architecture,
-        {"num_classes": heads} | arguments,
-        own_head="num_classes" not in arguments,
-        where=f" in {path}",
-    )
+    own_head = "num_classes" not in arguments
+    try:
+        return build(weights, architecture, {"num_classes": heads} | arguments, own_head=own_head)
+    except T5Error as error:
+        raise T5Error(f"{path}: {error}") from None
 
 
 def in_timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -52,7 +50,6 @@ def build(
     seed: int = 0,
     *,
     own_head: bool = False,
-    where: str = "",
 ) -> nn.Module:
     """The timm model with every one of `weights`, by timm's own loading, in eval mode.
 

@@ -206,6 +206,17 @@ def test_a_batch_of_a_denoiser_must_hold_all_that_it_is_called_with():
             t5lib.diagnose(model, batch)
 
 
+def test_a_comparison_with_other_weights_is_refused():
+    with pytest.raises(T5Error, match="not those that the model inherited"):
+        t5lib.explain(tiny_vit(seed=1), t5lib.convert(tiny_vit()), IMAGES)
+
+
+@pytest.mark.parametrize("seed", [-1, float("nan"), 0.5, True, 2**63, "1"], ids=str)
+def test_seeds_that_are_no_whole_numbers_are_refused(seed):
+    with pytest.raises(T5Error, match=r"seed is .*expected a whole number, 0 or more"):
+        t5lib.diagnose(tiny_vit(), IMAGES, seed=seed)
+
+
 @pytest.mark.parametrize("config", [{"steps": 1}, 3, CalibrateConfig], ids=str)
 def test_settings_of_another_type_are_refused(config):
     model = t5lib.convert(tiny_vit())
