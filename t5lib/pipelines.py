@@ -32,6 +32,7 @@ from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
 
 _FAMILIES = (dit.ADAPTER, sd3.ADAPTER)
+PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TRANSFORMERS = {kind.__name__: kind for family in _FAMILIES for kind in (family.softmax_class, family.converted_class)}
 
 
@@ -43,7 +44,7 @@ def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
         options: of DiffusionPipeline.from_pretrained, such as torch_dtype, or components to use in place of saved ones.
 
     Raises:
-        T5Error: the folder does not exist or holds no pipeline.
+        T5Error: the folder does not exist or holds no pipeline, or not all the weights of its transformer.
     """
     folder = Path(source)
     if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
@@ -64,7 +65,10 @@ def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
     entries = index.items()  # type: ignore[attr-defined]  # diffusers tells what it returns with other arguments
     left_out = {name: None for name, value in entries if value in ([None, None], (None, None))}
     with _reading(source):
-        return DiffusionPipeline.from_pretrained(source, **left_out | options)
+        pipe = DiffusionPipeline.from_pretrained(source, **left_out | options)
+    if folder.is_dir() and hasattr(pipe, "transformer") and not {"transformer", "quantization_config"} & options.keys():
+        _check_whole(pipe.transformer, folder / "transformer")
+    return pipe
 
 
 def load_transformer(folder: Path | str, torch_dtype: torch.dtype | None = None) -> ModelMixin:
@@ -82,7 +86,8 @@ def load_transformer(folder: Path | str, torch_dtype: torch.dtype | None = None)
     kind = (read_json(folder / "model_index.json").get("transformer") or [None, None])[1]
     if kind not in TRANSFORMERS:
         raise T5Error(f"{folder} has the transformer {kind}; expected one of {', '.join(TRANSFORMERS)}")
-    options = {"subfolder": "transformer", "torch_dtype": torch_dtype or _precision(folder / "transformer")}
+    precision = next(iter(_precisions(folder / "transformer").values()), "F32")
+    options = {"subfolder": "transformer", "torch_dtype": torch_dtype or PRECISIONS.get(precision, torch.float32)}
     with _reading(folder):
         model, info = TRANSFORMERS[kind].from_pretrained(folder, output_loading_info=True, **options)
     check_loaded(model, info, str(folder / "transformer"))
@@ -99,12 +104,28 @@ def _reading(source: Path | str) -> Iterator[None]:
         raise T5Error(f"{source} cannot be read ({reason}); save or fetch the pipeline again") from error
 
 
-def _precision(folder: Path) -> torch.dtype:
-    """Of the first weight in the files of `folder`."""
+def _precisions(folder: Path) -> dict[str, str]:
+    """The precision of every weight in the .safetensors of `folder`, by the weights' names, as the files spell it.
+
+    Raises:
+        T5Error: a file cannot be read, or holds whole numbers.
+    """
+    kinds: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with _reading(folder), safe_open(file, framework="pt") as weights:
-            return weights.get_tensor(next(iter(weights.keys()))).dtype
-    return torch.float32
+            kinds |= {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 (no mapping)
+    if whole := [f"{name} {kind}" for name, kind in kinds.items() if kind not in PRECISIONS]:
+        raise T5Error(
+            f"{folder} holds whole numbers or quantized ones, in {', '.join(whole[:4])}; take the full pipeline"
+        )
+    return kinds
+
+
+def _check_whole(model: ModelMixin, folder: Path) -> None:
+    """Raises T5Error when the .safetensors of `folder` lack a weight of `model`, which diffusers then makes up."""
+    names = _precisions(folder)
+    if names and (missing := sorted(set(model.state_dict()) - set(names))):
+        raise T5Error(f"{folder} lacks weights of its {type(model).__name__}: {missing[:4]}; save or fetch it again")
 
 
 def convert_pipeline(

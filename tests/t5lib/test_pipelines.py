@@ -434,6 +434,18 @@ def test_a_pipeline_without_all_of_its_weights_is_refused_not_filled_at_random(c
         load(tmp_path)
 
 
+@pytest.mark.parametrize("change", [lambda w, n: w.pop(n), lambda w, n: w.update({n: w[n].to(torch.int8)})])
+@pytest.mark.parametrize("load", [t5lib.load_pipeline, t5lib.load_transformer], ids=["pipeline", "transformer"])
+def test_softmax_pipelines_too(change, load, tmp_path):
+    dit_pipeline().save_pretrained(tmp_path)
+    file = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    change(weights, "transformer_blocks.1.attn1.to_q.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(T5Error, match=r"(lacks weights|missing|quantized).*transformer_blocks\.1\.attn1\.to_q\.weight"):
+        load(tmp_path)
+
+
 def test_an_ip_adapter_on_converted_attentions_is_refused():
     with pytest.raises(T5Error, match="an IP-Adapter adds an attention to every softmax attention"):
         converted().transformer._load_ip_adapter_weights({})
