@@ -114,7 +114,7 @@ def _precisions(folder: Path) -> dict[str, str]:
     for file in sorted(folder.glob("*.safetensors")):
         with _reading(folder), safe_open(file, framework="pt") as weights:
             kinds |= {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 (no mapping)
-    if whole := [f"{name} {kind}" for name, kind in kinds.items() if kind not in PRECISIONS]:
+    if whole := [f"{name} {kind}" for name, kind in kinds.items() if kind.startswith(("I", "U", "BOOL"))]:
         raise T5Error(
             f"{folder} holds whole numbers or quantized ones, in {', '.join(whole[:4])}; take the full pipeline"
         )
