@@ -40,7 +40,9 @@ _HOMES = {
     "save": "checkpoint",
     "load": "checkpoint",
     "load_released": "weights.released",
+    "load_weights": "weights.timm_vit",
     "load_pipeline": "pipelines",
+    "load_transformer": "pipelines",
     "convert_pipeline": "pipelines",
 }
 __all__ = sorted(_HOMES)

@@ -5,13 +5,14 @@ import copy
 from torch import nn
 
 from t5lib.families import family_of
-from t5lib.families.replacement import chosen_layers, replace_attentions
+from t5lib.families.replacement import carry_hooks, chosen_layers, replace_attentions
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.config import TTTConfig
+from t5lib.utils.config import checked
 from t5lib.utils.errors import T5Error
 
 
-def convert(model: nn.Module, config: TTTConfig | None = None, *, inplace: bool = False) -> nn.Module:
+def convert(model: nn.Module, config: TTTConfig | str | None = None, *, inplace: bool = False) -> nn.Module:
     """Return `model` with linear-cost attention and all its pretrained weights.
 
     The result keeps the interface of its kind, timm's or diffusers' (where its class becomes a subclass of ours). It
@@ -20,13 +21,15 @@ def convert(model: nn.Module, config: TTTConfig | None = None, *, inplace: bool 
     Args:
         model: a timm VisionTransformer whose attention is timm's Attention, or diffusers' SD3Transformer2DModel or
             DiTTransformer2DModel; not changed unless `inplace`, which makes no second copy of the weights.
-        config: what the new layers are; the default is the method's (swiglu, instance key norm, dwc_qk, all layers).
+        config: what the new layers are, or the name of a preset such as "t5+"; the default is the method's (swiglu,
+            instance key norm, dwc_qk, all layers).
 
     Raises:
         T5Error: a part of the model cannot be converted (named), a layer index does not exist, or a neighborhood is
             larger than the grid of a model whose images have one size.
     """
-    config, adapter = config or TTTConfig(), family_of(model)
+    adapter = family_of(model)
+    config = TTTConfig.preset(config) if isinstance(config, str) else checked(config, TTTConfig)
     chosen = chosen_layers(adapter, model, config)
     if not inplace:
         model = copy.deepcopy(model)
@@ -49,7 +52,10 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     if not inplace:
         model = copy.deepcopy(model)
     for name in layers:
-        model.set_submodule(name, adapter.softmax_attention(model.get_submodule(name)))
+        layer = model.get_submodule(name)
+        attention = adapter.softmax_attention(layer)
+        carry_hooks(layer, attention)
+        model.set_submodule(name, attention)
     adapter.drop_grid(model)
     adapter.unmark(model)
     return model

@@ -14,16 +14,26 @@ Once this module is imported, DiffusionPipeline.from_pretrained loads such folde
 import copy
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from safetensors import SafetensorError, safe_open
 
 from t5lib.conversion import convert
-from t5lib.families import dit, sd3  # noqa: F401 (the classes that saved pipelines name)
+from t5lib.families import dit, sd3  # also the classes that saved pipelines name
+from t5lib.families.diffusers_base import check_loaded
 from t5lib.layers.config import TTTConfig
 from t5lib.model_card import Figures, License, model_card
 from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json
+
+_FAMILIES = (dit.ADAPTER, sd3.ADAPTER)
+PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TRANSFORMERS = {kind.__name__: kind for family in _FAMILIES for kind in (family.softmax_class, family.converted_class)}
 
 
 def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
@@ -34,7 +44,7 @@ def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
         options: of DiffusionPipeline.from_pretrained, such as torch_dtype, or components to use in place of saved ones.
 
     Raises:
-        T5Error: the folder does not exist or holds no pipeline.
+        T5Error: the folder does not exist or holds no pipeline, or not all the weights of its transformer.
     """
     folder = Path(source)
     if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
@@ -54,11 +64,72 @@ def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
         ) from error
     entries = index.items()  # type: ignore[attr-defined]  # diffusers tells what it returns with other arguments
     left_out = {name: None for name, value in entries if value in ([None, None], (None, None))}
-    return DiffusionPipeline.from_pretrained(source, **left_out | options)
+    with _reading(source):
+        pipe = DiffusionPipeline.from_pretrained(source, **left_out | options)
+    if folder.is_dir() and hasattr(pipe, "transformer") and not {"transformer", "quantization_config"} & options.keys():
+        _check_whole(pipe.transformer, folder / "transformer")
+    return pipe
+
+
+def load_transformer(folder: Path | str, torch_dtype: torch.dtype | None = None) -> ModelMixin:
+    """The transformer of the pipeline in `folder`, converted or not, in eval mode.
+
+    Args:
+        torch_dtype: its precision; None for that of the files.
+
+    Raises:
+        T5Error: no pipeline, one with another kind of transformer, or one whose weights are not all there.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise T5Error(f"{folder} has no model_index.json; expected a folder written by pipe.save_pretrained")
+    kind = (read_json(folder / "model_index.json").get("transformer") or [None, None])[1]
+    if kind not in TRANSFORMERS:
+        raise T5Error(f"{folder} has the transformer {kind}; expected one of {', '.join(TRANSFORMERS)}")
+    precision = next(iter(_precisions(folder / "transformer").values()), "F32")
+    options = {"subfolder": "transformer", "torch_dtype": torch_dtype or PRECISIONS.get(precision, torch.float32)}
+    with _reading(folder):
+        model, info = TRANSFORMERS[kind].from_pretrained(folder, output_loading_info=True, **options)
+    check_loaded(model, info, str(folder / "transformer"))
+    return model.eval()
+
+
+@contextmanager
+def _reading(source: Path | str) -> Iterator[None]:
+    """What diffusers and safetensors raise on files that are missing or damaged becomes one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise T5Error(f"{source} cannot be read ({reason}); save or fetch the pipeline again") from error
+
+
+def _precisions(folder: Path) -> dict[str, str]:
+    """The precision of every weight in the .safetensors of `folder`, by the weights' names, as the files spell it.
+
+    Raises:
+        T5Error: a file cannot be read, or holds whole numbers.
+    """
+    kinds: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with _reading(folder), safe_open(file, framework="pt") as weights:
+            kinds |= {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 (no mapping)
+    if whole := [f"{name} {kind}" for name, kind in kinds.items() if kind.startswith(("I", "U", "BOOL"))]:
+        raise T5Error(
+            f"{folder} holds whole numbers or quantized ones, in {', '.join(whole[:4])}; take the full pipeline"
+        )
+    return kinds
+
+
+def _check_whole(model: ModelMixin, folder: Path) -> None:
+    """Raises T5Error when the .safetensors of `folder` lack a weight of `model`, which diffusers then makes up."""
+    names = _precisions(folder)
+    if names and (missing := sorted(set(model.state_dict()) - set(names))):
+        raise T5Error(f"{folder} lacks weights of its {type(model).__name__}: {missing[:4]}; save or fetch it again")
 
 
 def convert_pipeline(
-    pipe: DiffusionPipeline, config: TTTConfig | None = None, *, inplace: bool = False
+    pipe: DiffusionPipeline, config: TTTConfig | str | None = None, *, inplace: bool = False
 ) -> DiffusionPipeline:
     """`pipe` with a converted transformer (t5lib.convert); a new pipeline that shares all else, unless `inplace`.
 

@@ -4,7 +4,6 @@ Shapes: B images, H heads, N image tokens, T text tokens, D head width, C channe
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,10 +15,12 @@ from t5lib.analysis.key_shift import shift_ratio
 from t5lib.analysis.similarity import CKA, RelativeError
 from t5lib.families import family_of
 from t5lib.families.base import Adapter, Tokens
-from t5lib.families.inputs import Inputs, count, first, parts, placed
+from t5lib.families.inputs import Inputs, check_finite, count, first, parts, placed
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.grid import TokenGrid, grid_scope
+from t5lib.training.pair import check_weights
 from t5lib.utils.errors import T5Error
+from t5lib.utils.modes import evaluating
 
 TOKENS_AT_ONCE = 4096  # of all images in a pass; every layer's inputs and outputs are held, of both models
 MAP_LAYERS, MAP_IMAGES = 4, 2  # how many are pictured
@@ -141,10 +142,10 @@ def explain(
     adapter = family_of(softmax_model)
     _check(adapter, softmax_model, converted_model)
     inputs, names = adapter.inputs(batch), adapter.attention_names(softmax_model)
-    if not count(inputs):
-        raise T5Error("explain: the batch is empty; expected 16 to 64 images")
+    adapter.check_inputs(softmax_model, inputs)
+    check_finite(inputs)
     inputs = placed(inputs, next(softmax_model.parameters()).device, next(softmax_model.parameters()).dtype)
-    with evaluating(softmax_model), evaluating(converted_model):
+    with evaluating(softmax_model, converted_model):
         measured = _measure(adapter, softmax_model, converted_model, names, inputs)
         seen: dict[str, Any] = {}
         if adapter.has_attention_maps:
@@ -164,17 +165,6 @@ def kind_of(attention: nn.Module) -> str:
     if not isinstance(attention, TTTLayer):
         return "softmax"
     return f"{attention.mixer.config.inner}, {attention.mixer.config.locality}"
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in eval mode."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @dataclass
@@ -353,3 +343,4 @@ def _check(adapter: Adapter, softmax_model: nn.Module, converted_model: nn.Modul
         raise T5Error(
             f"explain: the models differ in {'; '.join(other[:3])}: pass the softmax model and what was made of it"
         )
+    check_weights(converted_model, softmax_model)

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from t5lib.families import family_of
 from t5lib.families.base import Adapter, Tokens
-from t5lib.families.inputs import Inputs, count, parts, placed
+from t5lib.families.inputs import Inputs, check_finite, count, parts, placed
+from t5lib.utils.errors import T5Error
+from t5lib.utils.modes import evaluating
+from t5lib.utils.seeds import check_seed
 
 IMAGES_AT_ONCE = 16  # bounds the memory at high resolutions
 
@@ -57,11 +60,15 @@ def diagnose(model: nn.Module, batch: Any, *, seed: int = 0) -> Diagnosis:
     """
     adapter = family_of(model)
     adapter.check_convertible(model)
+    if next(model.parameters()).is_meta:
+        raise T5Error("the model is on the meta device and has no weights; load them before it is diagnosed")
     inputs = adapter.inputs(batch)
+    adapter.check_inputs(model, inputs)
+    check_finite(inputs)
     return Diagnosis(
         layers=tuple(adapter.attention_names(model)),
         shift_ratio=_shift_ratios(model, adapter, inputs),
-        random_init=_shift_ratios(adapter.fresh(model, seed), adapter, inputs),
+        random_init=_shift_ratios(adapter.fresh(model, check_seed(seed)), adapter, inputs),
     )
 
 
@@ -78,12 +85,12 @@ def _shift_ratios(model: nn.Module, adapter: Adapter, inputs: Inputs) -> tuple[t
     for name in adapter.attention_names(model):
         sums[name] = torch.zeros(())
         hooks += _adder(model.get_submodule(name), adapter, sums, name)
-    training, like = model.training, next(model.parameters())
+    like = next(model.parameters())
     try:
-        for part in parts(inputs, IMAGES_AT_ONCE):
-            adapter.call(model.eval(), placed(part, like.device, like.dtype))
+        with evaluating(model):
+            for part in parts(inputs, IMAGES_AT_ONCE):
+                adapter.call(model, placed(part, like.device, like.dtype))
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return tuple(tuple((total / count(inputs)).tolist()) for total in sums.values())

@@ -17,7 +17,7 @@ class Source:
 
     Attributes:
         name: as typed.
-        weights: safetensors file to load in place of timm's pretrained weights.
+        weights: to load in place of timm's pretrained ones (t5lib.load_weights).
         pretrained: False for random weights.
         img_size: (height, width) in pixels, None for the model's own.
     """
@@ -42,6 +42,11 @@ class Source:
     def _check_folder(self, folder: Path) -> None:
         if self.weights or not self.pretrained:
             raise T5Error(f"{self.name} is a folder with weights of its own; leave --weights and --no-pretrained out")
+        if is_pipeline(folder):
+            raise T5Error(
+                f"{self.name} is a diffusers pipeline, whose inputs are latents and conditions, not image files alone; "
+                "use t5lib in Python (docs/diffusion.md), or a target of params.yaml"
+            )
         if not (folder / "t5.json").is_file():
             found = "is no saved model: it has no t5.json" if folder.is_dir() else "does not exist"
             raise T5Error(f"{self.name} {found}; expected a timm name, or a folder written by t5lib.save")
@@ -55,13 +60,27 @@ class Source:
     def _check_weights(self, weights: Path) -> None:
         if not self.pretrained:
             raise T5Error("--weights and --no-pretrained contradict each other; leave one out")
-        if not weights.is_file():
-            raise T5Error(f"--weights {weights} does not exist; expected a .safetensors file")
-        if weights.suffix != ".safetensors":
-            raise T5Error(
-                f"--weights {weights} is no .safetensors file; other formats can run code when they are opened. "
-                "Load it where you trust it, and save it with safetensors.torch.save_file"
-            )
+        if not weights.exists():
+            raise T5Error(f"--weights {weights} does not exist; expected a file of weights, or the folder of one")
+
+
+def is_pipeline(folder: Path | str) -> bool:
+    """Whether it is the folder of a diffusers pipeline."""
+    return (Path(folder).expanduser() / "model_index.json").is_file()
+
+
+def check_new(folder: Path) -> None:
+    """Raises T5Error unless a pipeline may be written to `folder`: nothing is there."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise T5Error(f"{folder} holds something already and is left as it is; name a new folder")
+    check_writable(folder)
+
+
+def refuse_for_pipelines(name: str, **options: object) -> None:
+    """Raises T5Error naming the first of the options that was given."""
+    if options:
+        option = next(iter(options)).replace("_", "-")
+        raise T5Error(f"{name} is a diffusers pipeline, for which there is no --{option}; calibrate it in Python")
 
 
 def find_images(folder: Path, least: int = 1) -> list[Path]:

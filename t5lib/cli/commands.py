@@ -45,7 +45,11 @@ ModelArgument = Annotated[
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Your own .safetensors of that timm model.", rich_help_panel=MODEL),
+    typer.Option(
+        metavar="FILE",
+        help="Your own weights of it, in timm's or transformers' names: .safetensors, .pt, an index, or a folder.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Pretrained = Annotated[
     bool, typer.Option(help="timm's weights, or random ones to try things out.", rich_help_panel=MODEL)
@@ -237,19 +241,13 @@ def convert(
     - `t5 convert deit_tiny_patch16_224 deit-t5 --calibrate photos --steps 300 --batch-size 32`
     - `t5 convert my-softmax-folder half --layers 0-5 --inner two_layer`
     - `t5 convert my-softmax-folder mixed --layers 0-5=softmax,6-11=swiglu+nat5 --calibrate photos`
+    - `t5 convert sd35-folder sd35-t5 --layers paper` (a diffusers pipeline; it is calibrated in Python)
 
     **Output**
 
     The error of every layer before and after calibration (0: same output as softmax, 1: no better than a constant),
     how many numbers were inherited, new and dropped, and how to load the folder: t5lib.load("OUT").
     """
-    source = Source(name=model, weights=weights, pretrained=pretrained, img_size=arguments.parse_size(img_size))
-    arguments.check_output(out, force=force)
-    if source.folder and source.folder.resolve() == out.resolve():
-        raise T5Error(f"MODEL and OUT are the same folder, {out}; name another OUT, and the softmax model stays")
-    fit = _given(steps=steps, batch_size=batch_size, lr=lr, lr_inherited=lr_inherited)
-    if fit and not calibrate:
-        raise T5Error(f"--{next(iter(fit)).replace('_', '-')} is for calibration; add --calibrate FOLDER")
     t5 = _given(
         inner=inner,
         inner_loss=inner_loss,
@@ -259,6 +257,22 @@ def convert(
         inherit=inherit,
         preset=preset,
     )
+    fit = _given(steps=steps, batch_size=batch_size, lr=lr, lr_inherited=lr_inherited)
+    if arguments.is_pipeline(model):
+        arguments.check_new(out)
+        arguments.refuse_for_pipelines(
+            model, **fit, **_given(calibrate=calibrate, weights=weights, img_size=img_size, device=device)
+        )
+        from t5lib.cli import pipelines
+
+        pipelines.convert(Path(model).expanduser(), out, t5, seed)
+        return
+    source = Source(name=model, weights=weights, pretrained=pretrained, img_size=arguments.parse_size(img_size))
+    arguments.check_output(out, force=force)
+    if source.folder and source.folder.resolve() == out.resolve():
+        raise T5Error(f"MODEL and OUT are the same folder, {out}; name another OUT, and the softmax model stays")
+    if fit and not calibrate:
+        raise T5Error(f"--{next(iter(fit)).replace('_', '-')} is for calibration; add --calibrate FOLDER")
     images = arguments.find_images(calibrate, least=2) if calibrate else []
     from t5lib.cli import converting
 
@@ -350,10 +364,10 @@ def plan(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder written by t5 convert or t5lib.save.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved model, or a diffusers pipeline.")],
     as_json: Annotated[bool, typer.Option("--json", help="The same and more, for programs.")] = False,
 ) -> None:
-    """Show what is in a saved folder, converted or softmax.
+    """Show what is in a saved folder, converted or softmax, or in a diffusers pipeline.
 
     **Examples**
 
@@ -366,13 +380,20 @@ def inspect(
     Cost is arithmetic, not time: matrix products and convolutions, a multiply-add counted as 2, beside the softmax
     twin of the same size. Equal cost is the number of tokens from which on the TTT layers take fewer FLOPs.
     """
-    from t5lib.cli import inspecting
+    if arguments.is_pipeline(folder):
+        from t5lib.cli import pipelines
 
-    found = inspecting.run(folder)
+        found = pipelines.inspect(folder)
+        show = pipelines.show
+    else:
+        from t5lib.cli import inspecting
+
+        found = inspecting.run(folder)
+        show = inspecting.show
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        inspecting.show(folder, found)
+        show(found)
 
 
 def _given(**options: Any) -> dict[str, Any]:

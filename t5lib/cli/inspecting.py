@@ -13,7 +13,7 @@ from t5lib.checkpoint import read_description
 from t5lib.cli.screen import facts, notes, ranges
 from t5lib.conversion import new_parameters, ttt_layers
 from t5lib.families.timm_vit import ADAPTER
-from t5lib.layers.attention import TTTAttention
+from t5lib.layers.attention import TTTLayer
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.config import to_dict
 from t5lib.utils.errors import T5Error
@@ -48,7 +48,7 @@ def run(folder: Path) -> dict[str, Any]:
                 "ttt": [index for index, name in enumerate(attentions) if name in converted],
                 "softmax": [index for index, name in enumerate(attentions) if name not in converted],
             },
-            "kinds": _kinds(attentions, converted),
+            "kinds": kinds_of(attentions, converted),
             "parameters": {"total": total, "inherited": total - new, "new": new},
             "file_bytes": (folder / "model.safetensors").stat().st_size,
             "dtype": " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in model.parameters()})),
@@ -57,7 +57,7 @@ def run(folder: Path) -> dict[str, Any]:
         }
 
 
-def show(folder: Path, found: dict[str, Any]) -> None:
+def show(found: dict[str, Any]) -> None:
     """Print what `run` found."""
     height, width = found["image_size"]
     rows, columns = found["grid"]
@@ -65,10 +65,10 @@ def show(folder: Path, found: dict[str, Any]) -> None:
     head = f"{found['num_classes']} classes" if found["num_classes"] else "no head"
     lines = [
         ("model", f"{found['architecture']}, {head}"),
-        ("attention", _attention(**found["layers"])),
+        ("attention", attention_counts(**found["layers"])),
         ("images", f"{height} × {width} px = {rows} × {columns} patches of {found['patch_size']} px"),
         ("tokens", f"{found['tokens']}: {rows * columns} patches{prefix}"),
-        ("parameters", _parameters(**found["parameters"])),
+        ("parameters", parameter_counts(**found["parameters"])),
         ("file", f"{found['file_bytes'] / 1e6:,.1f} MB, {found['dtype']}"),
         ("cost", _cost(found["flops"]["softmax"], found["flops"]["t5"], converted=found["t5"] is not None)),
     ]
@@ -80,7 +80,7 @@ def show(folder: Path, found: dict[str, Any]) -> None:
     facts(lines)
 
 
-def _kinds(attentions: list[str], converted: dict[str, TTTAttention]) -> list[dict[str, Any]]:
+def kinds_of(attentions: list[str], converted: dict[str, TTTLayer]) -> list[dict[str, Any]]:
     """What the new layers are: one entry for all layers with the same settings."""
     kinds: dict[TTTConfig, list[int]] = {}
     for index, name in enumerate(attentions):
@@ -119,12 +119,14 @@ def _counts(model: torch.nn.Module) -> list[int]:
     return [count_flops(model, ADAPTER.inputs(each)) for each in images]
 
 
-def _attention(ttt: list[int], softmax: list[int]) -> str:
+def attention_counts(ttt: list[int], softmax: list[int]) -> str:
+    """Which attentions are of which kind, in words."""
     parts = [f"{name} in layers {ranges(layers)}" for name, layers in (("TTT", ttt), ("softmax", softmax)) if layers]
     return f"{', '.join(parts)} ({len(ttt)} of {len(ttt) + len(softmax)} converted)"
 
 
-def _parameters(total: int, inherited: int, new: int) -> str:
+def parameter_counts(total: int, inherited: int, new: int) -> str:
+    """How many numbers, and how many of them are new, in words."""
     return f"{total:,} = {inherited:,} inherited + {new:,} new ({100 * new / total:.1f}%)" if new else f"{total:,}"
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import t5lib
@@ -17,20 +16,16 @@ from t5lib.checkpoint import read_description
 from t5lib.cli.arguments import Source
 from t5lib.cli.screen import note
 from t5lib.families.timm_vit import ADAPTER
+from t5lib.utils.devices import usable_device
 from t5lib.utils.errors import SourceError, T5Error
+from t5lib.weights.timm_vit import load_weights
 
 
 def choose_device(name: str | None) -> torch.device:
     """The device called `name`; by default the GPU if there is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise T5Error(f"--device {name} cannot be used ({reason}); expected cpu, cuda or cuda:1") from None
-    return device
+    return usable_device(name, "--device")
 
 
 def outline(source: Source) -> nn.Module:
@@ -65,7 +60,7 @@ def load(source: Source, device: torch.device) -> nn.Module:
         return model.to(device)
     arguments: dict[str, Any] = {"img_size": source.img_size} if source.img_size else {}
     if source.weights:
-        model = _with_weights(source, arguments)
+        model = load_weights(source.name, source.weights, **arguments)
     else:
         with _fetching(source):
             model = timm.create_model(source.name, pretrained=source.pretrained, **arguments)
@@ -87,21 +82,6 @@ def _check_size(source: Source, model: nn.Module) -> None:
         if side % patch:
             nearest = max(1, round(side / patch)) * patch
             raise T5Error(f"--img-size: {side} is no multiple of the patch size {patch}; nearest is {nearest}")
-
-
-def _with_weights(source: Source, arguments: dict[str, Any]) -> nn.Module:
-    """Load a local file through timm, which knows other names of the same weights and resamples position tables."""
-    try:
-        with safe_open(source.weights, framework="pt") as file:
-            has_head = "head.weight" in file.keys()  # noqa: SIM118 (it is no dictionary)
-            classes = file.get_slice("head.weight").get_shape()[0] if has_head else 0
-        given = {"file": str(source.weights), "num_classes": classes}  # as many as the model has: loading is strict
-        return timm.create_model(
-            source.name, pretrained=True, pretrained_cfg_overlay=given, num_classes=classes, **arguments
-        )
-    except (RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise T5Error(f"{source.weights} does not fit timm's {source.name}: {reason}") from None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from t5lib.utils.config import one_of
 from t5lib.utils.errors import T5Error
+from t5lib.utils.modes import evaluating
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +70,15 @@ def predict(
     device = next(next(iter(models.values())).parameters()).device
     logits: dict[str, list[Tensor]] = {name: [] for name in models}
     labels: list[Tensor] = []
-    modes = [model.training for model in models.values()]
-    for model in models.values():
-        model.eval()
-    for images, batch_labels in batches:
-        labels.append(batch_labels.cpu())
-        images = images.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            for name, model in models.items():
-                logits[name].append(model(images).float().cpu())
-        if on_batch:
-            on_batch(sum(map(len, labels)))
-    for model, mode in zip(models.values(), modes, strict=True):
-        model.train(mode)
+    with evaluating(*models.values()):
+        for images, batch_labels in batches:
+            labels.append(batch_labels.cpu())
+            images = images.to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                for name, model in models.items():
+                    logits[name].append(model(images).float().cpu())
+            if on_batch:
+                on_batch(sum(map(len, labels)))
     if not labels:
         raise T5Error("there is no batch to score the models on; pass a loader that is not used up")
     return {name: torch.cat(parts) for name, parts in logits.items()}, torch.cat(labels)

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from t5lib.families import family_of
 from t5lib.utils.config import AtLeastOne, NotNegative, settings
 from t5lib.utils.errors import T5Error
+from t5lib.utils.modes import evaluating
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W), and the entity that each patch shows (B, R, Q)
 LEAST_SPREAD = 1e-6
@@ -218,28 +219,24 @@ def compare(
     """
     device = next(source.parameters()).device
     kinds, classes = class_of_entity.to(device), len(probe.bias)
-    modes = source.training, student.training
-    source.eval()
-    student.eval()
     sums = None
-    for images, shown in batches:
-        images, shown = images.to(device), shown.to(device).long().flatten()
-        theirs, ours = (patch_features(m, images, precision).flatten(0, 2) for m in (source, student))
-        predicted, student_predicted = probe.predict(theirs), probe.predict(ours)
-        own = student_predicted if own_probe is None else own_probe.predict(ours)
-        pairs = {
-            "source": (kinds[shown], predicted),
-            "student": (kinds[shown], student_predicted),
-            "own": (kinds[shown], own),
-            "fidelity": (predicted, student_predicted),
-        }
-        counts = {name: _counts(shown, *pair, len(kinds), classes) for name, pair in pairs.items()}
-        cosines = F.cosine_similarity(theirs, ours, dim=-1).double()
-        cosine = torch.zeros(len(kinds), dtype=torch.float64, device=device).index_add_(0, shown, cosines)
-        batch = DenseSums(cosine=cosine.cpu(), **counts)
-        sums = batch if sums is None else sums + batch
-    for model, mode in zip((source, student), modes, strict=True):
-        model.train(mode)
+    with evaluating(source, student):
+        for images, shown in batches:
+            images, shown = images.to(device), shown.to(device).long().flatten()
+            theirs, ours = (patch_features(m, images, precision).flatten(0, 2) for m in (source, student))
+            predicted, student_predicted = probe.predict(theirs), probe.predict(ours)
+            own = student_predicted if own_probe is None else own_probe.predict(ours)
+            pairs = {
+                "source": (kinds[shown], predicted),
+                "student": (kinds[shown], student_predicted),
+                "own": (kinds[shown], own),
+                "fidelity": (predicted, student_predicted),
+            }
+            counts = {name: _counts(shown, *pair, len(kinds), classes) for name, pair in pairs.items()}
+            cosines = F.cosine_similarity(theirs, ours, dim=-1).double()
+            cosine = torch.zeros(len(kinds), dtype=torch.float64, device=device).index_add_(0, shown, cosines)
+            batch = DenseSums(cosine=cosine.cpu(), **counts)
+            sums = batch if sums is None else sums + batch
     if sums is None:
         raise T5Error("there is no batch to compare the models on; pass a loader that is not used up")
     return sums

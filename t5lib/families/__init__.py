@@ -4,6 +4,7 @@ from importlib import import_module
 
 from torch import nn
 
+from t5lib.families import refusals
 from t5lib.families.base import Adapter
 from t5lib.utils.errors import T5Error
 
@@ -21,14 +22,14 @@ def family_of(model: nn.Module) -> Adapter:
     Raises:
         T5Error: it is of no family that can be converted.
     """
-    for base in type(model).__mro__:
-        name = _CLASSES.get((base.__module__.partition(".")[0], base.__name__))
-        if name:
-            return adapter(name)
-    raise T5Error(
-        f"{type(model).__name__} is not a timm VisionTransformer (ViT, DeiT, AugReg, DINOv2, DeiT III, SigLIP …), nor "
-        "diffusers' SD3Transformer2DModel or DiTTransformer2DModel; only these can be converted so far"
-    )
+    if name := _family_name(model):
+        return adapter(name)
+    raise T5Error(refusals.of_model(model, lambda part: bool(_family_name(part))))
+
+
+def _family_name(model: nn.Module) -> str | None:
+    names = (_CLASSES.get((base.__module__.partition(".")[0], base.__name__)) for base in type(model).__mro__)
+    return next(filter(None, names), None)
 
 
 def adapter(name: str) -> Adapter:

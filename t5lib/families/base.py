@@ -1,5 +1,6 @@
 """What t5lib has to know about a family of models, all of it: one subclass of Adapter a family, one file each."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -7,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from t5lib.families.inputs import ExampleSize, Inputs
+from t5lib.families.inputs import ExampleSize, Inputs, images_of, tensors
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, carry_grid, drop_grid
@@ -176,24 +177,37 @@ class Adapter(ABC):
             batch: images (B, C, H, W), or a tuple or list that begins with them; or the keyword arguments themselves.
 
         Raises:
-            T5Error: it is something else.
+            T5Error: it is something else, empty, or of whole numbers.
         """
-        if isinstance(batch, Mapping):
-            return self._keyword_arguments(batch)
-        images = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise T5Error(f"a batch must hold images (B, 3, H, W), got {shape}")
-        return {self.input_name: images}
+        inputs = self._keyword_arguments(batch) if isinstance(batch, Mapping) else {self.input_name: batch}
+        return inputs | {self.input_name: images_of(inputs[self.input_name])}
 
-    def _keyword_arguments(self, batch: Mapping[str, Tensor]) -> Inputs:
+    def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
+        """Raises T5Error unless `model` can be called with `inputs`: their names, channels and size."""
+        try:
+            inspect.signature(model.forward).bind(**inputs)
+        except TypeError as error:
+            raise T5Error(f"the batch is not what {type(model).__name__} is called with: {error}") from None
+        channels, wanted = inputs[self.input_name].shape[1], self.in_channels(model)
+        if channels != wanted:
+            raise T5Error(
+                f"images of {channels} channels are given to a model of {wanted}; convert them first "
+                "(a grey image to RGB: images.expand(-1, 3, -1, -1))"
+            )
+        self.grid(model, inputs)
+
+    @abstractmethod
+    def in_channels(self, model: nn.Module) -> int:
+        """Of the images or latents that the model is called with."""
+
+    def _keyword_arguments(self, batch: Mapping[str, Any]) -> Inputs:
         if self.input_name not in batch:
             raise T5Error(
                 f"the model is called by name: expected '{self.input_name}' and what else the model's forward takes, "
                 f"got {', '.join(map(repr, batch))}. A denoiser's latents and captions are noised first: "
                 "t5lib.training.objectives.noised_inputs"
             )
-        return dict(batch)
+        return tensors(batch)
 
     @abstractmethod
     def call(self, model: nn.Module, inputs: Inputs) -> Tensor:

@@ -4,6 +4,7 @@ Shapes: B latents, N image tokens, T text tokens, C channels, H heads, D head wi
 """
 
 import copy
+import re
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, announce_grid
 from t5lib.utils.config import from_dict, to_dict
 from t5lib.utils.errors import T5Error
+from t5lib.utils.weights import check_numbers
 
 IMAGE = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
 TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
@@ -110,6 +112,41 @@ class DiffusersTTTAttention(TTTLayer):
         return o
 
 
+class ConvertedModel:
+    """Stands before diffusers' class among the bases of a converted one: weights are loaded whole, none is made up."""
+
+    @classmethod
+    def from_pretrained(cls, *source: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        """As diffusers' own.
+
+        Raises:
+            T5Error: the files lack weights of the model that config.json describes, or hold others, or numbers that
+                are not finite.
+        """
+        model, info = super().from_pretrained(  # type: ignore[misc]  # of the model beside it
+            *source, output_loading_info=True, **options
+        )
+        check_loaded(model, info, f"{source[0] if source else 'the checkpoint'}")
+        return (model, info) if output_loading_info else model
+
+
+def check_loaded(model: ModelMixin, info: dict[str, Any], source: str) -> None:
+    """Raises T5Error unless diffusers found every weight of `model`, no others, and all of them finite.
+
+    Args:
+        info: what its from_pretrained tells with output_loading_info.
+    """
+    ignored: list[str] = model._keys_to_ignore_on_load_unexpected or []
+    missing = sorted(info["missing_keys"])
+    unknown = [name for name in sorted(info["unexpected_keys"]) if not any(re.search(each, name) for each in ignored)]
+    if missing or unknown or info["mismatched_keys"]:
+        raise T5Error(
+            f"the weights in {source} are not those of the {type(model).__name__} in its config.json: missing "
+            f"{missing[:4]}, unknown {unknown[:4]}, other shapes {info['mismatched_keys'][:2]}; save or fetch it again"
+        )
+    check_numbers(dict(model.named_parameters()), source)
+
+
 def check_attention(attention: nn.Module, name: str, processors: tuple[type, ...]) -> None:
     """Raises T5Error unless `attention`, called `name`, is one of diffusers' with plain softmax."""
     if isinstance(attention, TTTLayer):
@@ -141,6 +178,7 @@ class DiffusersAdapter(Adapter):
     softmax_class: ClassVar[type[ModelMixin]]
     converted_class: ClassVar[type[ModelMixin]]
     processors: ClassVar[tuple[type, ...]]  # of attentions that are plain softmax
+    conditions: ClassVar[tuple[str, ...]]  # arguments of the model's forward besides latents
 
     def check_convertible(self, model: nn.Module) -> None:
         if type(model) not in (self.softmax_class, self.converted_class):
@@ -243,6 +281,20 @@ class DiffusersAdapter(Adapter):
         parts = (getattr(layer, name) for name in (*IMAGE, *TEXT))
         return [part for part in parts if part is not None]
 
+    def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
+        missing = [name for name in self.conditions if inputs.get(name) is None]
+        if missing:
+            raise T5Error(
+                f"a batch for {type(model).__name__} lacks {', '.join(missing)}; expected its keyword arguments "
+                f"{', '.join((self.input_name, *self.conditions))}, which t5lib.training.objectives.noised_inputs makes"
+            )
+        for side in inputs[self.input_name].shape[-2:]:
+            check_multiple(side, model.config.patch_size, "the patch size")
+        super().check_inputs(model, inputs)
+
+    def in_channels(self, model: nn.Module) -> int:
+        return model.config.in_channels
+
     def call(self, model: nn.Module, inputs: Inputs) -> Tensor:
         return model(**inputs, return_dict=False)[0]
 
@@ -311,7 +363,7 @@ class DiffusersAdapter(Adapter):
     def convert_as_told(self, model: nn.Module, told: dict[str, Any] | None) -> None:
         """Convert a model that diffusers is making, as the entry t5_config of its config.json says."""
         if told:
-            config = from_dict(TTTConfig, dict(told), "config.json: t5_config")
+            config = from_dict(TTTConfig, told, "config.json: t5_config")
             replace_attentions(self, model, config, chosen_layers(self, model, config))
 
 

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from t5lib.families.diffusers_base import DiffusersAdapter, latent_grid
+from t5lib.families.diffusers_base import ConvertedModel, DiffusersAdapter, latent_grid
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, announce_grid
@@ -22,7 +22,7 @@ __all__ = ["ADAPTER", "ModelMixin", "T5DiTTransformer2DModel"]
 SPACING = "downscale_freq_shift"  # of the timestep embedding's frequencies
 
 
-class T5DiTTransformer2DModel(DiTTransformer2DModel):
+class T5DiTTransformer2DModel(ConvertedModel, DiTTransformer2DModel):  # type: ignore[misc]  # diffusers' own bases differ
     """A DiTTransformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them.
 
     Args:
@@ -87,6 +87,7 @@ class DiT(DiffusersAdapter):
     softmax_class = DiTTransformer2DModel
     converted_class = T5DiTTransformer2DModel
     processors = (AttnProcessor2_0,)
+    conditions = ("timestep", "class_labels")
 
     def attention_names(self, model: nn.Module) -> list[str]:
         return [f"transformer_blocks.{index}.attn1" for index in range(len(model.transformer_blocks))]

@@ -1,10 +1,16 @@
 """What a model is called with: its keyword arguments, whatever its family, and what is done with them everywhere."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from t5lib.utils.errors import T5Error
+
+PREPARE = "timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
 
 Inputs = dict[str, Tensor]  # the first dimension of each is the batch
 
@@ -24,6 +30,53 @@ class ExampleSize:
     batch: int = 1
     pixels_per_latent: int = 8
     text_tokens: int = 333
+
+
+def images_of(batch: Any) -> Tensor:
+    """The images (B, C, H, W), or latents, in what a loader gives: themselves, a tuple or list that begins with them,
+    or a list of single ones (C, H, W); as tensors or as arrays of NumPy.
+
+    Raises:
+        T5Error: it is something else, there are none, or they are whole numbers.
+    """
+    if isinstance(batch, tuple | list) and batch:
+        single = all(isinstance(each, Tensor | np.ndarray) and each.ndim == 3 for each in batch)
+        batch = _stacked(batch) if single else batch[0]
+    images = torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise T5Error(f"a batch must hold images (B, 3, H, W), got {shape}; {PREPARE} makes tensors of image files")
+    if not len(images):
+        raise T5Error("a batch holds no image; leave empty batches out")
+    if not images.is_floating_point():
+        raise T5Error(
+            f"images are {images.dtype}; expected floating-point numbers, normalized as the model's weights want them: "
+            f"{PREPARE}"
+        )
+    return images
+
+
+def _stacked(images: Sequence[Any]) -> Tensor:
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        raise T5Error(f"a batch holds images of different shapes, {sorted(shapes)[:4]}; resize or crop them to one")
+    return torch.stack([torch.as_tensor(image) for image in images])
+
+
+def tensors(batch: Mapping[str, Any]) -> Inputs:
+    """Keyword arguments with NumPy's arrays as tensors."""
+    return {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in batch.items()}
+
+
+def check_finite(inputs: Inputs) -> None:
+    """Raises T5Error naming the first input, and the place in the batch, that holds NaN or infinite numbers."""
+    for name, tensor in inputs.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            broken = [index for index, each in enumerate(tensor) if not each.isfinite().all()]
+            raise T5Error(
+                f"'{name}' holds numbers that are not finite, first at place {broken[0]} of a batch of {len(tensor)}; "
+                "look for a damaged file, or a division by zero in the normalization"
+            )
 
 
 def count(inputs: Inputs) -> int:

@@ -39,12 +39,47 @@ def chosen_layers(adapter: Adapter, model: nn.Module, config: TTTConfig) -> dict
     """
     adapter.check_convertible(model)
     names = adapter.attention_names(model)
+    check_untied(model)
+    for name in names:
+        _check_plain(adapter, model.get_submodule(name), name)
     kinds = config.of_layers(len(names), adapter.layer_sets(model))
     chosen = {name: own for name, own in zip(names, kinds, strict=True) if own}
     if fixed := adapter.fixed_grid(model):
         for own in chosen.values():
             check_window(own, fixed)
     return chosen
+
+
+def check_untied(model: nn.Module) -> None:
+    """Raises T5Error naming parameters of `model` that are one under several names."""
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = names.setdefault(parameter, name)
+        if other != name:
+            raise T5Error(
+                f"{other} and {name} are one parameter (tied); every layer is converted and saved by itself, so give "
+                "each its own first: model.set_submodule(NAME, copy.deepcopy(model.get_submodule(NAME)))"
+            )
+
+
+def _check_plain(adapter: Adapter, attention: nn.Module, name: str) -> None:
+    """Raises T5Error when the attention's weights are quantized, or its forward is not that of its class."""
+    weight = getattr(adapter.projections(attention)[0], "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        kind = type(adapter.projections(attention)[0]).__name__
+        raise T5Error(f"the projections of {name} are quantized ({kind}); convert the model first, then quantize it")
+    if "forward" in vars(attention):
+        raise T5Error(
+            f"{name} has a forward of its own in the place of its class's, which a conversion would lose; take the "
+            f"patch off first: del model.{name}.forward"
+        )
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let `new`, which takes the place of `old` and is called as it was, call the hooks of `old`."""
+    for name, value in vars(old).items():
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            setattr(new, name, value)
 
 
 def replace_attentions(adapter: Adapter, model: nn.Module, config: TTTConfig, chosen: dict[str, TTTConfig]) -> None:
@@ -54,7 +89,10 @@ def replace_attentions(adapter: Adapter, model: nn.Module, config: TTTConfig, ch
         torch.default_generator.manual_seed(config.seed)  # not torch.manual_seed, which seeds the GPUs too
         for name, own in chosen.items():
             reset += adapter.reset_left_out(model, name, own.inherit)
-            model.set_submodule(name, adapter.new_layer(model, model.get_submodule(name), own))
+            attention = model.get_submodule(name)
+            layer = adapter.new_layer(model, attention, own)
+            carry_hooks(attention, layer)
+            model.set_submodule(name, layer)
     adapter.carry_grid(model)
     adapter.mark(model, config)
     model.t5_report = _account(before, model, list(chosen), list(dict.fromkeys(reset)))

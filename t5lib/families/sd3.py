@@ -17,7 +17,7 @@ from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from t5lib.families.diffusers_base import DiffusersAdapter
+from t5lib.families.diffusers_base import ConvertedModel, DiffusersAdapter
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.errors import T5Error
@@ -39,7 +39,7 @@ MEDIUM: dict[str, Any] = {  # arguments of SD3Transformer2DModel as SD3.5-Medium
 }
 
 
-class T5SD3Transformer2DModel(SD3Transformer2DModel):
+class T5SD3Transformer2DModel(ConvertedModel, SD3Transformer2DModel):  # type: ignore[misc]  # diffusers' own bases differ
     """An SD3Transformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them.
 
     Args:
@@ -86,6 +86,12 @@ class T5SD3Transformer2DModel(SD3Transformer2DModel):
         )
         ADAPTER.convert_as_told(self, t5_config)
 
+    def _load_ip_adapter_weights(self, *_: Any, **__: Any) -> None:
+        raise T5Error(
+            "an IP-Adapter adds an attention to every softmax attention, and those are converted; load it into the "
+            "softmax pipeline (t5lib.revert of the transformer)"
+        )
+
 
 class SD3(DiffusersAdapter):
     """Stable Diffusion 3 and 3.5."""
@@ -94,6 +100,7 @@ class SD3(DiffusersAdapter):
     softmax_class = SD3Transformer2DModel
     converted_class = T5SD3Transformer2DModel
     processors = (JointAttnProcessor2_0,)
+    conditions = ("timestep", "encoder_hidden_states", "pooled_projections")
 
     def check_blocks(self, model: nn.Module) -> None:
         for index, block in enumerate(model.transformer_blocks):

@@ -1,6 +1,7 @@
 """timm's VisionTransformer family: where its attentions are, how its tokens lie, how a model is rebuilt."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -12,11 +13,15 @@ from torch.utils.hooks import RemovableHandle
 
 from t5lib.families.base import Adapter, Tokens, check_multiple
 from t5lib.families.inputs import ExampleSize, Inputs
+from t5lib.families.refusals import reason
 from t5lib.families.replacement import chosen_layers, replace_attentions
 from t5lib.layers.attention import TTTAttention, project
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, announce_grid
 from t5lib.utils.errors import T5Error
+
+# Arguments of timm.create_model that name files or addresses.
+LOADS_WEIGHTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 class TimmVit(Adapter):
@@ -40,8 +45,7 @@ class TimmVit(Adapter):
             if type(attention) is not Attention:
                 present = type(attention).__name__ if attention is not None else type(block).__name__
                 raise T5Error(
-                    f"blocks.{index} uses {present}; only timm's Attention can be converted (relative position bias, "
-                    "rotary and parallel attention have no counterpart in a TTT layer)"
+                    f"blocks.{index} uses {present}; only timm's Attention can be converted: {reason(present)}"
                 )
         if not isinstance(model.patch_drop, nn.Identity):
             raise T5Error("patch_drop_rate is set: dropped patches leave holes in the grid; build the model with 0")
@@ -60,7 +64,9 @@ class TimmVit(Adapter):
         return model.blocks
 
     def grid(self, model: nn.Module, inputs: Inputs) -> TokenGrid:
-        rows, columns = model.patch_embed.dynamic_feat_size(inputs[self.input_name].shape[-2:])
+        size = inputs[self.input_name].shape[-2:]
+        _check_size(model.patch_embed, tuple(size))
+        rows, columns = model.patch_embed.dynamic_feat_size(size)
         return TokenGrid(rows, columns, model.num_prefix_tokens)
 
     def fixed_grid(self, model: nn.Module) -> TokenGrid | None:
@@ -84,6 +90,8 @@ class TimmVit(Adapter):
         attention = Attention(channels, layer.num_heads, attn_head_dim=head_dim, device="meta")
         for name in TTTAttention.inherited:
             setattr(attention, name, getattr(layer, name))
+        for name, value in layer.softmax.items():
+            setattr(attention, name, value)
         return attention.train(layer.training)
 
     def reset_left_out(self, model: nn.Module, name: str, inherit: str) -> list[str]:
@@ -127,6 +135,15 @@ class TimmVit(Adapter):
     def projections(self, layer: nn.Module) -> list[nn.Module]:
         return [layer.qkv, layer.q_norm, layer.k_norm]
 
+    def inputs(self, batch: Any) -> Inputs:
+        """See Adapter; also what the processors of transformers give, {"pixel_values": …}, with or without labels."""
+        if isinstance(batch, Mapping) and "pixel_values" in batch and not set(batch) - {"pixel_values", "labels"}:
+            batch = batch["pixel_values"]
+        return super().inputs(batch)
+
+    def in_channels(self, model: nn.Module) -> int:
+        return model.in_chans
+
     def call(self, model: nn.Module, inputs: Inputs) -> Tensor:
         return model(**inputs)
 
@@ -144,7 +161,7 @@ class TimmVit(Adapter):
         return model
 
     def example_inputs(self, model: nn.Module, size: ExampleSize) -> Inputs:
-        shape = (size.batch, model.patch_embed.proj.in_channels, size.resolution, size.resolution)
+        shape = (size.batch, self.in_channels(model), size.resolution, size.resolution)
         return {self.input_name: torch.randn(shape, generator=torch.Generator().manual_seed(0))}
 
     def describe(self, model: nn.Module) -> tuple[str, dict[str, Any]]:
@@ -179,6 +196,8 @@ class TimmVit(Adapter):
             raise T5Error(
                 f"timm {timm.__version__} knows no architecture '{architecture}'; is it older than the model?"
             )
+        if loading := sorted(LOADS_WEIGHTS & arguments.keys()):
+            raise T5Error(f"{', '.join(loading)} is no argument of a model but one that loads weights; leave it out")
         model = timm.create_model(architecture, pretrained=False, **arguments)
         if config:
             replace_attentions(self, model, config, chosen_layers(self, model, config))
@@ -203,6 +222,21 @@ class TimmVit(Adapter):
                 f"which was changed after it was created: {error}"
             ) from None
         return model
+
+
+def _check_size(patch_embed: nn.Module, size: tuple[int, ...]) -> None:
+    """Raises T5Error unless images of `size`, (height, width) in pixels, can be cut into patches."""
+    height, width = size
+    if getattr(patch_embed, "strict_img_size", False):
+        if size != tuple(patch_embed.img_size):
+            own = "×".join(map(str, patch_embed.img_size))
+            raise T5Error(
+                f"images are {height}×{width} px, the model takes {own}; resize them, or call "
+                f"model.set_input_size(img_size=({height}, {width})) before converting"
+            )
+    elif not getattr(patch_embed, "dynamic_img_pad", False):
+        for side, patch in zip(size, patch_embed.feat_ratio(as_scalar=False), strict=True):
+            check_multiple(side, patch, "the patch size")
 
 
 ADAPTER = TimmVit()

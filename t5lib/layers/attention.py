@@ -72,6 +72,7 @@ class TTTAttention(TTTLayer):
         super().__init__()
         self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
         self.num_prefix_tokens = num_prefix_tokens
+        self.softmax = {name: getattr(attention, name) for name in ("scale", "fused_attn")}  # for who reverts it
         for name in self.inherited:
             setattr(self, name, getattr(attention, name, None))
         self.add_mixer(config, self.qkv)

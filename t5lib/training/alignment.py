@@ -27,12 +27,14 @@ from t5lib.conversion import ttt_layers
 from t5lib.data.batches import Batches, open_batches
 from t5lib.families import family_of
 from t5lib.families.base import Adapter
-from t5lib.families.inputs import Inputs, placed
+from t5lib.families.inputs import Inputs, check_finite, placed
 from t5lib.layers.grid import TokenGrid
 from t5lib.training.loop import Log
+from t5lib.training.pair import check_pair
 from t5lib.training.trainer import LoopConfig, Objective, Trainer, TrainReport, train
-from t5lib.utils.config import AtLeastOne, NotNegative, Positive, Share, WholeNumber, settings
+from t5lib.utils.config import AtLeastOne, NotNegative, Positive, Share, WholeNumber, checked, settings
 from t5lib.utils.errors import T5Error
+from t5lib.utils.modes import evaluating
 
 
 @settings
@@ -96,6 +98,7 @@ class AlignReport(TrainReport):
     error_after: dict[str, float] = field(default_factory=dict)
 
 
+@torch.enable_grad()
 def align(
     model: nn.Module,
     *,
@@ -120,9 +123,16 @@ def align(
         T5Error: the models do not match, a part does not exist, or the loss is not finite.
         KeyboardInterrupt: Ctrl-C, at the end of the step and after a checkpoint has been written.
     """
-    config = config or AlignConfig()
+    config = checked(config, AlignConfig)
     objective = Alignment(config, model, teacher)
-    before = _measured(model, objective, batches)
+    with evaluating(teacher):
+        return _aligned(model, objective, batches, resume_dir, log)
+
+
+def _aligned(
+    model: nn.Module, objective: "Alignment", batches: Batches, resume_dir: Path | None, log: Log | None
+) -> AlignReport:
+    config, before = objective.config, _measured(model, objective, batches)
     if not config.steps:
         return AlignReport(
             steps=0, seconds=0.0, samples_per_second=0.0, loss=0.0, error_before=before, error_after=before
@@ -157,7 +167,7 @@ class Alignment(Objective[Inputs]):
 
     def __init__(self, config: AlignConfig, model: nn.Module, teacher: nn.Module):
         self.config, self.family, self.teacher = config, family_of(model), teacher
-        _check_pair(self.family, model, teacher, config)
+        _check(model, teacher, config)
         names = self.family.attention_names(teacher)
         count = len(list(self.family.blocks(model)))
         # Blocks of some denoisers hold two attentions.
@@ -188,7 +198,9 @@ class Alignment(Objective[Inputs]):
         self.recorders, self.errors = [], token_errors
 
     def example(self, batch: Any, number: int, trainer: Trainer) -> Inputs:
-        return placed(self.family.inputs(batch), trainer.device)
+        inputs = self.family.inputs(batch)
+        self.family.check_inputs(self.teacher, inputs)
+        return placed(inputs, trainer.device, torch.float32)
 
     def inputs(self, example: Inputs) -> Inputs:
         return example
@@ -341,20 +353,15 @@ def output_error(output: Tensor, wanted: Tensor) -> Tensor:
     return (output - wanted).square().mean() / wanted.var(correction=0)
 
 
-def _check_pair(family: Adapter, model: nn.Module, teacher: nn.Module, config: AlignConfig) -> None:
-    if not ttt_layers(model):
-        raise T5Error("this model has no new layer to align; convert it first (t5lib.convert)")
-    if ttt_layers(teacher):
-        raise T5Error("the teacher is a converted model; pass the softmax model that was converted")
-    if family_of(teacher) is not family:
-        raise T5Error(f"the teacher is of the family {family_of(teacher).name}, the model of {family.name}")
-    ours, theirs = (len(list(family.blocks(each))) for each in (model, teacher))
-    if ours != theirs:
-        raise T5Error(f"the teacher has {theirs} blocks, the model {ours}; pass the softmax model that was converted")
-    if config.precision == "fp32" and next(teacher.parameters()).dtype != torch.float32:
+def _check(model: nn.Module, teacher: nn.Module, config: AlignConfig) -> None:
+    check_pair(model, teacher)
+    ours, theirs = (next(each.parameters()).dtype for each in (model, teacher))
+    if ours != torch.float32:
+        raise T5Error(f"align: the model's weights are {ours}, too coarse for small steps; call model.float()")
+    if config.precision == "fp32" and theirs != torch.float32:
         raise T5Error(
-            f"align: the teacher's weights are {next(teacher.parameters()).dtype} and precision is fp32; call "
-            "teacher.float(), or set precision: bf16"
+            f"align: the teacher's weights are {theirs} and precision is fp32; call teacher.float(), or set precision: "
+            "bf16"
         )
     if config.features:
         try:
@@ -390,14 +397,10 @@ def _trainable(model: nn.Module, config: AlignConfig) -> Iterator[LoopConfig]:
 
 def _measured(model: nn.Module, objective: Alignment, batches: Batches) -> dict[str, float]:
     """The errors on the first batch; leaves the models in the modes that they were in."""
-    modes = [(each, each.training) for each in (model, objective.teacher)]
     device = next(model.parameters()).device
     objective.teacher.to(device)
-    inputs = placed(objective.family.inputs(next(open_batches(batches, 0))), device)
-    try:
-        for each, _ in modes:
-            each.eval()
-        return objective.measure(model, inputs)
-    finally:
-        for each, training in modes:
-            each.train(training)
+    inputs = objective.family.inputs(next(open_batches(batches, 0)))
+    objective.family.check_inputs(model, inputs)
+    check_finite(inputs)
+    with evaluating(model, objective.teacher):
+        return objective.measure(model, placed(inputs, device, torch.float32))

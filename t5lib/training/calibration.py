@@ -22,13 +22,16 @@ from t5lib.data.batches import Batches, open_batches
 from t5lib.data.sampler import shuffled
 from t5lib.families import family_of
 from t5lib.families.base import Adapter
-from t5lib.families.inputs import Inputs, count, joined_by_size, placed
+from t5lib.families.inputs import Inputs, check_finite, count, joined_by_size, placed
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.grid import TokenGrid
 from t5lib.training import checkpoints
 from t5lib.training.layer_groups import CalibrateConfig, Example, LayerGroup, Seen
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
+from t5lib.training.pair import check_pair
+from t5lib.utils.config import checked
 from t5lib.utils.errors import T5Error
+from t5lib.utils.modes import evaluating
 
 LOG_EVERY = 10
 STATE = "calibrate.pt"
@@ -48,6 +51,7 @@ class CalibrationReport:
     seconds: float = 0.0
 
 
+@torch.enable_grad()
 def calibrate(
     model: nn.Module,
     *,
@@ -73,22 +77,24 @@ def calibrate(
         T5Error: the models do not match, the loss is not finite, checkpoints were made by another recipe or code, or
             there is too little room for them.
     """
-    config = config or CalibrateConfig()
-    device, adapter = next(teacher.parameters()).device, family_of(teacher)
-    inputs_of = functools.partial(_inputs, adapter, device)
-    source = open_batches(batches, 0)
-    probe = inputs_of(next(source))  # measured on, left out of the fit
-    fit = _Fit(model, teacher, config, probe)
-    report = CalibrationReport(error_before=fit.error_before, steps=config.steps)
-    if resume_dir and fit.restore(resume_dir):
-        source = open_batches(batches, fit.batches)
-    fit.source = map(inputs_of, source)
-    every = config.checkpoint_every
-    try:
-        run_steps(fit, title="calibrate", total=config.steps, resume_dir=resume_dir, every=every, log=log)
-    finally:
-        fit.write_back()  # also when interrupted: a model half of whose layer was fitted would be of no use
-    report.seconds, report.error_after = fit.done.seconds, fit.errors(fit.see(probe))
+    config = checked(config, CalibrateConfig)
+    check_pair(model, teacher)
+    _check_places(model, teacher)
+    inputs_of = functools.partial(_inputs, family_of(teacher), teacher)
+    with evaluating(teacher):
+        source = open_batches(batches, 0)
+        probe = inputs_of(next(source))  # measured on, left out of the fit
+        fit = _Fit(model, teacher, config, probe)
+        report = CalibrationReport(error_before=fit.error_before, steps=config.steps)
+        if resume_dir and fit.restore(resume_dir):
+            source = open_batches(batches, fit.batches)
+        fit.source = map(inputs_of, source)
+        every = config.checkpoint_every
+        try:
+            run_steps(fit, title="calibrate", total=config.steps, resume_dir=resume_dir, every=every, log=log)
+        finally:
+            fit.write_back()  # also when interrupted: a model half of whose layer was fitted would be of no use
+        report.seconds, report.error_after = fit.done.seconds, fit.errors(fit.see(probe))
     return report
 
 
@@ -98,9 +104,7 @@ class _Fit(Work):
     source: Iterator[Inputs]
 
     def __init__(self, model: nn.Module, teacher: nn.Module, config: CalibrateConfig, probe: Inputs):
-        self.config, self.layers, self.teacher = config, ttt_layers(model), teacher.eval()
-        if not self.layers:
-            raise T5Error("this model has no new layer to calibrate; convert it first (t5lib.convert)")
+        self.config, self.layers, self.teacher = config, ttt_layers(model), teacher
         self.family = family_of(model)
         self.sources = {name: self._source(name, layer) for name, layer in self.layers.items()}
         self.device = next(teacher.parameters()).device
@@ -275,6 +279,20 @@ class _Fit(Work):
         return q.shape[1], q.shape[3], first.in_features
 
 
-def _inputs(adapter: Adapter, device: torch.device, batch: Any) -> Inputs:
-    """What the teacher is called with, on the device."""
-    return placed(adapter.inputs(batch), device)
+def _check_places(model: nn.Module, teacher: nn.Module) -> None:
+    ours, theirs = next(model.parameters()), next(teacher.parameters())
+    if ours.device != theirs.device:
+        raise T5Error(f"the teacher is on {theirs.device}, the model on {ours.device}; move one of them to the other")
+    half = {each.dtype for each in (ours, theirs)} - {torch.float32}
+    if half and ours.device.type == "cpu":
+        raise T5Error(
+            f"weights are {half.pop()}, and on a CPU layers are fitted in float32; call .float() on both models"
+        )
+
+
+def _inputs(adapter: Adapter, teacher: nn.Module, batch: Any) -> Inputs:
+    """What the teacher is called with, on its device, in float32."""
+    inputs = adapter.inputs(batch)
+    adapter.check_inputs(teacher, inputs)
+    check_finite(inputs)
+    return placed(inputs, next(teacher.parameters()).device, torch.float32)

@@ -142,6 +142,15 @@ def from_dict(cls: type[AnySettings], data: dict[str, Any] | None, where: str) -
         raise T5Error(f"{where}{'.' if isinstance(error, SettingError) else ': '}{problem}") from None
 
 
+def checked(config: AnySettings | None, cls: type[AnySettings]) -> AnySettings:
+    """`config`, or the defaults of `cls` for None. Raises T5Error when it is anything else."""
+    if config is None:
+        return cls()
+    if not isinstance(config, cls):
+        raise T5Error(f"expected settings, a {cls.__name__}, or None for the defaults; got {config!r:.60}")
+    return config
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The settings as JSON-ready plain values (tuples become lists)."""
     return _plain(dataclasses.asdict(config))
@@ -198,6 +207,9 @@ def _sentence(cls: type, values: dict[str, Any], error: ValidationError) -> str:
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "unexpected_keyword_argument":
         return f"unknown setting '{_word(name)}'; {_nearest(name, [field.name for field in dataclasses.fields(cls)])}"
+    if kind == "unexpected_positional_argument":
+        example = next(iter(cls.__annotations__))
+        return f"got {shown(value)} without a name; settings are given by name, such as {example}=…"
     if kind == "missing":
         return f"missing {name}" if len(problem["loc"]) == 1 else f"{name}: expected more values, got {shown(value)}"
     if kind == "literal_error":

@@ -2,8 +2,17 @@
 
 from typing import TYPE_CHECKING
 
+from t5lib.utils.errors import T5Error
+
 if TYPE_CHECKING:
     import numpy as np
+
+
+def check_seed(seed: int) -> int:
+    """`seed`. Raises T5Error unless it is a whole number from 0 to 2⁶³ - 1."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise T5Error(f"seed is {seed!r}; expected a whole number, 0 or more and less than 2**63")
+    return seed
 
 
 def derived_seed(*key: int) -> int:

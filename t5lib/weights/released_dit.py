@@ -12,11 +12,11 @@ blocks.i.mlp.{fc1,fc2}.*                   transformer_blocks.i.ff.net.{0.proj,2
 final_layer.{adaLN_modulation.1,linear}.*  {proj_out_1,proj_out_2}.*
 of DiT5 alone:
 blocks.i.attn.{w1,w2,…}                    transformer_blocks.i.attn1.mixer.{w1,w2,…}, as for the ViT
-blocks.i.attn.{q,k}_{scale,rescale,gamma}  transformer_blocks.i.attn1.mixer.{q,k}_scale
-blocks.i.attn.{q,k}_{offset,shift,beta}    transformer_blocks.i.attn1.mixer.{q,k}_offset
+blocks.i.attn.qk_{scale,offset}_ttt        transformer_blocks.i.attn1.mixer.{q,k}_{scale,offset}: (1, 1, C, 2), the last
+                                           axis is q, then k
 
-How the released code spells the learned rescale is not known to us; the names above are accepted. diffusers spaces
-the frequencies of its timestep embedding otherwise than DiT's own code; a model made here has DiT's own.
+diffusers spaces the frequencies of its timestep embedding otherwise than DiT's own code; a model made here has DiT's
+own.
 Source: the code released with "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772); "Scalable
 Diffusion Models with Transformers" (arXiv 2212.09748).
 """
@@ -34,14 +34,14 @@ from t5lib.families.dit import T5DiTTransformer2DModel
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.config import to_dict
 from t5lib.utils.errors import T5Error
-from t5lib.weights.state_dicts import INNER, RELEASED, check_fit, read
+from t5lib.utils.weights import check_fit
+from t5lib.weights.state_dicts import INNER, RELEASED, RELEASED_REMEDY, read
 
 NORM_EPS = 1e-6  # of DiT's own code; diffusers' default is 1e-5
 HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}  # of DiT-XL, -L, -B and -S by width: weights do not tell
 
-SCALES = {f"{t}_{name}": f"{t}_scale" for t in "qk" for name in ("scale", "rescale", "gamma")}
-OFFSETS = {f"{t}_{name}": f"{t}_offset" for t in "qk" for name in ("offset", "shift", "beta")}
-RESCALE = SCALES | OFFSETS
+# of released names, ours along the last axis
+RESCALE = {f"qk_{name}_ttt": (f"q_{name}", f"k_{name}") for name in ("scale", "offset")}
 
 NEEDED = ("pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.weight")
 _NAMES = {
@@ -119,7 +119,7 @@ def _fill(
     model = model.type(weights["x_embedder.proj.weight"].dtype)
     ours = to_ours(weights, arguments["num_layers"], arguments["num_attention_heads"])
     positions = ours.pop("pos_embed")
-    check_fit(ours, model.state_dict(), source)
+    check_fit(ours, model.state_dict(), f"{source} does not fit the model it describes", RELEASED_REMEDY)
     model.load_state_dict(ours)
     return model, positions
 
@@ -148,7 +148,10 @@ def _in_block(name: str, value: Tensor, heads: int) -> dict[str, Tensor]:
         return {f"attn1.to_{t}.{kind}": part for t, part in zip("qkv", value.chunk(3), strict=True)}
     new, dot, rest = name.removeprefix("attn.").partition(".")
     if name == f"attn.{new}" and new in RESCALE:
-        return {f"attn1.mixer.{RESCALE[new]}": value.reshape(heads, 1, -1)}
+        if value.ndim != 4 or value.shape[:2] != (1, 1) or value.shape[2] % heads or value.shape[3] != 2:
+            raise T5Error(f"{name} is {tuple(value.shape)}; expected (1, 1, C, 2), the last axis q, then k")
+        parts = zip(RESCALE[new], value.unbind(-1), strict=True)
+        return {f"attn1.mixer.{ours}": part.reshape(heads, 1, -1) for ours, part in parts}
     if name.startswith("attn.") and new in RELEASED:
         return {f"attn1.mixer.{RELEASED[new]}{dot}{rest}": value if dot else value.squeeze(0)}
     return {name: value}

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from t5lib.families.timm_vit import ADAPTER, VisionTransformer
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.errors import T5Error
-from t5lib.weights.state_dicts import INNER, RELEASED, check_fit
+from t5lib.utils.weights import check_fit
+from t5lib.weights.state_dicts import INNER, RELEASED, RELEASED_REMEDY
 
 OURS = {ours: theirs for theirs, ours in RELEASED.items()}
 ARCHITECTURES = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
@@ -34,7 +35,7 @@ def from_released(
     with torch.device("meta"):
         model = ADAPTER.build(ARCHITECTURES.get(arguments["embed_dim"], ARCHITECTURES[192]), arguments, config)
     weights = to_ours(weights)
-    check_fit(weights, model.state_dict(), source)
+    check_fit(weights, model.state_dict(), f"{source} does not fit the model it describes", RELEASED_REMEDY)
     model.load_state_dict(weights, assign=True)
     return model
 

@@ -4,6 +4,7 @@ RELEASED are the names that the method's released code gives to new weights, and
 """
 
 import argparse
+import os
 import pickle
 import re
 from pathlib import Path
@@ -15,45 +16,88 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from t5lib.utils.errors import T5Error
+from t5lib.utils.files import refuse_endless
+from t5lib.utils.weights import check_numbers, shards_of
 
-ENTRIES = {"ema": ("model_ema", "state_dict_ema", "ema"), "model": ("model", "state_dict")}  # that hold weights
+ENTRIES = {  # that hold weights
+    "ema": ("model_ema", "state_dict_ema", "ema", "ema_state_dict", "ema_model"),
+    "model": ("model", "state_dict", "model_state_dict", "module"),
+}
 ALL_ENTRIES = (*ENTRIES["ema"], *ENTRIES["model"])
-WRAPPERS = ("_orig_mod.", "module.")  # left in names by torch.compile and DDP
+COMPILED = "_orig_mod."  # what torch.compile puts into names, before those of the part that was compiled
+WRAPPERS = {"ema": ("ema_model.", "model_ema.", "ema."), "model": ("model.", "module.", "net.")}
+ALL_WRAPPERS = (*WRAPPERS["ema"], *WRAPPERS["model"])
+LIGHTNING = "pytorch-lightning_version"  # an entry of its checkpoints, whose losses and metrics have weights, too
+COUNTERS = ("n_averaged", "position_ids")  # whole numbers beside weights that no model needs
+FILES = tuple(
+    f"{name}{ending}"
+    for ending in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+    for name in ("model", "pytorch_model", "diffusion_pytorch_model")
+)
 
 RELEASED = {"w1": "w1", "w2": "w2", "w3": "w3", "q_conv2d": "q_conv", "k_conv2d": "k_conv"}
+RELEASED_REMEDY = "expected the released code's layout, or pass config"
 INNER = {("w1", "w2", "w3"): "swiglu", ("w1", "w2"): "two_layer"}
 
 
 def read(path: Path | str, which: str | None = None) -> tuple[dict[str, Tensor], str]:
     """The weights in `path`, without wrappers' prefixes, and the name of the entry they came from ("" for the file).
 
+    Args:
+        path: a .safetensors file, one of torch.save, the index of a sharded checkpoint, or a folder with one of them.
+        which: "ema" or "model", for a file that holds both; None takes the moving average where there is one.
+
     Raises:
-        T5Error: the file cannot be read, would run code, or has no such weights.
+        T5Error: the file, or a shard, cannot be read, would run code, or has no such weights; they are whole numbers,
+            or not finite.
     """
     if which not in (None, "ema", "model"):
         raise T5Error(f"which is {which!r}; expected 'ema', 'model', or None for the moving average where there is one")
-    found, entries = _open(Path(path)), []
+    file = weights_file(Path(path))
+    held, entries = _open(file), []
+    lightning = LIGHTNING in held
     wanted = ENTRIES[which] if which else ALL_ENTRIES
-    while entry := next((name for name in wanted if isinstance(found.get(name), dict)), None):
-        found, wanted = found[entry], ALL_ENTRIES  # what is inside may be wrapped once more
+    while entry := next((name for name in wanted if isinstance(held.get(name), dict)), None):
+        held, wanted = held[entry], ALL_ENTRIES  # what is inside may be wrapped once more
         entries.append(entry)
-    if which == "ema" and not entries:
-        raise T5Error(f"{path} has no entry {ENTRIES['ema']}; found {list(found)[:6]}, leave which out")
-    weights = {_unwrapped(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    weights = {name: value for name, value in held.items() if isinstance(value, Tensor)}
     if not weights:
-        raise T5Error(f"{path} holds no weights; found {list(found)[:6]}, expected one of {ALL_ENTRIES}")
-    return weights, ".".join(entries)
+        raise T5Error(f"{path} holds no weights; found {list(held)[:6]}, expected one of {ALL_ENTRIES}")
+    weights, wrappers = _unwrapped(weights, which, str(path), alone=lightning)
+    if which == "ema" and not entries and not set(wrappers) & set(WRAPPERS["ema"]):
+        raise T5Error(f"{path} has no entry {ENTRIES['ema']}; found {list(held)[:6]}, leave which out")
+    return _numbers(weights, str(path)), ".".join(entries)
+
+
+def weights_file(path: Path) -> Path:
+    """`path`, or where it is a folder, the file or index of weights in it, safetensors first.
+
+    Raises:
+        T5Error: there is none.
+    """
+    if not path.is_dir():
+        return path
+    for name in FILES:
+        if (path / name).is_file():
+            return path / name
+    found = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    raise T5Error(
+        f"{path} has neither model.safetensors nor pytorch_model.bin nor an index of shards, only "
+        f"{', '.join(found[:8]) or 'nothing'}; name the weights file (from a hub: hf:OWNER/REPO@COMMIT#FILE)"
+    )
 
 
 def _open(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise T5Error(f"{path} {found}; expected a checkpoint file, .safetensors or one of torch.save")
+        raise T5Error(f"{path} does not exist; expected a checkpoint file, .safetensors or one of torch.save")
+    _check_size(path)
+    if path.name.endswith(".index.json"):
+        return {name: value for shard in shards_of(path) for name, value in _open(shard).items()}
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # how training scripts keep their settings
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         cause = re.search(r"GLOBAL (\S+)", str(error))
         raise T5Error(
@@ -62,27 +106,54 @@ def _open(path: Path) -> dict[str, Any]:
         ) from None
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise T5Error(f"{path} cannot be read ({str(error).splitlines()[0]}); copy or fetch it again") from None
-    if not isinstance(found, dict):
-        raise T5Error(f"{path} holds a {type(found).__name__}; expected weights by name")
-    return found
+    if not isinstance(held, dict):
+        raise T5Error(f"{path} holds a {type(held).__name__}; expected weights by name")
+    return held
 
 
-def _unwrapped(name: str) -> str:
-    while name.startswith(WRAPPERS):
-        name = name.partition(".")[2]
-    return name
-
-
-def check_fit(ours: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:
-    """Raises T5Error naming the weights that are missing, unknown, or of another shape than `expected`."""
-    missing, unknown = (sorted(set(a) - set(b)) for a, b in ((expected, ours), (ours, expected)))
-    shapes = [
-        f"{name} {tuple(ours[name].shape)} for {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in ours and ours[name].shape != value.shape
-    ]
-    if missing or unknown or shapes:
+def _check_size(path: Path) -> None:
+    refuse_endless(path)
+    size, memory = path.stat().st_size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
         raise T5Error(
-            f"{source} does not fit the model it describes: missing {missing[:6]}, unknown {unknown[:6]}, "
-            f"other shapes {shapes[:6]}; expected the released code's layout, or pass config"
+            f"{path} has {size / 1e9:.0f} GB, and this machine {memory / 1e9:.0f} GB of memory; use a larger one"
         )
+
+
+def _unwrapped(
+    weights: dict[str, Tensor], which: str | None, source: str, *, alone: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """`weights` without wrappers' prefixes, and those prefixes; of a moving average and a model the one wanted.
+
+    Args:
+        alone: drop what is outside of the wrappers.
+    """
+    weights = {name.replace(COMPILED, ""): value for name, value in weights.items()}
+    taken: list[str] = []
+    while prefix := _wrapper(weights, which):
+        inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        outside = {name: value for name, value in weights.items() if not name.startswith(ALL_WRAPPERS)}
+        if alone and not taken:
+            outside = {}
+        if twice := sorted(inside.keys() & outside.keys()):
+            raise T5Error(f"{source} holds {twice[:4]} with and without '{prefix}' before them; keep one of the two")
+        weights = inside | outside
+        taken.append(prefix)
+    return weights, taken
+
+
+def _wrapper(weights: dict[str, Tensor], which: str | None) -> str | None:
+    order = WRAPPERS["model"] if which == "model" else ALL_WRAPPERS
+    return next((prefix for prefix in order if any(name.startswith(prefix) for name in weights)), None)
+
+
+def _numbers(weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """`weights` without counters. Raises T5Error when others are whole numbers, or not finite."""
+    weights = {name: value for name, value in weights.items() if name.rpartition(".")[2] not in COUNTERS}
+    if whole := [f"{n} {v.dtype}" for n, v in weights.items() if v.ndim and not v.is_floating_point()]:
+        raise T5Error(
+            f"{source} holds whole numbers, in {', '.join(whole[:4])}: it is quantized, or holds no weights; take the "
+            "checkpoint in full or half precision"
+        )
+    check_numbers(weights, source)
+    return weights

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, sha256, write_json
 from t5lib.utils.progress import progress
+from t5lib.utils.weights import shards_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +50,7 @@ def note(folder: Path, source: str, out: Path, root: Path) -> dict[str, Any]:
 
 
 def check(folder: Path) -> None:
-    """Raises T5Error unless `folder` holds a whole softmax pipeline of a kind that can be converted."""
+    """Raises T5Error unless `folder` holds a whole softmax pipeline, all shards, of a kind that can be converted."""
     if not (folder / "model_index.json").is_file():
         raise T5Error(f"{folder} is no diffusers pipeline: it has no model_index.json; expected the folder of one")
     index = read_json(folder / "model_index.json")
@@ -61,6 +62,8 @@ def check(folder: Path) -> None:
         )
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
     missing = [name for name in parts if not (folder / name).is_dir() or not any((folder / name).iterdir())]
+    for index_file in sorted(folder.glob("*/*.index.json")):
+        shards_of(index_file)
     if missing:
         raise T5Error(
             f"{folder} lacks {', '.join(missing)}, which its model_index.json lists; fetch the pipeline again, or "
@@ -97,15 +100,15 @@ def known(source: str, root: Path) -> Path | None:
 
 def transformer(fetched: Path, root: Path) -> "nn.Module":
     """The softmax denoiser in single precision, its files' checksums checked."""
-    import diffusers
     import torch
+
+    from t5lib.pipelines import load_transformer
 
     folder = folder_of(fetched, root)
     for name, file in read_json(fetched / NOTE)["files"].items():
         if name.startswith("transformer/") and sha256(folder / name) != file["sha256"]:
             raise T5Error(f"{folder / name} is not the file that was fetched; put that back, or {_again(fetched)}")
-    kind = getattr(diffusers, read_json(folder / "model_index.json")["transformer"][1])
-    return kind.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32).eval()
+    return load_transformer(folder, torch.float32)
 
 
 def blank(folder: Path) -> "nn.Module":

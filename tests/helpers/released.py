@@ -88,8 +88,9 @@ def dit_state(
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
         for name in ("w1", "w2"):
             state[f"blocks.{i}.attn.{name}"] = draw(1, heads, width // heads, width // heads)
-        for name in ("q_scale", "q_offset", "k_scale", "k_offset") if rescale else ():
-            state[f"blocks.{i}.attn.{name}"] = draw(1, heads, 1, width // heads) + name.endswith("scale")
+        if rescale:
+            state[f"blocks.{i}.attn.qk_scale_ttt"] = 1 + draw(1, 1, width, 2)
+            state[f"blocks.{i}.attn.qk_offset_ttt"] = draw(1, 1, width, 2)
     for name, shape in shapes.items():
         state[f"{name}.weight"], state[f"{name}.bias"] = draw(*shape), draw(shape[0])
     return state
@@ -130,11 +131,12 @@ def attention(
     """A released T5 layer. x: (B, N, C), `prefix` tokens before the grid's. Returns (B, N, C)."""
     B, N, C = x.shape
     heads, width = state["w1"].shape[1:3]
-    q, k, v = linear(state, "qkv", x).reshape(B, N, 3, heads, width).permute(2, 0, 3, 1, 4)
-    raw = q, k, v
-    if "q_scale" in state:
-        scale, offset = ([state[f"{t}_{n}"].reshape(heads, 1, width) for t in "qk"] for n in ("scale", "offset"))
-        q, k = q * scale[0] + offset[0], k * scale[1] + offset[1]
+    q, k, v = linear(state, "qkv", x).reshape(B, N, 3, C).unbind(2)
+    raw = [t.reshape(B, N, heads, width).transpose(1, 2) for t in (q, k, v)]
+    if "qk_scale_ttt" in state:
+        qk = torch.stack([q, k], dim=-1) * state["qk_scale_ttt"] + state["qk_offset_ttt"]
+        q, k = qk.unbind(-1)
+    q, k, v = (t.reshape(B, N, heads, width).transpose(1, 2) for t in (q, k, v))
     k = (k - k.mean(2, keepdim=True)) / (k.var(2, keepdim=True, unbiased=False) + eps).sqrt()
     if "q_conv2d.weight" in state:
         q, k = convolve(state, "q_conv2d", q, grid, prefix), convolve(state, "k_conv2d", k, grid, prefix)

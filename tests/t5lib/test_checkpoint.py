@@ -182,7 +182,66 @@ def test_saving_never_deletes_what_is_no_saved_model(tmp_path):
     for place in (tmp_path, tmp_path / "thesis.tex"):
         with pytest.raises(T5Error, match=r"is no saved model.*pass a new folder"):
             t5lib.save(tiny_vit(), place)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "t5.json").write_text("notes of mine")
+    with pytest.raises(T5Error, match=r"is no saved model.*pass a new folder"):
+        t5lib.save(tiny_vit(), tmp_path)
+    t5lib.save(tiny_vit(), tmp_path / "model")
+    (tmp_path / "model/README.md").write_text("about it")
+    with pytest.raises(T5Error, match=r"holds README\.md beside a saved model; move that, or pass a new folder"):
+        t5lib.save(tiny_vit(), tmp_path / "model")
+    kept = [file.read_text() for file in (tmp_path / "thesis.tex", tmp_path / "t5.json", tmp_path / "model/README.md")]
+    assert kept == ["years of work", "notes of mine", "about it"]
+
+
+def test_saving_through_a_link_replaces_what_it_leads_to(images, tmp_path):
+    t5lib.save(tiny_vit(), tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    t5lib.save(tiny_vit(seed=1), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert torch.equal(t5lib.load(tmp_path / "model")(images), tiny_vit(seed=1)(images))
+
+
+class Doubled(timm.models.vision_transformer.VisionTransformer):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def of_another_class(model):
+    model.__class__ = Doubled
+
+
+def of_another_norm(model):
+    class Norm(type(model.norm)):
+        pass
+
+    model.norm.__class__ = Norm
+
+
+def not_finite(model):
+    with torch.no_grad():
+        model.blocks[1].norm1.weight[3] = torch.inf
+
+
+NOT_SAVED = {
+    "subclass": (of_another_class, "the model is a Doubled, not a VisionTransformer: it would be loaded as that"),
+    "other part": (of_another_norm, "norm is a Norm, not a LayerNorm"),
+    "not finite": (not_finite, r"not finite, in 1 weights: blocks\.1\.norm1\.weight \(1 of 32\); take an earlier"),
+    "meta": (lambda model: model.to("meta"), "cls_token, .* are on the meta device and have no values"),
+    "tied": (
+        lambda model: setattr(model.blocks[1].mlp, "fc1", model.blocks[0].mlp.fc1),
+        r"blocks\.0\.mlp\.fc1\.weight and blocks\.1\.mlp\.fc1\.weight are one parameter",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), NOT_SAVED.values(), ids=NOT_SAVED)
+@pytest.mark.parametrize("made", [lambda: tiny_vit(), lambda: t5lib.convert(tiny_vit())], ids=["softmax", "converted"])
+def test_what_would_come_back_as_something_else_is_not_saved(made, change, message, tmp_path):
+    model = made()
+    change(model)
+    with pytest.raises(T5Error, match=message):
+        t5lib.save(model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -214,12 +273,72 @@ def test_missing_or_cut_weights(saved):
         ({"t5": {"inner": "swiglu", "key_nrom": "none"}}, "unknown setting 'key_nrom'; did you mean 'key_norm'"),
         ({"t5": {"inner": "two_layer"}}, r"do not fit .*unknown \['blocks\.0\.attn\.mixer\.w3'"),
         ({"t5": None}, r"do not fit .*unknown \['blocks\.0\.attn\.mixer"),
+        ({"architecture": 3}, r"no such entries as t5lib\.save writes, architecture: 3; save or copy it again"),
+        ({"model_args": [1]}, r"model_args: \[1\]"),
+        ({"t5": "t5+"}, r"t5: 't5\+'"),
+        ({"preprocessing": None}, r"preprocessing: None"),
+        ({"family": 3}, "unknown model family '3'"),
+        ({"family": "dit"}, r"t5\.json: expected the architecture DiTTransformer2DModel, got 'vit_tiny"),
+        ({"architecture": "resnet18"}, r"does not describe a model that timm .* can make \(TypeError: ResNet"),
     ],
-    ids=["format", "architecture", "setting", "inner model", "softmax"],
+    ids=str,
 )
 def test_a_description_that_does_not_fit(saved, change, message):
     described = json.loads((saved / "t5.json").read_text())
     (saved / "t5.json").write_text(json.dumps(described | change))
+    with pytest.raises(T5Error, match=message):
+        t5lib.load(saved)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"foo": 1}, {"depth": "two"}, {"depth": -1}, {"num_heads": 0}, {"num_heads": 3}, {"act_layer": "foo"}],
+    ids=str,
+)
+def test_arguments_that_no_model_can_be_made_of_are_told_with_the_versions_that_made_it(saved, changes):
+    described = json.loads((saved / "t5.json").read_text())
+    described["model_args"] |= changes
+    (saved / "t5.json").write_text(json.dumps(described))
+    with pytest.raises(T5Error, match=r"does not describe a model that timm .* can make .*it was made with \{"):
+        t5lib.load(saved)
+
+
+@pytest.mark.parametrize("name", ["pretrained", "checkpoint_path", "pretrained_cfg_overlay", "cache_dir"])
+def test_a_description_loads_no_other_files(saved, name):
+    described = json.loads((saved / "t5.json").read_text())
+    described["model_args"][name] = "/etc/passwd"
+    (saved / "t5.json").write_text(json.dumps(described))
+    with pytest.raises(T5Error, match=f"{name} is no argument of a model but one that loads weights"):
+        t5lib.load(saved)
+
+
+@pytest.mark.parametrize("content", ["[]", "", '{"format": 1', "3"])
+def test_a_description_that_is_none_is_refused(saved, content):
+    (saved / "t5.json").write_text(content)
+    with pytest.raises(T5Error, match=r"t5\.json (holds a (list|int)|is not valid JSON)"):
+        t5lib.load(saved)
+
+
+@pytest.mark.parametrize("device", ["cdua", "cuda:77", "gpu", 3.5])
+def test_a_device_that_is_none_is_refused(saved, device):
+    with pytest.raises(T5Error, match=rf"device {device} cannot be used \(.*\); expected cpu, cuda or cuda:1"):
+        t5lib.load(saved, device=device)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(7, dtype=torch.int32), r"whole numbers or quantized \['head\.bias torch\.int32'\]"),
+        (torch.zeros(7, dtype=torch.bool), r"\['head\.bias torch\.bool'\]"),
+        (
+            torch.full((7,), torch.nan),
+            r"safetensors holds numbers that are not finite, .*head\.bias \(7 of 7\)",
+        ),
+    ],
+    ids=["whole numbers", "truth", "NaN"],
+)
+def test_weights_that_are_no_finite_numbers_are_named(saved, value, message):
+    save_file(load_file(saved / "model.safetensors") | {"head.bias": value}, saved / "model.safetensors")
     with pytest.raises(T5Error, match=message):
         t5lib.load(saved)
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, AttentionRope
 from tiny import KINDS, random_images, tiny_vit
 from torch import nn
 
@@ -193,23 +193,159 @@ def test_compiled_model_agrees_also_after_the_image_size_changed():
         torch.testing.assert_close(compiled(images), converted(images))
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("resnet18", {}, "ResNet is not a timm VisionTransformer"),
-        ("swin_tiny_patch4_window7_224", {}, "SwinTransformer is not a timm VisionTransformer"),
-        ("eva02_tiny_patch14_224", {"depth": 1}, "Eva is not a timm VisionTransformer"),
-        ("vit_relpos_small_patch16_224", {"depth": 1}, "VisionTransformerRelPos is not a timm VisionTransformer"),
-        ("beit_base_patch16_224", {"depth": 1, "embed_dim": 64, "num_heads": 2}, "Beit is not a timm VisionTr"),
-        ("vit_tiny_patch16_224", {"depth": 1, "attn_layer": "diff"}, r"blocks\.0 uses DiffAttention; only timm's"),
-        ("vit_tiny_patch16_224", {"depth": 1, "patch_drop_rate": 0.5}, "patch_drop_rate is set"),
-    ],
-)
-def test_what_cannot_be_converted_is_refused_by_name(name, options, message):
+def not_converted(build, message):
+    with pytest.raises(T5Error, match=message):
+        t5lib.convert(build())
+
+
+KINDS_REFUSED = {
+    "resnet18": ({}, "ResNet is not a timm VisionTransformer.*: it has no attention"),
+    "swin_tiny_patch4_window7_224": ({}, "SwinTransformer is not .*: it attends within windows"),
+    "samvit_base_patch16": ({"depth": 1}, "VisionTransformerSAM is not .*: it attends within windows"),
+    "eva02_tiny_patch14_224": ({"depth": 1}, r"Eva is not .*\(rotary embedding\), which is not supported yet"),
+    "vit_relpos_small_patch16_224": ({"depth": 1}, "VisionTransformerRelPos is not .*bias of relative positions"),
+    "beit_base_patch16_224": (
+        {"depth": 1, "embed_dim": 64, "num_heads": 2},
+        "Beit is not .*bias of relative positions",
+    ),
+    "pit_ti_224": ({}, "PoolingVisionTransformer is not .*: it pools tokens on the way"),
+    "xcit_nano_12_p16_224": ({}, "Xcit is not .*: its attention is linear already"),
+    "cait_xxs24_224": ({}, "Cait is not .*: it is another attention than softmax over the tokens of an image"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS_REFUSED)
+def test_models_of_other_kinds_are_refused_by_name_and_the_reason_told(name):
+    options, message = KINDS_REFUSED[name]
     with torch.device("meta"):
         model = timm.create_model(name, **options)
-    with pytest.raises(T5Error, match=message):
-        t5lib.convert(model)
+    not_converted(lambda: model, f"{message}.*; only these can be converted so far")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attn_layer": "diff"}, r"blocks\.0 uses DiffAttention; only timm's .*: it subtracts one softmax map from"),
+        ({"patch_drop_rate": 0.5}, "patch_drop_rate is set"),
+    ],
+    ids=str,
+)
+def test_parts_that_cannot_be_converted_are_refused_by_name(options, message):
+    not_converted(lambda: tiny_vit(**options), message)
+
+
+class Wrapper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.ModuleDict({"backbone": tiny_vit()})
+
+
+def quantized():
+    return torch.ao.quantization.quantize_dynamic(tiny_vit(), {nn.Linear}, torch.qint8)
+
+
+def changed(change):
+    model = tiny_vit()
+    change(model)
+    return model
+
+
+def tied_weight(model):
+    model.blocks[1].attn.qkv.weight = model.blocks[0].attn.qkv.weight
+
+
+def tied_block(model):
+    model.blocks[1] = model.blocks[0]
+
+
+def patched(model):
+    model.blocks[1].attn.forward = lambda x, **_: x
+
+
+REFUSED = {
+    "compiled": (
+        lambda: torch.compile(tiny_vit(), backend="eager"),
+        r"wraps a Vision.*model\._orig_mod$",
+    ),
+    "parallel": (
+        lambda: nn.DataParallel(tiny_vit()),
+        r"DataParallel wraps a Vision.*: model\.module$",
+    ),
+    "a sequence": (lambda: nn.Sequential(tiny_vit()), r"pass that: model\.get_submodule\('0'\)$"),
+    "a module of one's own": (lambda: Wrapper(), r"Wrapper wraps .*: model\.net\.backbone$"),
+    "a name": (
+        lambda: "vit_tiny_patch16_224",
+        r"got the text 'vit_tiny_.*make it first: timm\.create_model",
+    ),
+    "weights": (lambda: tiny_vit().state_dict(), r"got weights by name; load them into one first"),
+    "nothing": (lambda: None, "expected a model, got a NoneType"),
+    "quantized": (quantized, r"projections of blocks\.0\.attn are quantized.*convert the model first"),
+    "a tied weight": (
+        lambda: changed(tied_weight),
+        r"blocks\.0\.attn\.qkv\.weight and blocks\.1\.attn\.qkv\.weight are one parameter \(tied\)",
+    ),
+    "a block twice": (lambda: changed(tied_block), r"blocks\.0\.norm1\.weight and blocks\.1\.norm1\.weight are one"),
+    "rotary": (
+        lambda: changed(lambda model: setattr(model.blocks[0], "attn", AttentionRope(32, 2))),
+        r"blocks\.0 uses AttentionRope; .*rotary embedding",
+    ),
+    "patched": (lambda: changed(patched), r"blocks\.1\.attn has a forward of its own.*del model\.blocks\.1\.attn"),
+}
+
+
+@pytest.mark.parametrize(("build", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_model_or_one_inside_of_another_is_told_with_the_remedy(build, message):
+    not_converted(build, message)
+
+
+def test_models_of_transformers_and_of_adapters_are_told_what_to_do():
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    for kind, twin in (("ViT", "vit_base_patch16_224"), ("Dinov2", "vit_base_patch14_dinov2")):
+        model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes))
+        not_converted(lambda model=model: model, rf"its twin in timm is.*t5lib\.load_weights\('{twin}'")
+    adapted = peft.get_peft_model(tiny_vit(), peft.LoraConfig(target_modules=["qkv"], r=2))
+    not_converted(lambda: adapted, r"PeftModel holds adapters; .*model = model\.merge_and_unload\(\)")
+
+
+def test_a_preset_may_be_named_and_settings_of_another_type_are_refused(images):
+    assert t5lib.convert(tiny_vit(), "hedgehog").t5_config == TTTConfig.preset("hedgehog")
+    with pytest.raises(T5Error, match=r"preset 't5\+\+' is unknown; .*did you mean 't5\+'"):
+        t5lib.convert(tiny_vit(), "t5++")
+    for config in ({"inner": "two_layer"}, 3, TTTConfig):
+        with pytest.raises(T5Error, match="expected settings, a TTTConfig, or None for the defaults; got"):
+            t5lib.convert(tiny_vit(), config)
+
+
+def test_a_subclass_of_the_model_keeps_its_class(images):
+    class Doubled(timm.models.vision_transformer.VisionTransformer):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = tiny_vit()
+    plain = model(images)
+    model.__class__ = Doubled
+    assert type(t5lib.convert(model)) is Doubled
+    assert torch.equal(t5lib.revert(t5lib.convert(model))(images), 2 * plain)
+
+
+def test_hooks_and_settings_of_an_attention_come_along_and_back(images):
+    model, calls = tiny_vit(), []
+    attention = model.blocks[0].attn
+    handle = attention.register_forward_hook(lambda *_: calls.append("after"))
+    attention.register_forward_pre_hook(lambda *_, **__: calls.append("before"), with_kwargs=True)
+    attention.scale, attention.fused_attn = attention.scale * 2, False
+    expected = model(images)
+    converted = t5lib.convert(model)
+    converted(images)
+    back = t5lib.revert(converted)
+    assert torch.equal(back(images), expected)
+    assert calls == ["before", "after"] * 3
+    inplace = t5lib.convert(model, inplace=True)
+    handle.remove()
+    calls.clear()
+    inplace(images)
+    assert calls == ["before"]
 
 
 def test_parallel_blocks_are_refused_by_name():

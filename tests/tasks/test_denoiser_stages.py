@@ -1,6 +1,7 @@
 """From a pipeline to its evaluation, stage by stage, for both families of denoisers, on tiny models."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -178,6 +179,12 @@ def test_folders_that_are_no_pipeline_to_convert_are_refused_before_anything_is_
     shutil.copytree(root / kind, tmp_path / "part")
     shutil.rmtree(tmp_path / "part/transformer")
     with pytest.raises(T5Error, match="lacks transformer"):
+        check(tmp_path / "part")
+    (tmp_path / "part/transformer").mkdir()
+    index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
+    (tmp_path / "part/transformer/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "part/transformer/part-1.safetensors").touch()
+    with pytest.raises(T5Error, match=r"lacks part-2\.safetensors, 1 of the 2 shards that .*index\.json names"):
         check(tmp_path / "part")
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "Flux"]}')
     with pytest.raises(T5Error, match="is a FluxPipeline, whose transformer is Flux; expected SD3Transformer2DModel"):

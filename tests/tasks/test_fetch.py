@@ -119,10 +119,10 @@ def test_bin_file_is_read_only_where_it_holds_tensors_alone(tmp_path, weights):
 
     marker = tmp_path / "code ran"
     torch.save({"norm.weight": Evil(marker)}, tmp_path / "repo/pytorch_model.bin")
-    with pytest.raises(T5Error, match="other pickles are never opened"):
+    with pytest.raises(T5Error, match="could run code"):
         run(tmp_path)
     (tmp_path / "repo/pytorch_model.bin").write_bytes(pickle.dumps(Evil(marker)))
-    with pytest.raises(T5Error, match="other pickles are never opened"):
+    with pytest.raises(T5Error, match="could run code"):
         run(tmp_path)
     assert not marker.exists()
 
@@ -140,7 +140,7 @@ class Evil:
 def test_safetensors_cut_short_are_refused(tmp_path, weights):
     file = tmp_path / "repo/model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(T5Error, match=r"model\.safetensors cannot be read as weights"):
+    with pytest.raises(T5Error, match=r"model\.safetensors cannot be read"):
         run(tmp_path)
 
 

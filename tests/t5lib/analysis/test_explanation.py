@@ -138,5 +138,5 @@ def test_models_that_do_not_belong_together_are_refused(mixed):
         t5lib.explain(softmax, torch.nn.Linear(3, 3), IMAGES)
     with pytest.raises(T5Error, match=r"must hold images \(B, 3, H, W\), got \(3, 32, 32\)"):
         t5lib.explain(softmax, mixed, IMAGES[0])
-    with pytest.raises(T5Error, match="the batch is empty; expected 16 to 64 images"):
+    with pytest.raises(T5Error, match="a batch holds no image"):
         t5lib.explain(softmax, mixed, IMAGES[:0])

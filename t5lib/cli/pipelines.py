@@ -1,0 +1,91 @@
+"""`t5 inspect` and `t5 convert` on the folder of a diffusers pipeline."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import t5lib
+from t5lib.cli.inspecting import SHOWN, attention_counts, kinds_of, parameter_counts
+from t5lib.cli.screen import console, facts, notes, ranges, say
+from t5lib.conversion import new_parameters, ttt_layers
+from t5lib.families import family_of
+from t5lib.layers.config import TTTConfig
+from t5lib.utils.config import to_dict
+from t5lib.utils.files import atomic_dir, read_json, write_json
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """Everything about the transformer of the pipeline in `folder`, JSON-ready.
+
+    Raises:
+        T5Error: it is of no kind that can be converted, or its weights are not all there.
+    """
+    with notes.status(f"reading {folder}"):
+        model = t5lib.load_transformer(folder)
+    names, converted = family_of(model).attention_names(model), ttt_layers(model)
+    new = sum(parameter.numel() for parameter in new_parameters(model).values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    config = getattr(model, "t5_config", None)
+    return {
+        "pipeline": read_json(folder / "model_index.json").get("_class_name"),
+        "transformer": type(model).__name__,
+        "t5": to_dict(config) if config else None,
+        "layers": {
+            "ttt": [index for index, name in enumerate(names) if name in converted],
+            "softmax": [index for index, name in enumerate(names) if name not in converted],
+        },
+        "kinds": kinds_of(names, converted),
+        "parameters": {"total": total, "inherited": total - new, "new": new},
+        "file_bytes": sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors")),
+        "dtype": " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in model.parameters()})),
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print what `inspect` found."""
+    rows = [
+        ("pipeline", f"{found['pipeline']}, transformer {found['transformer']}"),
+        ("attention", attention_counts(**found["layers"])),
+    ]
+    for kind in found["kinds"]:
+        settings = ", ".join(f"{shown} {kind[name]}" for name, shown in SHOWN.items())
+        rows.append((f"layers {ranges(kind['layers'])}", settings))
+    rows += [
+        ("parameters", parameter_counts(**found["parameters"])),
+        ("files", f"{found['file_bytes'] / 1e6:,.1f} MB, {found['dtype']}"),
+    ]
+    facts(rows)
+
+
+def convert(folder: Path, out: Path, t5: dict[str, Any], seed: int) -> None:
+    """Convert the transformer of the pipeline in `folder`, and write it to `out` with the pipeline's other files.
+
+    Raises:
+        T5Error: it cannot be converted, or the pipeline cannot be read.
+    """
+    config = TTTConfig(**TTTConfig.expand({"seed": seed, **t5}))
+    model = t5lib.convert(t5lib.load_transformer(folder), config, inplace=True)
+    with atomic_dir(out) as temporary:
+        shutil.copytree(folder, temporary, ignore=lambda _, names: {"transformer"} & set(names), dirs_exist_ok=True)
+        model.save_pretrained(temporary / "transformer")
+        kind = type(model)
+        index = read_json(folder / "model_index.json") | {"transformer": [kind.__module__, kind.__name__]}
+        write_json(temporary / "model_index.json", index)
+    layers, numbers = model.t5_report.layers, model.t5_report.numbers
+    total = len(family_of(model).attention_names(model))
+    facts(
+        [
+            ("converted", f"{len(layers)} of {total} attentions of {folder}"),
+            ("inherited", f"{numbers['inherited']:,} numbers"),
+            ("new", f"{numbers['new']:,} numbers"),
+            ("saved to", str(out)),
+            ("load it", f"import t5lib; pipe = t5lib.load_pipeline({json.dumps(str(out))})"),
+            ("look at it", f"t5 inspect {out}"),
+        ]
+    )
+    console.print()
+    say(
+        "Not calibrated: the new layers are random, so what it draws is noise. Fit them to the softmax layers on "
+        "latents and captions of your own: t5lib.calibrate (docs/diffusion.md), or a target (python -m flows.t5)."
+    )

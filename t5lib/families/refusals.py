@@ -1,0 +1,82 @@
+"""Why a model is of no family that can be converted, in a sentence that ends with what to do instead."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+CONVERTIBLE = (
+    "a timm VisionTransformer (ViT, DeiT, AugReg, DINOv2, DeiT III, SigLIP …), nor diffusers' SD3Transformer2DModel or "
+    "DiTTransformer2DModel"
+)
+ROTARY = "it rotates queries and keys by their positions (rotary embedding), which is not supported yet"
+WINDOWS = "it attends within windows, whose cost is linear already"
+RELATIVE = "it adds a bias of relative positions to the softmax map, and a TTT layer has no such map"
+POOLING = "it pools tokens on the way, so that attention has fewer keys than queries or another grid in every stage"
+LINEAR = "its attention is linear already"
+PARALLEL = "it computes attention and MLP from one projection or in parallel, where a TTT layer has no place"
+CROSS = "it attends to text in attentions of their own beside those over the image, which is not supported yet"
+DIFFERENCE = "it subtracts one softmax map from another, which a TTT layer has no counterpart for"
+OTHER = "it is another attention than softmax over the tokens of an image"
+
+# Beginnings of the names of classes, of models and of attentions.
+REASONS = {
+    **dict.fromkeys(("Eva", "AttentionRope", "NaFlexVit", "Flux", "HunyuanDiT", "Lumina", "QwenImage", "Wan"), ROTARY),
+    **dict.fromkeys(("Swin", "VisionTransformerSAM", "MaxxVit", "DaVit", "Twins", "Nest", "WindowAttention"), WINDOWS),
+    **dict.fromkeys(("VisionTransformerRelPos", "RelPosAttention", "Beit", "Levit"), RELATIVE),
+    **dict.fromkeys(("MultiScaleVit", "PoolingVision", "PyramidVision", "Hiera"), POOLING),
+    **dict.fromkeys(("Xcit", "EfficientVit", "Sana", "MobileVitV2"), LINEAR),
+    **dict.fromkeys(("Parallel", "DiffParallel"), PARALLEL),
+    **dict.fromkeys(("PixArt", "UNet", "Transformer2DModel"), CROSS),
+    "DiffAttention": DIFFERENCE,
+}
+TWINS = {
+    "Dinov2WithRegisters": "vit_base_patch14_reg4_dinov2",
+    "Dinov2": "vit_base_patch14_dinov2",
+    "ViT": "vit_base_patch16_224",
+    "DeiT": "deit_base_distilled_patch16_224",
+    "Siglip": "vit_base_patch16_siglip_224",
+}
+
+
+def reason(kind: str) -> str:
+    """Why the model or attention of the class called `kind` is not converted."""
+    return next((why for start, why in REASONS.items() if kind.startswith(start)), OTHER)
+
+
+def of_model(model: Any, convertible: Callable[[nn.Module], bool]) -> str:
+    """Why `model` is refused. `convertible`: whether a part of it is of a known family."""
+    if not isinstance(model, nn.Module):
+        return _no_module(model)
+    kind = type(model).__name__
+    if hasattr(model, "merge_and_unload"):
+        return f"{kind} holds adapters; merge them first: model = model.merge_and_unload()"
+    for name, part in model.named_modules():
+        if convertible(part):
+            where = f"model.{name}" if name.replace(".", "").isidentifier() else f"model.get_submodule({name!r})"
+            return f"{kind} wraps a {type(part).__name__}; pass that: {where}"
+    if type(model).__module__.startswith("transformers."):
+        return _twin(kind)
+    attends = any(name in type(part).__name__ for part in model.modules() for name in ("Attn", "Attention"))
+    why = reason(kind) if attends else "it has no attention"
+    return f"{kind} is not {CONVERTIBLE}: {why}; only these can be converted so far"
+
+
+def _no_module(model: Any) -> str:
+    if isinstance(model, str):
+        return f"expected a model, got the text {model!r:.60}; make it first: timm.create_model(NAME, pretrained=True)"
+    if isinstance(model, Mapping):
+        return "expected a model, got weights by name; load them into one first: model.load_state_dict(weights)"
+    if isinstance(getattr(model, "transformer", None), nn.Module):
+        return f"expected a model, got a {type(model).__name__}; call t5lib.convert_pipeline(pipe) instead"
+    return f"expected a model, got a {type(model).__name__}; pass a torch.nn.Module"
+
+
+def _twin(kind: str) -> str:
+    twin = next((name for start, name in TWINS.items() if kind.startswith(start)), None)
+    if not twin:
+        return f"{kind} of transformers is not {CONVERTIBLE}; use a model of timm or diffusers with the same weights"
+    return (
+        f"{kind} of transformers is not converted, but its twin in timm is, with the very same weights: "
+        f"model = t5lib.load_weights({twin!r}, 'model.safetensors'), with the name that fits its size"
+    )

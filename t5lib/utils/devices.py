@@ -1,0 +1,21 @@
+"""Devices by name."""
+
+from typing import TYPE_CHECKING
+
+from t5lib.utils.errors import T5Error
+
+if TYPE_CHECKING:
+    import torch
+
+
+def usable_device(name: "str | torch.device", called: str = "device") -> "torch.device":
+    """The device of that name. Raises T5Error, with `called` for the setting's name, where it cannot be used."""
+    import torch  # here: commands that only read settings start without it
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise T5Error(f"{called} {name} cannot be used ({reason}); expected cpu, cuda or cuda:1") from None
+    return device

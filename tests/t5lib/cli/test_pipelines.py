@@ -1,0 +1,58 @@
+"""The `t5` command on folders of diffusers pipelines."""
+
+import json
+
+import pytest
+import torch
+from command_line import refused, run, words
+
+pytest.importorskip("diffusers", reason="pipelines are diffusers'")
+
+from tiny_pipelines import tiny_dit_pipeline
+
+import t5lib
+from t5lib.conversion import ttt_layers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def softmax(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines") / "dit"
+    pipe = tiny_dit_pipeline()
+    pipe.transformer.bfloat16()
+    pipe.save_pretrained(folder)
+    (folder / "LICENSE.md").write_text("the terms")
+    return folder
+
+
+def test_a_pipeline_is_converted_whole_and_inspected(softmax, tmp_path):
+    done = run("convert", softmax, tmp_path / "out", "--layers", "1")
+    assert done.exit_code == 0 and "converted 1 of 2 attentions" in words(done.stdout)
+    pipe, original = t5lib.load_pipeline(tmp_path / "out"), t5lib.load_transformer(softmax)
+    assert list(ttt_layers(pipe.transformer)) == ["transformer_blocks.1.attn1"]
+    assert (tmp_path / "out/LICENSE.md").read_text() == "the terms" and pipe.scheduler is not None
+    back = t5lib.revert(t5lib.load_transformer(tmp_path / "out")).state_dict()
+    assert all(torch.equal(value, back[name]) for name, value in original.state_dict().items())
+    found = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    assert found["layers"] == {"ttt": [1], "softmax": [0]} and found["dtype"] == "bfloat16"
+    assert found["parameters"]["total"] == found["parameters"]["inherited"] + found["parameters"]["new"]
+    shown = words(run("inspect", tmp_path / "out").stdout)
+    assert "DiTPipeline, transformer T5DiTTransformer2DModel" in shown and "inner model swiglu" in shown
+    assert "(0 of 2 converted)" in words(run("inspect", softmax).stdout)
+
+
+def test_what_cannot_be_done_with_a_pipeline_is_told_and_nothing_is_replaced(softmax, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/1.png").touch()
+    assert "no --calibrate; calibrate it in Python" in refused(
+        "convert", softmax, tmp_path / "out", "--calibrate", tmp_path / "photos"
+    )
+    assert "holds something already" in refused("convert", softmax, tmp_path / "photos")
+    assert "latents and conditions, not image files" in refused("diagnose", softmax, "--images", tmp_path / "photos")
+    run("convert", softmax, tmp_path / "out")
+    assert "is converted already" in refused("convert", tmp_path / "out", tmp_path / "twice")
+    (tmp_path / "out/transformer/diffusion_pytorch_model.safetensors").unlink()
+    assert "cannot be read" in refused("inspect", tmp_path / "out")
+    (tmp_path / "out/transformer/diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+    assert "cannot be read" in refused("inspect", tmp_path / "out")
