@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -148,19 +149,33 @@ class SmallRepo:
         return run.stdout
 
 
+# The stand-in stages import nothing else that takes long.
+LIBRARIES = {"classifier": ("mlflow.store.tracking.sqlalchemy_store",)}
+
+
 @pytest.fixture
 def small_repo(tmp_path, monkeypatch) -> SmallRepo:
     """It is also the working folder."""
-    root = tmp_path / "repo"
+    repo = _make_small_repo(tmp_path / "repo")
+    monkeypatch.setattr(targets, "_LIBRARIES", LIBRARIES)
+    monkeypatch.chdir(repo.root)
+    return repo
+
+
+@pytest.fixture(scope="session")
+def make_small_repo() -> Callable[[Path], SmallRepo]:
+    """For tests that share a small repository: writes it to a folder, in one commit."""
+    return _make_small_repo
+
+
+def _make_small_repo(root: Path) -> SmallRepo:
     for module in ("__init__", "targets/__init__", "targets/__main__", "targets/run", "targets/diffusers_folder"):
         (root / f"tasks/{module}.py").parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / f"tasks/{module}.py", root / f"tasks/{module}.py")
     shutil.copytree(ROOT / "tasks/runtime", root / "tasks/runtime", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "tasks/targets/classifier.py").write_text(TARGET)
-    libraries = ("mlflow.store.tracking.sqlalchemy_store",)  # the stages import nothing else that takes long
     kinds = root / "tasks/targets/__init__.py"
-    kinds.write_text(f"{kinds.read_text()}\n_LIBRARIES = {{'classifier': {libraries}}}\n")
-    monkeypatch.setattr(targets, "_LIBRARIES", {"classifier": libraries})
+    kinds.write_text(f"{kinds.read_text()}\n_LIBRARIES = {LIBRARIES}\n")
     for name, inputs in INPUTS.items():
         (root / f"tasks/{name}.py").write_text(STAGE.format(name=name, inputs=inputs))
     (root / "params.yaml").write_text(PARAMS)
@@ -173,7 +188,6 @@ def small_repo(tmp_path, monkeypatch) -> SmallRepo:
     repo.git("init", "-q")
     repo.git("add", "-A")
     repo.git("commit", "-qm", "start")
-    monkeypatch.chdir(root)
     return repo
 
 
@@ -187,7 +201,7 @@ def _dvc_stage(name: str, inputs: list[str]) -> str:
             deps: {deps}
             params: ["targets.${{item}}.{name}"]
             outs: ["data/out/${{item}}/{name}"]
-            metrics: [{{"data/out/${{item}}/{name}.json": {{cache: false}}}}]
+            metrics: ["data/out/${{item}}/{name}.json"]
         """
     return textwrap.indent(textwrap.dedent(stage), "  ")
 
