@@ -1,4 +1,4 @@
-"""report: one HTML page and a Markdown summary of everything the other stages found; the figures that runs compare by."""
+"""report: one HTML page and a Markdown summary of everything the other stages found, and the headline in figures."""
 
 import platform
 import time

@@ -27,7 +27,7 @@ def quality(data: ReportData) -> Quality:
         sentences=_sentences(data.evaluated, main),
         tiles=_tiles(data.evaluated, main),
         figures={},
-        headline=_headline(_distance(main)),
+        headline=_headline(_distance(main), [row["key"] for row in rows]),
         scores=scores,
         use="It is the pipeline's transformer; the pipeline's other parts are those of the source.",
         snippet=_snippet(data.target),
@@ -44,8 +44,9 @@ def _distance(main: list[dict[str, Any]]) -> dict[str, Any]:
     return next(row for row in main if row["metric"] in ("fid", "fd_dinov2"))
 
 
-def _headline(score: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return {score["metric"]: {model: value for model, value in score["values"].items() if value is not None}}
+def _headline(score: dict[str, Any], models: list[str]) -> dict[str, dict[str, float]]:
+    values = {model: score["values"][model] for model in models}
+    return {score["metric"]: {model: value for model, value in values.items() if value is not None}}
 
 
 def _sentences(evaluated: dict[str, Any], main: list[dict[str, Any]]) -> list[str]:

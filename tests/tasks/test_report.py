@@ -235,7 +235,7 @@ def test_the_headline_is_a_score_of_every_model_and_the_speed(root):
 
 def test_curves_are_tables_that_dvc_draws(root):
     history = root / f"data/out/{TARGET}/finetune/history.jsonl"
-    history.write_text('{"step": 1, "loss": 0.5, "lr": 0.1}\n{"step": 2, "val_top1": 80.0}\n{"step": 3, "loss": 0.25}\n')
+    history.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "val_top1": 80.0}\n{"step": 3, "loss": 0.25}\n')
     (root / f"data/out/{TARGET}/freeze/history.jsonl").unlink()
     build(root)
     curves = root / f"data/out/{TARGET}/report/curves"
