@@ -82,6 +82,11 @@ def test_applying_an_experiment_brings_its_setting_and_its_results_and_repeats_n
     assert yaml.safe_load((repo.root / "params.yaml").read_text())["targets"]["small"]["evaluate"] == {"steps": 2}
     changes = json.loads(printed.splitlines()[-1])
     assert _of_evaluate(changes)["score"] == {"old": 0.0, "new": 2.0, "diff": 2.0}
+    repo.git("checkout", "-q", "params.yaml")  # DVC wrote it anew; the setting written by hand is as good
+    repo.set("evaluate: {steps: 0}", "evaluate: {steps: 2}")
+    assert "Data and pipelines are up to date" in dvc(repo, "repro")
+    assert repo.calls() == calls
+    assert repo.git("diff", "--stat", "params.yaml").endswith("1 file changed, 1 insertion(+), 1 deletion(-)\n")
 
 
 def _of_evaluate(metrics: dict) -> dict:
