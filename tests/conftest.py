@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -149,33 +148,26 @@ class SmallRepo:
         return run.stdout
 
 
-# The stand-in stages import nothing else that takes long.
-LIBRARIES = {"classifier": ("mlflow.store.tracking.sqlalchemy_store",)}
+LIBRARIES = ("mlflow.store.tracking.sqlalchemy_store",)  # the stages import nothing else that takes long
 
 
 @pytest.fixture
 def small_repo(tmp_path, monkeypatch) -> SmallRepo:
     """It is also the working folder."""
-    repo = _make_small_repo(tmp_path / "repo")
-    monkeypatch.setattr(targets, "_LIBRARIES", LIBRARIES)
+    monkeypatch.setattr(targets, "_LIBRARIES", {"classifier": LIBRARIES})
+    repo = made_repo(tmp_path / "repo")
     monkeypatch.chdir(repo.root)
     return repo
 
 
-@pytest.fixture(scope="session")
-def make_small_repo() -> Callable[[Path], SmallRepo]:
-    """For tests that share a small repository: writes it to a folder, in one commit."""
-    return _make_small_repo
-
-
-def _make_small_repo(root: Path) -> SmallRepo:
+def made_repo(root: Path) -> SmallRepo:
     for module in ("__init__", "targets/__init__", "targets/__main__", "targets/run", "targets/diffusers_folder"):
         (root / f"tasks/{module}.py").parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / f"tasks/{module}.py", root / f"tasks/{module}.py")
     shutil.copytree(ROOT / "tasks/runtime", root / "tasks/runtime", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "tasks/targets/classifier.py").write_text(TARGET)
     kinds = root / "tasks/targets/__init__.py"
-    kinds.write_text(f"{kinds.read_text()}\n_LIBRARIES = {LIBRARIES}\n")
+    kinds.write_text(f"{kinds.read_text()}\n_LIBRARIES = {{'classifier': {LIBRARIES}}}\n")
     for name, inputs in INPUTS.items():
         (root / f"tasks/{name}.py").write_text(STAGE.format(name=name, inputs=inputs))
     (root / "params.yaml").write_text(PARAMS)
@@ -204,6 +196,12 @@ def _dvc_stage(name: str, inputs: list[str]) -> str:
             metrics: ["data/out/${{item}}/{name}.json"]
         """
     return textwrap.indent(textwrap.dedent(stage), "  ")
+
+
+@pytest.fixture(scope="session")
+def make_small_repo():
+    """For tests that share a small repository: a function that makes one in a folder."""
+    return made_repo
 
 
 @pytest.fixture
