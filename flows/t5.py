@@ -210,6 +210,7 @@ def show(root: Path, target: str) -> None:
         "model": out.relative_to(root) / "finetune",
         **({"as a pipeline": f"python -m tasks.studies.export {target} --out {target}-t5"} if pipeline else {}),
         "runs compared": "make ui",
+        "for git": "dvc.lock, the record of what was made; commit it to share the results (docs/teams.md)",
     }.items():
         console.print(f"[bold]{what:>14}[/]  {where}", soft_wrap=True)
 

@@ -1,8 +1,9 @@
-"""report: one HTML page and a Markdown summary of everything the other stages found."""
+"""report: one HTML page and a Markdown summary of everything the other stages found, and the headline in figures."""
 
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from t5lib.benchmarks.timing import describe_device
@@ -18,18 +19,28 @@ from tasks.targets.run import main
 
 READS = ("data",)
 OPTIONAL = ("source", "diagnose", "align", "freeze", "control", "explain", "benchmark")
+SPEED = ("speedup_at_largest", "break_even_tokens")  # of benchmark's figures, those in the headline
 CURVES = ("calibrate", "align", "freeze", "finetune", "control")
 
 
 def run(target: Target) -> dict[str, Any]:
-    """Write report.html and summary.md."""
+    """Write report.html, summary.md and the training curves; return the headline: a score of every model, and speed."""
     stage, data = target.stage, gather(target)
-    quality = target.quality(data)
+    quality, speed = target.quality(data), data.metrics.get("benchmark", {})
     write_text(stage.out / "report.html", page.html(data, quality))
     write_text(stage.out / "summary.md", page.summary(data, quality))
     for name in ("report.html", "summary.md"):
         stage.artifact(stage.out / name)
-    return {"sections_missing": sum(name not in data.metrics for name in OPTIONAL)}
+    write_curves(stage.out / "curves", data.histories)
+    return {**quality.headline, **{name: speed[name] for name in SPEED if name in speed}}
+
+
+def write_curves(folder: Path, histories: dict[str, list[dict[str, float]]]) -> None:
+    """A CSV file with step and loss for every stage that trained: what `dvc plots` draws."""
+    folder.mkdir()
+    for name, points in histories.items():
+        lines = [f"{point['step']},{point['loss']}\n" for point in points if "loss" in point]
+        write_text(folder / f"{name}.csv", "".join(["step,loss\n", *lines]))
 
 
 def gather(target: Target) -> ReportData:

@@ -210,9 +210,15 @@ def _dvc_stage(name: str, inputs: list[str]) -> str:
             deps: {deps}
             params: ["targets.${{item}}.{name}"]
             outs: ["data/out/${{item}}/{name}"]
-            metrics: [{{"data/out/${{item}}/{name}.json": {{cache: false}}}}]
+            metrics: ["data/out/${{item}}/{name}.json"]
         """
     return textwrap.indent(textwrap.dedent(stage), "  ")
+
+
+@pytest.fixture(scope="session")
+def make_small_repo():
+    """For tests that share a small repository: a function that makes one in a folder."""
+    return made_repo
 
 
 @pytest.fixture

@@ -200,8 +200,16 @@ def test_a_dvc_stage_runs_its_module_for_every_enabled_target_and_owns_its_outpu
     entry = DVC_STAGES[stage]
     assert entry["foreach"] == "${enabled}"
     assert entry["do"]["cmd"] == f"python -m tasks.{stage} ${{item}}"
-    assert entry["do"]["outs"] == [f"data/out/${{item}}/{stage}"]
-    assert entry["do"]["metrics"] == [{f"data/out/${{item}}/{stage}.json": {"cache": False}}]
+    made = {kind: entry["do"][kind] for kind in ("outs", "metrics", "plots") if kind in entry["do"]}
+    folder = "data/out/${item}"  # plain paths: cached, so that `dvc pull` brings them
+    expected = {"outs": [f"{folder}/{stage}", f"{folder}/{stage}.json"]}
+    if stage == "report":
+        expected = {
+            "outs": [f"{folder}/report/report.html", f"{folder}/report/summary.md"],
+            "metrics": [f"{folder}/report.json"],
+            "plots": [{f"{folder}/report/curves": {"x": "step", "y": "loss"}}],
+        }
+    assert made == expected
 
 
 @pytest.mark.parametrize("stage", STAGES)

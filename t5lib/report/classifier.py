@@ -35,6 +35,7 @@ def quality(data: ReportData, images: DataConfig) -> Quality:
         sentences=_sentences(data),
         tiles=_tiles(data),
         figures={"quality": plots.quality_bars(bars)},
+        headline={"top1": {row["key"]: row["top1"] for row in bars}},
         use="The loaded model keeps timm's interface.",
         snippet=_snippet(data, images),
     )

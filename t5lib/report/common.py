@@ -33,6 +33,7 @@ class Quality:
         sentences: for the headline.
         tiles: of `tile`.
         figures: by name, "quality" among them if there is one.
+        headline: the score that runs are compared by, {its name: {model: value}}.
         scores: everything that was measured, t5lib.evaluation.scores.score_table, where the main table shows a part.
         use, snippet: how to use the model, in words and in code.
     """
@@ -44,6 +45,7 @@ class Quality:
     sentences: list[str]
     tiles: list[dict[str, str]]
     figures: dict[str, "Figure"]
+    headline: dict[str, dict[str, float]]
     scores: dict[str, Any] | None = None
     use: str
     snippet: str

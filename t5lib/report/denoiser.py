@@ -27,6 +27,7 @@ def quality(data: ReportData) -> Quality:
         sentences=_sentences(data.evaluated, main),
         tiles=_tiles(data.evaluated, main),
         figures={},
+        headline=_headline(_distance(main), [row["key"] for row in rows]),
         scores=scores,
         use="It is the pipeline's transformer; the pipeline's other parts are those of the source.",
         snippet=_snippet(data.target),
@@ -38,10 +39,20 @@ def _text(score: dict[str, Any], model: str) -> str:
     return "–" if value is None else f"{value:.{score['digits']}f}"
 
 
+def _distance(main: list[dict[str, Any]]) -> dict[str, Any]:
+    """The distance to real images, which every denoiser's evaluation has."""
+    return next(row for row in main if row["metric"] in ("fid", "fd_dinov2"))
+
+
+def _headline(score: dict[str, Any], models: list[str]) -> dict[str, dict[str, float]]:
+    values = {model: score["values"][model] for model in models}
+    return {score["metric"]: {model: value for model, value in values.items() if value is not None}}
+
+
 def _sentences(evaluated: dict[str, Any], main: list[dict[str, Any]]) -> list[str]:
     against = "control" if "control" in evaluated else "source"
     other = "the softmax original, fine-tuned with the same budget," if against == "control" else "the softmax source"
-    distance = next(row for row in main if row["metric"] in ("fid", "fd_dinov2"))
+    distance = _distance(main)
     sentences = [
         f"Fine-tuned, the converted model has an {distance['label']} of {_text(distance, 'finetuned')} to real images; "
         f"{other} {_text(distance, against)} (lower is better)."

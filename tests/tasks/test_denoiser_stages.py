@@ -118,6 +118,8 @@ def test_every_model_draws_the_same_prompts_and_is_scored(built, root, kind):
         assert models["real images"]["background"] == 1.0
     assert (root / "data/out/tiny/evaluate/samples.png").read_bytes().startswith(b"\x89PNG")
     assert score_table(models)["models"][-1] == "real images"
+    headline = {name: pytest.approx(models[name]["fd_dinov2"]) for name in KEYS}
+    assert built["report"].keys() >= {"fd_dinov2", "speedup_at_largest"} and built["report"]["fd_dinov2"] == headline
 
 
 def test_nothing_is_left_in_scratch(built, root):

@@ -224,6 +224,25 @@ def test_summary_is_a_table_of_equal_rows_and_a_few_lines(root):
     assert "| Fine-tuned (T5) | 85.8\u202f% | 99.5\u202f% | 89.4\u202f% | 7\u202fmin 46\u202fs |" in lines
 
 
+def test_the_headline_is_a_score_of_every_model_and_the_speed(root):
+    headline = run_stage("report", TARGET, params=PARAMS, root=root)
+    models = ("source", "converted", "calibrated", "frozen", "finetuned", "control")
+    scores = dict(zip(models, (84.5, 10.2, 79.6, 83.9, 85.8, 87.7), strict=True))
+    assert headline == {"top1": scores, "speedup_at_largest": 0.8}
+    remove(root, "benchmark", "freeze", "control")
+    assert run_stage("report", TARGET, params=PARAMS, root=root) == {"top1": scores}
+
+
+def test_curves_are_tables_that_dvc_draws(root):
+    history = root / f"data/out/{TARGET}/finetune/history.jsonl"
+    history.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "val_top1": 80.0}\n{"step": 3, "loss": 0.25}\n')
+    (root / f"data/out/{TARGET}/freeze/history.jsonl").unlink()
+    build(root)
+    curves = root / f"data/out/{TARGET}/report/curves"
+    assert sorted(file.name for file in curves.iterdir()) == ["calibrate.csv", "control.csv", "finetune.csv"]
+    assert (curves / "finetune.csv").read_text() == "step,loss\n1,0.5\n3,0.25\n"
+
+
 @pytest.mark.parametrize("stage", ["convert", "calibrate", "finetune", "evaluate"])
 def test_missing_stage_is_named_with_its_remedy(root, stage):
     remove(root, stage)
