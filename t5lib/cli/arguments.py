@@ -80,7 +80,7 @@ def refuse_for_pipelines(name: str, **options: object) -> None:
     """Raises T5Error naming the first of the options that was given."""
     if options:
         option = next(iter(options)).replace("_", "-")
-        raise T5Error(f"{name} is a diffusers pipeline, for which there is no --{option}; calibrate it in Python")
+        raise T5Error(f"{name} is a diffusers pipeline, for which there is no --{option}; use t5lib in Python")
 
 
 def find_images(folder: Path, least: int = 1) -> list[Path]:

@@ -132,6 +132,7 @@ def diagnose(
     - `t5 diagnose deit_tiny_patch16_224 --images photos --limit 16 --out diagnosis`
     - `t5 diagnose vit_base_patch16_224 --weights mine.safetensors --images photos --img-size 384`
     - `t5 diagnose deit_tiny_patch16_224 --images photos --converted deit-t5 --out diagnosis`
+    - `t5 diagnose sd35-folder --images photos` (a diffusers pipeline: noised latents, with the empty caption)
 
     **Output**
 
@@ -140,12 +141,20 @@ def diagnose(
     With --converted also how far each layer looks, how far it is from the softmax layer that it replaced, and its keys'
     shift before and after the key norm.
     """
-    source = Source(name=model, weights=weights, pretrained=pretrained, img_size=arguments.parse_size(img_size))
+    size = arguments.parse_size(img_size)
     paths = arguments.spread(arguments.find_images(images), limit)
     if out:
         arguments.check_writable(out)
+    if arguments.is_pipeline(model):
+        given = {"weights": weights, "converted": converted, "no-pretrained": not pretrained}
+        arguments.refuse_for_pipelines(model, **{name: value for name, value in given.items() if value})
+        from t5lib.cli import pipelines
+
+        pipelines.diagnose(Path(model).expanduser(), paths, out, device, size)
+        return
     from t5lib.cli import diagnosing
 
+    source = Source(name=model, weights=weights, pretrained=pretrained, img_size=size)
     diagnosing.run(source, paths, out, device, converted)
 
 

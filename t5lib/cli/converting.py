@@ -62,9 +62,10 @@ def run(request: Request) -> None:
 def _calibrate(
     model: nn.Module, teacher: nn.Module, request: Request, recipe: CalibrateConfig, partial: Path
 ) -> CalibrationReport:
-    reader = ImageReader(teacher)
+    reader = ImageReader.of(teacher)
     batches = CalibrationImages(request.images, reader.read, recipe.batch_size, request.seed)
-    note(f"{counted(len(batches.rest), 'image')} to fit on, {len(batches.held_out)} to measure on: {reader.describe()}")
+    fitted, held_out = counted(len(batches.rest), "image"), len(batches.held_out)
+    note(f"{fitted} to fit on, {held_out} to measure on: {reader.description}")
     if len(request.images) < FEW_IMAGES:
         note(f"few images: the layers may fit these and no others; {FEW_IMAGES} or more of your own kind are better")
     folder = partial / _fingerprint(request, recipe, teacher)

@@ -26,20 +26,25 @@ def run(
     if converted:
         source = explaining.matching(source, outline, converted)
     model = models.load(source, place)
-    reader = ImageReader(model)
+    reader = ImageReader.of(model)
     with notes.status(f"measuring {counted(len(images), 'image')}, and the same with random weights"):
         pixels = reader.read(images)
         found = t5lib.diagnose(model, pixels)
     reader.report()
-    say(f"Shift ratio of the keys of {source.name}: {counted(len(pixels), 'image')}, {reader.describe()}")
+    show(found, f"{source.name}: {counted(len(pixels), 'image')}, {reader.description}", source.pretrained, out)
+    if converted:
+        explaining.run(source, model, converted, pixels, out)
+
+
+def show(found: Diagnosis, of_what: str, pretrained: bool, out: Path | None) -> None:
+    """Print what was measured and, given `out`, write it."""
+    say(f"Shift ratio of the keys of {of_what}")
     _print_layers(found)
-    say(reading(found.summary(), pretrained=source.pretrained))
+    say(reading(found.summary(), pretrained=pretrained))
     if out:
         files.write_json(out / "shift_ratio.json", found.as_dict())
         plots.save(plots.shift_ratio_map(**found.as_dict()), out / "shift_ratio.png")
         note(f"written: {out / 'shift_ratio.json'}, {out / 'shift_ratio.png'}")
-    if converted:
-        explaining.run(source, model, converted, pixels, reader, out)
 
 
 def reading(summary: dict[str, float], *, pretrained: bool) -> str:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 import t5lib
@@ -11,7 +12,6 @@ from t5lib.analysis.explanation import Explanation
 from t5lib.analysis.summary_text import explanation_reading
 from t5lib.checkpoint import read_description
 from t5lib.cli.arguments import Source
-from t5lib.cli.images import ImageReader
 from t5lib.cli.screen import console, counted, note, notes, say, table
 from t5lib.report import explanation_plots, plots
 from t5lib.utils import files
@@ -50,14 +50,14 @@ def matching(source: Source, outline: nn.Module, folder: Path) -> Source:
     return source if source.img_size or not size else replace(source, img_size=tuple(size))
 
 
-def run(source: Source, model: nn.Module, folder: Path, pixels: Tensor, reader: ImageReader, out: Path | None) -> None:
+def run(source: Source, model: nn.Module, folder: Path, pixels: Tensor, out: Path | None) -> None:
     """Compare, print and, given `out`, write explanation.json and the pictures.
 
     Args:
         source: `model`'s, as typed and `matching`.
         model: the softmax model.
         folder: of the converted one.
-        pixels: (B, 3, H, W), as `reader` read them.
+        pixels: (B, 3, H, W), normalized as timm's configuration of the model says.
     """
     converted = t5lib.load(folder)
     if source.img_size:
@@ -72,7 +72,7 @@ def run(source: Source, model: nn.Module, folder: Path, pixels: Tensor, reader: 
     for sentence in explanation_reading(found.as_dict()):
         say(sentence)
     if out:
-        _write(found, pixels, reader, out)
+        _write(found, pixels, model, out)
 
 
 def _print_layers(found: Explanation) -> None:
@@ -85,10 +85,11 @@ def _print_layers(found: Explanation) -> None:
     console.print()
 
 
-def _write(found: Explanation, pixels: Tensor, reader: ImageReader, out: Path) -> None:
+def _write(found: Explanation, pixels: Tensor, model: nn.Module, out: Path) -> None:
     files.write_json(out / "explanation.json", found.as_dict())
     first: Tensor = pixels[: found.map_images].to(torch.float32)
-    pictures = explanation_plots.as_pictures(first, reader.config["mean"], reader.config["std"])
+    config = resolve_model_data_config(model)
+    pictures = explanation_plots.as_pictures(first, config["mean"], config["std"])
     figures = explanation_plots.all_pictures(found.as_dict(), pictures)
     for name, figure in figures.items():
         plots.save(figure, out / f"{name}.png")

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
@@ -22,20 +23,30 @@ MOST_HELD_OUT = 64
 
 
 class ImageReader:
-    """Reads image files as `model` wants them: its input size, timm's normalization and crop for its weights.
+    """Reads image files.
 
     Files that cannot be read are left out and remembered in `unreadable`, so that one damaged file among thousands
     costs neither the work done before it nor goes unsaid. `animated` remembers files with several frames.
+
+    Args:
+        transform: makes (3, H, W) of an image.
+        description: how images are prepared, in words.
     """
 
-    def __init__(self, model: nn.Module):
-        if model.in_chans != 3:
-            raise T5Error(f"the model takes images of {model.in_chans} channels; image files are read as RGB, with 3")
-        config = resolve_model_data_config(model)
-        config["input_size"] = (3, *model.patch_embed.img_size)
-        self.config, self.transform = config, create_transform(**config)
+    def __init__(self, transform: Callable[[Image.Image], Tensor], description: str):
+        self.transform, self.description = transform, description
         self.unreadable: dict[Path, str] = {}
         self.animated: set[Path] = set()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "ImageReader":
+        """As a model of timm wants them: its input size, timm's normalization and crop for its weights."""
+        if model.in_chans != 3:
+            raise T5Error(f"the model takes images of {model.in_chans} channels; image files are read as RGB, with 3")
+        height, width = model.patch_embed.img_size
+        config = resolve_model_data_config(model) | {"input_size": (3, height, width)}
+        mean, std = (" ".join(f"{value:.3g}" for value in config[name]) for name in ("mean", "std"))
+        return cls(create_transform(**config), f"{height} × {width} px, mean {mean}, std {std}")
 
     def read(self, paths: Sequence[Path]) -> Tensor:
         """(B, 3, H, W) float32, B at most the number of `paths`.
@@ -50,12 +61,6 @@ class ImageReader:
                 f"no image can be read, such as {paths[0]} ({self.unreadable[paths[0]]}); replace or remove such files"
             )
         return torch.stack(images)
-
-    def describe(self) -> str:
-        """How images are prepared, in words."""
-        _, height, width = self.config["input_size"]
-        mean, std = (" ".join(f"{value:.3g}" for value in self.config[name]) for name in ("mean", "std"))
-        return f"{height} × {width} px, mean {mean}, std {std}"
 
     def report(self) -> None:
         """Note the files that were left out, and those of which one frame of several was taken."""

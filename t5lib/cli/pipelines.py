@@ -1,16 +1,30 @@
-"""`t5 inspect` and `t5 convert` on the folder of a diffusers pipeline."""
+"""`t5 inspect`, `t5 convert` and `t5 diagnose` on the folder of a diffusers pipeline."""
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
 import t5lib
+from t5lib.cli import diagnosing, models
+from t5lib.cli.images import ImageReader
 from t5lib.cli.inspecting import SHOWN, attention_counts, kinds_of, parameter_counts
-from t5lib.cli.screen import console, facts, notes, ranges, say
+from t5lib.cli.screen import console, counted, facts, notes, ranges, say
 from t5lib.conversion import new_parameters, ttt_layers
+from t5lib.data.buckets import fit
+from t5lib.data.encoders import ImageEncoder, TextEncoder
+from t5lib.evaluation.generation import classes_of
 from t5lib.families import family_of
+from t5lib.families.base import check_multiple
+from t5lib.families.inputs import placed
 from t5lib.layers.config import TTTConfig
+from t5lib.training.objectives import noised_batch, noising_of
 from t5lib.utils.config import to_dict
 from t5lib.utils.files import atomic_dir, read_json, write_json
 
@@ -56,6 +70,49 @@ def show(found: dict[str, Any]) -> None:
         ("files", f"{found['file_bytes'] / 1e6:,.1f} MB, {found['dtype']}"),
     ]
     facts(rows)
+
+
+def diagnose(
+    folder: Path, images: Sequence[Path], out: Path | None, device: str | None, size: tuple[int, int] | None
+) -> None:
+    """As diagnosing.run, of noised latents: each image at a level of noise drawn as in training, with the condition
+    that guidance drops to (the empty caption, or no class).
+
+    Raises:
+        T5Error: it cannot be diagnosed, or `size` (pixels, height and width) does not suit it.
+    """
+    place = str(models.choose_device(device))
+    with notes.status(f"reading {folder}"):
+        pipeline = t5lib.load_pipeline(folder, torch_dtype=torch.float32)
+    transformer = pipeline.transformer
+    channels = 3 if pipeline.vae is not None else transformer.config.in_channels
+    encoder = ImageEncoder(
+        pipeline.vae, channels=channels, patch=transformer.config.patch_size, dtype="fp32", device=place
+    )
+    height, width = size or (transformer.config.sample_size * encoder.multiple // transformer.config.patch_size,) * 2
+    for side in (height, width):
+        check_multiple(side, encoder.multiple, "what a token covers,")
+    reader = ImageReader(lambda image: _pixels(image, (height, width), channels), f"{height} × {width} px")
+    with notes.status(f"measuring {counted(len(images), 'image')}, and the same with random weights"):
+        latents = encoder(reader.read(images))
+        batch = {"latents": latents, **_unconditional(pipeline, len(latents), place)}
+        inputs = noised_batch({name: value.cpu() for name, value in batch.items()}, noising_of(pipeline.scheduler), 0)
+        found = t5lib.diagnose(transformer.to(place), placed(inputs, torch.device(place)))
+    reader.report()
+    diagnosing.show(found, f"{folder}: {counted(len(latents), 'image')}, {reader.description}, noised", True, out)
+
+
+def _pixels(image: Image.Image, size: tuple[int, int], channels: int) -> Tensor:
+    """(channels, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(fit(image.convert("RGB" if channels == 3 else "L"), size)))
+    return pixels.view(*size, -1).permute(2, 0, 1) / 127.5 - 1
+
+
+def _unconditional(pipeline: Any, count: int, device: str) -> dict[str, Tensor]:
+    if classes := classes_of(pipeline):
+        return {"labels": torch.full((count,), classes)}
+    text = TextEncoder(pipeline, dtype="fp32", device=device)
+    return {name: value.float() for name, value in text([""] * count).items()}
 
 
 def convert(folder: Path, out: Path, t5: dict[str, Any], seed: int) -> None:

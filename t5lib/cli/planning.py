@@ -144,9 +144,9 @@ def _choose(request: Request, found: Plan, softmax: nn.Module, recipe: Calibrate
             f"softmax in every layer takes {found.milliseconds(found.uniform(SOFTMAX)):.4g} ms, which is within the "
             "budget: there is nothing to convert"
         )
-    reader = ImageReader(softmax)
+    reader = ImageReader.of(softmax)
     fitted, scanned = _split(request.images, request.seed)
-    note(f"{counted(len(fitted), 'image')} to calibrate on, {len(scanned)} to scan on: {reader.describe()}")
+    note(f"{counted(len(fitted), 'image')} to calibrate on, {len(scanned)} to scan on: {reader.description}")
     if len(request.images) < FEW_IMAGES:
         note(f"few images: the choice may suit these and no others; {FEW_IMAGES} or more of your own kind are better")
     partial = request.out.parent / f".{request.out.name}.partial" if request.out else None

@@ -17,6 +17,8 @@ from t5lib.utils.files import read_json, remove_leftovers, sha256, write_json, w
 from tasks.runtime import processes
 from tasks.runtime.tracking import NoRun
 
+OWN_CODE = Path(__file__).parents[1]
+CODE = "code.json"  # in the scratch folder of a stage: which of its own files began the work
 FINISHED = "finished"  # in the scratch folder of a stage that succeeded, until DVC has recorded it
 
 
@@ -98,7 +100,22 @@ class Stage:
             self._resume_dir = self._partial_work / hashlib.sha256(made_from.encode()).hexdigest()[:16]
             self._resume_dir.mkdir(parents=True, exist_ok=True)
             _rewrite_history(self._history, self._history)  # a killed run may have left half a line
+            self._compare_code(self._resume_dir / CODE)
         return self._resume_dir
+
+    def _compare_code(self, note: Path) -> None:
+        """Say that partial work was begun by other code of this stage. (Checkpoints refuse other code of the library.)"""
+        own = [OWN_CODE / f"{self.name}.py", *sorted((OWN_CODE / "targets").glob("*.py"))]
+        code = {str(file.relative_to(OWN_CODE.parent)): sha256(file) for file in own if file.is_file()}
+        before = read_json(note) if note.is_file() else code
+        if changed := sorted(name for name in before.keys() | code.keys() if before.get(name) != code.get(name)):
+            print(
+                f"goes on from what an interrupted run left, although {', '.join(changed)} changed since; "
+                f"to begin anew, delete {note.parent}",
+                flush=True,
+            )
+        else:
+            write_json(note, code)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Add a point to the stage's curves (`history.jsonl` and MLflow)."""

@@ -199,7 +199,7 @@ class TestDiagnose:
         result = run("diagnose", softmax, "--images", photos, "--limit", 5, "--out", tmp_path)
         assert result.exit_code == 0, result.output
         model = t5lib.load(softmax)
-        pixels = ImageReader(model).read(arguments.spread(arguments.find_images(photos), 5))
+        pixels = ImageReader.of(model).read(arguments.spread(arguments.find_images(photos), 5))
         assert pixels.shape == (5, 3, 32, 32)
         expected = t5lib.diagnose(model, pixels)
         assert json.loads((tmp_path / "shift_ratio.json").read_text()) == json.loads(json.dumps(expected.as_dict()))
@@ -213,7 +213,7 @@ class TestDiagnose:
         result = run(*command, "--out", tmp_path)
         assert result.exit_code == 0, result.output
         models = [t5lib.load(folder) for folder in (softmax, converted)]
-        pixels = ImageReader(models[0]).read(arguments.spread(arguments.find_images(photos), 5))
+        pixels = ImageReader.of(models[0]).read(arguments.spread(arguments.find_images(photos), 5))
         expected = t5lib.explain(*models, pixels)
         assert json.loads((tmp_path / "explanation.json").read_text()) == json.loads(json.dumps(expected.as_dict()))
         pictures = {"shift_ratio", "maps-0", "maps-1", "distance", "similarity", "shift"}

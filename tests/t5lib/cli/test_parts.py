@@ -17,16 +17,17 @@ from t5lib.layers.layer_map import parse_layers
 from t5lib.utils.errors import T5Error
 
 
-def test_images_get_the_models_own_normalization():
+def test_images_get_the_models_own_normalization(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", img_size=32)  # augreg weights: mean and std one half
-    reader = ImageReader(model)
-    assert reader.config["mean"] == (0.5, 0.5, 0.5)
-    assert reader.config["input_size"] == (3, 32, 32)
+    reader = ImageReader.of(model)
+    Image.new("RGB", (50, 40), "white").save(tmp_path / "white.png")
+    assert torch.equal(reader.read([tmp_path / "white.png"]), torch.ones(1, 3, 32, 32))
+    assert reader.description == "32 × 32 px, mean 0.5 0.5 0.5, std 0.5 0.5 0.5"
 
 
 def test_images_of_other_than_three_channels():
     with pytest.raises(T5Error, match="1 channels"):
-        ImageReader(tiny_vit(in_chans=1))
+        ImageReader.of(tiny_vit(in_chans=1))
 
 
 def test_image_files_are_decoded_as_everywhere_and_animations_are_said(tmp_path, capsys):
@@ -35,7 +36,7 @@ def test_image_files_are_decoded_as_everywhere_and_animations_are_said(tmp_path,
     frames = [Image.new("RGB", (32, 32), (grey,) * 3) for grey in (128, 255)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     (tmp_path / "empty.jpg").touch()
-    reader = ImageReader(timm.create_model("vit_tiny_patch16_224", img_size=32))
+    reader = ImageReader.of(timm.create_model("vit_tiny_patch16_224", img_size=32))
     images = reader.read(arguments.find_images(tmp_path))
     assert images.shape == (2, 3, 32, 32) and images.abs().max() < 0.01  # 128 is 0 for mean and std one half
     reader.report()

@@ -8,10 +8,12 @@ from command_line import refused, run, words
 
 pytest.importorskip("diffusers", reason="pipelines are diffusers'")
 
-from tiny_pipelines import tiny_dit_pipeline
+from PIL import Image
+from tiny_pipelines import tiny_dit_pipeline, tiny_sd3_pipeline
 
 import t5lib
 from t5lib.conversion import ttt_layers
+from t5lib.families import family_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,14 +44,33 @@ def test_a_pipeline_is_converted_whole_and_inspected(softmax, tmp_path):
     assert "(0 of 2 converted)" in words(run("inspect", softmax).stdout)
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "size"), [(tiny_dit_pipeline, 8), (tiny_sd3_pipeline, 16)], ids=["dit on pixels", "sd3"]
+)
+def test_a_pipeline_is_diagnosed_on_image_files(pipeline, size, tmp_path):
+    pipeline().save_pretrained(tmp_path / "softmax")
+    for number, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (20, 30), colour).save(tmp_path / f"{number}.png")
+    (tmp_path / "cut.png").write_bytes(b"cut")
+    done = run("diagnose", tmp_path / "softmax", "--images", tmp_path, "--out", tmp_path / "out", "--device", "cpu")
+    assert f": 2 images, {size} × {size} px, noised" in words(done.stdout) and "cut.png" in done.stderr, done.output
+    found = json.loads((tmp_path / "out/shift_ratio.json").read_text())
+    assert found["layers"] == family_of(pipeline().transformer).attention_names(pipeline().transformer)
+    assert all(0 < ratio < 1 for heads in found["shift_ratio"] for ratio in heads)
+    wrong = refused("diagnose", tmp_path / "softmax", "--images", tmp_path, "--img-size", size + 1)
+    assert f"resolution {size + 1} is no multiple of what a token covers" in wrong
+
+
 def test_what_cannot_be_done_with_a_pipeline_is_told_and_nothing_is_replaced(softmax, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/1.png").touch()
-    assert "no --calibrate; calibrate it in Python" in refused(
+    assert "no --calibrate; use t5lib in Python" in refused(
         "convert", softmax, tmp_path / "out", "--calibrate", tmp_path / "photos"
     )
     assert "holds something already" in refused("convert", softmax, tmp_path / "photos")
-    assert "latents and conditions, not image files" in refused("diagnose", softmax, "--images", tmp_path / "photos")
+    assert "no --converted; use t5lib" in refused(
+        "diagnose", softmax, "--images", tmp_path / "photos", "--converted", tmp_path / "photos"
+    )
     run("convert", softmax, tmp_path / "out")
     assert "is converted already" in refused("convert", tmp_path / "out", tmp_path / "twice")
     (tmp_path / "out/transformer/diffusion_pytorch_model.safetensors").unlink()

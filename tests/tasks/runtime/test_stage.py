@@ -104,6 +104,22 @@ def test_resume_dir_is_the_same_after_a_crash_another_for_other_settings_and_gon
     assert everything_under(tmp_path / "data/scratch") == []
 
 
+def test_partial_work_of_other_code_is_said(stage, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tasks.runtime.stage.OWN_CODE", tmp_path / "tasks")
+    (tmp_path / "tasks").mkdir()
+
+    def run(stage):
+        stage.resume_dir()
+        raise T5Error("stopped")
+
+    for steps, said in ((1, False), (1, False), (2, True)):
+        (tmp_path / "tasks/demo.py").write_text(f"steps = {steps}")
+        with pytest.raises(T5Error, match="stopped"):
+            stage(run)
+        assert ("goes on from what" in (out := capsys.readouterr().out)) == said
+    assert "although tasks/demo.py changed since; to begin anew, delete " in out
+
+
 def test_resume_dir_is_another_when_an_input_changed(stage, tmp_path):
     folders = []
 
