@@ -104,7 +104,7 @@ class Stage:
         return self._resume_dir
 
     def _compare_code(self, note: Path) -> None:
-        """Say that partial work was begun by other code of this stage. (Checkpoints refuse other code of the library.)"""
+        """Say that partial work was begun by other code of this stage; checkpoints refuse other code of the library."""
         own = [OWN_CODE / f"{self.name}.py", *sorted((OWN_CODE / "targets").glob("*.py"))]
         code = {str(file.relative_to(OWN_CODE.parent)): sha256(file) for file in own if file.is_file()}
         before = read_json(note) if note.is_file() else code
