@@ -1,10 +1,9 @@
-"""The study behind docs/results/scenes.md: does a linearized DINOv2 keep its dense features at 1,369 and 5,476 tokens?
+"""A study: does a linearized DINOv2 keep its dense features at 1,369 and 5,476 tokens?
 
     python data/scenes/compose.py --pieces data/scenes/pieces --out SCENES
     python data/scenes/study.py prepare --scenes SCENES --weights dino.safetensors --work WORK --folds 0 1 2 3 4
-    python data/scenes/study.py tune    … --folds 0 --trials lead usual fast       # recipes, from one calibration
+    python data/scenes/study.py tune    … --folds 0 --trials usual faster damped   # recipes, from one calibration
     python data/scenes/study.py arms    … --folds 1 2 3 4 --arms t5 t5-2softmax    # what the tables hold
-    python data/scenes/study_tables.py --work WORK --scenes SCENES --out docs/results/scenes
 
 `weights`: the state dict of timm's vit_small_patch14_dinov2 (t5lib.weights.dinov2_onnx reads it). Several processes may
 work in one WORK folder at once, each on arms, trials or folds of its own. Results are written as they come.

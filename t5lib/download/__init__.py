@@ -249,8 +249,10 @@ def kept(source: str, folder: Path) -> Path:
     if len(name) > 150:
         name = f"{name[:120]}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
     place = folder / name
-    if not place.exists():
-        incoming = place.with_name(f".{place.name}.incoming")
-        fetch(source, incoming)
-        os.replace(incoming, place)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f".{name}.lock"):  # the second who wants it waits
+        if not place.exists():
+            incoming = place.with_name(f".{place.name}.incoming")
+            fetch(source, incoming)
+            os.replace(incoming, place)
     return place

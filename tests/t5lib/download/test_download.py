@@ -9,7 +9,9 @@ import re
 import shutil
 import tarfile
 import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -17,7 +19,7 @@ import huggingface_hub.constants
 import pytest
 import requests
 
-from t5lib.download import fetch, resolve, web
+from t5lib.download import fetch, kept, resolve, web
 from t5lib.download.hub import check_access
 from t5lib.utils.errors import SourceError
 
@@ -561,3 +563,17 @@ def test_hf_damaged_file_is_refused_and_only_it_is_fetched_again(hub, tmp_path, 
     fetch(f"hf:owner/repo@{COMMIT}", tmp_path / "out")
     assert [path for method, path, _ in hub.seen if method == "GET" and "/resolve/" in path] == [address]
     assert files_in(tmp_path) == {f"out/{name}": body for name, body in FILES.items()}
+
+
+def test_what_several_want_at_once_is_fetched_once(tmp_path, monkeypatch):
+    asked = []
+
+    def fetched(source, folder):
+        asked.append(source)
+        time.sleep(0.1)
+        (folder / "part").mkdir(parents=True)
+
+    monkeypatch.setattr("t5lib.download.fetch", fetched)
+    with ThreadPoolExecutor(4) as threads:
+        places = list(threads.map(lambda _: kept(f"hf:datasets/me/photos@{COMMIT}", tmp_path), range(4)))
+    assert len(asked) == 1 and {(place / "part").is_dir() for place in places} == {True}
