@@ -8,7 +8,7 @@ Shapes: B images, N image tokens, C channels.
 
 Sources: matching a network's final features after its attentions have been fitted is published in ViT-AdaLA (arXiv
 2603.16063); "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772) aligns SD3.5 to an average of
-its own weights. The weights and rates here are our own (docs/results/scenes.md).
+its own weights. The weights and rates here are our own (data/scenes/study.py tries them).
 """
 
 import dataclasses
