@@ -46,7 +46,7 @@ def ablate(name: str = "dinov2-fashion", seeds: list[int] | None = None, out: st
     try:
         with (
             failures.in_words(Path.cwd(), lambda: KEPT),
-            warm.serving(LIBRARIES, environment(tracking.UNOBSERVED)) as variables,
+            warm.serving(LIBRARIES, environment(tracking.DEFAULTS)) as variables,
         ):
             return _run(Path.cwd(), name, seeds, out or f"docs/results/ablation-{Path(name).stem}", variables)
     except T5Error as error:

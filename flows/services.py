@@ -4,6 +4,7 @@ Process ids and logs are in data/prefect. `up` may be repeated: what runs alread
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from flows.process import environment, stream
-from t5lib.utils.errors import T5Error
+from t5lib.utils.errors import T5Error, without_secrets
 from t5lib.utils.files import write_text
 from tasks.runtime import tracking
 
@@ -120,7 +121,9 @@ def _prefect(root: Path, *arguments: str) -> None:
 
 
 def ui(root: Path, port: int) -> None:
-    """Serve MLflow's pages until interrupted. Raises T5Error when nothing was recorded yet."""
+    """Serve MLflow's pages until interrupted. Raises T5Error when nothing was recorded yet, or runs go elsewhere."""
+    if server := os.environ.get("MLFLOW_TRACKING_URI"):
+        raise T5Error(f"MLFLOW_TRACKING_URI is set, so runs are recorded there; open {without_secrets(server)}")
     store = root / tracking.FOLDER / "mlflow.db"
     if not store.is_file():
         raise T5Error(f"{store} does not exist: no run was recorded yet; `make demo` makes one")

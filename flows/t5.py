@@ -93,7 +93,7 @@ def _build(root: Path, target: str) -> dict[str, Any]:
 
 
 def _build_alone(root: Path, target: str, libraries: Sequence[str]) -> dict[str, Any]:
-    with warm.serving(libraries, environment(tracking.UNOBSERVED)) as variables:
+    with warm.serving(libraries, environment(tracking.DEFAULTS)) as variables:
         return _built(root, target, variables)
 
 

@@ -19,6 +19,8 @@ from tasks.runtime import tracking
 ROOT = Path(__file__).resolve().parents[1]
 # pytest gives loggers that do not propagate its handler, and with any handler torch writes out all that it traces.
 logging.getLogger("torch.__trace").propagate = True
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):  # nothing here may reach a server of the user's
+    os.environ.pop(name, None)
 
 # The kind of target that the stand-in has, in the place of classifiers. What a stage does is a setting: `fail` is the
 # message it fails with, `seconds` how long it takes.

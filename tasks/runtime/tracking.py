@@ -1,5 +1,6 @@
 """MLflow: what ran with which settings, its curves and its results. The only module that uses MLflow.
 
+Runs go to data/mlflow, into the experiment "t5", unless MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say otherwise.
 Without MLflow installed nothing is recorded and nothing else changes. A problem with the record never stops the work:
 it is reported once and the rest of the run goes unrecorded.
 """
@@ -25,7 +26,14 @@ from tasks.runtime import processes
 PARENT_VARIABLE = "T5_PARENT_RUN"
 FOLDER = Path("data/mlflow")
 PROCESS = "process"  # tag: whose a run is
-UNOBSERVED = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}  # read when MLflow is imported
+DEFAULTS = {  # of variables that MLflow reads
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # a server that is away must cost seconds, not minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+# So that MLflow opens the experiment with charts and models; else it takes it for an evaluation of language models.
+KIND = {"mlflow.experimentKind": "custom_model_development"}
 
 
 def _never_fatal(method: Callable) -> Callable:
@@ -246,7 +254,7 @@ def installed() -> bool:
 def _client(root: Path) -> Any | None:
     if not installed():
         return None
-    for variable, value in UNOBSERVED.items():
+    for variable, value in DEFAULTS.items():
         os.environ.setdefault(variable, value)
     import logging
 
@@ -254,6 +262,8 @@ def _client(root: Path) -> Any | None:
 
     for name in ("mlflow", "alembic"):  # they announce every table they create
         logging.getLogger(name).setLevel(logging.WARNING)
+    if server := os.environ.get("MLFLOW_TRACKING_URI"):
+        return MlflowClient(server)
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
     _must_open(root / FOLDER / "mlflow.db")
     return MlflowClient(store_uri(root))
@@ -275,10 +285,13 @@ def _must_open(database: Path) -> None:
 
 
 def _experiment(client: Any, root: Path) -> str:
-    found = client.get_experiment_by_name("t5")
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "t5"
+    found = client.get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id
-    return client.create_experiment("t5", artifact_location=(root / FOLDER / "artifacts").resolve().as_uri())
+    # A store elsewhere knows by itself where its artifacts go.
+    ours = None if os.environ.get("MLFLOW_TRACKING_URI") else (root / FOLDER / "artifacts").resolve().as_uri()
+    return client.create_experiment(name, artifact_location=ours, tags=KIND)
 
 
 def _telling(settings: dict[str, Any]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """MLflow on sqlite: what a run holds, what tells runs apart, and that the record never stops the work."""
 
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,32 @@ def test_results_are_traced_to_the_run_that_made_them_not_to_the_latest(mlflow_r
     assert tracking.finished_stage(mlflow_repo.root, "small", "convert").info.run_id == one.info.run_id
     metrics.write_text("{}")
     assert tracking.finished_stage(mlflow_repo.root, "small", "convert") is None
+
+
+def test_runs_go_where_mlflows_own_variables_say(mlflow_repo, convert, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    elsewhere = f"sqlite:///{tmp_path}/team.db"
+    shutil.copy(mlflow_repo.root / "data/mlflow/mlflow.db", tmp_path / "team.db")  # making its tables takes seconds
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", elsewhere)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "team")
+    convert(learn)
+    client = MlflowClient(elsewhere)
+    experiment = client.get_experiment_by_name("team")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    [run] = client.search_runs([experiment.experiment_id])
+    assert (run.data.metrics["top1"], run.data.params["convert.inner"]) == (84.5, "swiglu")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    assert mlflow_repo.recorded() == []
+
+
+def test_a_server_that_is_away_costs_the_record_and_seconds(mlflow_repo, convert, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # where nothing listens
+    started = time.monotonic()
+    assert convert(learn)["top1"] == 84.5
+    assert capsys.readouterr().err.count("this run is not recorded") == 1
+    assert time.monotonic() - started < 15
 
 
 def test_uncommitted_changes_show_in_the_commit(mlflow_repo):
