@@ -93,7 +93,9 @@ class Run(NoRun):
 
         now = int(time.time() * 1000)
         numbers = {key: value for key, value in flatten(metrics).items() if isinstance(value, int | float)}
-        batch = [Metric(key, float(value), now, step or 0) for key, value in numbers.items()]
+        # Results as people read them: MLflow's pages show every digit, 99.80000000000001 for 99.8.
+        digits = 17 if step is not None else 12
+        batch = [Metric(key, float(f"{value:.{digits}g}"), now, step or 0) for key, value in numbers.items()]
         for start in range(0, len(batch), 1000):
             operation = self.client.log_batch(self.id, metrics=batch[start : start + 1000], synchronous=step is None)
             self._writing += [operation] if operation else []

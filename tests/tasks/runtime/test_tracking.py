@@ -40,7 +40,7 @@ def learn(stage):
         stage.log({"loss": 1 / (1 + step)}, step)
     (stage.out / "shift.png").write_bytes(b"png")
     stage.artifact(stage.out / "shift.png")
-    return {"top1": 84.5, "loss": 0.4, "verdict": "good", "models": {"source": {"top1": 85}}}
+    return {"top1": 84.50000000000001, "loss": 0.4, "verdict": "good", "models": {"source": {"top1": 85}}}
 
 
 def test_a_run_holds_curves_results_settings_plots_and_what_tells_it_apart(mlflow_repo, convert):
@@ -131,7 +131,7 @@ def test_runs_go_where_mlflows_own_variables_say(mlflow_repo, convert, tmp_path,
 def test_a_server_that_is_away_costs_the_record_and_seconds(mlflow_repo, convert, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # where nothing listens
     started = time.monotonic()
-    assert convert(learn)["top1"] == 84.5
+    assert convert(learn)["verdict"] == "good"
     assert capsys.readouterr().err.count("this run is not recorded") == 1
     assert time.monotonic() - started < 15
 
@@ -145,7 +145,7 @@ def test_uncommitted_changes_show_in_the_commit(mlflow_repo):
 def test_a_broken_store_costs_the_record_and_neither_the_work_nor_minutes(mlflow_repo, convert, capsys):
     (mlflow_repo.root / "data/mlflow/mlflow.db").write_text("not a database")
     started = time.monotonic()
-    assert convert(learn)["top1"] == 84.5
+    assert convert(learn)["verdict"] == "good"
     assert "this run is not recorded" in capsys.readouterr().err
     assert time.monotonic() - started < 15
 
