@@ -134,7 +134,7 @@ def _check_replaceable(folder: Path) -> None:
     """A slip such as `t5 convert -o .` must not cost anybody their files."""
     if folder.is_dir():
         held = {path.name for path in folder.iterdir()}
-        if held and "model.safetensors" not in held:
+        if held and not ((folder / "model.safetensors").is_file() and (folder / "t5.json").is_file()):
             raise T5Error(f"{folder} is no saved model, and saving would replace it; pass a new folder")
         if others := sorted(held - FILES):
             raise T5Error(

@@ -50,7 +50,10 @@ class Source:
         if not (folder / "t5.json").is_file():
             found = "is no saved model: it has no t5.json" if folder.is_dir() else "does not exist"
             raise T5Error(f"{self.name} {found}; expected a timm name, or a folder written by t5lib.save")
-        if read_json(folder / "t5.json").get("t5"):
+        description = read_json(folder / "t5.json")
+        if not isinstance(description, dict):
+            raise T5Error(f"{folder}/t5.json describes no model; save or copy the folder again")
+        if description.get("t5"):
             raise T5Error(
                 f"{self.name} is converted already: TTT layers are where its softmax attention was. Use the softmax "
                 "model it came from, or give it back its softmax attention in Python: "

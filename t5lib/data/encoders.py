@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from t5lib.utils.config import one_of
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
+from t5lib.utils.weights import digest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIPELINE_LOGGER = "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3"
@@ -64,7 +65,7 @@ class ImageEncoder:
             return {"vae": None, "channels": self.channels}
         config = self.vae.config
         return {
-            "vae": _digest(self.vae),
+            "vae": digest(self.vae),
             "vae_dtype": str(self.dtype).removeprefix("torch."),
             "shift_factor": config.shift_factor or 0.0,
             "scaling_factor": config.scaling_factor,
@@ -112,7 +113,7 @@ class TextEncoder:
         tokenizers = (self.pipeline.tokenizer, self.pipeline.tokenizer_2, self.pipeline.tokenizer_3)
         vocabularies = [sorted(tokenizer.get_vocab().items()) for tokenizer in tokenizers if tokenizer]
         return {
-            "text_encoders": [_digest(encoder) for encoder in self._encoders()],
+            "text_encoders": [digest(encoder) for encoder in self._encoders()],
             "text_dtype": str(self.dtype).removeprefix("torch."),
             "tokenizers": hashlib.sha256(json.dumps(vocabularies).encode()).hexdigest()[:16],
             "max_sequence_length": self.length,
@@ -148,15 +149,6 @@ def encoding_pipeline(folder: Path | str, dtype: str = "bf16") -> Any:
         with torch.device("meta"):
             pipeline.transformer = SD3Transformer2DModel.from_config(config)
     return pipeline
-
-
-def _digest(module: nn.Module) -> str:
-    """Tells modules with other weights apart. The sums are of bytes, as integers: exact on every device."""
-    found = hashlib.sha256(type(module).__name__.encode())
-    for name, tensor in module.state_dict().items():
-        bits = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(bits.sum(dtype=torch.int64))}".encode())
-    return found.hexdigest()[:16]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 
 from t5lib.utils.config import one_of
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json, write_text
+from t5lib.utils.files import read_json, read_text, write_text
 from t5lib.utils.seeds import derived_seed
 
 LAYOUTS = ("plain", "geneval", "dpg")
@@ -160,7 +160,7 @@ def _read_folder(folder: Path) -> list[Prompt]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise T5Error(f"{path} cannot be read as text ({error}); expected a file of prompts in UTF-8") from None
 

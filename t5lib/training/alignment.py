@@ -35,6 +35,7 @@ from t5lib.training.trainer import LoopConfig, Objective, Trainer, TrainReport, 
 from t5lib.utils.config import AtLeastOne, NotNegative, Positive, Share, WholeNumber, checked, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
+from t5lib.utils.weights import digest
 
 
 @settings
@@ -190,6 +191,9 @@ class Alignment(Objective[Inputs]):
             Recorder(self.family, trainer.plain, features, self.config.damping),
             Recorder(self.family, self.teacher, features),
         ]
+
+    def made_of(self) -> dict[str, Any]:
+        return {"teacher": digest(self.teacher)}
 
     def end(self) -> None:
         """Leave nothing in the models."""

@@ -32,6 +32,7 @@ from t5lib.training.pair import check_pair
 from t5lib.utils.config import checked
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
+from t5lib.utils.weights import digest
 
 LOG_EVERY = 10
 STATE = "calibrate.pt"
@@ -122,7 +123,7 @@ class _Fit(Work):
         self.optimizer = torch.optim.Adam(parameters, lr=config.lr, fused=self.device.type == "cuda")
         self.error_before = self.errors(seen)
         self.done, self.drawn = Done(), self._draws()
-        self.made_by = checkpoints.maker(model, config)
+        self.made_by = checkpoints.maker(model, config, teacher=digest(teacher))
         self.batches, self.first = 1, 0  # where the present pool begins (after the probe), and with which step
 
     def autocast(self) -> torch.autocast:

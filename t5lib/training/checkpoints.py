@@ -35,7 +35,9 @@ def maker(model: nn.Module, config: Any, **others: Any) -> dict[str, Any]:
     recipe = {name: value for name, value in to_dict(config).items() if name not in FREE}
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     device = next(model.parameters()).device.type
-    return {"trained_weights": trained, "device": device, **others, "recipe": recipe, "code": code()}
+    layer = getattr(model, "t5_config", None)
+    made_by = {"trained_weights": trained, "device": device, "t5": to_dict(layer) if layer else {}, **others}
+    return made_by | {"recipe": recipe, "code": code()}
 
 
 @functools.cache

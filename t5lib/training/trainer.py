@@ -89,6 +89,10 @@ class Objective(ABC, Generic[E]):
     def begin(self, trainer: "Trainer") -> None:
         """Called once, when model and averaged weights are in their place."""
 
+    def made_of(self) -> dict[str, Any]:
+        """What, beside the recipe, must be the same for a training to go on from its checkpoint; JSON-ready."""
+        return {}
+
     @abstractmethod
     def example(self, batch: Any, number: int, trainer: "Trainer") -> E:
         """A batch as `loss` wants it, on the device. `number` counts the batches of this process from the start."""
@@ -172,7 +176,7 @@ class Trainer(Work):
             self.adapter.checkpoint_gradients(model, True)
         self.done = Done()
         processes = self.accelerator.num_processes
-        self.made_by = checkpoints.maker(model, config, steps=steps, processes=processes)
+        self.made_by = checkpoints.maker(model, config, steps=steps, processes=processes, **objective.made_of())
         objective.begin(self)
 
     @property

@@ -105,7 +105,8 @@ def _open(path: Path) -> dict[str, Any]:
             "Where you trust it, save its weights with safetensors.torch.save_file, and load that"
         ) from None
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise T5Error(f"{path} cannot be read ({str(error).splitlines()[0]}); copy or fetch it again") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise T5Error(f"{path} cannot be read ({reason}); copy or fetch it again") from None
     if not isinstance(held, dict):
         raise T5Error(f"{path} holds a {type(held).__name__}; expected weights by name")
     return held

@@ -182,6 +182,10 @@ def test_saving_never_deletes_what_is_no_saved_model(tmp_path):
     for place in (tmp_path, tmp_path / "thesis.tex"):
         with pytest.raises(T5Error, match=r"is no saved model.*pass a new folder"):
             t5lib.save(tiny_vit(), place)
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads/model.safetensors").write_text("of somebody else's model")
+    with pytest.raises(T5Error, match=r"is no saved model.*pass a new folder"):
+        t5lib.save(tiny_vit(), tmp_path / "downloads")
     (tmp_path / "t5.json").write_text("notes of mine")
     with pytest.raises(T5Error, match=r"is no saved model.*pass a new folder"):
         t5lib.save(tiny_vit(), tmp_path)

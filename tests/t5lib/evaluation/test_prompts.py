@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +125,8 @@ def test_missing_files_and_empty_prompts(tmp_path, dpg):
 def test_reading_prompts_imports_nothing_slow():
     code = "import sys, t5lib.evaluation.prompts; assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_prompts_from_what_never_ends_are_refused():
+    with pytest.raises(T5Error, match="/dev/zero is a device"):
+        read(Path("/dev/zero"), "plain")

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_vit
+from tiny import random_images, tiny_vit
 from training_job import ALL_ON, STEPS, batches, converted, run, same, state
 
 import t5lib
+from t5lib.layers.config import TTTConfig
 from t5lib.training import checkpoints
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.training.classifier import Classification
@@ -117,6 +118,23 @@ def test_a_fit_does_not_go_on_under_another_recipe(changes, steps, message, save
     folder = copied(saved, tmp_path / "x")
     with pytest.raises(T5Error, match=rf"step-0000006 was made otherwise \({message}\).*delete .*/x to start over"):
         run(converted(), dataclasses.replace(ALL_ON, **changes), steps=steps, resume_dir=folder)
+
+
+@pytest.mark.parametrize("fit", [t5lib.calibrate, t5lib.align])
+def test_a_fit_does_not_go_on_for_another_teacher_or_other_layers(fit, tmp_path):
+    configs = {t5lib.calibrate: CalibrateConfig, t5lib.align: t5lib.AlignConfig}
+    config = configs[fit](steps=4, batch_size=2, checkpoint_every=1)
+    batches = [random_images(2, seed=number) for number in range(6)]
+
+    def go(seed: int, **layer) -> None:
+        teacher = tiny_vit(seed=seed)
+        model = t5lib.convert(teacher, TTTConfig(**layer))
+        fit(model, teacher=teacher, batches=batches, config=config, resume_dir=tmp_path / "fit")
+
+    go(0)
+    for seed, layer, message in ((1, {}, "teacher was"), (0, {"key_norm": "layer"}, "key_norm was instance, is layer")):
+        with pytest.raises(T5Error, match=message):
+            go(seed, **layer)
 
 
 def test_a_fit_does_not_go_on_with_other_code_and_names_the_files(saved, tmp_path, monkeypatch):
