@@ -21,6 +21,7 @@ from t5lib.layers.grid import TokenGrid, grid_scope
 from t5lib.training.pair import check_weights
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
+from t5lib.utils.threads import of_this_thread
 
 TOKENS_AT_ONCE = 4096  # of all images in a pass; every layer's inputs and outputs are held, of both models
 MAP_LAYERS, MAP_IMAGES = 4, 2  # how many are pictured
@@ -199,7 +200,9 @@ class _Trace:
         hooks = []
         for name in names:
             hooks += adapter.watch(model.get_submodule(name), self.tokens, self.heads, name)
-            hooks.append(model.get_submodule(adapter.block_name(name)).register_forward_hook(keep(name)))
+            hooks.append(
+                model.get_submodule(adapter.block_name(name)).register_forward_hook(of_this_thread(keep(name)))
+            )
         try:
             adapter.call(model, inputs)
         finally:

@@ -12,6 +12,7 @@ from t5lib.families.inputs import Inputs, check_finite, count, parts, placed
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
 from t5lib.utils.seeds import check_seed
+from t5lib.utils.threads import of_this_thread
 
 IMAGES_AT_ONCE = 16  # bounds the memory at high resolutions
 
@@ -105,4 +106,4 @@ def _adder(attention: nn.Module, adapter: Adapter, sums: dict[str, Tensor], name
         ratios = shift_ratio(adapter.project(attention, seen)[1])
         sums[name] = sums[name].to(ratios.device) + ratios * len(seen[0])
 
-    return [*adapter.watch(attention, tokens, {}, name), attention.register_forward_hook(add)]
+    return [*adapter.watch(attention, tokens, {}, name), attention.register_forward_hook(of_this_thread(add))]

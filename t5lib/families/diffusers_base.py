@@ -26,6 +26,7 @@ from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, announce_grid
 from t5lib.utils.config import from_dict, to_dict
 from t5lib.utils.errors import T5Error
+from t5lib.utils.threads import of_this_thread
 from t5lib.utils.weights import check_numbers
 
 IMAGE = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
@@ -260,12 +261,12 @@ class DiffusersAdapter(Adapter):
             outputs[name] = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
         handles = [
-            attention.register_forward_pre_hook(keep_input, with_kwargs=True),
-            attention.to_out[0].register_forward_pre_hook(keep_heads("image")),
-            attention.register_forward_hook(keep_output),
+            attention.register_forward_pre_hook(of_this_thread(keep_input), with_kwargs=True),
+            attention.to_out[0].register_forward_pre_hook(of_this_thread(keep_heads("image"))),
+            attention.register_forward_hook(of_this_thread(keep_output)),
         ]
         if attention.to_add_out is not None:
-            handles.append(attention.to_add_out.register_forward_pre_hook(keep_heads("text")))
+            handles.append(attention.to_add_out.register_forward_pre_hook(of_this_thread(keep_heads("text"))))
         return handles
 
     def project(self, attention: nn.Module, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from t5lib.layers.attention import TTTAttention, project
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, announce_grid
 from t5lib.utils.errors import T5Error
+from t5lib.utils.threads import of_this_thread
 
 # Arguments of timm.create_model that name files or addresses.
 LOADS_WEIGHTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -125,8 +126,8 @@ class TimmVit(Adapter):
             outputs[name] = arguments[0]
 
         return [
-            attention.register_forward_pre_hook(keep_input),
-            attention.norm.register_forward_pre_hook(keep_output),
+            attention.register_forward_pre_hook(of_this_thread(keep_input)),
+            attention.norm.register_forward_pre_hook(of_this_thread(keep_output)),
         ]
 
     def project(self, attention: nn.Module, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ its own weights. The weights and rates here are our own (data/scenes/study.py tr
 """
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -275,7 +276,8 @@ class Recorder:
     """
 
     def __init__(self, family: Adapter, model: nn.Module, features: str | None, damping: float = 0.0):
-        self.family, self.damping, self.on = family, damping, False
+        self.family, self.damping = family, damping
+        self.on: int | None = None  # the thread whose forward is recorded
         self.blocks: list[Tensor] = []
         self.features: Tensor | None = None
         self.undo: list[Callable[[], None]] = []
@@ -297,13 +299,15 @@ class Recorder:
         # gone when the trainer undoes its compilation
 
     def _keep_block(self, output: Any) -> Any:
-        if self.on:
+        if self.on == threading.get_ident():
             self.blocks.append(self.family.block_tokens(output))
         return output
 
     def _keep_and_damp(self, output: Any) -> Any:
         self._keep_block(output)
-        return tree_map_only(Tensor, self._damped, output) if self.on and self.damping else output
+        return (
+            tree_map_only(Tensor, self._damped, output) if self.damping and self.on == threading.get_ident() else output
+        )
 
     def _damped(self, tensor: Tensor) -> Tensor:
         if not tensor.requires_grad:
@@ -313,18 +317,18 @@ class Recorder:
         return passed_on
 
     def _keep_features(self, output: Tensor) -> Tensor:
-        if self.on:
+        if self.on == threading.get_ident():
             self.features = output
         return output
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Around one forward; blocks that checkpointing calls again in the backward pass are not recorded."""
-        self.blocks, self.features, self.on = [], None, True
+        self.blocks, self.features, self.on = [], None, threading.get_ident()
         try:
             yield
         finally:
-            self.on = False
+            self.on = None
 
     def remove(self) -> None:
         for undo in self.undo:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from t5lib.families import family_of
 from t5lib.families.inputs import Inputs
+from t5lib.utils.threads import of_this_thread
 
 LARGE = 1e4
 
@@ -20,7 +21,7 @@ def activation_peaks(model: nn.Module, inputs: Inputs) -> dict[str, float]:
     hooks = []
     for name, module in model.named_modules():
         if not list(module.children()) or name.rpartition(".")[2].startswith("attn"):
-            hooks.append(module.register_forward_hook(_recorder(peaks, name)))
+            hooks.append(module.register_forward_hook(of_this_thread(_recorder(peaks, name))))
     try:
         family_of(model).call(model, inputs)
     finally:
