@@ -44,8 +44,8 @@ class Source:
             raise T5Error(f"{self.name} is a folder with weights of its own; leave --weights and --no-pretrained out")
         if is_pipeline(folder):
             raise T5Error(
-                f"{self.name} is a diffusers pipeline, whose inputs are latents and conditions, not image files alone; "
-                "use t5lib in Python (docs/diffusion.md), or a target of params.yaml"
+                f"{self.name} is a diffusers pipeline, which only t5 inspect, convert, diagnose and generate take; use "
+                "t5lib in Python (docs/diffusion.md), or a target of params.yaml"
             )
         if not (folder / "t5.json").is_file():
             found = "is no saved model: it has no t5.json" if folder.is_dir() else "does not exist"

@@ -5,6 +5,7 @@ what is trained and how fast, averaged weights, checkpoints, a look at every los
 """
 
 import contextlib
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -160,9 +161,7 @@ class Trainer(Work):
         self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
         self.config, self.total, self.plain, self.objective = config, steps, model, objective
         self.adapter = family_of(model)
-        make_optimizer = _adamw8bit() if config.optimizer == "adamw8bit" else self._adamw
-        if config.optimizer == "muon":
-            make_optimizer = _muon
+        make_optimizer = {"adamw": _adamw, "adamw8bit": _adamw8bit, "muon": _muon}[config.optimizer]()
         model.to(self.device).train()
         model.zero_grad(set_to_none=True)
         set_seed(config.seed)  # adapters start alike in all processes
@@ -302,9 +301,6 @@ class Trainer(Work):
         self.plain.eval()
         self.accelerator.free_memory()
 
-    def _adamw(self, groups: list[dict]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, fused=self.device.type == "cuda")
-
     def _set_rates(self) -> dict[str, float]:
         factor = rate_factor(self.done.step, self.total, self.config)
         for group in self.optimizer.param_groups:
@@ -386,6 +382,10 @@ def _groups(model: nn.Module, config: LoopConfig) -> list[dict]:
     ]
 
 
+def _adamw() -> Callable[[list[dict]], torch.optim.Optimizer]:
+    return functools.partial(torch.optim.AdamW, fused=torch.cuda.is_available())
+
+
 def _adamw8bit() -> Callable[[list[dict]], torch.optim.Optimizer]:
     with contextlib.suppress(ImportError):
         from bitsandbytes.optim import AdamW8bit
@@ -394,8 +394,8 @@ def _adamw8bit() -> Callable[[list[dict]], torch.optim.Optimizer]:
     raise T5Error("train: optimizer 'adamw8bit' needs bitsandbytes; install it (pip install bitsandbytes), or 'adamw'")
 
 
-def _muon(groups: list[dict]) -> torch.optim.Optimizer:
+def _muon() -> Callable[[list[dict]], torch.optim.Optimizer]:
     from timm.optim.muon import Muon  # timm takes seconds to import
 
     # Its steps are as long as AdamW's would be, so that the same rates serve.
-    return Muon(groups, adjust_lr_fn="match_rms_adamw", betas=(0.9, 0.999))
+    return functools.partial(Muon, adjust_lr_fn="match_rms_adamw", betas=(0.9, 0.999))
