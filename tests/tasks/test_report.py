@@ -225,6 +225,19 @@ def test_summary_is_a_table_of_equal_rows_and_a_few_lines(root):
     assert "| Fine-tuned (T5) | 85.8\u202f% | 99.5\u202f% | 89.4\u202f% | 7\u202fmin 46\u202fs |" in lines
 
 
+def test_alignment_is_told_where_it_was_done(root):
+    without = text_of(build(root)[0])
+    assert "Alignment" not in without and "Calibration comes on top" in without
+    out = root / "data/out" / TARGET
+    write(out / "align.json", {"steps": 50, "seconds": 49.0, "error_before.output": 0.224, "error_after.output": 0.114})
+    write_history(out / "align/history.jsonl", 1.0)
+    page = build(root)[0]
+    told = "In 50 steps (49 s) the error of the model's output fell from 0.224 to 0.114 of its variance."
+    assert told in html.unescape(text_of(page)) and 'alt="Alignment loss against step"' in page
+    assert "Calibration and alignment come on top" in text_of(page)
+    assert "alignment those that align.trainable names" in text_of(page)
+
+
 def test_the_headline_is_a_score_of_every_model_and_the_speed(root):
     headline = run_stage("report", TARGET, params=PARAMS, root=root)
     models = ("source", "converted", "calibrated", "frozen", "finetuned", "control")
