@@ -177,7 +177,8 @@ def convert(
     inner: Annotated[
         str | None,
         typer.Option(
-            help="Inner model: swiglu (default), two_layer, three_layer, one_layer_gate, linear_proj_qk or linear.",
+            help="Inner model: swiglu (default), swiglu_last, two_layer, three_layer, one_layer_gate, linear_proj_qk "
+            "or linear.",
             rich_help_panel=LAYER,
         ),
     ] = None,

@@ -52,8 +52,8 @@ class TTTConfig:
     """What the new layers are.
 
     Attributes:
-        inner: what mixes the tokens: a TTT inner model ("swiglu", "two_layer", "three_layer", "one_layer_gate",
-            "linear", "linear_proj_qk") or a rival linearization (BASELINES; t5lib/layers/baselines.py cites each).
+        inner: what mixes the tokens: a TTT inner model ("swiglu", "swiglu_last", "two_layer", "three_layer",
+            "one_layer_gate", "linear", "linear_proj_qk") or a rival linearization (BASELINES; t5lib/layers/baselines.py cites each).
         inner_loss: of a TTT inner model, "dot" (paper's text) or "residual" (released DiT variant).
         key_norm: one of KEY_NORMS; "instance" removes the key shift.
         key_norm_eps: added to the variance.

@@ -20,7 +20,10 @@ INNER_WEIGHTS = {
     "two_layer": 2,
     "three_layer": 3,
     "swiglu": 3,
+    "swiglu_last": 3,
 }
+# How many of them, the last ones, take the step; all of them where nothing is said.
+STEPPED_WEIGHTS = INNER_WEIGHTS | {"swiglu_last": 1}
 INNER_MODELS = tuple(INNER_WEIGHTS)
 INNER_LOSSES = ("dot", "residual")
 
@@ -91,7 +94,8 @@ def ttt_accumulate(
             is no gradient, because they normalize.
 
     Returns:
-        (B, H, weights, D, D) gradients of the inner loss, in at least float32. Sum them over chunks or processes.
+        (B, H, S, D, D) gradients of the inner loss by the S weights that step (STEPPED_WEIGHTS), in at least float32.
+        Sum them over chunks or processes.
 
     Raises:
         ValueError: as `ttt`.
@@ -114,7 +118,7 @@ def ttt_apply(q: Tensor, weights: tuple[Tensor, ...], step: Tensor, *, inner: st
 
     Args:
         q: (B, H, N, D), any part of the sequence.
-        step: (B, H, weights, D, D), the results of `ttt_accumulate` summed over the whole sequence.
+        step: (B, H, S, D, D), the results of `ttt_accumulate` summed over the whole sequence.
         weights, inner, impl: as `ttt_accumulate` takes them.
 
     Returns:
@@ -124,11 +128,11 @@ def ttt_apply(q: Tensor, weights: tuple[Tensor, ...], step: Tensor, *, inner: st
         ValueError: as `ttt`.
     """
     _check_half("ttt_apply", inner, "dot")
-    expected = (*q.shape[:2], INNER_WEIGHTS[inner], *q.shape[3:] * 2)
+    expected = (*q.shape[:2], STEPPED_WEIGHTS[inner], *q.shape[3:] * 2)
     if q.ndim != 4 or tuple(step.shape) != expected:
         raise ValueError(
             f"ttt_apply: q {tuple(q.shape)}, step {tuple(step.shape)}; expected (B, H, N, D) and "
-            f"(B, H, {INNER_WEIGHTS[inner]}, D, D), which ttt_accumulate gives for inner={inner!r}"
+            f"(B, H, {STEPPED_WEIGHTS[inner]}, D, D), which ttt_accumulate gives for inner={inner!r}"
         )
     check_weights("ttt_apply", q, weights, inner)
     if choose("ttt_apply", impl, kernels(inner, "dot", (q,), weights)) == "triton":
@@ -136,8 +140,7 @@ def ttt_apply(q: Tensor, weights: tuple[Tensor, ...], step: Tensor, *, inner: st
 
         (narrow_q,) = as_in_autocast(q)
         return triton.apply(narrow_q, weights, step).to(q.dtype)
-    stepped = tuple((w - g).to(w.dtype) for w, g in zip(weights, step.unbind(2), strict=True))
-    return reference.STEPPED[inner][1](q, stepped).to(q.dtype)
+    return reference.STEPPED[inner][1](q, reference.stepped(tuple(weights), step.unbind(2))).to(q.dtype)
 
 
 def check_names(op: str, inner: str, loss: str) -> None:

@@ -90,14 +90,23 @@ def swiglu(x: Tensor, weights: Weights) -> Tensor:
     return (F.silu(x @ w1) * (x @ w2)) @ w3
 
 
+def swiglu_last_gradients(k: Tensor, v: Tensor, weights: Weights, scale: float, loss: str) -> Weights:
+    """`swiglu` with W1 and W2 kept: linear attention with the learned features silu(x W1) * (x W2), no normalizer."""
+    w1, w2, w3 = weights
+    hidden = F.silu(k @ w1) * (k @ w2)
+    return (hidden.mT @ _error(lambda: hidden @ w3, v, scale, loss),)
+
+
 # Inner models that are normalized linear attention: functions of q, k, v, weights, scale and loss.
 NORMALIZED: dict[str, Callable[..., Tensor]] = {"linear": linear, "linear_proj_qk": linear_proj_qk}
-# Inner models that take a gradient step: (gradients by every weight, summed over the tokens; f itself).
+# Inner models that take a gradient step: (gradients by the weights that step, which are the last ones, summed over the
+# tokens; f itself).
 STEPPED: dict[str, tuple[Callable[..., Weights], Callable[[Tensor, Weights], Tensor]]] = {
     "one_layer_gate": (one_layer_gate_gradients, one_layer_gate),
     "two_layer": (two_layer_gradients, two_layer),
     "three_layer": (three_layer_gradients, three_layer),
     "swiglu": (swiglu_gradients, swiglu),
+    "swiglu_last": (swiglu_last_gradients, swiglu),
 }
 
 
@@ -106,8 +115,13 @@ def ttt(q: Tensor, k: Tensor, v: Tensor, weights: Weights, inner: str, scale: fl
     if inner in NORMALIZED:
         return NORMALIZED[inner](q, k, v, weights, scale, loss)
     gradients, model = STEPPED[inner]
-    step = gradients(k, v, weights, scale, loss)
-    return model(q, tuple(w - g for w, g in zip(weights, step, strict=True)))
+    return model(q, stepped(weights, gradients(k, v, weights, scale, loss)))
+
+
+def stepped(weights: Weights, step: Weights) -> Weights:
+    """`weights` after the step of the last of them."""
+    kept = len(weights) - len(step)
+    return weights[:kept] + tuple((w - g).to(w.dtype) for w, g in zip(weights[kept:], step, strict=True))
 
 
 def _silu_with_slope(z: Tensor) -> tuple[Tensor, Tensor]:

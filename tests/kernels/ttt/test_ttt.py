@@ -17,7 +17,9 @@ WRITTEN = {
     "two_layer": lambda x, w1, w2: F.silu(x @ w1) @ w2,
     "three_layer": lambda x, w1, w2, w3: F.silu(F.silu(x @ w1) @ w2) @ w3,
     "swiglu": lambda x, w1, w2, w3: (F.silu(x @ w1) * (x @ w2)) @ w3,
+    "swiglu_last": lambda x, w1, w2, w3: (F.silu(x @ w1) * (x @ w2)) @ w3,
 }
+KEPT = {"swiglu_last": 2}  # first weights that take no step
 LINEAR = {
     "linear": lambda q, k: (q, k),
     "linear_proj_qk": lambda q, k, w1, w2: (q @ w1, k @ w2),
@@ -50,7 +52,8 @@ def by_autograd(q, k, v, weights, inner: str, loss: str) -> torch.Tensor:
                 out[b, h] = normalized_linear_step(*(F.elu(x) + 1 for x in mapped), v[b, h], loss)
             else:
                 stepped = step(lambda *w: WRITTEN[inner](k[b, h], *w), own, v[b, h], loss)  # noqa: B023
-                out[b, h] = WRITTEN[inner](q[b, h], *stepped)
+                kept = KEPT.get(inner, 0)
+                out[b, h] = WRITTEN[inner](q[b, h], *own[:kept], *stepped[kept:])
     return out
 
 
