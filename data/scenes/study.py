@@ -145,10 +145,13 @@ class Scenes:
         for fold in folds:
             yield from self.measured(fold, size, batch, most)
 
-    def fitted(self, folds: list[int], batch: int, seed: int, large: float = 0.0) -> Callable[[int], Iterator[Tensor]]:
+    def fitted(
+        self, folds: list[int], batch: int, seed: int, large: float = 0.0, varied: bool = False
+    ) -> Callable[[int], Iterator[Tensor]]:
         """Endless batches at the size that models are fitted on: whole scenes, or parts of them.
 
-        The share `large` of them is a quarter of the images in four times the size, which is as many patches.
+        The share `large` of them is a quarter of the images in four times the size, which is as many patches. `varied`
+        draws parts of any size, colours, and pieces of other images: every batch is new then.
         """
         side, places = self.side // 2, [(fold, i) for fold in folds for i in range(self.composed.counts[fold])]
         sampler = Sampler((len(places),), batch, seed)
@@ -159,6 +162,10 @@ class Scenes:
                 draw = numpy_generator(seed, VIEWS, number)
                 whole = draw.random() < large
                 part = torch.stack([self.images(f)[i] for f, i in (chosen[: max(1, batch // 4)] if whole else chosen)])
+                if varied:
+                    part = part if whole else resized_parts(part, side, draw)
+                    yield self.normalized(mixed(recoloured(part, draw), draw), PATCH)
+                    continue
                 cell = PATCH if whole or draw.random() < 0.5 else 2 * PATCH
                 if cell == PATCH and not whole:
                     y, x = draw.integers(0, self.side - side + 1, 2)
@@ -166,6 +173,38 @@ class Scenes:
                 yield self.normalized(part.flip(-1) if draw.random() < 0.5 else part, cell)
 
         return from_batch
+
+
+def resized_parts(images: Tensor, side: int, draw: np.random.Generator) -> Tensor:
+    """Of each of the images (n, 3, S, S) a square part from `side` to S pixels, shrunk to `side`, perhaps mirrored."""
+    parts = []
+    for image in images.float():
+        size = int(draw.integers(side, image.shape[-1] + 1))
+        y, x = draw.integers(0, image.shape[-1] - size + 1, 2)
+        part = F.interpolate(image[None, :, y : y + size, x : x + size], (side, side), mode="bilinear", antialias=True)
+        parts.append(part.flip(-1) if draw.random() < 0.5 else part)
+    return torch.cat(parts)
+
+
+def recoloured(images: Tensor, draw: np.random.Generator) -> Tensor:
+    """Contrast, and the brightness of every channel, changed by up to a third, an image (n, 3, S, S) at a time."""
+    count = len(images)
+    contrast, gain = draw.uniform(2 / 3, 4 / 3, (count, 1, 1, 1)), draw.uniform(2 / 3, 4 / 3, (count, 3, 1, 1))
+    contrast, gain = (torch.from_numpy(each).float().to(images.device) for each in (contrast, gain))
+    images = images.float()
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return ((mean + (images - mean) * contrast) * gain).clamp(0, 255)
+
+
+def mixed(images: Tensor, draw: np.random.Generator) -> Tensor:
+    """Every other time, a rectangle of each image (n, 3, S, S) is the next one's."""
+    if draw.random() < 0.5:
+        return images
+    side = images.shape[-1]
+    (top, bottom), (left, right) = np.sort(draw.integers(0, side + 1, (2, 2)), axis=1)
+    images = images.clone()
+    images[..., top:bottom, left:right] = images.roll(1, 0)[..., top:bottom, left:right]
+    return images
 
 
 class Study:
@@ -296,7 +335,9 @@ def aligned(study: Study, student: nn.Module, fold: int, changes: dict[str, Any]
     recipe = RECIPE | {"precision": study.precision, "compile": options.compile, "seed": options.seed} | changes
     config = AlignConfig(steps=steps, batch_size=options.batch, **recipe)
     # Other batches than those of the calibration.
-    batches = study.scenes.fitted(study.others(fold), options.batch, 2 * options.seed + 1, options.large)
+    batches = study.scenes.fitted(
+        study.others(fold), options.batch, 2 * options.seed + 1, options.large, options.varied
+    )
 
     def log(values: dict[str, float], step: int) -> None:
         curve.append([step, values["loss"], values["grad_norm"]])
@@ -402,6 +443,7 @@ def main() -> None:
     parser.add_argument("--recipe-file", type=Path, help="changes of the alignment's settings; waited for")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--large", type=float, default=0.0, help="share of the alignment's steps at full size")
+    parser.add_argument("--varied", action="store_true", help="new parts, colours and mixtures of scenes in every step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="the alignment")
     parser.add_argument("--pictures", action="store_true")
