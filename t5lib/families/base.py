@@ -87,10 +87,13 @@ class Adapter(ABC):
     @staticmethod
     @abstractmethod
     def announce(embedding: nn.Module, arguments: tuple[Tensor, ...], _output: Tensor) -> None:
-        """A forward hook of `embedding` that says the grid of its input (t5lib.layers.grid.announce_grid)."""
+        """A forward hook of `embedding` that says the grid of its input (t5lib.layers.grid.tell_grid)."""
 
     def carry_grid(self, model: nn.Module) -> None:
-        """Let every forward of `model` hand its grid to its converted layers."""
+        """Let every forward of `model` hand its grid to its converted layers.
+
+        Its class has to make a pass of every forward (t5lib.layers.grid.one_pass).
+        """
         self.embedding(model).register_forward_hook(self.announce)
         carry_grid(self.blocks(model))
 

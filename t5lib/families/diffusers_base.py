@@ -23,7 +23,7 @@ from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.families.replacement import chosen_layers, replace_attentions
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.config import TTTConfig
-from t5lib.layers.grid import TokenGrid, announce_grid
+from t5lib.layers.grid import TokenGrid, tell_grid
 from t5lib.utils.config import from_dict, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.threads import of_this_thread
@@ -185,6 +185,11 @@ class DiffusersAdapter(Adapter):
         if type(model) not in (self.softmax_class, self.converted_class):
             name = self.softmax_class.__name__
             raise T5Error(f"{type(model).__name__} is not diffusers' {name} but made of it; pass that itself")
+        if "forward" in vars(model):
+            raise T5Error(
+                f"the forward of this {type(model).__name__} is not that of its class (offloading, a cache, a patch); "
+                "take that off (pipe.remove_all_hooks()), convert, then turn it on again"
+            )
         self.check_blocks(model)
         for name in self.attention_names(model):
             check_attention(model.get_submodule(name), name, self.processors)
@@ -207,7 +212,7 @@ class DiffusersAdapter(Adapter):
 
     @staticmethod
     def announce(embedding: nn.Module, arguments: tuple[Tensor, ...], _output: Tensor) -> None:
-        announce_grid(*latent_grid(embedding, arguments[0]))
+        tell_grid(embedding, *latent_grid(embedding, arguments[0]))
 
     def new_layer(self, model: nn.Module, attention: nn.Module, config: TTTConfig) -> DiffusersTTTAttention:
         return DiffusersTTTAttention(attention, config)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from t5lib.families.diffusers_base import ConvertedModel, DiffusersAdapter, latent_grid
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.layers.config import TTTConfig
-from t5lib.layers.grid import TokenGrid, announce_grid
+from t5lib.layers.grid import TokenGrid, one_pass, tell_grid
 from t5lib.utils.errors import T5Error
 
 __all__ = ["ADAPTER", "ModelMixin", "T5DiTTransformer2DModel"]
@@ -32,6 +32,7 @@ class T5DiTTransformer2DModel(ConvertedModel, DiTTransformer2DModel):  # type: i
     """
 
     t5_config: TTTConfig | None = None
+    forward = one_pass(DiTTransformer2DModel.forward, "pos_embed", "transformer_blocks")
     # diffusers' own, and what is new; a list, as there
     _skip_layerwise_casting_patterns = ["pos_embed", "norm", "mixer"]  # noqa: RUF012
 
@@ -102,7 +103,7 @@ class DiT(DiffusersAdapter):
 
     @staticmethod
     def announce(embedding: nn.Module, arguments: tuple[Tensor, ...], _output: Tensor) -> None:
-        announce_grid(*_square_grid(embedding, arguments[0]))
+        tell_grid(embedding, *_square_grid(embedding, arguments[0]))
 
     def example_conditions(self, model: nn.Module, size: ExampleSize, generator: torch.Generator) -> Inputs:
         return {"class_labels": torch.randint(model.config.num_embeds_ada_norm, (size.batch,), generator=generator)}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from t5lib.families.diffusers_base import ConvertedModel, DiffusersAdapter
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.layers.config import TTTConfig
+from t5lib.layers.grid import one_pass
 from t5lib.utils.errors import T5Error
 
 __all__ = ["ADAPTER", "MEDIUM", "ModelMixin", "T5SD3Transformer2DModel"]
@@ -48,6 +49,7 @@ class T5SD3Transformer2DModel(ConvertedModel, SD3Transformer2DModel):  # type: i
     """
 
     t5_config: TTTConfig | None = None
+    forward = one_pass(SD3Transformer2DModel.forward, "pos_embed", "transformer_blocks")
     # diffusers' own, and what is new; a list, as there
     _skip_layerwise_casting_patterns = ["pos_embed", "norm", "mixer"]  # noqa: RUF012
 

@@ -1,6 +1,7 @@
 """timm's VisionTransformer family: where its attentions are, how its tokens lie, how a model is rebuilt."""
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,12 +18,14 @@ from t5lib.families.refusals import reason
 from t5lib.families.replacement import chosen_layers, replace_attentions
 from t5lib.layers.attention import TTTAttention, project
 from t5lib.layers.config import TTTConfig
-from t5lib.layers.grid import TokenGrid, announce_grid
+from t5lib.layers.grid import TokenGrid, one_pass, tell_grid
 from t5lib.utils.errors import T5Error
 from t5lib.utils.threads import of_this_thread
 
 # Arguments of timm.create_model that name files or addresses.
 LOADS_WEIGHTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+# Methods of a VisionTransformer that call its blocks.
+FORWARDS = ("forward", "forward_features", "forward_intermediates")
 
 
 class TimmVit(Adapter):
@@ -81,7 +84,15 @@ class TimmVit(Adapter):
 
     @staticmethod
     def announce(embedding: nn.Module, arguments: tuple[Tensor, ...], _output: Tensor) -> None:
-        announce_grid(*embedding.dynamic_feat_size(arguments[0].shape[-2:]))
+        tell_grid(embedding, *embedding.dynamic_feat_size(arguments[0].shape[-2:]))
+
+    def carry_grid(self, model: nn.Module) -> None:
+        super().carry_grid(model)
+        model.__class__ = _in_passes(type(model))  # type: ignore[arg-type]  # classes can be hashed
+
+    def drop_grid(self, model: nn.Module) -> None:
+        super().drop_grid(model)
+        model.__class__ = getattr(type(model), "softmax_class", type(model))
 
     def new_layer(self, model: nn.Module, attention: nn.Module, config: TTTConfig) -> TTTAttention:
         return TTTAttention(attention, config, model.num_prefix_tokens)
@@ -223,6 +234,26 @@ class TimmVit(Adapter):
                 f"which was changed after it was created: {error}"
             ) from None
         return model
+
+
+@functools.cache
+def _in_passes(kind: Any) -> Any:
+    """The class `kind` of models, under its name, with every way to the blocks a pass (t5lib.layers.grid)."""
+    ways = {name: one_pass(getattr(kind, name), "patch_embed", "blocks") for name in FORWARDS}
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), ways | names | {"softmax_class": kind, "__reduce_ex__": _reduced})
+
+
+def _reduced(model: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """How a model whose class cannot be imported is copied and pickled: by the class it was made of."""
+    kind = type(model).softmax_class
+    return _unfilled, (kind,), *object.__reduce_ex__(model, max(protocol, 2))[2:]
+
+
+def _unfilled(kind: type) -> nn.Module:
+    """A model of `kind` in passes before its state is restored."""
+    made = _in_passes(kind)
+    return made.__new__(made)
 
 
 def _check_size(patch_embed: nn.Module, size: tuple[int, ...]) -> None:

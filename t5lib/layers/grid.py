@@ -2,12 +2,14 @@
 
 A model's forward sees the size of its input, but it calls its blocks without it. Checkpointing calls a block again,
 from the thread of the backward pass, and threads share a model at different sizes: neither an attribute of the model
-nor one of the thread is enough. So the list of blocks, when a forward iterates it, gives callables that hold the grid
-of that forward (`carry_grid`); each makes it the grid of its thread for as long as its block runs (`current_grid`).
+nor one of the thread is enough. So a forward is a pass (`one_pass`), which its embedding tells the grid (`tell_grid`).
+The list of blocks, when it is iterated within the pass, gives callables that hold this grid (`carry_grid`), and each
+makes it the grid of its thread for as long as its block runs (`current_grid`). Outside of a pass nobody has a grid.
 """
 
+import functools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,24 +56,56 @@ class TokenGrid:
             )
 
 
-class _Thread(threading.local):
-    """The grids of one thread, each as an empty tensor (rows, columns, 0).
+class _Pass:
+    """A forward of one model, on a grid that is known once its embedding has been called."""
 
-    A tensor, because torch.compile takes its sizes as inputs of what it compiles; numbers would become constants, and
+    def __init__(self, embedding: nn.Module, blocks: nn.Module):
+        self.embedding, self.blocks = embedding, blocks
+        self.grid: Tensor | None = None
+
+    def holds(self, blocks: nn.Module) -> bool:
+        """Whether `blocks` are those of the model, or the first of them (a slice)."""
+        own, others = (next(iter(each._modules.values()), None) for each in (self.blocks, blocks))
+        return own is others
+
+
+class _Thread(threading.local):
+    """What one thread is doing, with grids as empty tensors (rows, columns, 0).
+
+    Tensors, because torch.compile takes their sizes as inputs of what it compiles; numbers would become constants, and
     every new size another compilation.
     """
 
     def __init__(self) -> None:
-        self.announced: Tensor | None = None  # of the forward that has begun and has not come to its blocks yet
-        self.current: Tensor | None = None  # of the block that is running
+        self.running: _Pass | None = None
+        self.current: Tensor | None = None  # the grid of the block that is running
 
 
 _thread = _Thread()
 
 
-def announce_grid(rows: int, columns: int) -> None:
-    """Say the grid of the forward that this thread is in, before it iterates its blocks."""
-    _thread.announced = torch.empty(rows, columns, 0)
+def one_pass(method: Callable[..., Any], embedding: str, blocks: str) -> Callable[..., Any]:
+    """`method` of a model, each call a pass of that model alone.
+
+    Args:
+        embedding, blocks: names of the part that is called with the images, and of the container of blocks.
+    """
+
+    @functools.wraps(method)
+    def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before, _thread.running = _thread.running, _Pass(getattr(model, embedding), getattr(model, blocks))
+        try:
+            return method(model, *args, **kwargs)
+        finally:
+            _thread.running = before
+
+    return run
+
+
+def tell_grid(embedding: nn.Module, rows: int, columns: int) -> None:
+    """Say which grid `embedding` made; it is that of the pass that this thread is in, if the embedding is its own."""
+    if _thread.running is not None and _thread.running.embedding is embedding:
+        _thread.running.grid = torch.empty(rows, columns, 0)
 
 
 def current_grid(num_prefix_tokens: int = 0) -> TokenGrid:
@@ -82,9 +116,10 @@ def current_grid(num_prefix_tokens: int = 0) -> TokenGrid:
     """
     if _thread.current is None:
         raise T5Error(
-            "a converted layer was called outside of its model's blocks, where nothing tells the grid of its tokens; "
-            "call the model, or pass grid=TokenGrid(rows, columns, num_prefix_tokens) to the layer. A wrapper around "
-            "single blocks that calls them again in the backward pass has to wrap what iterating the blocks gives"
+            "a converted layer was called outside of a forward of its model, where nothing tells the grid of its "
+            "tokens; call the model, or pass grid=TokenGrid(rows, columns, num_prefix_tokens) to the layer, or call "
+            "blocks within t5lib.layers.grid.grid_scope(TokenGrid(…)). A wrapper around single blocks that calls them "
+            "again in the backward pass has to wrap what iterating the blocks gives"
         )
     rows, columns, _ = _thread.current.shape
     return TokenGrid(rows, columns, num_prefix_tokens)
@@ -92,7 +127,7 @@ def current_grid(num_prefix_tokens: int = 0) -> TokenGrid:
 
 @contextmanager
 def grid_scope(grid: TokenGrid) -> Iterator[None]:
-    """Within, layers that this thread calls by themselves have the tokens of `grid`."""
+    """Within, layers and blocks that this thread calls by themselves have the tokens of `grid`."""
     before, _thread.current = _thread.current, torch.empty(grid.rows, grid.columns, 0)
     try:
         yield
@@ -117,27 +152,28 @@ class BlockOnGrid:
         return getattr(self.block, name)
 
 
-def _on_announced_grid(blocks: Iterable[nn.Module]) -> Iterator[Any]:
-    """The blocks, each on the grid of the forward that iterates them; as they are outside of a forward."""
-    grid, _thread.announced = _thread.announced, None
-    return iter([block if grid is None else BlockOnGrid(block, grid) for block in blocks])
+def _on_grid(blocks: nn.Module) -> Iterator[Any]:
+    """The blocks, each on the grid of the pass that iterates them; as they are outside of a pass of their model."""
+    running = _thread.running
+    grid = running.grid if running is not None and running.holds(blocks) else None
+    return iter([block if grid is None else BlockOnGrid(block, grid) for block in blocks._modules.values()])
 
 
 class GridSequential(nn.Sequential):
     """An nn.Sequential of blocks that carries the grid (`carry_grid`)."""
 
     def __iter__(self) -> Iterator[Any]:
-        return _on_announced_grid(self._modules.values())
+        return _on_grid(self)
 
     def children(self) -> Iterator[Any]:  # what timm's checkpoint_seq iterates
-        return _on_announced_grid(self._modules.values())
+        return _on_grid(self)
 
 
 class GridModuleList(nn.ModuleList):
     """An nn.ModuleList of blocks that carries the grid (`carry_grid`)."""
 
     def __iter__(self) -> Iterator[Any]:
-        return _on_announced_grid(self._modules.values())
+        return _on_grid(self)
 
 
 _CARRYING: dict[type, type] = {nn.Sequential: GridSequential, nn.ModuleList: GridModuleList}

@@ -5,7 +5,9 @@ Every comparison is with a model that sees images of one size alone.
 
 import copy
 import functools
+import pickle
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import t5lib
-from t5lib.conversion import ttt_layers
 from t5lib.families import family_of
 from t5lib.layers.config import TTTConfig
-from t5lib.layers.grid import TokenGrid, current_grid
+from t5lib.layers.grid import TokenGrid, current_grid, grid_scope
 from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noised_batch
 from t5lib.utils.errors import T5Error
 
@@ -204,19 +205,78 @@ def test_a_dit_takes_square_latents_of_any_size():
         call(model, noised_batch(dit_batch(0) | {"latents": torch.randn(4, 4, 4, 6)}, NoiseAndVariance(), 0))
 
 
-def test_blocks_are_blocks_outside_of_a_forward_even_after_one_that_broke():
+def first_block(model: nn.Module) -> nn.Module:
+    """As a loop over the blocks gives it."""
+    return next(iter(family_of(model).blocks(model)))
+
+
+def call_of_first_block(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[tuple, dict, Any]:
+    """What it is called with in a forward, and what it gives."""
+    calls = []
+    handle = first_block(model).register_forward_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    call(model, inputs)
+    handle.remove()
+    return calls[0]
+
+
+@both
+@torch.no_grad()
+def test_blocks_called_by_hand_get_no_grid_of_another_call_or_model(kind):
+    """Tokens of 3×2 are as many as those of 2×3."""
+    model, other = make(kind), make(kind)
+    args, named, output = call_of_first_block(model, INPUTS[kind]((24, 16)))
+    images = next(iter(INPUTS[kind]((16, 24)).values()))
+    between = "context_embedder" if kind == "sd3" else "norm_pre"  # the embedding and the blocks
+
+    def break_off() -> None:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(getattr(model, between), "forward", lambda *_: 1 / 0)
+            call(model, INPUTS[kind]((16, 24)))
+
+    def refused(*_: Any) -> None:
+        assert first_block(model) is family_of(model).blocks(model)[0]
+        with pytest.raises(T5Error, match=r"outside of a forward of its model.*within t5lib.layers.grid.grid_scope"):
+            first_block(model)(*args, **named)
+        family_of(model).embedding(model)(images)
+
+    for leave_a_grid in (
+        lambda: None,
+        lambda: family_of(model).embedding(model)(images),
+        lambda: family_of(other).embedding(other)(images),
+        break_off,
+    ):
+        leave_a_grid()
+        refused()
+    handle = getattr(other, between).register_forward_pre_hook(refused)
+    torch.testing.assert_close(call(other, INPUTS[kind]((24, 16))), expected(kind)[1])
+    handle.remove()
+    with grid_scope(TokenGrid(3, 2)):
+        torch.testing.assert_close(first_block(model)(*args, **named), output)
+
+
+@torch.no_grad()
+def test_every_way_to_the_blocks_of_a_vit_knows_its_grid():
+    model, images = make("vit"), vit_inputs((24, 16))["x"]
+    model(vit_inputs((16, 24))["x"])
+    features = model.forward_features(images)
+    torch.testing.assert_close(model.forward_head(features), expected("vit")[1])
+    *_, block_output = call_of_first_block(model, {"x": images})
+    torch.testing.assert_close(model.forward_intermediates(images, output_fmt="NLC")[0], features)
+    (early,) = model.forward_intermediates(images, [0], stop_early=True, intermediates_only=True, output_fmt="NLC")
+    torch.testing.assert_close(early, block_output[:, 1:])
+    torch.testing.assert_close(model.get_intermediate_layers(images, norm=True)[0], features[:, 1:])
+
+
+def test_copies_and_pickles_of_a_vit_find_their_grid():
     model = make("vit")
-    for _ in range(2):
-        blocks = list(model.blocks)
-        assert all(isinstance(block, nn.Module) for block in blocks) and blocks[0] is model.blocks[0]
-        with pytest.raises(RuntimeError):
-            model(torch.zeros(2, 4, 32, 32))  # four channels: the embedding refuses them
-    assert isinstance(model.blocks[:1], nn.Sequential) and len(ttt_layers(model)) == 2
+    for twin in (copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model, protocol=0))):
+        assert type(twin) is type(model) and torch.equal(call(twin, vit_inputs(SIZES[0])), expected("vit")[0])
+        assert type(t5lib.revert(twin)) is type(softmax("vit"))
 
 
 def test_a_layer_called_by_itself_wants_its_grid():
     layer, x = make("vit").blocks[0].attn, torch.randn(1, 17, 32)
-    with pytest.raises(T5Error, match=r"outside of its model's blocks.*pass grid=TokenGrid"):
+    with pytest.raises(T5Error, match=r"outside of a forward of its model.*pass grid=TokenGrid"):
         layer(x)
     assert layer(x, grid=TokenGrid(4, 4, num_prefix_tokens=1)).shape == x.shape
     with pytest.raises(T5Error):

@@ -1,6 +1,7 @@
 """SD3 converts, joint and dual attentions alike, stays a diffusers model, and can be taken back."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -345,7 +346,7 @@ def test_calls_that_a_linear_layer_cannot_answer_are_refused():
         block.attn2(x, x)
     with pytest.raises(T5Error, match="grid 4×6 holds 24 tokens"):
         block.attn2(x[:, 1:], grid=TokenGrid(4, 6))
-    with pytest.raises(T5Error, match=r"outside of its model's blocks.*pass grid=TokenGrid"):
+    with pytest.raises(T5Error, match=r"outside of a forward of its model.*pass grid=TokenGrid"):
         block.attn2(x)
 
 
@@ -353,14 +354,16 @@ def test_what_cannot_be_converted_is_refused_by_name():
     class Own(SD3Transformer2DModel):
         pass
 
-    own, other, fused = tiny_sd3(), tiny_sd3(), tiny_sd3()
+    own, other, fused, patched = (tiny_sd3() for _ in range(4))
     own.__class__ = Own
     other.transformer_blocks[1].attn2.set_processor(AttnProcessor2_0())
     fused.fuse_qkv_projections()
+    patched.forward = functools.partial(patched.forward)
     for model, message in (
         (own, "Own is not diffusers' SD3Transformer2DModel but made of it"),
         (other, r"transformer_blocks\.1\.attn2 has the processor AttnProcessor2_0.*expected JointAttnProcessor2_0"),
         (fused, r"the projections of transformer_blocks\.0\.attn are fused; call unfuse_qkv_projections\(\)"),
+        (patched, r"the forward of this SD3\w+ is not that of its class.*pipe\.remove_all_hooks\(\)\), convert, then"),
         (t5lib.convert(tiny_sd3()), r"transformer_blocks\.0\.attn is converted already; call t5lib\.revert first"),
     ):
         with pytest.raises(T5Error, match=message):
