@@ -30,6 +30,7 @@ class Adapter(ABC):
         input_name: the argument of the model's forward that holds images or latents (B, C, H, W).
         compiled_by_block: torch.compile takes the blocks one by one; they are large and alike, one compilation serves
             all of a kind. Otherwise it takes the model as a whole.
+        features: name of the part that image tokens are read from, for dense tasks; None where the output says it all.
         has_attention_maps: an attention is over the tokens of one image and nothing else, so that where it looks can be
             shown on that image.
     """
@@ -38,6 +39,7 @@ class Adapter(ABC):
     package: ClassVar[str]
     input_name: ClassVar[str]
     compiled_by_block: ClassVar[bool] = False
+    features: ClassVar[str | None] = None
     has_attention_maps: ClassVar[bool] = False
 
     # Where the attentions are.

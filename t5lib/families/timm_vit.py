@@ -34,6 +34,7 @@ class TimmVit(Adapter):
     name = "timm_vit"
     package = "timm"
     input_name = "x"
+    features = "norm"
     has_attention_maps = True
 
     def check_convertible(self, model: nn.Module) -> None:

@@ -5,7 +5,8 @@ import re
 from t5lib.utils.errors import T5Error
 
 MOST_LAYERS = 10_000
-LAYER_SETS = ("all", "paper")  # which attentions each means, a model's family tells
+AUTO = "auto"  # all attentions, until calibration puts some back
+LAYER_SETS = ("all", "paper", AUTO)  # which attentions each means, a model's family tells
 
 
 def parse_indices(text: str) -> list[int]:
@@ -29,7 +30,7 @@ def parse_indices(text: str) -> list[int]:
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | dict[str, str] | str | None:
-    """What TTTConfig.layers takes: "0-5,8", a map "0-5=softmax,6-11=swiglu+nat5", "all" or "paper"; None means all."""
+    """What TTTConfig.layers takes: "0-5,8", a map "0-5=softmax,6-11=swiglu+nat5", or a name; None means all."""
     if text is None or text in LAYER_SETS:
         return text
     if "=" not in text:

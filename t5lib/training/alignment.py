@@ -12,7 +12,6 @@ its own weights. The weights and rates here are our own (data/scenes/study.py tr
 """
 
 import dataclasses
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,17 +20,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 
 from t5lib.conversion import ttt_layers
 from t5lib.data.batches import Batches, open_batches
 from t5lib.families import family_of
-from t5lib.families.base import Adapter
 from t5lib.families.inputs import Inputs, check_finite, placed
 from t5lib.layers.grid import TokenGrid
 from t5lib.training.loop import Log
 from t5lib.training.pair import check_pair
+from t5lib.training.recorder import Recorder, output_error, token_errors
 from t5lib.training.trainer import LoopConfig, Objective, Trainer, TrainReport, train
 from t5lib.utils.config import AtLeastOne, NotNegative, Positive, Share, WholeNumber, checked, settings
 from t5lib.utils.errors import T5Error
@@ -259,106 +256,6 @@ class Alignment(Objective[Inputs]):
             errors["features"] = token_errors(ours.features, theirs.features, grid)["image"]
         errors["output"] = output_error(output, wanted)
         return {name: error.item() for name, error in errors.items()}
-
-
-class Recorder:
-    """Keeps what a model's blocks, and the part `features`, give while `recording`.
-
-    Args:
-        family: of the model.
-        model: whose forwards are recorded.
-        features: a part's name, or None.
-        damping: of the gradient between blocks, see AlignConfig.
-
-    Attributes:
-        blocks: image tokens (B, N, C) of every block, prefix tokens first, of the last forward recorded.
-        features: what the part gave, likewise.
-    """
-
-    def __init__(self, family: Adapter, model: nn.Module, features: str | None, damping: float = 0.0):
-        self.family, self.damping = family, damping
-        self.on: int | None = None  # the thread whose forward is recorded
-        self.blocks: list[Tensor] = []
-        self.features: Tensor | None = None
-        self.undo: list[Callable[[], None]] = []
-        *others, last = family.blocks(model)
-        for block in others:
-            self._watch(block, self._keep_and_damp)
-        self._watch(last, self._keep_block)
-        if features:
-            self._watch(model.get_submodule(features), self._keep_features)
-
-    def _watch(self, module: nn.Module, keep: Callable[[Any], Any]) -> None:
-        """What `keep` returns takes the place of the output. Outside of what is compiled: a hook would become a part
-        of it."""
-        compiled = module._compiled_call_impl
-        if compiled is None:
-            self.undo.append(module.register_forward_hook(lambda _module, _inputs, output: keep(output)).remove)
-            return
-        module._compiled_call_impl = lambda *args, **kwargs: keep(compiled(*args, **kwargs))
-        # gone when the trainer undoes its compilation
-
-    def _keep_block(self, output: Any) -> Any:
-        if self.on == threading.get_ident():
-            self.blocks.append(self.family.block_tokens(output))
-        return output
-
-    def _keep_and_damp(self, output: Any) -> Any:
-        self._keep_block(output)
-        return (
-            tree_map_only(Tensor, self._damped, output) if self.damping and self.on == threading.get_ident() else output
-        )
-
-    def _damped(self, tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad:
-            return tensor
-        passed_on = tensor.view_as(tensor)  # of its own: the recorded one's gradient stays whole
-        passed_on.register_hook(lambda gradient: gradient * (1 - self.damping))
-        return passed_on
-
-    def _keep_features(self, output: Tensor) -> Tensor:
-        if self.on == threading.get_ident():
-            self.features = output
-        return output
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Around one forward; blocks that checkpointing calls again in the backward pass are not recorded."""
-        self.blocks, self.features, self.on = [], None, threading.get_ident()
-        try:
-            yield
-        finally:
-            self.on = None
-
-    def remove(self) -> None:
-        for undo in self.undo:
-            undo()
-        self.undo = []
-
-
-def token_errors(ours: Tensor, theirs: Tensor, grid: TokenGrid, cosine: bool = False) -> dict[str, Tensor]:
-    """Squared error of tokens (B, N, C) over the variance of the teacher's image tokens, scalars in float32.
-
-    The variance is that over images and tokens, summed over channels: what all tokens have in common does not count.
-
-    Returns:
-        "image"; "prefix" where there are prefix tokens; "cosine", 1 minus the mean cosine of image tokens, if asked.
-    """
-    ours, theirs, patches = ours.float(), theirs.float(), grid.patches
-    image, wanted = ours[:, patches], theirs[:, patches]
-    scale = wanted.var(dim=(0, 1), correction=0).mean()
-    errors = {"image": (image - wanted).square().mean() / scale}
-    if patches.start:
-        errors["prefix"] = (ours[:, : patches.start] - theirs[:, : patches.start]).square().mean() / scale
-    if cosine:
-        errors["cosine"] = 1 - F.cosine_similarity(image, wanted, dim=-1).mean()
-    return errors
-
-
-def output_error(output: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error over the variance of all that the teacher's output holds, a scalar in float32."""
-    output, wanted = output.float(), wanted.float()
-    return (output - wanted).square().mean() / wanted.var(correction=0)
 
 
 def _check(model: nn.Module, teacher: nn.Module, config: AlignConfig) -> None:

@@ -11,6 +11,7 @@ Shapes: B images, L layers, H heads, N tokens, D head width, C channels.
 import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,19 @@ from t5lib.families.base import Adapter
 from t5lib.families.inputs import Inputs, check_finite, count, joined_by_size, placed
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.grid import TokenGrid
+from t5lib.layers.layer_map import AUTO
 from t5lib.training import checkpoints
 from t5lib.training.layer_groups import CalibrateConfig, Example, LayerGroup, Seen
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.training.pair import check_pair
+from t5lib.training.softmax_layers import SoftmaxChoice, put_softmax_back
 from t5lib.utils.config import checked
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
 from t5lib.utils.weights import digest
 
 LOG_EVERY = 10
+CHOICE_BATCHES = 4
 STATE = "calibrate.pt"
 
 
@@ -43,11 +47,13 @@ class CalibrationReport:
     """Error of each layer and the cost.
 
     The error is the squared error over the target's variance, on the first batch, which the fit leaves out (a loader
-    that repeats its images gives them again later).
+    that repeats its images gives them again later). `softmax` is there where the config's layers are "auto": what was
+    given back to softmax, and what every layer would have brought.
     """
 
     error_before: dict[str, float]
     error_after: dict[str, float] = field(default_factory=dict)
+    softmax: SoftmaxChoice | None = None
     steps: int = 0
     seconds: float = 0.0
 
@@ -63,6 +69,9 @@ def calibrate(
     log: Log | None = None,
 ) -> CalibrationReport:
     """Fit the new layers of `model`, in place, to the attentions of `teacher`.
+
+    Where TTTConfig.layers is "auto", those that harm the whole model most are then given back to softmax
+    (t5lib.training.softmax_layers), measured on the first CHOICE_BATCHES batches.
 
     Args:
         model: a converted model (t5lib.convert).
@@ -96,6 +105,9 @@ def calibrate(
         finally:
             fit.write_back()  # also when interrupted: a model half of whose layer was fitted would be of no use
         report.seconds, report.error_after = fit.done.seconds, fit.errors(fit.see(probe))
+        if model.t5_config.layers == AUTO:
+            seen = map(inputs_of, islice(open_batches(batches, 0), CHOICE_BATCHES))
+            report.softmax = put_softmax_back(model, teacher, list(seen), model.t5_config.softmax_layers, fit.autocast)
     return report
 
 
