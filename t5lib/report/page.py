@@ -152,8 +152,8 @@ def _softmax_choice(data: ReportData) -> dict[str, Any] | None:
     alone = sorted((value, key.removeprefix(prefix)) for key, value in found.items() if key.startswith(prefix))
     text = (
         f"Softmax is back in {' and '.join(chosen)}, where the whole model misses it most: the error of its features "
-        f"and output fell from {significant(found['model_error'])} to {significant(found['model_error_chosen'])} of their "
-        "variance. The table shows what one softmax layer alone would have left."
+        f"and output fell from {significant(found['model_error'])} to {significant(found['model_error_chosen'])} of "
+        "their variance. The table shows what one softmax layer alone would have left."
     )
     rows = [(layer, significant(error), "chosen" if layer in chosen else "") for error, layer in alone]
     return {"text": text, "rows": rows}
