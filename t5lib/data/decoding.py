@@ -1,8 +1,8 @@
 """The one image decoder: what every command, shard and score sees of an image file.
 
-An image comes upright as its EXIF entry says, with transparent parts on white, 12-bit and 16-bit grey scaled to 8 bits,
-palettes and other colour spaces as RGB. Of an animation the first frame counts (`is_animated`). Refused are images whose
-pixel values have no agreed range (signed, 32-bit and floating-point ones), and those that Pillow would read as others.
+An image comes upright as its EXIF entry says, with transparent parts on white, grey of 12 and 16 bits scaled to 8,
+palettes and other colour spaces as RGB. Of an animation the first frame counts (`is_animated`). Refused are images
+whose values have no agreed range (signed, 32-bit and floating-point ones), and those that Pillow would misread.
 """
 
 import io

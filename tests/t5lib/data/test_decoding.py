@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, TiffImagePlugin
+from PIL import Image
 
 from t5lib.data.decoding import decode, image_of, is_animated
 from t5lib.data.shards import SampleError
