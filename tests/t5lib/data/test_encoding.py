@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import random
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,6 +171,19 @@ def test_a_crash_resumes_with_the_same_files(labels, tmp_path, crash):
     encode(labels, tmp_path / "out", images=resumed, text=None, config=SQUARE)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert resumed.calls == 6 - (crash - 1) // 2 * 2  # finished shards are not made again
+
+
+def test_several_that_encode_into_one_folder_wait_for_each_other(labels, tmp_path, capsys):
+    encoders = [Counting() for _ in range(3)]
+
+    def run(images):
+        manifest = encode(labels, tmp_path / "out", images=images, text=None, config=SQUARE)
+        return len(LatentShards(manifest))  # read while others still look whether there is anything to do
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(run, encoders)) == [12] * 3
+    assert sum(encoder.calls for encoder in encoders) == 6
+    assert f"{tmp_path}/out is in the hands of process {os.getpid()} on " in capsys.readouterr().out
 
 
 def test_a_finished_shard_that_was_cut_later_is_made_again(labels, tmp_path):
