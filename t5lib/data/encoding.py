@@ -34,7 +34,7 @@ from t5lib.data.buckets import BucketConfig, Size, bucket_sizes, fit, nearest
 from t5lib.data.captions import caption_of
 from t5lib.data.decoding import image_of
 from t5lib.data.encoders import ImageEncoder, TextEncoder
-from t5lib.data.latents import MANIFEST, NULL, ShardIndex, digest_of
+from t5lib.data.latents import MANIFEST, NULL, ShardIndex, digest_of, member
 from t5lib.data.shards import Shard, ShardSet, label_of
 from t5lib.data.tars import Sample
 from t5lib.utils.config import AtLeastOne, settings
@@ -239,7 +239,5 @@ def _write_manifest(shards: ShardSet, folder: Path, indices: dict[Path, ShardInd
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     """Append a file to the tar and return where its content begins, in bytes. Equal files make equal tars."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+    tar.addfile(member(name, len(data)), io.BytesIO(data))
     return tar.offset - (len(data) + TAR_BLOCK - 1) // TAR_BLOCK * TAR_BLOCK
