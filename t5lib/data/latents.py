@@ -224,7 +224,7 @@ class LatentShards(LatentSet):
         stored = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
         if "label" in stored and not 0 <= stored["label"].min() <= stored["label"].max() < self.num_classes:
             raise T5Error(
-                f"{self.shards.name}: labels beyond the {self.num_classes} classes of its manifest; encode again"
+                f"{self.shards.name}: labels beyond the {self.num_classes} classes that are listed; encode again"
             )
         return stored
 
