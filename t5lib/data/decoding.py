@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from t5lib.data.shards import IMAGE_FIELDS, SampleError, field_of, where
 from t5lib.data.tars import Sample
@@ -93,7 +93,7 @@ def most_pixels() -> int:
 
 def _mend_transparent_colour(image: Image.Image) -> None:
     """Grey PNG files name it in as many bits as their pixels have; Pillow compares it with pixels brought to 8 bits."""
-    if image.format != "PNG" or "transparency" not in image.info:
+    if not isinstance(image, PngImagePlugin.PngImageFile) or "transparency" not in image.info:
         return
     layout = image.tile[0].args
     if layout in ("I;16B", "RGB;16B"):
@@ -105,7 +105,7 @@ def _mend_transparent_colour(image: Image.Image) -> None:
 def _scale(image: Image.Image) -> tuple[int, bool]:
     """The largest value of grey with more than 8 bits, and whether it means black. Raises T5Error for a TIFF file that
     Pillow would read as something else."""
-    if image.format != "TIFF":
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return 65535, False
     tags, names = image.tag_v2, TiffImagePlugin
     bits, kind = max(tags.get(names.BITSPERSAMPLE, (1,))), tags.get(names.PHOTOMETRIC_INTERPRETATION)

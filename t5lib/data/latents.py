@@ -218,7 +218,7 @@ class LatentShards(LatentSet):
 
     def _read(self, size: int, rows: np.ndarray) -> Stored:
         listed = (each[size][rows].tolist() for each in (self._places, self._keys, self._digests))
-        samples = [self._sample(*place, key, digest) for place, key, digest in zip(*listed, strict=True)]
+        samples = [self._sample(place, key, digest) for place, key, digest in zip(*listed, strict=True)]
         if any(tuple(sample["latent"].shape[1:]) != self.sizes[size] for sample in samples):
             raise T5Error(f"{self.shards.name}: latents have other sizes than their index says; encode again")
         stored = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
@@ -228,7 +228,8 @@ class LatentShards(LatentSet):
             )
         return stored
 
-    def _sample(self, shard: int, first: int, length: int, key: str, digest: str) -> Stored:
+    def _sample(self, place: tuple[int, int, int], key: str, digest: str) -> Stored:
+        shard, first, length = place
         path = self.shards.shards[shard].path
         try:
             header = member(f"{key}.safetensors", length).tobuf()[-tarfile.BLOCKSIZE :]

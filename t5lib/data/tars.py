@@ -52,7 +52,7 @@ def read_samples(path: Path | str) -> Iterator[Sample]:
         yield from group_by_keys(_files(path, tar))
 
 
-def _files(path: Path | str, tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
+def _files(path: Path | str, tar: Any) -> Iterator[dict[str, Any]]:
     """What webdataset groups into samples."""
     for member in _members(path, tar):
         if member.isreg() and not ABOUT_SHARD.match(member.name):
