@@ -66,7 +66,7 @@ def _calibrate(
     model: nn.Module, teacher: nn.Module, request: Request, recipe: CalibrateConfig, partial: Path
 ) -> CalibrationReport:
     reader = ImageReader.of(teacher)
-    batches = CalibrationImages(request.images, reader.read, recipe.batch_size, request.seed)
+    batches = CalibrationImages(request.images, reader, recipe.batch_size, request.seed)
     fitted, held_out = counted(len(batches.rest), "image"), len(batches.held_out)
     note(f"{fitted} to fit on, {held_out} to measure on: {reader.description}")
     if len(request.images) < FEW_IMAGES:

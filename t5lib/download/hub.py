@@ -75,6 +75,8 @@ def download(rest: str, partial: Path, token: str | None) -> Path:
     info = _info(repo, token)
     found = {entry.rfilename: entry for entry in info.siblings}
     wanted = list(filter_repo_objects(found, allow_patterns=repo.patterns))
+    if outside := [name for name in found if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise SourceError(f"hf:{repo} lists {outside[0]!r}, which lies outside of the repo; fetch nothing from there")
     if not wanted:
         raise SourceError(f"hf:{repo} matches no file; the repo holds {', '.join(sorted(found)[:12])}")
     folder = partial / "repo"

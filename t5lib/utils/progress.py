@@ -39,7 +39,7 @@ def progress(title: str, total: int, start: int = 0) -> Iterator[StepReporter]:
         yield StepReporter(title, total, start, None)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # it may hold a name from a file
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -341,16 +341,16 @@ class TestCalibrate:
         monkeypatch.chdir(tmp_path / "whole")
         assert run(*command).exit_code == 0
         monkeypatch.chdir(tmp_path / "broken")
-        read, batches = ImageReader.read, []
+        read, batches = ImageReader.readable, []
 
         def interrupted(reader, paths):
             batches.append(paths)
-            if len(batches) == 7:  # in the second pool of four batches
+            if len(batches) == 8:  # in the second pool of four batches
                 raise KeyboardInterrupt
             return read(reader, paths)
 
         with monkeypatch.context() as patch:
-            patch.setattr(images.ImageReader, "read", interrupted)
+            patch.setattr(images.ImageReader, "readable", interrupted)
             stopped = run(*command)
         assert stopped.exit_code != 0
         assert "nothing is written to out; the same command goes on" in words(stopped.stderr)
