@@ -65,6 +65,18 @@ def check_fit(ours: "dict[str, Tensor]", expected: "dict[str, Tensor]", what: st
         raise T5Error(f"{what}: {shown}{remedy and f'; {remedy}'}")
 
 
+def unlisted_buffers(model: "nn.Module") -> "dict[str, Tensor]":
+    """The buffers that state_dict leaves out, since a model makes them again: not in the precision that it had."""
+    listed = model.state_dict()
+    return {name: value for name, value in model.named_buffers() if name not in listed}
+
+
+def set_unlisted_buffers(model: "nn.Module", values: "dict[str, Tensor]") -> None:
+    for name, value in values.items():
+        owner, _, own = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(own, value, persistent=False)
+
+
 def digest(module: "nn.Module") -> str:
     """Tells modules with other weights apart. The sums are of bytes, as integers: exact on every device."""
     import torch

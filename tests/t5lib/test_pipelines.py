@@ -24,6 +24,7 @@ from diffusers import (
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from tiny import tiny_vit
 from tiny_denoisers import tiny_sd3
 from tiny_pipelines import WIDTH, tiny_dit_pipeline, tiny_sd3_pipeline
 from torch import Tensor, nn
@@ -298,6 +299,25 @@ def test_a_compiled_transformer_gives_the_same_image():
     expected, new = image(converted()), converted()
     new.transformer.compile(backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(image(new), expected)
+
+
+@pytest.mark.parametrize("pipe", [sd3_pipeline, lambda: dit_pipeline(vae=True)], ids=["sd3", "dit"])
+def test_a_transformer_in_half_precision_is_saved_with_what_it_makes_itself(pipe, tmp_path):
+    """DiT's table of positions is in no state_dict; made again it would be in single precision."""
+    model = converted(pipe()).transformer.half()
+    model.pos_embed.pos_embed[0, 0] = 2.0
+    t5lib.save(model, tmp_path)
+    ours, theirs = model.pos_embed.pos_embed, t5lib.load(tmp_path).pos_embed.pos_embed
+    assert torch.equal(ours, theirs) and theirs.dtype == torch.float16
+
+
+def test_a_saved_vit_described_as_a_dit_is_refused(tmp_path):
+    t5lib.save(tiny_vit(), tmp_path)
+    described = json.loads((tmp_path / "t5.json").read_text())
+    del described["sha256"]
+    (tmp_path / "t5.json").write_text(json.dumps(described | {"family": "dit"}))
+    with pytest.raises(T5Error, match=r"t5\.json: expected the architecture DiTTransformer2DModel, got 'vit_tiny"):
+        t5lib.load(tmp_path)
 
 
 FIGURES = Figures(
