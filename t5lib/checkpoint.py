@@ -133,7 +133,7 @@ def read_description(folder: Path | str) -> dict[str, Any]:
         T5Error: the folder is not one that `save` wrote, is of a newer format, or was changed since.
     """
     folder = as_path(folder)
-    if not (folder / DESCRIPTION).exists():
+    if not os.path.exists(folder / DESCRIPTION):  # Path.exists raises on names that are too long
         raise T5Error(f"{folder} is not a saved model: it has no {DESCRIPTION}; expected a folder of t5lib.save")
     description = read_json(folder / DESCRIPTION)
     if not isinstance(description, dict):

@@ -21,7 +21,7 @@ def shards_of(index: Path) -> list[Path]:
     """
     content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+    if not isinstance(names, dict) or not all(_is_shard(name) for name in names.values()):
         raise T5Error(f"{index} is no index of shards: it has no weight_map of files beside it; fetch it again")
     shards = sorted(set(names.values()))
     if missing := [name for name in shards if not (index.parent / name).is_file()]:
@@ -30,6 +30,10 @@ def shards_of(index: Path) -> list[Path]:
             f"{index.name} names; fetch them again"
         )
     return [index.parent / name for name in shards]
+
+
+def _is_shard(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name and not name.endswith(".json")
 
 
 def check_numbers(weights: "dict[str, Tensor]", source: str) -> None:
