@@ -22,7 +22,7 @@ from t5lib.layers.config import TTTConfig
 from t5lib.utils.config import checked, from_dict, shown, to_dict
 from t5lib.utils.devices import usable_device
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import as_path, atomic_dir, read_json, refuse_inside_model, sha256, write_json
+from t5lib.utils.files import as_path, atomic_dir, read_json, refuse_endless, refuse_inside_model, sha256, write_json
 from t5lib.utils.twins import differences
 from t5lib.utils.weights import check_fit, check_numbers, set_unlisted_buffers, unlisted_buffers
 
@@ -146,8 +146,8 @@ def read_description(folder: Path | str) -> dict[str, Any]:
     if wrong:
         told = ", ".join(f"{name}: {description.get(name, 'missing')!r:.40}" for name in wrong)
         raise T5Error(f"{folder}/{DESCRIPTION} has no such entries as t5lib.save writes, {told}; save or copy it again")
-    expected_digest = description.get("sha256", {}).get("description")
-    if expected_digest is not None and expected_digest != _digest(description):
+    digest = _digest(description)
+    if description.get("sha256", {}).get("description", digest) != digest:
         raise T5Error(
             f"{folder}/{DESCRIPTION} was changed after t5lib.save wrote it: its sha256 is another than the one it "
             'tells; copy it again, or, if the change is meant, take "description" out of its entry "sha256"'
@@ -168,6 +168,7 @@ def _read_weights(folder: Path, digests: dict[str, Any], device: torch.device) -
             *(folder, DESCRIPTION, " and ".join(unproved)),
         )
     try:
+        refuse_endless(folder / WEIGHTS)
         if WEIGHTS in digests and digests[WEIGHTS] != sha256(folder / WEIGHTS):
             raise T5Error(
                 f"{folder}/{WEIGHTS} is not the file that t5lib.save wrote: its sha256 is another than {DESCRIPTION} "

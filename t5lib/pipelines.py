@@ -33,7 +33,7 @@ from t5lib.layers.config import TTTConfig
 from t5lib.model_card import Figures, License, model_card
 from t5lib.utils.config import shown
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import as_path, read_json, read_text
+from t5lib.utils.files import as_path, read_json, read_text, refuse_endless
 from t5lib.utils.weights import check_numbers, shards_of
 
 _FAMILIES = (dit.ADAPTER, sd3.ADAPTER)
@@ -105,7 +105,7 @@ def _index(folder: Path) -> dict[str, Any]:
 
 def _index_of_hub(source: str, options: dict[str, Any]) -> dict[str, Any]:
     try:
-        return dict(DiffusionPipeline.load_config(source, **options))
+        return DiffusionPipeline.load_config(source, **options)  # type: ignore[return-value]  # with these arguments
     except Exception as error:  # of the hub's client, the network, the file itself
         raise T5Error(
             f"{source} is no folder here, and no pipeline was had from the hub under that name "
@@ -151,6 +151,7 @@ def _precisions(folder: Path) -> dict[str, str]:
 
 def _contents(file: Path) -> dict[str, tuple[str, int]]:
     """Precision and number of dimensions by name; no weight is read."""
+    refuse_endless(file)
     if file.suffix == ".bin":
         spelled = {kind: name for name, kind in PRECISIONS.items()}
         weights = torch.load(file, map_location="meta", weights_only=True)

@@ -1,6 +1,7 @@
 """A saved model that is not as it was written is refused, with what to do; nothing of it is made up."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -102,6 +103,18 @@ def test_a_description_that_is_none_is_refused(saved, content):
         t5lib.load(saved)
 
 
+def test_what_never_ends_or_leads_nowhere_in_the_place_of_a_file_is_told_at_once(saved):
+    edit(saved)
+    for name in ("model.safetensors", "t5.json"):
+        for put in (os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)):
+            (saved / name).rename(saved / "aside")
+            put(saved / name)
+            with pytest.raises(T5Error, match=rf"{name} (is a device|cannot be read)|has no t5\.json"):
+                t5lib.load(saved)
+            (saved / name).rmdir() if (saved / name).is_dir() else (saved / name).unlink()
+            (saved / "aside").rename(saved / name)
+
+
 @pytest.mark.parametrize("device", ["cdua", "cuda:77", "gpu", 3.5])
 def test_a_device_that_is_none_is_refused(saved, device):
     with pytest.raises(T5Error, match=rf"device {device} cannot be used \(.*\); expected cpu, cuda or cuda:1"):
@@ -144,6 +157,10 @@ def test_a_description_changed_since_it_was_saved_is_told_unless_that_is_meant(s
     change(described)
     (saved / "t5.json").write_text(json.dumps(described))
     with pytest.raises(T5Error, match=r't5\.json was changed after .* take "description" out of its entry "sha256"'):
+        t5lib.load(saved)
+    described["sha256"]["description"] = None
+    (saved / "t5.json").write_text(json.dumps(described))
+    with pytest.raises(T5Error, match=r"t5\.json was changed"):
         t5lib.load(saved)
     del described["sha256"]["description"]
     (saved / "t5.json").write_text(json.dumps(described))
