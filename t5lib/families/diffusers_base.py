@@ -309,8 +309,11 @@ class DiffusersAdapter(Adapter):
         grid, text = self.grid(model, inputs), inputs.get("encoder_hidden_states")
         return grid.rows * grid.columns + (0 if text is None else text.shape[1])
 
-    def at_resolution(self, model: nn.Module, size: ExampleSize) -> nn.Module:
+    def check_resolution(self, model: nn.Module, size: ExampleSize) -> None:
         self._latent_side(model, size)
+
+    def at_resolution(self, model: nn.Module, size: ExampleSize) -> nn.Module:
+        self.check_resolution(model, size)
         return copy.deepcopy(model).eval()
 
     def example_inputs(self, model: nn.Module, size: ExampleSize) -> Inputs:

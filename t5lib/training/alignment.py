@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
@@ -33,7 +34,7 @@ from t5lib.layers.grid import TokenGrid
 from t5lib.training.loop import Log
 from t5lib.training.pair import check_pair
 from t5lib.training.trainer import LoopConfig, Objective, Trainer, TrainReport, train
-from t5lib.utils.config import AtLeastOne, NotNegative, Positive, Share, WholeNumber, checked, settings
+from t5lib.utils.config import BatchSize, Rate, Share, Weight, WholeNumber, checked, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
 from t5lib.utils.weights import digest
@@ -65,21 +66,21 @@ class AlignConfig(LoopConfig):
     """
 
     steps: WholeNumber = 2000
-    batch_size: AtLeastOne = 16
-    lr: NotNegative = 3e-5
-    lr_new: NotNegative = 3e-4
+    batch_size: BatchSize = 16
+    lr: Rate = 3e-5
+    lr_new: Rate = 3e-4
     min_lr: Share = 0.0
     warmup: Share = 0.1
-    weight_decay: NotNegative = 0.0
+    weight_decay: Rate = 0.0
     trainable: Literal["blocks", "attention", "new", "lora", "all"] = "blocks"  # type: ignore[assignment]  # more
-    blocks: NotNegative = 1.0
-    block_growth: Positive = 1.0
+    blocks: Weight = 1.0
+    block_growth: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     features: str | None = None
-    features_weight: NotNegative = 2.0
-    output: NotNegative = 1.0
-    cosine: NotNegative = 0.0
+    features_weight: Weight = 2.0
+    output: Weight = 1.0
+    cosine: Weight = 0.0
     damping: Share = 0.0
-    prefix: NotNegative = 0.1
+    prefix: Weight = 0.1
 
     def __post_init__(self):
         if not (self.blocks or self.output or (self.features and (self.features_weight or self.cosine))):
@@ -251,11 +252,13 @@ class Alignment(Objective[Inputs]):
                     recorder.remove()
         (ours, output), (theirs, wanted) = seen
         grid = self.family.grid(model, inputs)
+        if self.config.features:
+            theirs.check_features(self.config.features, grid)
         errors = {
             name: token_errors(block, target, grid)["image"]
             for name, block, target in zip(self.names, ours.blocks, theirs.blocks, strict=True)
         }
-        if ours.features is not None and theirs.features is not None:
+        if self.config.features:
             errors["features"] = token_errors(ours.features, theirs.features, grid)["image"]
         errors["output"] = output_error(output, wanted)
         return {name: error.item() for name, error in errors.items()}
@@ -273,13 +276,15 @@ class Recorder:
     Attributes:
         blocks: image tokens (B, N, C) of every block, prefix tokens first, of the last forward recorded.
         features: what the part gave, likewise.
+        before: how many blocks had run when it did.
     """
 
     def __init__(self, family: Adapter, model: nn.Module, features: str | None, damping: float = 0.0):
         self.family, self.damping = family, damping
         self.on: int | None = None  # the thread whose forward is recorded
         self.blocks: list[Tensor] = []
-        self.features: Tensor | None = None
+        self.features: Any = None
+        self.before = 0
         self.undo: list[Callable[[], None]] = []
         *others, last = family.blocks(model)
         for block in others:
@@ -316,15 +321,29 @@ class Recorder:
         passed_on.register_hook(lambda gradient: gradient * (1 - self.damping))
         return passed_on
 
-    def _keep_features(self, output: Tensor) -> Tensor:
+    def _keep_features(self, output: Any) -> Any:
         if self.on == threading.get_ident():
-            self.features = output
+            self.features, self.before = self.family.block_tokens(output), len(self.blocks)
         return output
+
+    def check_features(self, name: str, grid: TokenGrid) -> None:
+        """Raises T5Error unless the part called `name` gave, after a block, the tokens of all blocks' kind."""
+        tokens, gave = self.blocks[-1].shape[1], self.features
+        if isinstance(gave, Tensor) and gave.ndim == 3 and gave.shape[1] == tokens and self.before:
+            return
+        shape = f"gives {tuple(gave.shape)}" if isinstance(gave, Tensor) else "gives no tensor"
+        problem = "is not called in a forward" if gave is None else shape
+        if self.before == 0 and gave is not None:
+            problem = "comes before the first block, where both models are the same"
+        raise T5Error(
+            f"align: features '{name}' {problem}; expected a part that gives tokens (B, {tokens}, C) of the grid of "
+            f"{grid.rows}×{grid.columns}: a block, or the norm after the last ('norm' in timm's models), or null"
+        )
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Around one forward; blocks that checkpointing calls again in the backward pass are not recorded."""
-        self.blocks, self.features, self.on = [], None, threading.get_ident()
+        self.blocks, self.features, self.before, self.on = [], None, 0, threading.get_ident()
         try:
             yield
         finally:
@@ -334,6 +353,22 @@ class Recorder:
         for undo in self.undo:
             undo()
         self.undo = []
+
+
+def check_features(model: nn.Module, name: str, inputs: Inputs) -> None:
+    """Raises T5Error unless the part `name` of a softmax model, on any device, gives what AlignConfig.features needs.
+
+    Args:
+        inputs: what the model is called with, of any numbers.
+    """
+    family = family_of(model)
+    recorder = Recorder(family, model, name)
+    try:
+        with torch.no_grad(), evaluating(model), recorder.recording():
+            family.call(model, inputs)
+        recorder.check_features(name, family.grid(model, inputs))
+    finally:
+        recorder.remove()
 
 
 def token_errors(ours: Tensor, theirs: Tensor, grid: TokenGrid, cosine: bool = False) -> dict[str, Tensor]:

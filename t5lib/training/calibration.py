@@ -26,7 +26,7 @@ from t5lib.families.inputs import Inputs, check_finite, count, joined_by_size, p
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.grid import TokenGrid
 from t5lib.training import checkpoints
-from t5lib.training.layer_groups import CalibrateConfig, Example, LayerGroup, Seen
+from t5lib.training.layer_groups import CalibrateConfig, Example, LayerGroup, Seen, check_fit
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.training.pair import check_pair
 from t5lib.utils.config import checked
@@ -110,16 +110,12 @@ class _Fit(Work):
         self.sources = {name: self._source(name, layer) for name, layer in self.layers.items()}
         self.device = next(teacher.parameters()).device
         seen = self.see(probe)
+        check_fit(config, [layer.mixer for layer in self.layers.values()])
         self.groups = self._groups(seen)
         parameters = [{"params": [p for g in self.groups for p in g.mixer.parameters()], "peak": config.lr}]
         if config.lr_inherited:
             parameters.append({"params": list(self._inherited()), "peak": config.lr_inherited})
         parameters = [group for group in parameters if group["params"]]
-        if not parameters:
-            raise T5Error(
-                "these layers have no new weights, so with lr_inherited 0 there is nothing to fit; set "
-                "calibrate.lr_inherited, or skip calibration (steps: 0)"
-            )
         self.optimizer = torch.optim.Adam(parameters, lr=config.lr, fused=self.device.type == "cuda")
         self.error_before = self.errors(seen)
         self.done, self.drawn = Done(), self._draws()

@@ -11,10 +11,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import t5kernels
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import nn
 
@@ -22,6 +23,7 @@ from t5lib.utils.config import to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import put, read_json, sha256, write_json
 
+Kept = Annotated[int, Field(ge=1, le=100)]  # checkpoints
 FILES, MAKER = "files.json", "made_by.json"
 # What decides about a fit, of t5lib; beside it the kernels.
 DECISIVE = ("training", "layers", "families", "data", "conversion.py")

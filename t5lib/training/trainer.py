@@ -25,9 +25,10 @@ from t5lib.data.batches import Batches, open_batches
 from t5lib.families import family_of
 from t5lib.families.inputs import Inputs
 from t5lib.training import checkpoints, lora
+from t5lib.training.checkpoints import Kept
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.training.nonfinite import explain_blow_up
-from t5lib.utils.config import AtLeastOne, NotNegative, Positive, Share, WholeNumber, settings
+from t5lib.utils.config import AtLeastOne, BatchSize, Rate, Share, WholeNumber, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
 
@@ -63,24 +64,24 @@ class LoopConfig:
         checkpoints_kept: how many of them are kept, for the case that a disk damages the newest.
     """
 
-    batch_size: AtLeastOne = 64
-    accumulate: AtLeastOne = 1
-    lr: NotNegative = 2e-5
-    lr_new: NotNegative = 4e-4
+    batch_size: BatchSize = 64
+    accumulate: BatchSize = 1
+    lr: Rate = 2e-5
+    lr_new: Rate = 4e-4
     min_lr: Share = 0.01
     warmup: Share = 0.1
-    weight_decay: NotNegative = 0.05
-    clip_norm: Positive | None = 1.0
+    weight_decay: Rate = 0.05
+    clip_norm: Annotated[float, Field(ge=1e-6)] | None = 1.0
     ema: Decay | None = None
     trainable: Literal["all", "new", "lora"] = "all"
-    lora_rank: AtLeastOne = 8
-    lora_alpha: Positive = 16.0
+    lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    lora_alpha: Annotated[float, Field(gt=0, le=1e4)] = 16.0
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     gradient_checkpointing: bool = False
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     checkpoint_every: AtLeastOne = 100
-    checkpoints_kept: AtLeastOne = 2
+    checkpoints_kept: Kept = 2
     seed: WholeNumber = 0
 
 
