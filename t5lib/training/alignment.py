@@ -32,11 +32,12 @@ from t5lib.families.base import Adapter
 from t5lib.families.inputs import Inputs, check_finite, placed
 from t5lib.layers.grid import TokenGrid
 from t5lib.training.loop import Log
-from t5lib.training.pair import check_pair
+from t5lib.training.pair import check_pair, dtypes
 from t5lib.training.trainer import LoopConfig, Objective, Trainer, TrainReport, train
 from t5lib.utils.config import BatchSize, Rate, Share, Weight, WholeNumber, checked, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
+from t5lib.utils.seeds import own_random_states
 from t5lib.utils.weights import digest
 
 
@@ -101,6 +102,7 @@ class AlignReport(TrainReport):
     error_after: dict[str, float] = field(default_factory=dict)
 
 
+@own_random_states()
 @torch.enable_grad()
 def align(
     model: nn.Module,
@@ -108,7 +110,7 @@ def align(
     teacher: nn.Module,
     batches: Batches,
     config: AlignConfig | None = None,
-    resume_dir: Path | None = None,
+    resume_dir: Path | str | None = None,
     log: Log | None = None,
 ) -> AlignReport:
     """Train `model`, in place, to do what `teacher` does.
@@ -133,9 +135,10 @@ def align(
 
 
 def _aligned(
-    model: nn.Module, objective: "Alignment", batches: Batches, resume_dir: Path | None, log: Log | None
+    model: nn.Module, objective: "Alignment", batches: Batches, resume_dir: Path | str | None, log: Log | None
 ) -> AlignReport:
-    config, before = objective.config, _measured(model, objective, batches)
+    config, probe = objective.config, _probe(model, objective, batches)
+    before = _measured(model, objective, probe)
     if not config.steps:
         return AlignReport(
             steps=0, seconds=0.0, samples_per_second=0.0, loss=0.0, error_before=before, error_after=before
@@ -153,7 +156,7 @@ def _aligned(
             )
         finally:
             objective.end()
-    return AlignReport(**vars(report), error_before=before, error_after=_measured(model, objective, batches))
+    return AlignReport(**vars(report), error_before=before, error_after=_measured(model, objective, probe))
 
 
 class Alignment(Objective[Inputs]):
@@ -398,13 +401,13 @@ def output_error(output: Tensor, wanted: Tensor) -> Tensor:
 
 def _check(model: nn.Module, teacher: nn.Module, config: AlignConfig) -> None:
     check_pair(model, teacher)
-    ours, theirs = (next(each.parameters()).dtype for each in (model, teacher))
-    if ours != torch.float32:
-        raise T5Error(f"align: the model's weights are {ours}, too coarse for small steps; call model.float()")
-    if config.precision == "fp32" and theirs != torch.float32:
+    ours, theirs = (dtypes(each) - {torch.float32} for each in (model, teacher))
+    if ours:
+        raise T5Error(f"align: the model has weights in {ours.pop()}, not in float32; call model.float()")
+    if config.precision == "fp32" and theirs:
         raise T5Error(
-            f"align: the teacher's weights are {theirs} and precision is fp32; call teacher.float(), or set precision: "
-            "bf16"
+            f"align: the teacher has weights in {theirs.pop()} and precision is fp32; call teacher.float(), or set "
+            "precision: bf16"
         )
     if config.features:
         try:
@@ -438,12 +441,17 @@ def _trainable(model: nn.Module, config: AlignConfig) -> Iterator[LoopConfig]:
             parameter.requires_grad_(True)
 
 
-def _measured(model: nn.Module, objective: Alignment, batches: Batches) -> dict[str, float]:
-    """The errors on the first batch; leaves the models in the modes that they were in."""
-    device = next(model.parameters()).device
-    objective.teacher.to(device)
+def _probe(model: nn.Module, objective: Alignment, batches: Batches) -> Inputs:
+    """The first batch, checked."""
     inputs = objective.family.inputs(next(open_batches(batches, 0)))
     objective.family.check_inputs(model, inputs)
     check_finite(inputs)
+    return inputs
+
+
+def _measured(model: nn.Module, objective: Alignment, inputs: Inputs) -> dict[str, float]:
+    """The errors on `inputs`; leaves the models in the modes that they were in."""
+    device = next(model.parameters()).device
+    objective.teacher.to(device)
     with evaluating(model, objective.teacher):
         return objective.measure(model, placed(inputs, device, torch.float32))

@@ -54,6 +54,20 @@ def code() -> dict[str, str]:
     return found
 
 
+def opened(resume_dir: Path | str | None) -> Path | None:
+    """The folder for checkpoints, made where there is none. Raises T5Error when it cannot be."""
+    if resume_dir is None:
+        return None
+    try:
+        folder = Path(resume_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, TypeError, ValueError) as error:
+        raise T5Error(
+            f"resume_dir is {resume_dir!r:.200}, which can be no folder ({error}); pass the path of one, or None"
+        ) from None
+    return folder
+
+
 def begin(place: Path) -> None:
     """Make `place`, FOLDER/.step-N, an empty folder to write to; `finish` makes it a checkpoint."""
     for old in place.parent.glob(".step-*"):  # of runs that were killed

@@ -111,7 +111,7 @@ DENOISER: dict[str, list[Any]] = {
     "diagnose.images": [10**4], "explain.images": [10**4],
     "shards.max_sequence_length": [0, 513], "evaluate.sampling.max_sequence_length": [0, 513],
     **dict.fromkeys(("evaluate", "evaluate.sampling", "shards.encode"), NULL),
-    "align.features": ["pos_embed", "time_text_embed", "transformer_blocks.99"],
+    "align.features": ["pos_embed", "transformer_blocks.99"],
     "calibrate.warmup": [181],
     "shards.train": ["file:data/sd35-micro/val.json", "hf:datasets/a/b@main#x.tar"],
     "evaluate.sampling.batch_size": [MANY],

@@ -7,6 +7,7 @@ import tarfile
 import pytest
 
 from t5lib.utils.errors import SourceError, T5Error
+from t5lib.utils.files import write_json
 from tasks.runtime import local_sources, params, readiness
 
 SETTINGS = {
@@ -66,6 +67,32 @@ def test_what_the_optimizer_needs_is_missing_unless_it_is_installed(tmp_path, mo
         return
     with pytest.raises(T5Error, match="bitsandbytes: adamw8bit needs it; pip install bitsandbytes"):
         readiness.check(tmp_path, "mine", settings)
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("file:nowhere.json", "is not there"),
+        ("file:/dev/zero", "is a device"),
+        ("file:notes.md", "is no tar file"),
+        ("file:empty", "gives no shards"),
+        ("file:list.json", "x.tar does not exist"),
+        ("file:data/out/other/shards/train.json", None),  # another stage may be about to make it
+        ("file:sound.tar", None),
+    ],
+)
+def test_images_of_this_machine_that_cannot_be_used_are_told_before_the_first_stage(tmp_path, source, problem):
+    (tmp_path / "notes.md").write_text("no tar")
+    (tmp_path / "empty").mkdir()
+    tarfile.open(tmp_path / "sound.tar", "w").close()
+    shards = [{"path": "x.tar", "count": 1, "sha256": ""}]
+    listed = {"name": "x", "licence": "x", "source": "x", "classes": [], "count": 1, "shards": shards}
+    write_json(tmp_path / "list.json", listed)
+    if problem is None:
+        local_sources.check(tmp_path, "mine", {"shards": {"train": source}})
+        return
+    with pytest.raises(T5Error, match=rf"training images: {source}.*{problem}.*put them there, or name yours"):
+        local_sources.check(tmp_path, "mine", {"shards": {"train": source}})
 
 
 def test_every_target_of_ours_names_its_sources_where_they_are_looked_for():
