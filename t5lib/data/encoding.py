@@ -23,10 +23,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor
 
@@ -37,7 +38,7 @@ from t5lib.data.encoders import ImageEncoder, TextEncoder
 from t5lib.data.latents import MANIFEST, NULL, ShardIndex, digest_of, member
 from t5lib.data.shards import Shard, ShardSet, label_of
 from t5lib.data.tars import Sample
-from t5lib.utils.config import AtLeastOne, settings
+from t5lib.utils.config import BatchSize, Workers, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file, read_json, sha256, write_bytes, write_json
 from t5lib.utils.locks import exclusive
@@ -56,8 +57,8 @@ class EncodingConfig:
 
     buckets: BucketConfig
     flip: bool = False
-    batch_size: AtLeastOne = 8
-    workers: AtLeastOne = 4
+    batch_size: BatchSize = 8
+    workers: Annotated[Workers, Field(ge=1)] = 4
 
 
 def encode(

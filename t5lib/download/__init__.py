@@ -28,6 +28,7 @@ from t5lib.download import hub, pypi, web
 from t5lib.utils import files
 from t5lib.utils.errors import SourceError
 
+LONGEST_NAME = 1000  # of a member of an archive
 INFLATION = 200  # times its compressed size that a member of an archive may have; weights hardly shrink
 
 
@@ -152,11 +153,17 @@ def _is_text(text: str) -> bool:
 def _check_parts(source: str, sha256: str | None, member: str | None, member_sha256: str | None) -> None:
     if member_sha256 and not member:
         raise SourceError(f"{source} has a member_sha256 but no member; name the file inside the archive")
-    if member and Path(member).name in ("", ".."):
-        raise SourceError(f"{source}: member '{member}' is no file; name one inside the archive")
+    if member is not None and not _names_a_file(member):
+        raise SourceError(f"{source}: member {member[:200]!r} is no file; name one inside the archive: folder/name")
     for what, value in (("sha256", sha256), ("member_sha256", member_sha256)):
         if value is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", value):
             raise SourceError(f"{source}: {what} is '{value[:80]}'; expected 64 hexadecimal digits")
+
+
+def _names_a_file(member: str) -> bool:
+    """Whether it is a path as archives hold it, that does not lead out of them."""
+    plain = len(member) <= LONGEST_NAME and not re.search(r"[\x00-\x1f\\]", member)
+    return plain and all(part not in ("", ".", "..") for part in member.split("/"))
 
 
 def _pinned(source: str, sha256: str | None) -> tuple[str, str | None]:

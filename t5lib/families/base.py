@@ -231,11 +231,16 @@ class Adapter(ABC):
         """Tokens that attention sees in one image: patches, prefix tokens, text tokens."""
 
     @abstractmethod
+    def check_resolution(self, model: nn.Module, size: ExampleSize) -> None:
+        """Raises T5Error when the resolution is no multiple of what a token covers, or more than the model's positions
+        hold."""
+
+    @abstractmethod
     def at_resolution(self, model: nn.Module, size: ExampleSize) -> nn.Module:
         """A copy of the model, in eval mode, for square images of that size; learned positions are resampled.
 
         Raises:
-            T5Error: the resolution is no multiple of what a token covers, or more than the model's positions hold.
+            T5Error: as `check_resolution` does.
         """
 
     @abstractmethod

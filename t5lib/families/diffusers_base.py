@@ -29,6 +29,7 @@ from t5lib.utils.errors import T5Error
 from t5lib.utils.threads import of_this_thread
 from t5lib.utils.weights import check_numbers
 
+LONGEST_SCHEDULE = 4000  # that of "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672)
 IMAGE = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
 TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
 
@@ -294,6 +295,12 @@ class DiffusersAdapter(Adapter):
                 f"a batch for {type(model).__name__} lacks {', '.join(missing)}; expected its keyword arguments "
                 f"{', '.join((self.input_name, *self.conditions))}, which t5lib.training.objectives.noised_inputs makes"
             )
+        steps = inputs["timestep"]
+        if isinstance(steps, Tensor) and steps.numel() and not 0 <= steps.min() <= steps.max() <= LONGEST_SCHEDULE:
+            raise T5Error(
+                f"timestep goes from {steps.min().item():g} to {steps.max().item():g}; expected numbers from 0 to what "
+                f"the model's noise schedule has, 1,000 as a rule and never more than {LONGEST_SCHEDULE:,}"
+            )
         for side in inputs[self.input_name].shape[-2:]:
             check_multiple(side, model.config.patch_size, "the patch size")
         super().check_inputs(model, inputs)
@@ -314,8 +321,11 @@ class DiffusersAdapter(Adapter):
         grid, text = self.grid(model, inputs), inputs.get("encoder_hidden_states")
         return grid.rows * grid.columns + (0 if text is None else text.shape[1])
 
-    def at_resolution(self, model: nn.Module, size: ExampleSize) -> nn.Module:
+    def check_resolution(self, model: nn.Module, size: ExampleSize) -> None:
         self._latent_side(model, size)
+
+    def at_resolution(self, model: nn.Module, size: ExampleSize) -> nn.Module:
+        self.check_resolution(model, size)
         return copy.deepcopy(model).eval()
 
     def example_inputs(self, model: nn.Module, size: ExampleSize) -> Inputs:

@@ -98,6 +98,16 @@ class DiT(DiffusersAdapter):
         everything = tuple(range(len(model.transformer_blocks)))
         return {"all": everything, "paper": everything}
 
+    def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
+        """See Adapter; also the class numbers, of which the last stands for none."""
+        super().check_inputs(model, inputs)
+        labels, most = inputs["class_labels"], model.config.num_embeds_ada_norm
+        if labels.numel() and not 0 <= labels.min() <= labels.max() <= most:
+            raise T5Error(
+                f"class_labels go from {labels.min().item()} to {labels.max().item()}; expected 0 to {most - 1}, or "
+                f"{most} for no class"
+            )
+
     def grid(self, model: nn.Module, inputs: Inputs) -> TokenGrid:
         return TokenGrid(*_square_grid(model.pos_embed, inputs[self.input_name]))
 

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 from t5kernels import INNER_LOSSES, INNER_WEIGHTS, KEY_NORMS
 
 from t5lib.layers.layer_map import AUTO, LAYER_SETS, parse_indices
-from t5lib.utils.config import Choice, Positive, Several, WholeNumber, one_of, settings, shown
+from t5lib.utils.config import Choice, Several, WholeNumber, one_of, settings, shown, with_named_keys
 from t5lib.utils.errors import T5Error
 
 SOFTMAX = "softmax"  # in a layer map: leave this attention as it is
@@ -52,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {name: _OTHERWISE | own for name, own in _O
 
 def _with_named_keys(layers: Any) -> Any:
     """A layer map's keys as text; YAML reads a single index as a number."""
-    return {str(key): what for key, what in layers.items()} if isinstance(layers, dict) else layers
+    return with_named_keys(layers, "layers") if isinstance(layers, dict) else layers
 
 
 @settings
@@ -88,16 +88,16 @@ class TTTConfig:
     inner: Annotated[str, Choice(INNERS)] = "swiglu"
     inner_loss: Annotated[str, Choice(INNER_LOSSES)] = "dot"
     key_norm: Annotated[str, Choice(KEY_NORMS)] = "instance"
-    key_norm_eps: Positive = 1.0
+    key_norm_eps: Annotated[float, Field(ge=1e-12, le=1e6)] = 1.0
     key_norm_scope: Annotated[str, Choice(SCOPES)] = "joint"
     locality: Annotated[str, Choice(LOCALITIES)] = "dwc_qk"
     neighborhood_share: Annotated[str, Choice(NEIGHBORHOOD_SHARES)] = "half"
     rescale: bool = False
-    radius: Annotated[float, Field(ge=1)] = 8.0
+    radius: Annotated[float, Field(ge=1, le=1e4)] = 8.0
     inherit: Annotated[str, Choice(INHERITANCE)] = "all"
     layers: Annotated[Several[int] | dict[str, str] | str | None, BeforeValidator(_with_named_keys)] = None
     softmax_layers: WholeNumber = 0
-    init_std: Positive | None = None
+    init_std: Annotated[float, Field(ge=1e-6, le=10)] | None = None
     seed: WholeNumber = 0
 
     def __post_init__(self):

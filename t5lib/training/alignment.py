@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from t5lib.conversion import ttt_layers
@@ -27,12 +28,13 @@ from t5lib.families import family_of
 from t5lib.families.inputs import Inputs, check_finite, placed
 from t5lib.layers.grid import TokenGrid
 from t5lib.training.loop import Log
-from t5lib.training.pair import check_pair
+from t5lib.training.pair import check_pair, dtypes
 from t5lib.training.recorder import Recorder, output_error, token_errors
 from t5lib.training.trainer import LoopConfig, Objective, Trainer, TrainReport, train
-from t5lib.utils.config import AtLeastOne, NotNegative, Positive, Share, WholeNumber, checked, settings
+from t5lib.utils.config import BatchSize, Rate, Share, Weight, WholeNumber, checked, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
+from t5lib.utils.seeds import own_random_states
 from t5lib.utils.weights import digest
 
 
@@ -62,21 +64,21 @@ class AlignConfig(LoopConfig):
     """
 
     steps: WholeNumber = 2000
-    batch_size: AtLeastOne = 16
-    lr: NotNegative = 3e-5
-    lr_new: NotNegative = 3e-4
+    batch_size: BatchSize = 16
+    lr: Rate = 3e-5
+    lr_new: Rate = 3e-4
     min_lr: Share = 0.0
     warmup: Share = 0.1
-    weight_decay: NotNegative = 0.0
+    weight_decay: Rate = 0.0
     trainable: Literal["blocks", "attention", "new", "lora", "all"] = "blocks"  # type: ignore[assignment]  # more
-    blocks: NotNegative = 1.0
-    block_growth: Positive = 1.0
+    blocks: Weight = 1.0
+    block_growth: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     features: str | None = None
-    features_weight: NotNegative = 2.0
-    output: NotNegative = 1.0
-    cosine: NotNegative = 0.0
+    features_weight: Weight = 2.0
+    output: Weight = 1.0
+    cosine: Weight = 0.0
     damping: Share = 0.0
-    prefix: NotNegative = 0.1
+    prefix: Weight = 0.1
 
     def __post_init__(self):
         if not (self.blocks or self.output or (self.features and (self.features_weight or self.cosine))):
@@ -97,6 +99,7 @@ class AlignReport(TrainReport):
     error_after: dict[str, float] = field(default_factory=dict)
 
 
+@own_random_states()
 @torch.enable_grad()
 def align(
     model: nn.Module,
@@ -104,7 +107,7 @@ def align(
     teacher: nn.Module,
     batches: Batches,
     config: AlignConfig | None = None,
-    resume_dir: Path | None = None,
+    resume_dir: Path | str | None = None,
     log: Log | None = None,
 ) -> AlignReport:
     """Train `model`, in place, to do what `teacher` does.
@@ -129,9 +132,10 @@ def align(
 
 
 def _aligned(
-    model: nn.Module, objective: "Alignment", batches: Batches, resume_dir: Path | None, log: Log | None
+    model: nn.Module, objective: "Alignment", batches: Batches, resume_dir: Path | str | None, log: Log | None
 ) -> AlignReport:
-    config, before = objective.config, _measured(model, objective, batches)
+    config, probe = objective.config, _probe(model, objective, batches)
+    before = _measured(model, objective, probe)
     if not config.steps:
         return AlignReport(
             steps=0, seconds=0.0, samples_per_second=0.0, loss=0.0, error_before=before, error_after=before
@@ -149,7 +153,7 @@ def _aligned(
             )
         finally:
             objective.end()
-    return AlignReport(**vars(report), error_before=before, error_after=_measured(model, objective, batches))
+    return AlignReport(**vars(report), error_before=before, error_after=_measured(model, objective, probe))
 
 
 class Alignment(Objective[Inputs]):
@@ -248,11 +252,13 @@ class Alignment(Objective[Inputs]):
                     recorder.remove()
         (ours, output), (theirs, wanted) = seen
         grid = self.family.grid(model, inputs)
+        if self.config.features:
+            theirs.check_features(self.config.features, grid)
         errors = {
             name: token_errors(block, target, grid)["image"]
             for name, block, target in zip(self.names, ours.blocks, theirs.blocks, strict=True)
         }
-        if ours.features is not None and theirs.features is not None:
+        if self.config.features:
             errors["features"] = token_errors(ours.features, theirs.features, grid)["image"]
         errors["output"] = output_error(output, wanted)
         return {name: error.item() for name, error in errors.items()}
@@ -260,13 +266,13 @@ class Alignment(Objective[Inputs]):
 
 def _check(model: nn.Module, teacher: nn.Module, config: AlignConfig) -> None:
     check_pair(model, teacher)
-    ours, theirs = (next(each.parameters()).dtype for each in (model, teacher))
-    if ours != torch.float32:
-        raise T5Error(f"align: the model's weights are {ours}, too coarse for small steps; call model.float()")
-    if config.precision == "fp32" and theirs != torch.float32:
+    ours, theirs = (dtypes(each) - {torch.float32} for each in (model, teacher))
+    if ours:
+        raise T5Error(f"align: the model has weights in {ours.pop()}, not in float32; call model.float()")
+    if config.precision == "fp32" and theirs:
         raise T5Error(
-            f"align: the teacher's weights are {theirs} and precision is fp32; call teacher.float(), or set precision: "
-            "bf16"
+            f"align: the teacher has weights in {theirs.pop()} and precision is fp32; call teacher.float(), or set "
+            "precision: bf16"
         )
     if config.features:
         try:
@@ -300,12 +306,17 @@ def _trainable(model: nn.Module, config: AlignConfig) -> Iterator[LoopConfig]:
             parameter.requires_grad_(True)
 
 
-def _measured(model: nn.Module, objective: Alignment, batches: Batches) -> dict[str, float]:
-    """The errors on the first batch; leaves the models in the modes that they were in."""
-    device = next(model.parameters()).device
-    objective.teacher.to(device)
+def _probe(model: nn.Module, objective: Alignment, batches: Batches) -> Inputs:
+    """The first batch, checked."""
     inputs = objective.family.inputs(next(open_batches(batches, 0)))
     objective.family.check_inputs(model, inputs)
     check_finite(inputs)
+    return inputs
+
+
+def _measured(model: nn.Module, objective: Alignment, inputs: Inputs) -> dict[str, float]:
+    """The errors on `inputs`; leaves the models in the modes that they were in."""
+    device = next(model.parameters()).device
+    objective.teacher.to(device)
     with evaluating(model, objective.teacher):
         return objective.measure(model, placed(inputs, device, torch.float32))

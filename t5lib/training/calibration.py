@@ -28,13 +28,14 @@ from t5lib.layers.attention import TTTLayer
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.layer_map import AUTO
 from t5lib.training import checkpoints
-from t5lib.training.layer_groups import CalibrateConfig, Example, LayerGroup, Seen
+from t5lib.training.layer_groups import CalibrateConfig, Example, LayerGroup, Seen, check_fit
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
-from t5lib.training.pair import check_pair
+from t5lib.training.pair import check_pair, dtypes
 from t5lib.training.softmax_layers import SoftmaxChoice, put_softmax_back
 from t5lib.utils.config import checked
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
+from t5lib.utils.seeds import own_random_states
 from t5lib.utils.weights import digest
 
 LOG_EVERY = 10
@@ -58,6 +59,7 @@ class CalibrationReport:
     seconds: float = 0.0
 
 
+@own_random_states()
 @torch.enable_grad()
 def calibrate(
     model: nn.Module,
@@ -65,7 +67,7 @@ def calibrate(
     teacher: nn.Module,
     batches: Batches,
     config: CalibrateConfig | None = None,
-    resume_dir: Path | None = None,
+    resume_dir: Path | str | None = None,
     log: Log | None = None,
 ) -> CalibrationReport:
     """Fit the new layers of `model`, in place, to the attentions of `teacher`.
@@ -87,7 +89,7 @@ def calibrate(
         T5Error: the models do not match, the loss is not finite, checkpoints were made by another recipe or code, or
             there is too little room for them.
     """
-    config = checked(config, CalibrateConfig)
+    config, resume_dir = checked(config, CalibrateConfig), checkpoints.opened(resume_dir)
     check_pair(model, teacher)
     _check_places(model, teacher)
     inputs_of = functools.partial(_inputs, family_of(teacher), teacher)
@@ -96,7 +98,7 @@ def calibrate(
         probe = inputs_of(next(source))  # measured on, left out of the fit
         fit = _Fit(model, teacher, config, probe)
         report = CalibrationReport(error_before=fit.error_before, steps=config.steps)
-        if resume_dir and fit.restore(resume_dir):
+        if resume_dir and fit.restore(resume_dir) and not fit.over(config.steps):
             source = open_batches(batches, fit.batches)
         fit.source = map(inputs_of, source)
         every = config.checkpoint_every
@@ -122,16 +124,12 @@ class _Fit(Work):
         self.sources = {name: self._source(name, layer) for name, layer in self.layers.items()}
         self.device = next(teacher.parameters()).device
         seen = self.see(probe)
+        check_fit(config, [layer.mixer for layer in self.layers.values()])
         self.groups = self._groups(seen)
         parameters = [{"params": [p for g in self.groups for p in g.mixer.parameters()], "peak": config.lr}]
         if config.lr_inherited:
             parameters.append({"params": list(self._inherited()), "peak": config.lr_inherited})
         parameters = [group for group in parameters if group["params"]]
-        if not parameters:
-            raise T5Error(
-                "these layers have no new weights, so with lr_inherited 0 there is nothing to fit; set "
-                "calibrate.lr_inherited, or skip calibration (steps: 0)"
-            )
         self.optimizer = torch.optim.Adam(parameters, lr=config.lr, fused=self.device.type == "cuda")
         self.error_before = self.errors(seen)
         self.done, self.drawn = Done(), self._draws()
@@ -296,7 +294,7 @@ def _check_places(model: nn.Module, teacher: nn.Module) -> None:
     ours, theirs = next(model.parameters()), next(teacher.parameters())
     if ours.device != theirs.device:
         raise T5Error(f"the teacher is on {theirs.device}, the model on {ours.device}; move one of them to the other")
-    half = {each.dtype for each in (ours, theirs)} - {torch.float32}
+    half = (dtypes(model) | dtypes(teacher)) - {torch.float32}
     if half and ours.device.type == "cpu":
         raise T5Error(
             f"weights are {half.pop()}, and on a CPU layers are fitted in float32; call .float() on both models"

@@ -8,12 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
+from t5lib.families import family_of
 from t5lib.families.base import Adapter
+from t5lib.families.inputs import Inputs
 from t5lib.layers.grid import TokenGrid
+from t5lib.utils.errors import T5Error
+from t5lib.utils.modes import evaluating
 
 
 class Recorder:
@@ -28,13 +33,15 @@ class Recorder:
     Attributes:
         blocks: image tokens (B, N, C) of every block, prefix tokens first, of the last forward recorded.
         features: what the part gave, likewise.
+        before: how many blocks had run when it did.
     """
 
     def __init__(self, family: Adapter, model: nn.Module, features: str | None, damping: float = 0.0):
         self.family, self.damping = family, damping
         self.on: int | None = None  # the thread whose forward is recorded
         self.blocks: list[Tensor] = []
-        self.features: Tensor | None = None
+        self.features: Any = None
+        self.before = 0
         self.undo: list[Callable[[], None]] = []
         *others, last = family.blocks(model)
         for block in others:
@@ -71,15 +78,29 @@ class Recorder:
         passed_on.register_hook(lambda gradient: gradient * (1 - self.damping))
         return passed_on
 
-    def _keep_features(self, output: Tensor) -> Tensor:
+    def _keep_features(self, output: Any) -> Any:
         if self.on == threading.get_ident():
-            self.features = output
+            self.features, self.before = self.family.block_tokens(output), len(self.blocks)
         return output
+
+    def check_features(self, name: str, grid: TokenGrid) -> None:
+        """Raises T5Error unless the part called `name` gave, after a block, the tokens of all blocks' kind."""
+        tokens, gave = self.blocks[-1].shape[1], self.features
+        if isinstance(gave, Tensor) and gave.ndim == 3 and gave.shape[1] == tokens and self.before:
+            return
+        shape = f"gives {tuple(gave.shape)}" if isinstance(gave, Tensor) else "gives no tensor"
+        problem = "is not called in a forward" if gave is None else shape
+        if self.before == 0 and gave is not None:
+            problem = "comes before the first block, where both models are the same"
+        raise T5Error(
+            f"align: features '{name}' {problem}; expected a part that gives tokens (B, {tokens}, C) of the grid of "
+            f"{grid.rows}×{grid.columns}: a block, or the norm after the last ('norm' in timm's models), or null"
+        )
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Around one forward; blocks that checkpointing calls again in the backward pass are not recorded."""
-        self.blocks, self.features, self.on = [], None, threading.get_ident()
+        self.blocks, self.features, self.before, self.on = [], None, 0, threading.get_ident()
         try:
             yield
         finally:
@@ -89,6 +110,22 @@ class Recorder:
         for undo in self.undo:
             undo()
         self.undo = []
+
+
+def check_features(model: nn.Module, name: str, inputs: Inputs) -> None:
+    """Raises T5Error unless the part `name` of a softmax model, on any device, gives what AlignConfig.features needs.
+
+    Args:
+        inputs: what the model is called with, of any numbers.
+    """
+    family = family_of(model)
+    recorder = Recorder(family, model, name)
+    try:
+        with torch.no_grad(), evaluating(model), recorder.recording():
+            family.call(model, inputs)
+        recorder.check_features(name, family.grid(model, inputs))
+    finally:
+        recorder.remove()
 
 
 def token_errors(ours: Tensor, theirs: Tensor, grid: TokenGrid, cosine: bool = False) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from t5lib.families.timm_vit import LOADS_WEIGHTS
 from t5lib.utils.config import shown
 from t5lib.utils.errors import T5Error
 from t5lib.weights import transformers_vit
@@ -86,12 +87,14 @@ def blank(architecture: str, arguments: dict[str, Any]) -> nn.Module:
         hint = f"did you mean '{near[0]}'?" if near else "see timm.list_models()"
         raise T5Error(f"timm {timm.__version__} knows no architecture '{architecture}'; {hint}")
     try:
+        if loading := sorted(LOADS_WEIGHTS & arguments.keys()):
+            raise ValueError(f"{', '.join(loading)} loads weights, which come from elsewhere")
         with torch.device("meta"):
             return timm.create_model(architecture, pretrained=False, **arguments)
-    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, ZeroDivisionError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, ArithmeticError, LookupError) as error:
         raise T5Error(
-            f"timm's {architecture} cannot be made with {shown(arguments)}: {error}; correct its arguments (of a "
-            "target: fetch.model_args)"
+            f"timm's {architecture} cannot be made with {shown(arguments)}: {str(error)[:300]}; correct its arguments "
+            "(of a target: fetch.model_args)"
         ) from error
 
 

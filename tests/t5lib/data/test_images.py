@@ -353,14 +353,14 @@ def test_workers_can_be_spawned(four):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: transform(PLAIN, AugmentConfig(auto_augment="rnd-m9")), "does not understand auto_augment 'rnd-m9'"),
+        (lambda: AugmentConfig(auto_augment="rnd-m9"), "auto_augment 'rnd-m9': no policy 'rnd'"),
         (lambda: AugmentConfig(auto_augment="rand-m9", color_jitter=0.3), "color_jitter is 0.3; expected null"),
         (lambda: AugmentConfig(scale=(0.8, 0.2)), "scale is"),
         (lambda: AugmentConfig(hflip=50), "hflip is 50; expected at most 1"),
-        (lambda: DataConfig(img_size=0, num_classes=1, mean=(0, 0, 0), std=(1, 1, 1)), "img_size is 0"),
+        (lambda: DataConfig(img_size=0, num_classes=2, mean=(0, 0, 0), std=(1, 1, 1)), "img_size is 0"),
         (
-            lambda: DataConfig(img_size=8, num_classes=1, mean=(0, 0, 0), std=(1, 0, 1)),
-            r"std\.1 is 0; expected more than 0",
+            lambda: DataConfig(img_size=8, num_classes=2, mean=(0, 0, 0), std=(1, 0, 1)),
+            r"std\.1 is 0; expected 0.001 or more",
         ),
     ],
 )
