@@ -112,7 +112,7 @@ def _skeleton(family: Adapter, description: dict[str, Any], config: TTTConfig | 
     try:
         return family.skeleton(description["architecture"], description["model_args"], config)
     except T5Error as error:
-        raise T5Error(f"{folder}/t5.json: {error}") from None
+        raise T5Error(f"{folder}/t5.json, made with {description.get('versions')}: {error}") from None
     except Exception as error:  # whatever a library's constructors raise on arguments that they were not made for
         raise T5Error(
             f"{folder}/t5.json does not describe a model that {family.package} {version(family.package)} can make "

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import timm
 import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
@@ -16,14 +15,13 @@ from t5lib.families.base import Adapter, Tokens, check_multiple
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.families.refusals import reason
 from t5lib.families.replacement import chosen_layers, replace_attentions
+from t5lib.families.timm_creation import create
 from t5lib.layers.attention import TTTAttention, project
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, one_pass, tell_grid
 from t5lib.utils.errors import T5Error
 from t5lib.utils.threads import of_this_thread
 
-# Arguments of timm.create_model that name files or addresses.
-LOADS_WEIGHTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 # Methods of a VisionTransformer that call its blocks.
 FORWARDS = ("forward", "forward_features", "forward_intermediates")
 
@@ -208,13 +206,7 @@ class TimmVit(Adapter):
         return architecture, asked | present
 
     def build(self, architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> nn.Module:
-        if not timm.is_model(architecture):
-            raise T5Error(
-                f"timm {timm.__version__} knows no architecture '{architecture}'; is it older than the model?"
-            )
-        if loading := sorted(LOADS_WEIGHTS & arguments.keys()):
-            raise T5Error(f"{', '.join(loading)} is no argument of a model but one that loads weights; leave it out")
-        model = timm.create_model(architecture, pretrained=False, **arguments)
+        model = create(architecture, arguments)
         if config:
             replace_attentions(self, model, config, chosen_layers(self, model, config))
         return model

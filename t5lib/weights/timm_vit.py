@@ -1,6 +1,5 @@
 """Softmax models of timm with weights of other people's files, every one of them used."""
 
-import difflib
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from t5lib.families.timm_vit import LOADS_WEIGHTS
-from t5lib.utils.config import shown
+from t5lib.families.timm_creation import create
 from t5lib.utils.errors import T5Error
 from t5lib.weights import transformers_vit
 from t5lib.weights.state_dicts import read
@@ -82,20 +80,8 @@ def build(
 
 def blank(architecture: str, arguments: dict[str, Any]) -> nn.Module:
     """The model without weights, on the meta device. Raises T5Error for an unknown architecture or argument."""
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "see timm.list_models()"
-        raise T5Error(f"timm {timm.__version__} knows no architecture '{architecture}'; {hint}")
-    try:
-        if loading := sorted(LOADS_WEIGHTS & arguments.keys()):
-            raise ValueError(f"{', '.join(loading)} loads weights, which come from elsewhere")
-        with torch.device("meta"):
-            return timm.create_model(architecture, pretrained=False, **arguments)
-    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, ArithmeticError, LookupError) as error:
-        raise T5Error(
-            f"timm's {architecture} cannot be made with {shown(arguments)}: {str(error)[:300]}; correct its arguments "
-            "(of a target: fetch.model_args)"
-        ) from error
+    with torch.device("meta"):
+        return create(architecture, arguments)
 
 
 def _with_head(weights: dict[str, Tensor], empty: nn.Module, seed: int, own: bool) -> dict[str, Tensor]:
