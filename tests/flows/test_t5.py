@@ -5,11 +5,13 @@ import logging
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 from filelock import FileLock
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.logging.handlers import APILogWorker
 from prefect.testing.cli import CycloptsCliRunner
 
 from flows import t5 as t5_module
@@ -107,6 +109,7 @@ def test_a_failing_stage_shows_its_own_words_and_stops_the_flow(mlflow_repo, unr
         "What to do: mend that, then run the same again; finished stages are kept",
         f"All that the stage said: {log}",
     ]
+    APILogWorker.instance().drain()  # flows send what they log now and then
     printed = prefect_cli("flow-run", "logs", str(state.state_details.flow_run_id)).splitlines()
     [reason] = [index for index, line in enumerate(printed) if line.endswith(told[0])]
     assert "| ERROR" in printed[reason]
@@ -123,29 +126,34 @@ def test_only_what_may_pass_by_itself_is_tried_again(mlflow_repo, unrecorded, mo
     assert mlflow_repo.calls() == [3, 0, 0]
 
 
+@contextmanager
 def held_until(lock, told):
     """Another flow is at the same target, until it is `told` so."""
     lock.parent.mkdir(parents=True)
-    other = FileLock(lock, thread_local=False)
-    other.acquire()
-    lock.write_text("process 7 on here: python -m flows.t5 small\n")
+    begun = threading.Event()
 
-    def release():
-        until = time.monotonic() + 60
-        while not told() and time.monotonic() < until:
-            time.sleep(0.05)
-        other.release()
+    def hold():
+        with FileLock(lock):
+            lock.write_text("process 7 on here: python -m flows.t5 small\n")
+            begun.set()
+            until = time.monotonic() + 60
+            while not told() and time.monotonic() < until:
+                time.sleep(0.05)
 
-    threading.Thread(target=release, daemon=True).start()
+    other = threading.Thread(target=hold)
+    other.start()
+    begun.wait()
+    yield
+    other.join()
 
 
 def test_the_second_flow_of_a_target_says_whom_it_waits_for(small_repo, caplog):
     caplog.set_level(logging.INFO)
     small_repo.set("enabled: [small]", "enabled: {}")
     said = "target small is in the hands of process 7 on here: python -m flows.t5 small; waiting until it ends"
-    held_until(small_repo.root / "data/scratch/small/flow.lock", lambda: said in caplog.text)
-    with pytest.raises(T5Error):
-        t5("small")
+    with held_until(small_repo.root / "data/scratch/small/flow.lock", lambda: said in caplog.text):
+        with pytest.raises(T5Error):
+            t5("small")
     assert said in caplog.text
 
 
