@@ -13,6 +13,7 @@ from torch import nn
 
 import t5lib
 from t5lib.benchmarks.resolution_sweep import BenchmarkConfig
+from t5lib.checkpoint import FILES
 from t5lib.data.batches import Batches
 from t5lib.families import family_of
 from t5lib.families.replacement import chosen_layers
@@ -25,6 +26,7 @@ from t5lib.training.trainer import LoopConfig, TrainReport
 from t5lib.utils.config import AtLeastOne, WholeNumber, settings
 from t5lib.utils.errors import T5Error
 from tasks.runtime.stage import Stage
+from tasks.runtime.tracking.registry.product import Product
 
 Recipe = TypeVar("Recipe", bound=LoopConfig)  # of the training of one kind
 
@@ -147,8 +149,17 @@ class Target(ABC, Generic[Recipe]):
         """
 
     @abstractmethod
+    def product(self, scores: dict[str, Any]) -> Product:
+        """The fine-tuned model as MLflow registers it, with the `scores` that `evaluate` found for it."""
+
+    @abstractmethod
     def quality(self, data: ReportData) -> Quality:
         """The part of the report that depends on the kind of model."""
+
+    def model_files(self) -> dict[str, Path]:
+        """Those of the fine-tuned model that t5lib.load reads, by their place in a Product."""
+        made = self.stage.input("finetune")
+        return {f"model/{name}": made / name for name in sorted(FILES)}
 
     def samples(self) -> Path | None:
         """A picture of what the models draw, where they draw."""
