@@ -15,6 +15,7 @@ DEFAULTS = {  # of variables that MLflow reads
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines a stage
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # a server that is away must cost seconds, not minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }

@@ -55,12 +55,18 @@ def upload(client: Any, run_id: str, target: str, product: Product, tags: dict[s
 
 
 def _store(client: Any, model: LoggedModel, product: Product) -> None:
+    about = Model(
+        artifact_path=model.artifact_location,
+        model_uuid=model.model_id,
+        run_id=model.source_run_id,
+        model_id=model.model_id,
+    )
     if is_local_uri(model.artifact_location, is_tracking_or_registry_uri=False):
-        _write(Path(local_file_uri_to_path(model.artifact_location)), model, product, link_or_copy)
+        write_model(Path(local_file_uri_to_path(model.artifact_location)), about, product, link_or_copy)
         return
     with tempfile.TemporaryDirectory(prefix="t5-") as temporary:
         folder = Path(temporary) / "model"
-        _write(folder, model, product, os.symlink)
+        write_model(folder, about, product, os.symlink)
         with _patience(sum(file.stat().st_size for file in product.files.values())):
             client.log_model_artifacts(model.model_id, str(folder))
 
@@ -77,14 +83,8 @@ def _patience(size: int) -> Iterator[None]:
         os.environ[variable] = before
 
 
-def _write(folder: Path, model: LoggedModel, product: Product, link: Callable[[str, str], None]) -> None:
-    """An MLflow model in which the files of the product are links."""
-    about = Model(
-        artifact_path=model.artifact_location,
-        model_uuid=model.model_id,
-        run_id=model.source_run_id,
-        model_id=model.model_id,
-    )
+def write_model(folder: Path, about: Model, product: Product, link: Callable[[str, str], None]) -> None:
+    """Write an MLflow model, `about` with its files, in which those of the product are links."""
     with tempfile.TemporaryDirectory(prefix="t5-") as small:
         write_json(Path(small) / "target/settings.json", product.settings)
         pyfunc.save_model(
