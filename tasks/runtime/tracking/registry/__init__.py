@@ -4,6 +4,7 @@ The alias `best` stands at the version with the best score among those that were
 that does not pass the gate before fine-tuning gets no score, and so no version.
 """
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from t5lib.utils.files import sha256
@@ -43,6 +44,8 @@ def register(client: Any, run_id: str, target: str, product: Product, tags: dict
         # not models:/ID, which MLflow looks up in the store of the process
         source, own = model.artifact_location, {"tags": tags, "description": about, "model_id": model.model_id}
         number = client.create_model_version(target, source, run_id, **own).version
+        named = json.dumps([{"name": target, "version": str(number)}])
+        client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": named})  # shown on the model's page
     best = _best(_versions(client, target), product)
     client.set_registered_model_alias(target, BEST, best)
     return f"{target} version {number}, {product.measure} {tags['score']}; '{BEST}' is version {best}"
