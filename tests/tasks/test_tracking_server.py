@@ -117,7 +117,8 @@ def test_the_model_is_a_version_that_says_what_it_is(root, client, runs):
     told = {"target": "tiny", "measure": "top1 (higher is better)", "score": f"{score:.6g}", "inner": "swiglu"}
     assert (told | {"git_commit": "unknown"}).items() <= version.tags.items()
     assert version.run_id == runs["evaluate"].info.run_id
-    [output] = runs["evaluate"].outputs.model_outputs
+    [output], [shown] = (runs[name].outputs.model_outputs for name in ("evaluate", "flow"))
+    assert shown.model_id == output.model_id
     assert output.model_id in version.source
     assert '"version": "1"' in client.get_logged_model(output.model_id).tags["mlflow.modelVersions"]
     again = run_stage("evaluate", "tiny", params=SETTINGS, root=root, track=True)

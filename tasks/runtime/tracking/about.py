@@ -26,7 +26,7 @@ def tags_of(settings: dict[str, Any], commit: str, code: str) -> dict[str, str]:
         **{name: str(convert[name]) for name in TELLING if name in convert},
         **({"source": without_secrets(str(fetch["source"]))} if "source" in fetch else {}),
         "git_commit": commit,
-        "mlflow.source.git.commit": commit.removesuffix("-dirty"),
+        **({} if commit == "unknown" else {"mlflow.source.git.commit": commit.removesuffix("-dirty")}),
         "mlflow.source.name": code,
         "mlflow.source.type": "LOCAL",
         "mlflow.user": _user(),

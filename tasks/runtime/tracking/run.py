@@ -131,7 +131,8 @@ class Run(NoRun):
         """Make the target's model a version in the registry, and say so."""
         own = self.client.get_run(self.id).data.tags
         tags = {name: own[name] for name in (*TELLING, "source", "git_commit") if name in own}
-        said = registry.register(self.client, str(self.id), own["target"], product, tags)
+        runs = [str(self.id), *filter(None, [own.get("mlflow.parentRunId")])]
+        said = registry.register(self.client, runs, own["target"], product, tags)
         print(f"MLflow: {said}", flush=True)
 
     @_never_fatal

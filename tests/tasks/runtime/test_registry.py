@@ -44,7 +44,7 @@ def test_weights_are_stored_once_as_a_second_name_of_their_file_and_stay_one_ver
     run = client.create_run(store.experiment(client, tmp_path)).info.run_id
     (tmp_path / "one").write_text("one")
     for score in (70.0, 75.0):  # MLflow wants no point in the name of a logged model
-        registry.register(client, run, "v1.5", product(score, weights=tmp_path / "one"), {})
+        registry.register(client, [run], "v1.5", product(score, weights=tmp_path / "one"), {})
     [version] = client.search_model_versions("name = 'v1.5'")
     assert version.tags["score"] == "75" and "top1 75" in version.description
     [stored] = (tmp_path / FOLDER).rglob("model.safetensors")

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 BEST = "best"
 
 
-def register(client: Any, run_id: str, target: str, product: Product, tags: dict[str, str]) -> str:
+def register(client: Any, runs: list[str], target: str, product: Product, tags: dict[str, str]) -> str:
     """Make `product` a version of the registered model `target`, or find the one that it is, and set the alias.
 
     Args:
-        client, run_id: an MlflowClient, and the run that scored it.
+        client, runs: an MlflowClient, and the run that scored it, before others that show it.
         tags: of the version, beside those that say its score.
 
     Returns:
@@ -39,11 +39,11 @@ def register(client: Any, run_id: str, target: str, product: Product, tags: dict
             client.set_model_version_tag(target, number, key, value)
         client.update_model_version(target, number, about)
     else:
-        model = upload(client, run_id, target, product, tags)
+        model = upload(client, runs, target, product, tags)
         _ensure(client, target)
         # not models:/ID, which MLflow looks up in the store of the process
         source, own = model.artifact_location, {"tags": tags, "description": about, "model_id": model.model_id}
-        number = client.create_model_version(target, source, run_id, **own).version
+        number = client.create_model_version(target, source, runs[0], **own).version
         named = json.dumps([{"name": target, "version": str(number)}])
         client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": named})  # shown on the model's page
     best = _best(_versions(client, target), product)

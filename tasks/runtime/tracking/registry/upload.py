@@ -34,8 +34,9 @@ OF_KIND = {"classifier": [], "denoiser": ["diffusers", "transformers", "accelera
 SLOWEST = 10_000_000  # bytes a second: a server may pass an upload on to a store that takes no more
 
 
-def upload(client: Any, run_id: str, target: str, product: Product, tags: dict[str, str]) -> LoggedModel:
-    """Put the model into the store, as an output of the run."""
+def upload(client: Any, runs: list[str], target: str, product: Product, tags: dict[str, str]) -> LoggedModel:
+    """Put the model into the store, as an output of the runs; the first of them scored it."""
+    run_id = runs[0]
     experiment = client.get_run(run_id).info.experiment_id
     name = re.sub(r"[/:.%\"']", "-", target)  # MLflow refuses these
     model = client.create_logged_model(experiment, name, run_id, tags=tags, model_type=f"t5 {product.kind}")
@@ -46,7 +47,8 @@ def upload(client: Any, run_id: str, target: str, product: Product, tags: dict[s
             client.finalize_logged_model(model.model_id, "FAILED")
         raise
     client.finalize_logged_model(model.model_id, "READY")
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    for each in runs:
+        client.log_outputs(each, [LoggedModelOutput(model.model_id, step=0)])
     now = int(time.time() * 1000)
     scores = {name: float(f"{value:.12g}") for name, value in product.scores.items()}
     of_model = {"model_id": model.model_id, "run_id": run_id}
