@@ -91,10 +91,7 @@ def _built(root: Path, target: str, variables: dict[str, str]) -> dict[str, Any]
     log.info("%s: %s; stages of which nothing changed are skipped", target, " → ".join(names))
     if takes := params.takes(root, target):
         log.info("From nothing it takes %s", takes)
-    run = tracking.start_run(
-        root, target, target, settings, {"stage": "flow", "protocol": tracking.protocol(settings, names)}
-    )
-    run.log_params(settings)
+    run = tracking.start_flow(root, target, settings, names)
     try:
         for name in names:
             recorded = variables | {tracking.PARENT_VARIABLE: run.id or ""}
@@ -102,6 +99,8 @@ def _built(root: Path, target: str, variables: dict[str, str]) -> dict[str, Any]
             run.adopt_stage(root, target, name)
         headlines = {name: read_json(root / f"data/out/{target}/{name}.json") for name in HEADLINES if name in names}
         run.log_metrics(headlines)
+        run.log_images(root / f"data/out/{target}/shards", settings.get("shards") or {})
+        run.describe(root / f"data/out/{target}")
         _publish(root, target, headlines, run.id)
     except BaseException as error:
         run.finish("FAILED" if isinstance(error, Exception) else "KILLED")

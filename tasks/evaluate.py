@@ -12,7 +12,9 @@ READS = ("evaluate", "align", "data")
 def run(target: Target) -> dict[str, Any]:
     """Where nothing was aligned, the calibrated model stands for both."""
     skipped = () if target.section("align").steps else ("aligned",)
-    return {"models": target.evaluate({model.key: model.made_by for model in MODELS if model.key not in skipped})}
+    scores = target.evaluate({model.key: model.made_by for model in MODELS if model.key not in skipped})
+    target.stage.product = target.product(scores["finetuned"])
+    return {"models": scores}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from t5lib.report.data import REQUIRED, ReportData
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_text
 from tasks.runtime.stage import Stage, read_history
-from tasks.runtime.tracking import git_commit
+from tasks.runtime.tracking.about import git_commit
 from tasks.targets import resolve
 from tasks.targets.base import Target
 from tasks.targets.run import main

@@ -15,6 +15,7 @@ import torch
 
 from tasks import targets
 from tasks.runtime import tracking
+from tasks.runtime.tracking import store
 
 ROOT = Path(__file__).resolve().parents[1]
 # pytest gives loggers that do not propagate its handler, and with any handler torch writes out all that it traces.
@@ -156,8 +157,8 @@ class SmallRepo:
 
     def recorded(self, **tags: str) -> list:
         """The MLflow runs with these tags, oldest first."""
-        client = tracking._client(self.root)
-        runs = client.search_runs([tracking._experiment(client, self.root)], order_by=["start_time ASC"])
+        client = store.client(self.root)
+        runs = client.search_runs([store.experiment(client, self.root)], order_by=["start_time ASC"])
         return [run for run in runs if tags.items() <= run.data.tags.items()]
 
     def git(self, *arguments: str) -> str:
@@ -244,7 +245,7 @@ def as_stage(monkeypatch):
 def empty_mlflow(tmp_path_factory) -> Path:
     """An MLflow store without runs; making its tables takes seconds."""
     root = tmp_path_factory.mktemp("mlflow")
-    tracking._client(root)
+    store.client(root)
     return root / tracking.FOLDER
 
 

@@ -126,6 +126,14 @@ def sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def link_or_copy(source: str, to: str) -> None:
+    """`to` becomes a second name of the file `source`, or a copy where the file system has no such."""
+    try:
+        os.link(source, to)
+    except OSError:  # on another file system, or one without links
+        shutil.copy2(source, to)
+
+
 @contextmanager
 def atomic_dir(path: Path | str) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place on success and vanishes on error.

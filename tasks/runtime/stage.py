@@ -13,9 +13,10 @@ import yaml
 
 from t5lib.utils.config import AnySettings, from_dict, to_dict
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json, remove_leftovers, sha256, write_json, write_text
+from t5lib.utils.files import link_or_copy, read_json, remove_leftovers, sha256, write_json, write_text
 from tasks.runtime import processes
-from tasks.runtime.tracking import NoRun
+from tasks.runtime.tracking.registry.product import Product
+from tasks.runtime.tracking.run import NoRun
 
 OWN_CODE = Path(__file__).parents[1]
 CODE = "code.json"  # in the scratch folder of a stage: which of its own files began the work
@@ -29,12 +30,14 @@ class Stage:
         name, target: such as "convert" and "dinov2-fashion".
         root: the repository's folder.
         settings: of the target, by section.
+        product: the target's finished model, from the stage that has scored it.
     """
 
     def __init__(self, name: str, target: str, *, settings: dict[str, Any], sections: dict[str, type], root: Path):
         self.name, self.target, self.root = name, target, root
         self.resolved: dict[str, Any] = {}  # what params() gave out, as plain values
         self.run_log: NoRun = NoRun()  # its MLflow run
+        self.product: Product | None = None  # to be registered once the stage has succeeded
         self.settings, self._sections = settings, sections
         self._declared = _declared(root, name, target)
         self._configs: dict[str, Any] = {}
@@ -72,6 +75,8 @@ class Stage:
         if stage not in self._used:
             self._still_open(f'input("{stage}")')
             self._used[stage] = _checksum(path)
+            if stage == "shards":
+                self.run_log.log_images(path, self.settings.get("shards") or {})
         return path
 
     def metrics(self, stage: str) -> dict[str, Any]:
@@ -135,7 +140,7 @@ class Stage:
 
     def publish(self, name: str) -> None:
         """Put a folder of resume_dir() among the outputs; it stays there too, by hard links where possible."""
-        shutil.copytree(self.resume_dir() / name, self.out / name, copy_function=_link_or_copy)
+        shutil.copytree(self.resume_dir() / name, self.out / name, copy_function=link_or_copy)
 
     @property
     def metrics_file(self) -> Path:
@@ -256,13 +261,6 @@ def _declared(root: Path, name: str, target: str) -> set[str] | None:
 
 def _md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-
-
-def _link_or_copy(source: str, to: str) -> None:
-    try:
-        os.link(source, to)
-    except OSError:  # on another file system, or one without links
-        shutil.copy2(source, to)
 
 
 def _checksum(folder: Path) -> str:

@@ -31,7 +31,9 @@ from t5lib.training.recorder import check_features
 from t5lib.training.trainer import LoopConfig, TrainReport
 from t5lib.utils.config import AtLeastOne, WholeNumber, settings
 from t5lib.utils.errors import T5Error
+from t5lib.utils.files import MODEL_FILES
 from tasks.runtime.stage import Stage
+from tasks.runtime.tracking.registry.product import Product
 
 Images = Annotated[int, Field(ge=1, le=2**16)]  # looked at together, in memory
 Recipe = TypeVar("Recipe", bound=LoopConfig)  # of the training of one kind
@@ -155,8 +157,17 @@ class Target(ABC, Generic[Recipe]):
         """
 
     @abstractmethod
+    def product(self, scores: dict[str, Any]) -> Product:
+        """The fine-tuned model as MLflow registers it, with the `scores` that `evaluate` found for it."""
+
+    @abstractmethod
     def quality(self, data: ReportData) -> Quality:
         """The part of the report that depends on the kind of model."""
+
+    def model_files(self) -> dict[str, Path]:
+        """Those of the fine-tuned model that t5lib.load reads, by their place in a Product."""
+        made = self.stage.input("finetune")
+        return {f"model/{name}": made / name for name in MODEL_FILES[0]}
 
     def samples(self) -> Path | None:
         """A picture of what the models draw, where they draw."""

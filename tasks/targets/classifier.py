@@ -22,10 +22,11 @@ from t5lib.report.common import Quality
 from t5lib.report.data import ReportData
 from t5lib.training.classifier import Classification, TrainConfig
 from t5lib.training.trainer import TrainReport, train
-from t5lib.utils.config import AtLeastOne, Rate, Share, settings
+from t5lib.utils.config import AtLeastOne, Rate, Share, settings, to_dict
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import atomic_file
+from t5lib.utils.files import atomic_file, sha256
 from t5lib.utils.progress import progress
+from tasks.runtime.tracking.registry.product import Product
 from tasks.targets.base import Target, check_model, precision
 from tasks.targets.image_shards import check_sources, listed, open_labelled, refuse_overlap
 from tasks.targets.linear_head import fit_head
@@ -235,6 +236,19 @@ class ClassifierTarget(Target[TrainConfig]):
                 "for your task"
             )
         return {}
+
+    def product(self, scores: dict[str, Any]) -> Product:
+        config, images = self.section("evaluate"), self._shards("val")
+        settings = {"data": to_dict(self.section("data")), "classes": list(images.classes)}
+        return Product(
+            kind="classifier",
+            files=self.model_files(),
+            settings=settings | {"precision": config.precision},
+            scores=scores,
+            measure="top1",
+            better="higher",
+            scored_by=[sha256(self.stage.input("shards") / "val.json"), to_dict(config)],
+        )
 
     def quality(self, data: ReportData) -> Quality:
         from t5lib.report import classifier as report  # Matplotlib takes a second

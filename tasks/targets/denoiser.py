@@ -29,9 +29,10 @@ from t5lib.report.sample_grid import sample_grid
 from t5lib.training.denoiser import DenoiserTrainConfig, Denoising, validation_loss
 from t5lib.training.objectives import Noising, noised_batch, noised_inputs, noising_of
 from t5lib.training.trainer import TrainReport, train
-from t5lib.utils.config import BatchSize, Share, Workers, settings
+from t5lib.utils.config import BatchSize, Share, Workers, settings, to_dict
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json, write_json
+from t5lib.utils.files import read_json, sha256, write_json
+from tasks.runtime.tracking.registry.product import Product
 from tasks.targets import diffusers_folder, timm_model
 from tasks.targets.base import Target, device, precision
 from tasks.targets.denoiser_checks import check_numbers, check_pipeline
@@ -40,6 +41,7 @@ from tasks.targets.sample_evaluator import EvaluateConfig, SampleEvaluator
 
 SCHEDULER = "scheduler"  # its folder in what the stage `source` made
 SPLITS = ("train", "val")
+DISTANCES = ("fid", "fd_dinov2")  # to real images: the score of a denoiser
 KEPT = "held-out.json"  # the loss of a stage's model on the validation images
 
 
@@ -280,6 +282,31 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         batches = self._latents("val").eval_batches(self.section("data").eval_batch_size)
         noising = self._noising(source)
         return validation_loss({"model": model}, batches, noising=noising, precision=precision())["model"]
+
+    def product(self, scores: dict[str, Any]) -> Product:
+        """See Target. A pipeline of the hub is fetched from there again; another one goes along."""
+        config, fetched = self.section("evaluate"), self.stage.input("fetch")
+        folder, hub = diffusers_folder.folder_of(fetched, self.stage.root), diffusers_folder.hub_of(fetched)
+        text = diffusers_folder.takes_text(folder)
+        parts = {} if hub else diffusers_folder.other_parts(fetched, self.stage.root)
+        return Product(
+            kind="denoiser",
+            files=self.model_files() | {f"pipeline/{name}": file for name, file in parts.items()},
+            settings={
+                "hub": hub,
+                "takes": "prompt" if text else "class",
+                "channels": diffusers_folder.image_channels(folder),
+                "sampling": to_dict(config.sampling),
+            },
+            scores={name: value for name, value in scores.items() if isinstance(value, int | float)},
+            measure=next(name for name in DISTANCES if name in scores),
+            better="lower",
+            scored_by=[
+                sha256(self.stage.input("shards") / "images-val.json"),
+                to_dict(config),
+                scores["extractor"],
+            ],
+        )
 
     def quality(self, data: ReportData) -> Quality:
         return report.quality(data)

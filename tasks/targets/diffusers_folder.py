@@ -103,6 +103,21 @@ def known(source: str, root: Path) -> Path | None:
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
+def hub_of(fetched: Path) -> dict[str, str] | None:
+    """What t5lib.load_pipeline takes for a pipeline of the hub; None for another one."""
+    source = read_json(fetched / NOTE)["source"].partition("#")[0]
+    if not source.startswith("hf:"):
+        return None
+    repository, _, revision = source.removeprefix("hf:").partition("@")
+    return {"source": repository, "revision": revision}
+
+
+def other_parts(fetched: Path, root: Path) -> dict[str, Path]:
+    """The pipeline's files beside its transformer, by their places in it."""
+    folder = folder_of(fetched, root)
+    return {name: folder / name for name in read_json(fetched / NOTE)["files"] if not name.startswith("transformer/")}
+
+
 def transformer(fetched: Path, root: Path) -> "nn.Module":
     """The softmax denoiser in single precision, its files' checksums checked."""
     import torch

@@ -31,7 +31,8 @@ from tasks.runtime import local_sources
 from tasks.runtime.failures import in_words
 from tasks.runtime.params import read_target
 from tasks.runtime.stage import Stage
-from tasks.runtime.tracking import device, flatten, start_run
+from tasks.runtime.tracking import start_stage
+from tasks.runtime.tracking.about import device, flatten
 from tasks.targets import kind, resolve
 
 
@@ -62,8 +63,7 @@ def _run_alone(stage: Stage, run: Callable[[], dict[str, Any]], track: bool) -> 
         with in_words(stage.root, stage.kept):
             stage.begin()
             if track:
-                tags = {"stage": stage.name, "protocol": stage.name}
-                stage.run_log = start_run(stage.root, stage.target, stage.name, stage.settings, tags)
+                stage.run_log = start_stage(stage.root, stage.target, stage.name, stage.settings)
             metrics = run()
             stage.succeed(metrics)
     except BaseException as error:
@@ -73,6 +73,8 @@ def _run_alone(stage: Stage, run: Callable[[], dict[str, Any]], track: bool) -> 
         raise
     stage.run_log.log_metrics(metrics)
     stage.run_log.set_tags({"device": device(), "metrics_sha256": sha256(stage.metrics_file)})
+    if stage.product:
+        stage.run_log.register(stage.product)
     stage.run_log.finish()
     return metrics
 

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import denoiser_target
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import t5lib
 from t5lib.conversion import new_parameters
@@ -15,10 +17,10 @@ from t5lib.evaluation import scores
 from t5lib.report.models import KEYS
 from t5lib.report.score_table import score_table
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json
-from tasks.runtime.stage import read_history
+from t5lib.utils.files import link_or_copy, read_json
+from tasks.runtime.stage import Stage, read_history
 from tasks.targets import sample_evaluator
-from tasks.targets.denoiser import FreezeConfig
+from tasks.targets.denoiser import DenoiserTarget, FreezeConfig
 from tasks.targets.diffusers_folder import check
 from tasks.targets.run import run_stage
 
@@ -125,6 +127,30 @@ def test_every_model_draws_the_same_prompts_and_is_scored(built, root, kind):
 def test_nothing_is_left_in_scratch(built, root):
     left = [path for path in (root / "data/scratch").rglob("*") if path.is_file()]
     assert [path.name for path in left if path.suffix != ".lock" and path.name != "checked-shards.jsonl"] == []
+
+
+@pytest.mark.pipeline
+def test_as_mlflow_keeps_it_the_model_draws_what_was_evaluated(built, root, kind, tmp_path):
+    """With the pipeline's other parts, since they come from a folder; those of the hub would be fetched again."""
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    from tasks.runtime.tracking.registry.upload import write_model
+
+    settings = denoiser_target.settings(kind, root)
+    evaluate = Stage("evaluate", "tiny", settings=settings, sections=DenoiserTarget.SECTIONS, root=root)
+    product = DenoiserTarget(evaluate).product(built["evaluate"]["models"]["finetuned"])
+    assert (product.measure, product.better) == ("fd_dinov2", "lower")
+    write_model(tmp_path / "model", Model(), product, link_or_copy)
+    assert not list((tmp_path / "model").rglob("transformer"))
+    drawn = root / "data/out/tiny/evaluate/images/finetuned/00001.png"
+    recipe = json.loads(Image.open(drawn).text["t5"])
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    wanted = {product.settings["takes"]: [recipe["prompt"]], "seed": recipe["seeds"]}
+    [image] = model.predict(wanted)
+    difference = np.array(Image.open(drawn)).reshape(image.shape).astype(int) - image
+    assert np.abs(difference).max() <= 1  # evaluated in batches
+    assert not np.array_equal(model.predict(wanted, params={"steps": 1})[0], image)
 
 
 def test_an_evaluation_that_broke_keeps_its_images(built, root, kind, monkeypatch):

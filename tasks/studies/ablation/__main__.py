@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 from t5lib.utils.config import to_dict
-from tasks.runtime import tracking
+from tasks.runtime.tracking.about import git_commit
 from tasks.studies import common
 from tasks.studies.ablation import definition, runner
 
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
         only=arguments.only,
         jobs=arguments.jobs,
         until=arguments.until,
-        commit=arguments.commit or tracking.git_commit(Path(".")),
+        commit=arguments.commit or git_commit(Path(".")),
         on_result=Recorder(Path(".")),
     )
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from t5lib.utils.errors import T5Error
 from tasks.runtime import tracking
+from tasks.runtime.tracking import about, store
 from tasks.studies.ablation.runner import Result
 
+CODE = "tasks/studies/ablation"
 SECTIONS = ("calibrate", "freeze", "finetune")
 
 
@@ -18,7 +20,7 @@ class Recorder:
     """Records results as they come, where MLflow is installed; a problem with the record never stops the work."""
 
     def __init__(self, root: Path):
-        self.root, self.off = root, not tracking.installed()
+        self.root, self.off = root, not store.installed()
 
     def __call__(self, result: Result, record: dict[str, Any]) -> None:
         if self.off:
@@ -53,6 +55,7 @@ def _parent(root: Path, result: Result) -> tuple[str, bool]:
         root,
         name=result["ablation"],
         target=result["target"],
+        code=CODE,
         settings={"ablation": {"images": result["images"], "control": result["control"]}},
         metrics={"mean_top1": {variant: _means(list(seeds.values())) for variant, seeds in result["records"].items()}},
         tags={
@@ -74,6 +77,7 @@ def _child(root: Path, result: Result, record: dict[str, Any], parent: str) -> b
         root,
         name=f"{record['variant']}, seed {record['seed']}",
         target=result["target"],
+        code=CODE,
         settings=record["settings"] | {"pilot_chose": record["calibration"].get("chosen", {})},
         metrics={
             "evaluate": {"models": record["models"]},
@@ -83,7 +87,7 @@ def _child(root: Path, result: Result, record: dict[str, Any], parent: str) -> b
         },
         tags={
             "stage": "variant",
-            "protocol": tracking.protocol(record["settings"], list(SECTIONS)),
+            "protocol": about.protocol(record["settings"], list(SECTIONS)),
             "ablation": result["ablation"],
             "variant": record["variant"],
             "seed": str(record["seed"]),

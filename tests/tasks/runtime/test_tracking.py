@@ -11,6 +11,7 @@ import pytest
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
 from tasks.runtime import processes, tracking
+from tasks.runtime.tracking import about, store
 from tasks.targets.run import run_stage
 
 pytestmark = pytest.mark.pipeline
@@ -43,10 +44,10 @@ def learn(stage):
     return {"top1": 84.50000000000001, "loss": 0.4, "verdict": "good", "models": {"source": {"top1": 85}}}
 
 
-def test_a_run_holds_curves_results_settings_plots_and_what_tells_it_apart(mlflow_repo, convert):
+def test_a_run_holds_curves_results_settings_plots_and_what_tells_it_apart_in_data_alone(mlflow_repo, convert):
     convert(learn)
     (run,) = mlflow_repo.recorded()
-    client = tracking._client(mlflow_repo.root)
+    client = store.client(mlflow_repo.root)
     curve = client.get_metric_history(run.info.run_id, "curve/loss")
     assert [(point.step, point.value) for point in curve] == [(step, 1 / (1 + step)) for step in range(50)]
     assert {"top1": 84.5, "loss": 0.4, "models.source.top1": 85.0}.items() <= run.data.metrics.items()
@@ -57,17 +58,13 @@ def test_a_run_holds_curves_results_settings_plots_and_what_tells_it_apart(mlflo
     told |= {
         "locality": "none",
         "git_commit": mlflow_repo.git("rev-parse", "HEAD").strip(),
-        "device": tracking.device(),
+        "device": about.device(),
     }
     assert told.items() <= run.data.tags.items()
     assert (run.info.run_name, run.info.status) == ("convert", "FINISHED")
     stored = list((mlflow_repo.root / "data/mlflow/artifacts").rglob("config.json"))
     assert read_json(stored[0]) == {"convert": {"inner": "swiglu", "key_norm": "instance", "locality": "none"}}
-
-
-def test_nothing_is_written_outside_data(mlflow_repo, convert):
-    convert(learn)
-    assert mlflow_repo.git("status", "--short") == ""
+    assert mlflow_repo.git("status", "--short") == ""  # nothing is written outside data/
 
 
 @pytest.mark.parametrize(
@@ -87,7 +84,7 @@ def test_a_run_that_ends_early_is_marked_and_keeps_its_curve(mlflow_repo, conver
 
 
 def test_a_stage_is_nested_in_the_flows_run_and_not_written_into_it(mlflow_repo, convert, monkeypatch):
-    parent = tracking.start_run(mlflow_repo.root, "small", "small", {}, {"stage": "flow"})
+    parent = tracking.start_flow(mlflow_repo.root, "small", {}, [])
     monkeypatch.setenv(tracking.PARENT_VARIABLE, parent.id)
     convert(learn)
     parent.finish()
@@ -103,11 +100,11 @@ def test_results_are_traced_to_the_run_that_made_them_not_to_the_latest(mlflow_r
     first = metrics.read_bytes()
     convert(lambda stage: {"top1": 2.0})
     (one, two) = mlflow_repo.recorded(stage="convert")
-    assert tracking.finished_stage(mlflow_repo.root, "small", "convert").info.run_id == two.info.run_id
+    assert store.finished_stage(mlflow_repo.root, "small", "convert").info.run_id == two.info.run_id
     metrics.write_bytes(first)  # as DVC does when a setting is changed back
-    assert tracking.finished_stage(mlflow_repo.root, "small", "convert").info.run_id == one.info.run_id
+    assert store.finished_stage(mlflow_repo.root, "small", "convert").info.run_id == one.info.run_id
     metrics.write_text("{}")
-    assert tracking.finished_stage(mlflow_repo.root, "small", "convert") is None
+    assert store.finished_stage(mlflow_repo.root, "small", "convert") is None
 
 
 def test_runs_go_where_mlflows_own_variables_say(mlflow_repo, convert, tmp_path, monkeypatch):
@@ -138,8 +135,8 @@ def test_a_server_that_is_away_costs_the_record_and_seconds(mlflow_repo, convert
 
 def test_uncommitted_changes_show_in_the_commit(mlflow_repo):
     mlflow_repo.set("swiglu", "two_layer")
-    assert tracking.git_commit(mlflow_repo.root) == mlflow_repo.git("rev-parse", "HEAD").strip() + "-dirty"
-    assert tracking.git_commit(mlflow_repo.root / "..") == "unknown"
+    assert about.git_commit(mlflow_repo.root) == mlflow_repo.git("rev-parse", "HEAD").strip() + "-dirty"
+    assert about.git_commit(mlflow_repo.root / "..") == "unknown"
 
 
 def test_a_broken_store_costs_the_record_and_neither_the_work_nor_minutes(mlflow_repo, convert, capsys):
@@ -159,8 +156,8 @@ def test_what_the_flow_could_not_record_its_stages_do_not_try_to(mlflow_repo, co
 
 def test_runs_whose_process_was_killed_do_not_seem_to_run(mlflow_repo, convert):
     host, pid, _ = processes.identity().split()
-    client = tracking._client(mlflow_repo.root)
-    experiment = tracking._experiment(client, mlflow_repo.root)
+    client = store.client(mlflow_repo.root)
+    experiment = store.experiment(client, mlflow_repo.root)
     owners = {"killed": f"{host} {pid} 1", "elsewhere": f"another {pid} 1", "alive": processes.identity()}
     for name, owner in owners.items():
         client.create_run(experiment, run_name=name, tags={tracking.PROCESS: owner})
@@ -173,10 +170,10 @@ def test_runs_whose_process_was_killed_do_not_seem_to_run(mlflow_repo, convert):
 def test_the_store_stays_in_a_folder_whose_name_means_something_in_a_uri(tmp_path, monkeypatch, name):
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / name)
-    assert tracking.store_uri(Path()) == "sqlite:///data/mlflow/mlflow.db"
+    assert store.store_uri(Path()) == "sqlite:///data/mlflow/mlflow.db"
     monkeypatch.chdir(tmp_path)
     with pytest.raises(T5Error, match="MLflow cannot take; run this from"):
-        tracking.store_uri(tmp_path / name)
+        store.store_uri(tmp_path / name)
 
 
 def test_a_store_that_breaks_on_the_way_is_reported_once(mlflow_repo, convert, capsys):

@@ -7,6 +7,7 @@ import pytest
 
 from t5lib.utils.errors import T5Error
 from tasks.runtime import tracking
+from tasks.runtime.tracking import store
 from tasks.studies.ablation import mlflow_import
 
 pytestmark = pytest.mark.pipeline
@@ -19,8 +20,8 @@ def root(tmp_path, empty_mlflow):
 
 
 def runs(root, **tags):
-    client = tracking._client(root)
-    every = client.search_runs([tracking._experiment(client, root)], order_by=["start_time ASC"])
+    client = store.client(root)
+    every = client.search_runs([store.experiment(client, root)], order_by=["start_time ASC"])
     return [run for run in every if tags.items() <= run.data.tags.items()]
 
 
@@ -66,7 +67,7 @@ def test_a_run_tells_what_a_flows_run_tells(root):
 
 
 def test_without_mlflow_a_run_goes_on_unrecorded_and_an_import_says_why_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "installed", lambda: False)
+    monkeypatch.setattr(store, "installed", lambda: False)
     result = ablation.result()
     mlflow_import.Recorder(tmp_path)(result, result["records"]["linear"]["0"])
     with pytest.raises(T5Error, match="MLflow is not installed"):
