@@ -35,13 +35,14 @@ def test_image_files_are_decoded_as_everywhere_and_animations_are_said(tmp_path,
     wide.save(tmp_path / "wide.png")
     frames = [Image.new("RGB", (32, 32), (grey,) * 3) for grey in (128, 255)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "empty\x1b[2J.jpg").touch()
     reader = ImageReader.of(timm.create_model("vit_tiny_patch16_224", img_size=32))
     images = reader.read(arguments.find_images(tmp_path))
     assert images.shape == (2, 3, 32, 32) and images.abs().max() < 0.01  # 128 is 0 for mean and std one half
     reader.report()
     told = capsys.readouterr().err
     assert "1 file, such as" in told and "it is empty, 0 bytes" in told
+    assert "\x1b" not in told and r"\x1b[2J.jpg" in told
     assert "of 1 animation the first frame is taken, such as" in told
 
 

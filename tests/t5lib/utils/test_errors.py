@@ -1,4 +1,4 @@
-"""What an error says holds no passwords."""
+"""What an error says holds no passwords, and nothing that a terminal would obey."""
 
 import pytest
 
@@ -19,3 +19,8 @@ from t5lib.utils.errors import SourceError, T5Error
 )
 def test_passwords_of_addresses_are_cut_out(kind, text, shown):
     assert str(kind(text)) == shown
+
+
+def test_what_a_terminal_would_obey_is_shown_in_its_place():
+    said = str(T5Error("\x1b[2J\x9b1m\r \u202egnp\u2069 \udcff café 日本\nsecond line"))
+    assert said == "\\x1b[2J\\x9b1m\\r \\u202egnp\\u2069 \\udcff café 日本\nsecond line"
