@@ -15,6 +15,7 @@ from t5lib.families.diffusers_base import ConvertedModel, DiffusersAdapter, late
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, one_pass, tell_grid
+from t5lib.utils.config import shown
 from t5lib.utils.errors import T5Error
 
 __all__ = ["ADAPTER", "ModelMixin", "T5DiTTransformer2DModel"]
@@ -88,7 +89,17 @@ class DiT(DiffusersAdapter):
     softmax_class = DiTTransformer2DModel
     converted_class = T5DiTTransformer2DModel
     processors = (AttnProcessor2_0,)
-    conditions = ("timestep", "class_labels")
+
+    def conditions(self, model: nn.Module) -> dict[str, tuple[int | str, ...]]:
+        return {"timestep": (), "class_labels": ()}
+
+    def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
+        super().check_inputs(model, inputs)
+        labels, most = inputs["class_labels"], model.config.num_embeds_ada_norm
+        if labels.is_floating_point() or labels.min() < 0 or labels.max() > most:
+            raise T5Error(
+                f"class_labels are {shown(labels.tolist())}; expected whole numbers from 0 to {most} (no class)"
+            )
 
     def attention_names(self, model: nn.Module) -> list[str]:
         return [f"transformer_blocks.{index}.attn1" for index in range(len(model.transformer_blocks))]

@@ -84,6 +84,14 @@ def test_other_square_latents_work_and_others_are_refused_with_the_reason():
         run(converted, 8, 12)
 
 
+@pytest.mark.parametrize("labels", [[6, 0], [-1, 0], [1.0, 2.0]], ids=str)
+def test_labels_that_the_model_has_no_classes_for_are_refused(labels):
+    batch = {"hidden_states": torch.ones(2, 4, 8, 8), "timestep": torch.ones(2), "class_labels": torch.tensor(labels)}
+    with pytest.raises(T5Error, match=r"class_labels are \[.*; expected whole numbers from 0 to 5 \(no class\)"):
+        dit.ADAPTER.check_inputs(tiny_dit(), batch)
+    dit.ADAPTER.check_inputs(tiny_dit(), batch | {"class_labels": torch.tensor([5, 0])})
+
+
 def test_watching_an_attention_tells_what_its_processor_takes_and_gives():
     model, inside, outside = tiny_dit(), {}, {}
     attention = model.transformer_blocks[1].attn1
