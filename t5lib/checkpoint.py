@@ -1,6 +1,11 @@
 """A model as a folder: `model.safetensors` and `t5.json`; no pickle, loads anywhere t5lib is installed."""
 
+import hashlib
 import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,16 +19,19 @@ from t5lib.families import adapter, family_of
 from t5lib.families.base import Adapter
 from t5lib.families.replacement import check_untied
 from t5lib.layers.config import TTTConfig
-from t5lib.utils.config import from_dict, to_dict
+from t5lib.utils.config import checked, from_dict, shown, to_dict
 from t5lib.utils.devices import usable_device
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import atomic_dir, read_json, write_json
-from t5lib.utils.weights import check_fit, check_numbers
+from t5lib.utils.files import as_path, atomic_dir, read_json, refuse_endless, refuse_inside_model, sha256, write_json
+from t5lib.utils.twins import differences
+from t5lib.utils.weights import check_fit, check_numbers, set_unlisted_buffers, unlisted_buffers
+
+_log = logging.getLogger(__name__)
 
 FORMAT = 1
+WEIGHTS, DESCRIPTION = "model.safetensors", "t5.json"
 ENTRIES = {"architecture": str, "model_args": dict, "t5": dict | None}  # of t5.json
-OPTIONAL = {"preprocessing": dict}
-FILES = {"model.safetensors", "t5.json"}
+OPTIONAL = {"family": str, "preprocessing": dict, "sha256": dict}
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what a tag of timm's weights decides
 
 
@@ -33,60 +41,71 @@ def save(model: nn.Module, folder: Path | str) -> None:
     Any model that t5lib.convert takes or gives can be saved; of a pipeline that is its transformer alone.
 
     Raises:
-        T5Error: it could not be loaded again, since its arguments cannot be told from the model, parts of it are of
-            other classes than those, or share weights; a weight is not finite; or `folder` holds something else than
-            a saved model.
+        T5Error: it could not be loaded again as it is, since its arguments cannot be told from the model, parts of it
+            differ from what those make or share weights, or hooks change what it computes; a weight is not finite; or
+            `folder` holds something else than a saved model, is inside of one, or cannot be written.
     """
-    folder = Path(folder).resolve()
-    _check_replaceable(folder)
+    with _writing(folder):
+        folder = Path(os.path.realpath(as_path(folder)))
+        _check_replaceable(folder)
     family = family_of(model)
-    architecture, arguments = family.describe(model)
-    _check_plain(architecture, arguments)
-    config = getattr(model, "t5_config", None)
-    twin = family.skeleton(architecture, arguments, config)
+    description = _description(model, family)
+    twin = family.skeleton(description["architecture"], description["model_args"], _config(description, folder))
     check_fit(model.state_dict(), twin.state_dict(), "weights do not fit the model as rebuilt from its description")
-    _check_classes(model, twin)
+    _check_same(model, twin)
     check_untied(model)
-    _check_values(model)
-    with atomic_dir(folder) as temporary:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-        write_json(
-            temporary / "t5.json",
-            {
-                "format": FORMAT,
-                "family": family.name,
-                "architecture": architecture,
-                "model_args": arguments,
-                "t5": to_dict(config) if config else None,
-                "preprocessing": {n: v for n, v in _pretrained(model).items() if n in PREPROCESSING},
-                "versions": {name: version(name) for name in ("torch", family.package)},
-            },
-        )
+    weights = model.state_dict() | unlisted_buffers(model)
+    _check_values(weights)
+    with _writing(folder), atomic_dir(folder) as temporary:
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        save_file(plain, temporary / WEIGHTS, metadata={"format": "pt"})
+        digests = {WEIGHTS: sha256(temporary / WEIGHTS), "description": _digest(description)}
+        write_json(temporary / DESCRIPTION, description | {"sha256": digests})
 
 
 def load(folder: Path | str, device: str | torch.device = "cpu") -> nn.Module:
     """Load what `save` wrote, in eval mode.
 
     Raises:
-        T5Error: no such folder, another format, a description that no model can be made of, weights that do not fit
-            it (named) or are not finite, or no such device.
+        T5Error: no such folder, another format, files that are no longer as they were written, a description that no
+            model can be made of, weights that do not fit it (named) or are not finite, or no such device.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     description, device = read_description(folder), usable_device(device)
-    config = from_dict(TTTConfig, description["t5"], f"{folder}/t5.json: t5") if description["t5"] else None
-    try:
-        weights = load_file(folder / "model.safetensors", device=str(device))
-    except (FileNotFoundError, SafetensorError) as error:
-        raise T5Error(f"{folder}/model.safetensors cannot be read ({error}); save or copy the folder again") from None
+    config = _config(description, folder)
+    weights = _read_weights(folder, description.get("sha256", {}), device)
     family = adapter(description.get("family", "timm_vit"))  # folders of the first versions do not name it
     model = _skeleton(family, description, config, folder)
-    check_fit(weights, model.state_dict(), f"weights do not fit {folder}/t5.json")
-    check_numbers(weights, f"{folder}/model.safetensors")
-    model.load_state_dict(weights, assign=True)
+    buffers = {name: weights[name] for name in unlisted_buffers(model) if name in weights}
+    check_fit(weights, model.state_dict() | buffers, f"weights do not fit {folder}/{DESCRIPTION}")
+    check_numbers(weights, f"{folder}/{WEIGHTS}")
+    model.load_state_dict({name: value for name, value in weights.items() if name not in buffers}, assign=True)
+    set_unlisted_buffers(model, buffers)
     preprocessing = description.get("preprocessing", {})
     _pretrained(model).update({n: tuple(v) if isinstance(v, list) else v for n, v in preprocessing.items()})
     return model.to(device).eval()
+
+
+def _description(model: nn.Module, family: Adapter) -> dict[str, Any]:
+    """What t5.json tells of `model`, as it is when read again."""
+    config = checked(getattr(model, "t5_config", None) or TTTConfig(), TTTConfig)
+    architecture, arguments = family.describe(model)
+    _check_plain(architecture, arguments)
+    described = {
+        "format": FORMAT,
+        "family": family.name,
+        "architecture": architecture,
+        "model_args": arguments,
+        "t5": to_dict(config) if getattr(model, "t5_config", None) else None,
+        "preprocessing": {n: v for n, v in _pretrained(model).items() if n in PREPROCESSING},
+        "versions": {name: version(name) for name in ("torch", family.package)},
+    }
+    return json.loads(json.dumps(described))
+
+
+def _config(description: dict[str, Any], folder: Path) -> TTTConfig | None:
+    told = description["t5"]
+    return from_dict(TTTConfig, told, f"{folder}/{DESCRIPTION}: t5") if told else None
 
 
 def _skeleton(family: Adapter, description: dict[str, Any], config: TTTConfig | None, folder: Path) -> nn.Module:
@@ -111,32 +130,71 @@ def read_description(folder: Path | str) -> dict[str, Any]:
     """The checked content of `folder`/t5.json.
 
     Raises:
-        T5Error: the folder is not one that `save` wrote, or is of a newer format.
+        T5Error: the folder is not one that `save` wrote, is of a newer format, or was changed since.
     """
-    if not (Path(folder) / "t5.json").exists():
-        raise T5Error(f"{folder} is not a saved model: it has no t5.json; expected a folder written by t5lib.save")
-    description = read_json(Path(folder) / "t5.json")
+    folder = as_path(folder)
+    if not os.path.exists(folder / DESCRIPTION):  # Path.exists raises on names that are too long
+        raise T5Error(f"{folder} is not a saved model: it has no {DESCRIPTION}; expected a folder of t5lib.save")
+    description = read_json(folder / DESCRIPTION)
     if not isinstance(description, dict):
-        raise T5Error(f"{folder}/t5.json holds a {type(description).__name__}; save or copy the folder again")
-    if description.get("format") != FORMAT:
-        raise T5Error(
-            f"{folder}/t5.json is of format {description.get('format')}; this t5lib reads {FORMAT}: update it"
-        )
+        raise T5Error(f"{folder}/{DESCRIPTION} holds a {type(description).__name__}; save or copy the folder again")
+    found = description.get("format")
+    if found != FORMAT or type(found) is not int:  # true is 1, too
+        raise T5Error(f"{folder}/{DESCRIPTION} is of format {shown(found)}; this t5lib reads {FORMAT}: update it")
     expected = ENTRIES | {name: kind for name, kind in OPTIONAL.items() if name in description}
     wrong = [name for name, kinds in expected.items() if not isinstance(description.get(name, False), kinds)]
     if wrong:
-        shown = ", ".join(f"{name}: {description.get(name, 'missing')!r:.40}" for name in wrong)
-        raise T5Error(f"{folder}/t5.json has no such entries as t5lib.save writes, {shown}; save or copy it again")
+        told = ", ".join(f"{name}: {description.get(name, 'missing')!r:.40}" for name in wrong)
+        raise T5Error(f"{folder}/{DESCRIPTION} has no such entries as t5lib.save writes, {told}; save or copy it again")
+    digest = _digest(description)
+    if description.get("sha256", {}).get("description", digest) != digest:
+        raise T5Error(
+            f"{folder}/{DESCRIPTION} was changed after t5lib.save wrote it: its sha256 is another than the one it "
+            'tells; copy it again, or, if the change is meant, take "description" out of its entry "sha256"'
+        )
     return description
+
+
+def _digest(description: dict[str, Any]) -> str:
+    """Of what t5.json tells, however it is laid out, but for the digests themselves."""
+    told = {name: value for name, value in description.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _read_weights(folder: Path, digests: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    if unproved := [name for name in (WEIGHTS, "description") if name not in digests]:
+        _log.warning(
+            "%s: nothing proves that it is as it was saved: %s holds no sha256 of %s",
+            *(folder, DESCRIPTION, " and ".join(unproved)),
+        )
+    try:
+        refuse_endless(folder / WEIGHTS)
+        if WEIGHTS in digests and digests[WEIGHTS] != sha256(folder / WEIGHTS):
+            raise T5Error(
+                f"{folder}/{WEIGHTS} is not the file that t5lib.save wrote: its sha256 is another than {DESCRIPTION} "
+                f'tells; copy it again, or, if the change is meant, take "{WEIGHTS}" out of the entry "sha256" there'
+            )
+        return load_file(folder / WEIGHTS, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise T5Error(f"{folder}/{WEIGHTS} cannot be read ({error}); save or copy the folder again") from None
+
+
+@contextmanager
+def _writing(folder: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise T5Error(f"{folder} cannot be written ({error}); name another place, or make room there") from error
 
 
 def _check_replaceable(folder: Path) -> None:
     """A slip such as `t5 convert -o .` must not cost anybody their files."""
+    refuse_inside_model(folder)
     if folder.is_dir():
         held = {path.name for path in folder.iterdir()}
-        if held and not ((folder / "model.safetensors").is_file() and (folder / "t5.json").is_file()):
+        if held and not ((folder / WEIGHTS).is_file() and (folder / DESCRIPTION).is_file()):
             raise T5Error(f"{folder} is no saved model, and saving would replace it; pass a new folder")
-        if others := sorted(held - FILES):
+        if others := sorted(held - {WEIGHTS, DESCRIPTION}):
             raise T5Error(
                 f"{folder} holds {', '.join(others[:4])} beside a saved model; move that, or pass a new folder"
             )
@@ -155,23 +213,17 @@ def _check_plain(architecture: str, arguments: dict[str, Any]) -> None:
             ) from None
 
 
-def _check_classes(model: nn.Module, twin: nn.Module) -> None:
-    """A part of a class of the user's own, or of an adapter's or a quantizer's, would come back as the plain one."""
-    expected = {name: type(part) for name, part in twin.named_modules()}
-    other = [
-        f"{name or 'the model'} is a {type(part).__name__}, not a {expected[name].__name__}"
-        for name, part in model.named_modules()
-        if name in expected and type(part) is not expected[name]
-    ]
-    if other:
+def _check_same(model: nn.Module, twin: nn.Module) -> None:
+    """Changes of other people's, of an adapter's or a quantizer's would not come back."""
+    if found := differences(model, twin):
         raise T5Error(
-            f"{', '.join(other[:3])}: it would be loaded as that, and compute something else; save its state_dict "
-            "beside the code that makes it, or take the change out first"
+            f"{', '.join(found[:3])}: t5.json cannot tell that, so the model would be loaded without it, and compute "
+            "something else; take the change out first (a hook: its handle's remove()), or save the state_dict beside "
+            "the code that makes the model"
         )
 
 
-def _check_values(model: nn.Module) -> None:
-    weights = model.state_dict()
+def _check_values(weights: dict[str, torch.Tensor]) -> None:
     if meta := [name for name, value in weights.items() if value.is_meta]:
         raise T5Error(f"{', '.join(meta[:3])} are on the meta device and have no values to save; load weights first")
     check_numbers(weights, "the model")

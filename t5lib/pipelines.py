@@ -12,6 +12,8 @@ Once this module is imported, DiffusionPipeline.from_pretrained loads such folde
 """
 
 import copy
+import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -21,15 +23,18 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from torch import nn
 
 from t5lib.conversion import convert
 from t5lib.families import dit, sd3  # also the classes that saved pipelines name
 from t5lib.families.diffusers_base import check_loaded
 from t5lib.layers.config import TTTConfig
 from t5lib.model_card import Figures, License, model_card
+from t5lib.utils.config import shown
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json
+from t5lib.utils.files import as_path, read_json, read_text, refuse_endless
+from t5lib.utils.weights import check_numbers, shards_of
 
 _FAMILIES = (dit.ADAPTER, sd3.ADAPTER)
 PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -44,30 +49,23 @@ def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
         options: of DiffusionPipeline.from_pretrained, such as torch_dtype, or components to use in place of saved ones.
 
     Raises:
-        T5Error: the folder does not exist or holds no pipeline, or not all the weights of its transformer.
+        T5Error: the folder does not exist or holds no pipeline, or one whose parts lack weights, or hold numbers that
+            are not finite.
     """
-    folder = Path(source)
-    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    folder = as_path(source)
+    local = os.path.isdir(folder)
+    if not local and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise T5Error(f"{source} is neither a folder nor a repository's owner/name; expected a saved pipeline")
-    if folder.is_dir() and not (folder / "model_index.json").exists():
-        raise T5Error(f"{source} has no model_index.json; expected a folder written by pipe.save_pretrained")
+    index = _index(folder) if local else _index_of_hub(str(source), options)
     # diffusers does not know by itself that a part is left out: a DiT on pixels has no VAE
-    try:
-        index = DiffusionPipeline.load_config(source, **options)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        if folder.is_dir():
-            raise T5Error(f"{source} cannot be read ({reason}); save or fetch the pipeline again") from error
-        raise T5Error(
-            f"{source} is no folder here, and no pipeline was had from the hub under that name ({reason}); check the "
-            "path, or the name, the network and HF_TOKEN"
-        ) from error
-    entries = index.items()  # type: ignore[attr-defined]  # diffusers tells what it returns with other arguments
-    left_out = {name: None for name, value in entries if value in ([None, None], (None, None))}
+    options = {name: None for name, value in index.items() if value in ([None, None], (None, None))} | options
     with _reading(source):
-        pipe = DiffusionPipeline.from_pretrained(source, **left_out | options)
-    if folder.is_dir() and hasattr(pipe, "transformer") and not {"transformer", "quantization_config"} & options.keys():
-        _check_whole(pipe.transformer, folder / "transformer")
+        pipe = DiffusionPipeline.from_pretrained(source, **options)
+        if not local:
+            folder = Path(DiffusionPipeline.download(source, **options | {"local_files_only": True}))
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and name not in options:
+            _check_part(part, folder / name, options)
     return pipe
 
 
@@ -80,52 +78,120 @@ def load_transformer(folder: Path | str, torch_dtype: torch.dtype | None = None)
     Raises:
         T5Error: no pipeline, one with another kind of transformer, or one whose weights are not all there.
     """
-    folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        raise T5Error(f"{folder} has no model_index.json; expected a folder written by pipe.save_pretrained")
-    kind = (read_json(folder / "model_index.json").get("transformer") or [None, None])[1]
-    if kind not in TRANSFORMERS:
-        raise T5Error(f"{folder} has the transformer {kind}; expected one of {', '.join(TRANSFORMERS)}")
+    folder = as_path(folder)
+    told = _index(folder).get("transformer")
+    kind = told[1] if isinstance(told, list) and len(told) == 2 else told
+    if not isinstance(kind, str) or kind not in TRANSFORMERS:
+        raise T5Error(f"{folder} has the transformer {shown(kind)}; expected one of {', '.join(TRANSFORMERS)}")
     precision = next(iter(_precisions(folder / "transformer").values()), "F32")
     options = {"subfolder": "transformer", "torch_dtype": torch_dtype or PRECISIONS.get(precision, torch.float32)}
     with _reading(folder):
         model, info = TRANSFORMERS[kind].from_pretrained(folder, output_loading_info=True, **options)
     check_loaded(model, info, str(folder / "transformer"))
+    check_numbers(dict(model.named_buffers()), str(folder / "transformer"))
     return model.eval()
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    file = folder / "model_index.json"
+    if not os.path.isfile(file):
+        raise T5Error(f"{folder} has no model_index.json; expected a folder written by pipe.save_pretrained")
+    with _reading(folder):
+        index = json.loads(read_text(file))
+    if not isinstance(index, dict):
+        raise T5Error(f"{file} holds a {type(index).__name__}; save or fetch the pipeline again")
+    return index
+
+
+def _index_of_hub(source: str, options: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return DiffusionPipeline.load_config(source, **options)  # type: ignore[return-value]  # with these arguments
+    except Exception as error:  # of the hub's client, the network, the file itself
+        raise T5Error(
+            f"{source} is no folder here, and no pipeline was had from the hub under that name "
+            f"({str(error).splitlines()[0]}); check the path, or the name, the network and HF_TOKEN"
+        ) from error
 
 
 @contextmanager
 def _reading(source: Path | str) -> Iterator[None]:
-    """What diffusers and safetensors raise on files that are missing or damaged becomes one line."""
+    """Whatever the libraries raise on files that are missing or damaged becomes one line."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (T5Error, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise T5Error(f"{source} cannot be read ({reason}); save or fetch the pipeline again") from error
 
 
 def _precisions(folder: Path) -> dict[str, str]:
-    """The precision of every weight in the .safetensors of `folder`, by the weights' names, as the files spell it.
+    """The precision of the weights in the files of `folder`, by the weights' names, as safetensors spells it.
 
     Raises:
-        T5Error: a file cannot be read, or holds whole numbers.
+        T5Error: a file cannot be read, holds whole numbers, or lacks what an index of shards names.
     """
-    kinds: dict[str, str] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with _reading(folder), safe_open(file, framework="pt") as weights:
-            kinds |= {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 (no mapping)
-    if whole := [f"{name} {kind}" for name, kind in kinds.items() if kind.startswith(("I", "U", "BOOL"))]:
+    ending = "safetensors" if any(folder.glob("*.safetensors")) else "bin"
+    held: dict[str, tuple[str, int]] = {}
+    with _reading(folder):
+        for file in sorted(folder.glob(f"*.{ending}")):
+            held |= _contents(file)
+    for index in folder.glob(f"*.{ending}.index*.json"):
+        shards_of(index)
+        if lacking := sorted(read_json(index)["weight_map"].keys() - held.keys()):
+            raise T5Error(f"{folder} lacks weights that {index.name} names: {lacking[:4]}; save or fetch it again")
+    # Single numbers and positions are counters beside the weights.
+    kinds = {name: kind for name, (kind, ndim) in held.items() if ndim and not name.endswith("position_ids")}
+    if whole := [f"{name} {kind}" for name, kind in kinds.items() if not kind.startswith(("F", "BF"))]:
         raise T5Error(
             f"{folder} holds whole numbers or quantized ones, in {', '.join(whole[:4])}; take the full pipeline"
         )
     return kinds
 
 
-def _check_whole(model: ModelMixin, folder: Path) -> None:
-    """Raises T5Error when the .safetensors of `folder` lack a weight of `model`, which diffusers then makes up."""
-    names = _precisions(folder)
-    if names and (missing := sorted(set(model.state_dict()) - set(names))):
-        raise T5Error(f"{folder} lacks weights of its {type(model).__name__}: {missing[:4]}; save or fetch it again")
+def _contents(file: Path) -> dict[str, tuple[str, int]]:
+    """Precision and number of dimensions by name; no weight is read."""
+    refuse_endless(file)
+    if file.suffix == ".bin":
+        spelled = {kind: name for name, kind in PRECISIONS.items()}
+        weights = torch.load(file, map_location="meta", weights_only=True)
+        return {name: (spelled.get(value.dtype, str(value.dtype)), value.ndim) for name, value in weights.items()}
+    with safe_open(file, framework="pt") as weights:
+        parts = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 (no mapping)
+    return {name: (part.get_dtype(), len(part.get_shape())) for name, part in parts.items()}
+
+
+def _check_part(part: nn.Module, folder: Path, options: dict[str, Any]) -> None:
+    """Raises T5Error unless all weights of `part` came from `folder`, and are finite; libraries make up what lacks."""
+    if hasattr(part, "from_pretrained") and not getattr(part, "hf_quantizer", None):
+        _precisions(folder)
+        variant = options.get("variant")
+        there = {"variant": variant} if variant and any(folder.glob(f"*.{variant}*")) else {}
+        with _reading(folder), _without_bars():  # names and shapes alone: no weight is read again
+            _, info = type(part).from_pretrained(
+                folder,
+                output_loading_info=True,
+                device_map="meta",
+                local_files_only=True,
+                use_safetensors=options.get("use_safetensors"),
+                **there,
+            )
+        kept = {name: sorted(info[name]) for name in ("missing_keys", "mismatched_keys")}
+        check_loaded(part, kept | {"unexpected_keys": []}, str(folder))
+    check_numbers(dict(part.named_parameters()) | dict(part.named_buffers()), str(folder))
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown_before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown_before:
+            logging.enable_progress_bar()
 
 
 def convert_pipeline(

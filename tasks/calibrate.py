@@ -19,6 +19,11 @@ def run(target: Target) -> dict[str, float]:
     for moment, errors in (("before", report.error_before), ("after", report.error_after)):
         metrics[f"error_{moment}"] = sum(errors.values()) / len(errors)
         metrics |= {f"error_{moment}.{layer}": error for layer, error in errors.items()}
+    if choice := report.softmax:  # where convert.layers is "auto"
+        metrics["model_error"] = choice.error
+        metrics |= {f"model_error_with_softmax.{layer}": error for layer, error in choice.error_with[0].items()}
+        metrics |= {f"softmax.{layer}": number for number, layer in enumerate(choice.layers, 1)}
+        metrics["model_error_chosen"] = choice.error_with[-1][choice.layers[-1]]
     return metrics
 
 

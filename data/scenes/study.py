@@ -2,8 +2,8 @@
 
     python data/scenes/compose.py --pieces data/scenes/pieces --out SCENES
     python data/scenes/study.py prepare --scenes SCENES --weights dino.safetensors --work WORK --folds 0 1 2 3 4
-    python data/scenes/study.py tune    … --folds 0 --trials usual faster damped   # recipes, from one calibration
-    python data/scenes/study.py arms    … --folds 1 2 3 4 --arms t5 t5-2softmax    # what the tables hold
+    python data/scenes/study.py tune    … --folds 0 --trials usual half most        # recipes, from one calibration
+    python data/scenes/study.py arms    … --folds 1 2 3 4 --arms t5 t5-last+-auto   # what the tables hold
 
 `weights`: the state dict of timm's vit_small_patch14_dinov2 (t5lib.weights.dinov2_onnx reads it). Several processes may
 work in one WORK folder at once, each on arms, trials or folds of its own. Results are written as they come.
@@ -13,6 +13,7 @@ own scenes at 518 px, at 1,036 px and on a part of 700 × 1,036 px. Recipes were
 """
 
 import argparse
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -44,33 +45,46 @@ VIEWS = 3  # keeps the random stream of crops and mirroring apart from others
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PROBE = ProbeConfig(l2=1e-3)
 PROBE_PATCHES = 500_000  # of the fitted folds, that a probe is fitted on
-LINEAR = (0, 1, 2, 3, 4, 5, 6, 8, 9, 10)  # all but layers 7 and 11
+LATE = (0, 1, 2, 3, 4, 5, 6, 8, 9, 10)  # all but layers 7 and 11, a rule made without measuring
 
+AUTO: dict[str, Any] = {"layers": "auto", "softmax_layers": 2}
 ARMS: dict[str, dict[str, Any]] = {
     "t5": {},
-    "t5-2softmax": {"layers": LINEAR},
-    "t5+": {"locality": "dwc_qk+nat5"},
-    "t5+-2softmax": {"locality": "dwc_qk+nat5", "layers": LINEAR},
-    "linear_proj_qk": {"inner": "linear_proj_qk"},
-    "linear_proj_qk-2softmax": {"inner": "linear_proj_qk", "layers": LINEAR},
+    "t5-auto": AUTO,
+    "t5-late": {"layers": LATE},
+    "t5+-auto": {"preset": "t5+", **AUTO},
+    "t5+-late": {"preset": "t5+", "layers": LATE},
+    "t5-last": {"preset": "t5-last"},
+    "t5-last-auto": {"preset": "t5-last", **AUTO},
+    "t5-last+": {"preset": "t5-last+"},
+    "t5-last+-auto": {"preset": "t5-last+", **AUTO},
+    "learned+-auto": {"preset": "t5+", "neighborhood_share": "learned", **AUTO},
+    "two_layer-auto": {"inner": "two_layer", **AUTO},
+    "linear_proj_qk-auto": {"inner": "linear_proj_qk", **AUTO},
+    "hedgehog-auto": {"preset": "hedgehog", **AUTO},
+    "clear-auto": {"preset": "clear", **AUTO},
+    "vit3-auto": {"preset": "vit3", "key_norm": "instance", **AUTO},
+    "lit-auto": {"preset": "lit", "inherit": "all", **AUTO},
 }
-RECIPE: dict[str, Any] = {"features": "norm", "precision": "bf16"}
+RECIPE: dict[str, Any] = {
+    "features": "norm",
+    "precision": "bf16",
+    "damping": 0.75,
+    "cosine": 2.0,
+    "lr": 2e-4,
+    "lr_new": 2e-3,
+}
 # What the trials change of the recipe.
 TRIALS: dict[str, dict[str, Any]] = {
     "usual": {},
-    "everything": {"trainable": "all"},
-    "faster": {"lr_new": 1e-3, "lr": 1e-4},
-    "fastest": {"lr_new": 1e-3, "lr": 3e-4},
-    "even": {"lr_new": 3e-4, "lr": 1e-4},
-    "steep": {"lr_new": 3e-3, "lr": 1e-4},
+    "undamped": {"damping": 0.0, "lr": 3e-5, "lr_new": 3e-4},
+    "half": {"damping": 0.5, "lr": 1e-4, "lr_new": 1e-3},
+    "half-faster": {"damping": 0.5},
+    "quarter": {"damping": 0.25, "lr": 1e-4, "lr_new": 1e-3},
+    "steep": {"lr": 4e-4, "lr_new": 4e-3},
+    "most": {"damping": 0.9, "lr": 3e-4, "lr_new": 3e-3},
+    "alone": {"damping": 1.0, "lr": 3e-4, "lr_new": 3e-3},
     "muon": {"optimizer": "muon", "lr_new": 1e-3, "lr": 1e-4},
-    "muon-faster": {"optimizer": "muon", "lr_new": 1e-3, "lr": 3e-4},
-    "muon-fastest": {"optimizer": "muon", "lr_new": 1e-3, "lr": 1e-3},
-    "late": {"block_growth": 1.25},
-    "last": {"blocks": 0.1},
-    "features": {"features_weight": 8.0},
-    "cosine": {"cosine": 2.0},
-    "damped": {"damping": 0.5, "cosine": 2.0, "lr_new": 1e-3, "lr": 1e-4},
     "ema": {"ema": 0.999},
 }
 
@@ -298,30 +312,54 @@ class Study:
 
 
 def prepare(study: Study) -> None:
-    """The source's probes, and what the source reaches."""
+    """The source's probes, what the source reaches, and how far it is from itself on mirrored scenes."""
     for fold in study.options.folds:
         begun = time.monotonic()
-        sums = study.measure(study.source, fold, own_probes=False)
-        study.write(f"source-{fold}", {"fold": fold, "seconds": time.monotonic() - begun}, {"source": sums})
+        sums = {
+            "source": study.measure(study.source, fold, own_probes=False),
+            "mirrored": study.measure(mirrored(study.source), fold, own_probes=False),
+        }
+        study.write(f"source-{fold}", {"fold": fold, "seconds": time.monotonic() - begun}, sums)
+
+
+def mirrored(model: nn.Module) -> nn.Module:
+    """A copy that sees every image mirrored and gives its features mirrored back: what a change that no one would call
+    a change does to predictions."""
+    model = copy.deepcopy(model)
+    features, first = model.forward_features, model.num_prefix_tokens
+
+    def forward_features(images: Tensor) -> Tensor:
+        tokens = features(images.flip(-1))
+        patches = tokens[:, first:].unflatten(1, (images.shape[-2] // PATCH, images.shape[-1] // PATCH))
+        return torch.cat([tokens[:, :first], patches.flip(2).flatten(1, 2)], dim=1)
+
+    model.forward_features = forward_features
+    return model
 
 
 def calibrated(study: Study, arm: str, fold: int) -> tuple[nn.Module, dict[str, Any]]:
     """The arm's model after calibration; it is kept in the working folder."""
-    options, config = study.options, TTTConfig(seed=study.options.seed, **ARMS[arm])
-    student, name = t5lib.convert(study.softmax(), config), f"{arm}-{fold}-{options.seed}"
+    options, name = study.options, f"{arm}-{fold}-{study.options.seed}"
+    config = TTTConfig(**TTTConfig.expand({"seed": options.seed, **ARMS[arm]}))
     file = study.work / f"calibrated-{name}.safetensors"
     if file.exists():
+        record = read_json(file.with_suffix(".json"))
+        config = dataclasses.replace(config, layers=record["layers"], softmax_layers=0)
+        student = t5lib.convert(study.softmax(), config)
         student.load_state_dict(load_file(file))
-        return student, read_json(file.with_suffix(".json"))
+        return student, record
+    student = t5lib.convert(study.softmax(), config)
     # Not compiled: in so few steps that does not pay.
     recipe = CalibrateConfig(steps=options.calibrate, batch_size=options.batch, seed=options.seed)
-    report = calibrate(
-        student,
-        teacher=study.source,
-        batches=study.scenes.fitted(study.others(fold), options.batch, 2 * options.seed),
-        config=recipe,
-    )
-    record = {"seconds": report.seconds, "steps": report.steps, "error": report.error_after}
+    batches = study.scenes.fitted(study.others(fold), options.batch, 2 * options.seed, varied=options.varied)
+    report = calibrate(student, teacher=study.source, batches=batches, config=recipe)
+    record = {
+        "seconds": report.seconds,
+        "steps": report.steps,
+        "error": report.error_after,
+        "layers": student.t5_config.layers,
+        "softmax": report.softmax and dataclasses.asdict(report.softmax),
+    }
     write_json(file.with_suffix(".json"), record)
     with atomic_file(file) as temporary:
         save_file(student.state_dict(), temporary)
@@ -437,13 +475,18 @@ def main() -> None:
     parser.add_argument("--folds", type=int, nargs="+", default=[0])
     parser.add_argument("--trials", nargs="+", default=list(TRIALS), choices=list(TRIALS))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--arm", default="t5", choices=list(ARMS), help="that trials are made with")
+    parser.add_argument("--arm", default="t5-last+-auto", choices=list(ARMS), help="that trials are made with")
     parser.add_argument("--calibrate", type=int, default=1500, help="steps")
-    parser.add_argument("--align", type=int, default=2000, help="steps")
+    parser.add_argument("--align", type=int, default=3500, help="steps")
     parser.add_argument("--recipe-file", type=Path, help="changes of the alignment's settings; waited for")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--large", type=float, default=0.0, help="share of the alignment's steps at full size")
-    parser.add_argument("--varied", action="store_true", help="new parts, colours and mixtures of scenes in every step")
+    parser.add_argument("--large", type=float, default=0.2, help="share of the alignment's steps at full size")
+    parser.add_argument(
+        "--varied",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="new parts, colours and mixtures of scenes in every step",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="the alignment")
     parser.add_argument("--pictures", action="store_true")

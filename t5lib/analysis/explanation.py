@@ -22,6 +22,7 @@ from t5lib.training.pair import check_weights
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
 from t5lib.utils.threads import of_this_thread
+from t5lib.utils.weights import check_numbers
 
 TOKENS_AT_ONCE = 4096  # of all images in a pass; every layer's inputs and outputs are held, of both models
 MAP_LAYERS, MAP_IMAGES = 4, 2  # how many are pictured
@@ -141,6 +142,9 @@ def explain(
         T5Error: models that do not belong together, or a batch that is none of theirs.
     """
     adapter = family_of(softmax_model)
+    for name, number in {"map_images": map_images, "queries": queries, "probes": probes}.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise T5Error(f"explain: {name} is {number!r:.60}; expected a whole number, 1 or more")
     _check(adapter, softmax_model, converted_model)
     inputs, names = adapter.inputs(batch), adapter.attention_names(softmax_model)
     adapter.check_inputs(softmax_model, inputs)
@@ -346,4 +350,6 @@ def _check(adapter: Adapter, softmax_model: nn.Module, converted_model: nn.Modul
         raise T5Error(
             f"explain: the models differ in {'; '.join(other[:3])}: pass the softmax model and what was made of it"
         )
+    for model, which in ((softmax_model, "the softmax model"), (converted_model, "the converted model")):
+        check_numbers(dict(model.named_parameters()), which)
     check_weights(converted_model, softmax_model)

@@ -13,6 +13,7 @@ from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
 from t5lib.utils.seeds import check_seed
 from t5lib.utils.threads import of_this_thread
+from t5lib.utils.weights import check_numbers
 
 IMAGES_AT_ONCE = 16  # bounds the memory at high resolutions
 
@@ -57,12 +58,13 @@ def diagnose(model: nn.Module, batch: Any, *, seed: int = 0) -> Diagnosis:
         seed: of the random-init control.
 
     Raises:
-        T5Error: the model cannot be converted, or is converted already.
+        T5Error: the model cannot be converted, is converted already, or has weights that are not finite.
     """
     adapter = family_of(model)
     adapter.check_convertible(model)
     if next(model.parameters()).is_meta:
         raise T5Error("the model is on the meta device and has no weights; load them before it is diagnosed")
+    check_numbers(dict(model.named_parameters()), "the model")
     inputs = adapter.inputs(batch)
     adapter.check_inputs(model, inputs)
     check_finite(inputs)

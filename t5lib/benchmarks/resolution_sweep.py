@@ -7,9 +7,10 @@ strongest baseline at hand.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,7 +27,7 @@ from t5lib.benchmarks.timing import (
 )
 from t5lib.families import family_of
 from t5lib.families.inputs import ExampleSize, Inputs, placed
-from t5lib.utils.config import AtLeastOne, Several, WholeNumber, settings
+from t5lib.utils.config import BatchSize, Pixels, Repeats, Several, Tokens, settings
 from t5lib.utils.errors import T5Error
 
 
@@ -45,18 +46,20 @@ class BenchmarkConfig:
         text_tokens: of a denoiser that takes text.
     """
 
-    resolutions: Several[AtLeastOne] = (98, 224, 392, 518)
-    batch: AtLeastOne = 1
+    resolutions: Several[Pixels] = (98, 224, 392, 518)
+    batch: BatchSize = 1
     dtype: DType = "auto"
-    warmup: WholeNumber = 1
-    repeats: AtLeastOne = 5
+    warmup: Annotated[int, Field(ge=0, le=10_000)] = 1
+    repeats: Repeats = 5
     compile: bool | None = None
-    pixels_per_latent: AtLeastOne = 8
-    text_tokens: AtLeastOne = 333
+    pixels_per_latent: Pixels = 8
+    text_tokens: Tokens = 333
 
     def __post_init__(self):
         if not self.resolutions:
             raise T5Error("resolutions is empty; expected at least one image side in pixels")
+        if len(set(self.resolutions)) < len(self.resolutions):
+            raise T5Error(f"resolutions is {list(self.resolutions)}; expected each once")
 
     def at(self, resolution: int) -> ExampleSize:
         return ExampleSize(resolution, self.batch, self.pixels_per_latent, self.text_tokens)

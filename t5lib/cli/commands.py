@@ -170,7 +170,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="A whole layer: t5 (default), t5+, dit5, or a rival: hedgehog, lolcats, performer, lit, clear, vit3.",
+            help="A whole layer: t5 (default), t5+, t5-last, t5-last+, dit5, or a rival: hedgehog, lolcats, performer, "
+            "lit, clear, vit3.",
             rich_help_panel=LAYER,
         ),
     ] = None,
@@ -195,7 +196,7 @@ def convert(
         str | None,
         typer.Option(
             help="3 x 3 convolutions: dwc_qk (default, on queries and keys), dwc_v, cpe or none; with +nat3 or +nat5 "
-            "half of the output is attention over a 3 x 3 or 5 x 5 neighborhood.",
+            "a part of the output is attention over a 3 x 3 or 5 x 5 neighborhood.",
             rich_help_panel=LAYER,
         ),
     ] = None,
@@ -203,8 +204,24 @@ def convert(
         str | None,
         typer.Option(
             metavar="WHICH",
-            help="Which attentions, such as 0-5,8 (default: all), or what each becomes: 0-5=softmax,6-11=swiglu+nat5.",
+            help="Which attentions, such as 0-5,8 (default: all), or what each becomes: 0-5=softmax,6-11=swiglu+nat5; "
+            "auto: all but --softmax-layers.",
             rich_help_panel=LAYER,
+        ),
+    ] = None,
+    softmax_layers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="With --layers auto: how many stay softmax, those that the calibrated model misses most.",
+            rich_help_panel=LAYER,
+        ),
+    ] = None,
+    neighborhood_share: Annotated[
+        str | None,
+        typer.Option(
+            help="Part of the output that is neighborhood attention: half (default) or learned.", rich_help_panel=LAYER
         ),
     ] = None,
     inherit: Annotated[
@@ -252,6 +269,7 @@ def convert(
     - `t5 convert deit_tiny_patch16_224 deit-t5 --calibrate photos --steps 300 --batch-size 32`
     - `t5 convert my-softmax-folder half --layers 0-5 --inner two_layer`
     - `t5 convert my-softmax-folder mixed --layers 0-5=softmax,6-11=swiglu+nat5 --calibrate photos`
+    - `t5 convert MODEL best --preset t5-last+ --layers auto --softmax-layers 2 --calibrate photos` (dense features)
     - `t5 convert sd35-folder sd35-t5 --layers paper` (a diffusers pipeline; it is calibrated in Python)
 
     **Output**
@@ -265,6 +283,8 @@ def convert(
         key_norm=key_norm,
         locality=locality,
         layers=parse_layers(layers),
+        softmax_layers=softmax_layers,
+        neighborhood_share=neighborhood_share,
         inherit=inherit,
         preset=preset,
     )

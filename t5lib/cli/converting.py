@@ -18,6 +18,7 @@ from t5lib.cli.screen import console, counted, facts, note, ranges, say, table
 from t5lib.layers.config import TTTConfig
 from t5lib.training.calibration import CalibrateConfig, CalibrationReport
 from t5lib.utils.config import to_dict
+from t5lib.utils.errors import T5Error
 
 FEW_IMAGES = 500
 CHECKPOINT_EVERY = 100  # steps; on a CPU a step takes a second, and an interruption must not cost more than minutes
@@ -48,6 +49,8 @@ def run(request: Request) -> None:
     recipe = CalibrateConfig(seed=request.seed, checkpoint_every=CHECKPOINT_EVERY, **request.calibrate)
     place = models.choose_device(request.device)
     t5lib.convert(models.outline(request.source), config, inplace=True)  # refuses before weights are fetched
+    if config.softmax_layers and not request.images:
+        raise T5Error("layers 'auto' are chosen after calibration; add --calibrate FOLDER")
     teacher = models.load(request.source, place)
     model = t5lib.convert(teacher, config)
     partial = request.out.parent / f".{request.out.name}.partial"
@@ -63,7 +66,7 @@ def _calibrate(
     model: nn.Module, teacher: nn.Module, request: Request, recipe: CalibrateConfig, partial: Path
 ) -> CalibrationReport:
     reader = ImageReader.of(teacher)
-    batches = CalibrationImages(request.images, reader.read, recipe.batch_size, request.seed)
+    batches = CalibrationImages(request.images, reader, recipe.batch_size, request.seed)
     fitted, held_out = counted(len(batches.rest), "image"), len(batches.held_out)
     note(f"{fitted} to fit on, {held_out} to measure on: {reader.description}")
     if len(request.images) < FEW_IMAGES:
@@ -98,6 +101,12 @@ def _print_errors(report: CalibrationReport) -> None:
         "its variance, on images not fitted on. 0 is the same output, 1 no better than a constant; a well calibrated "
         "model has 0.02 to 0.15. " + _advice(means[1])
     )
+    if choice := report.softmax:
+        left = choice.error_with[-1][choice.layers[-1]]
+        say(
+            f"Softmax is back in {', '.join(choice.layers)}: the error of the model's features and output fell from "
+            f"{choice.error:.3f} to {left:.3f} of their variance."
+        )
     console.print()
 
 

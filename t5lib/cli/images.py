@@ -20,6 +20,7 @@ from t5lib.data.decoding import decode, is_animated
 from t5lib.utils.errors import T5Error
 
 MOST_HELD_OUT = 64
+MOST_UNREADABLE = 0.5  # share of the files, past which the folder is not what it should be
 
 
 class ImageReader:
@@ -54,13 +55,17 @@ class ImageReader:
         Raises:
             T5Error: not one of them can be read.
         """
-        with ThreadPoolExecutor(os.cpu_count()) as threads:  # decoding and resizing run outside Python's lock
-            images = [image for image in threads.map(self._read, paths) if image is not None]
+        images = self.readable(paths)
         if not images:
             raise T5Error(
                 f"no image can be read, such as {paths[0]} ({self.unreadable[paths[0]]}); replace or remove such files"
             )
         return torch.stack(images)
+
+    def readable(self, paths: Sequence[Path]) -> list[Tensor]:
+        """(3, H, W) float32 each, of those that can be read."""
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # decoding and resizing run outside Python's lock
+            return [image for image in threads.map(self._read, paths) if image is not None]
 
     def report(self) -> None:
         """Note the files that were left out, and those of which one frame of several was taken."""
@@ -87,19 +92,22 @@ class CalibrationImages:
     """Batches for t5lib.calibrate: number 0 is held out to measure on, the later ones pass over all other images again
     and again, each pass in a new order, every image mirrored half of the times.
 
-    A batch follows from the seed and its number alone, so work goes on where it stopped.
+    A batch follows from the seed and its number alone, so work goes on where it stopped. Where files cannot be read,
+    the next ones fill the batch.
 
     Args:
         paths: 2 images or more.
-        read: makes (B, 3, H, W) of some of them.
+        reader: reads some of them, and remembers those that it cannot.
+
+    Raises:
+        T5Error: here or while iterating, more than MOST_UNREADABLE of the files cannot be read.
     """
 
-    def __init__(self, paths: Sequence[Path], read: Callable[[Sequence[Path]], Tensor], batch_size: int, seed: int):
-        order = torch.randperm(len(paths), generator=seeded(seed)).tolist()
-        held_out = min(MOST_HELD_OUT, batch_size, max(1, len(paths) // 10))
-        self.held_out = [paths[index] for index in order[:held_out]]
-        self.rest = [paths[index] for index in order[held_out:]]
-        self.read, self.batch_size, self.seed = read, batch_size, seed
+    def __init__(self, paths: Sequence[Path], reader: ImageReader, batch_size: int, seed: int):
+        order = [paths[index] for index in torch.randperm(len(paths), generator=seeded(seed)).tolist()]
+        self.paths, self.reader, self.batch_size, self.seed = paths, reader, batch_size, seed
+        _, used = self._take(order, min(MOST_HELD_OUT, batch_size, max(1, len(paths) // 10)))
+        self.held_out, self.rest = order[:used], order[used:]
 
     def __call__(self, start: int) -> Iterator[Tensor]:
         """Endless batches (B, 3, H, W) from number `start` on."""
@@ -107,11 +115,37 @@ class CalibrationImages:
 
     def _batch(self, number: int) -> Tensor:
         if number == 0:
-            return self.read(self.held_out)
+            return torch.stack(self._take(self.held_out, len(self.held_out))[0])
         batches_a_pass = -(-len(self.rest) // self.batch_size)
         epoch, position = divmod(number - 1, batches_a_pass)
         order = torch.randperm(len(self.rest), generator=seeded(self.seed, 1 + epoch)).tolist()
-        chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
-        images = self.read([self.rest[index] for index in chosen])
+        first = position * self.batch_size
+        chosen = [self.rest[index] for index in order[first:] + order[:first]]
+        images = torch.stack(self._take(chosen, min(self.batch_size, len(order) - first))[0])
         mirrored = torch.rand(len(images), generator=seeded(self.seed, number, 1)) < 0.5
         return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+    def _take(self, paths: Sequence[Path], count: int) -> tuple[list[Tensor], int]:
+        """The first `count` of the images that can be read, or all; and how many files that took."""
+        images: list[Tensor] = []
+        used = 0
+        while len(images) < count and used < len(paths):
+            chosen = paths[used : used + count - len(images)]
+            images += self.reader.readable(chosen)
+            used += len(chosen)
+            self._require_enough()
+        if not images or used == len(self.paths):  # nothing is left for the other batches
+            raise T5Error(f"too few of the {len(self.paths)} images can be read; {self._example()}")
+        return images, used
+
+    def _require_enough(self) -> None:
+        unreadable = len(self.reader.unreadable)
+        if unreadable > MOST_UNREADABLE * len(self.paths):
+            raise T5Error(
+                f"{unreadable} of {len(self.paths)} images cannot be read, more than {MOST_UNREADABLE:.0%}; "
+                f"{self._example()}"
+            )
+
+    def _example(self) -> str:
+        path, reason = next(iter(self.reader.unreadable.items()))
+        return f"replace or remove such files as {path} ({reason})"

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ def _choose(request: Request, found: Plan, softmax: nn.Module, recipe: Calibrate
     if len(request.images) < FEW_IMAGES:
         note(f"few images: the choice may suit these and no others; {FEW_IMAGES} or more of your own kind are better")
     partial = request.out.parent / f".{request.out.name}.partial" if request.out else None
-    batches = CalibrationImages(fitted, reader.read, recipe.batch_size, request.seed)
+    batches = CalibrationImages(fitted, reader, recipe.batch_size, request.seed)
     calibrated = {}
     for kind in found.kinds:
         calibrated[kind] = convert(softmax, dataclasses.replace(settings_of(kind), seed=request.seed))
@@ -180,9 +180,11 @@ def _split(images: Sequence[Path], seed: int) -> tuple[list[Path], list[Path]]:
     return [images[index] for index in order[scanned:]], [images[index] for index in order[:scanned]]
 
 
-def _read(reader: ImageReader, paths: Sequence[Path]) -> Iterator[Tensor]:
-    for start in range(0, len(paths), READ_AT_ONCE):
-        yield reader.read(paths[start : start + READ_AT_ONCE])
+def _read(reader: ImageReader, paths: Sequence[Path]) -> list[Tensor]:
+    """Raises T5Error when not one of them can be read."""
+    parts = [paths[start : start + READ_AT_ONCE] for start in range(0, len(paths), READ_AT_ONCE)]
+    found = [torch.stack(images) for part in parts if (images := reader.readable(part))]
+    return found or [reader.read(paths)]
 
 
 def _print_choice(found: Plan, scanned: Mapping[str, Any], chosen: Sequence[str], outcome: Outcome) -> None:

@@ -7,14 +7,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from t5lib.utils.errors import printable
+
 console = Console(highlight=False)
 notes = Console(stderr=True, highlight=False)
 WIDE = 200
 
 
 def note(text: str) -> None:
-    """A remark that is not part of the result."""
-    _print(notes, Text(text, "dim"))
+    """A remark that is not part of the result; it may quote names of files."""
+    _print(notes, Text(printable(text), "dim"))
 
 
 def error(text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 from PIL import Image, ImageOps
 from pydantic import Field
 
-from t5lib.utils.config import AtLeastOne, Pair, Several, settings
+from t5lib.utils.config import Pair, Pixels, Several, settings, shown
 from t5lib.utils.errors import T5Error
 
 Size = tuple[int, int]  # (height, width)
@@ -26,14 +26,18 @@ class BucketConfig:
     together: 16 for SD3 and DiT.
     """
 
-    sizes: Several[Pair[AtLeastOne]] = ()
-    resolution: AtLeastOne | None = None
-    max_aspect: Annotated[float, Field(ge=1)] = 2.0
-    step: AtLeastOne = 64
+    sizes: Several[Pair[Pixels]] = ()
+    resolution: Pixels | None = None
+    max_aspect: Annotated[float, Field(ge=1, le=100)] = 2.0
+    step: Pixels = 64
 
     def __post_init__(self) -> None:
         if bool(self.sizes) == (self.resolution is not None):
-            raise T5Error(f"buckets: sizes is {list(self.sizes)} and resolution {self.resolution}; give one of them")
+            raise T5Error(
+                f"buckets: sizes is {shown(list(self.sizes))} and resolution {self.resolution}; give one of them"
+            )
+        if len(set(self.sizes)) < len(self.sizes):
+            raise T5Error(f"buckets: sizes is {shown(self.sizes)}; expected each once")
         if self.resolution is not None and self.resolution % self.step:
             raise T5Error(f"buckets: resolution is {self.resolution}; expected a multiple of step ({self.step})")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from t5lib.data.captions import about, caption_of
 from t5lib.data.decoding import image_of, is_animated, most_pixels
-from t5lib.data.shards import IMAGE_FIELDS, SampleError, Shard, ShardSet, field_of, label_of, where
+from t5lib.data.shards import IMAGE_FIELDS, SampleError, Shard, ShardSet, changed, field_of, label_of, where
 from t5lib.data.tars import Sample, check_tar, named, read_samples
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import sha256
@@ -26,6 +26,7 @@ TAR_NAMES = ("*.tar", "*.tar.gz", "*.tgz")
 NAMED = 3  # samples left out that a message names
 ANIMATED = "animated, of which the first frame is taken"
 SEVERAL = "with several images, of which one is read (the key of a sample ends at the first dot of a file's name)"
+RULES = 2  # their version: what was noted under others is looked at again
 ROUNDING = 1e-6  # 0.29 of 100 samples are 28.999…
 THREADS = os.cpu_count() or 1
 
@@ -146,10 +147,7 @@ def _checked(shards: Sequence[Shard], name: str, classes: int, notes: Path) -> l
             if digest in paths:
                 raise T5Error(f"{shard.path} and {paths[digest]} have the same content; leave one of them out")
             if shard.sha256 not in ("", digest):
-                raise T5Error(
-                    f"{shard.path} has sha256 {digest}, its manifest says {shard.sha256}; "
-                    "the file was damaged or replaced: fetch or make it again"
-                )
+                raise changed(shard, digest)
             content = noted.known.get(digest) or noted.add(digest, _content(shard.path, classes))
             if shard.sha256 and content.count != shard.count + len(shard.left_out):
                 raise T5Error(
@@ -214,7 +212,7 @@ class _Notes:
     """What is known about the content of tars, by their sha256: one JSON line each."""
 
     def __init__(self, file: Path, classes: int):
-        self.file, self.kind = file, [classes, most_pixels()]  # what else decides about the samples
+        self.file, self.kind = file, [RULES, classes, most_pixels()]  # what else decides about the samples
         self.known: dict[str, _Content] = {}
         for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
             try:

@@ -1,8 +1,8 @@
 """The one image decoder: what every command, shard and score sees of an image file.
 
-An image comes upright as its EXIF entry says, with transparent parts on white, 16-bit grey scaled to 8 bits, palettes
-and other colour spaces as RGB. Of an animation the first frame counts (`is_animated`). Where pixel values have no
-agreed range (32-bit and floating-point images), the image is refused.
+An image comes upright as its EXIF entry says, with transparent parts on white, grey of 12 and 16 bits scaled to 8,
+palettes and other colour spaces as RGB. Of an animation the first frame counts (`is_animated`). Refused are images
+whose values have no agreed range (signed, 32-bit and floating-point ones), and those that Pillow would misread.
 """
 
 import io
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from t5lib.data.shards import IMAGE_FIELDS, SampleError, field_of, where
 from t5lib.data.tars import Sample
@@ -24,6 +24,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # to rea
 MOST_ASPECT = 200  # of the longer side to the shorter: a line of one pixel, resized to 224, would fill the memory
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 WHITE = (255, 255, 255, 255)
+# Values of TIFF's tags: of the interpretation of pixels, their format, how channels lie, and the inks.
+WHITE_IS_ZERO, PALETTE, INKS = 0, 3, 5
+SIGNED, IN_PLANES, INK_SET, CMYK = 2, 2, 332, 1
 
 
 def decode(content: bytes | Path, channels: int = 3) -> Image.Image:
@@ -34,8 +37,9 @@ def decode(content: bytes | Path, channels: int = 3) -> Image.Image:
             reason alone: which image it is, the caller knows.
     """
     with opened(content) as image:
-        form = image.format
-        image = _eight_bits(ImageOps.exif_transpose(image), form)
+        _mend_transparent_colour(image)
+        scale = _scale(image)
+        image = _eight_bits(ImageOps.exif_transpose(image), *scale)
         if channels != 4 and image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
@@ -87,10 +91,40 @@ def most_pixels() -> int:
     return int(text)
 
 
-def _eight_bits(image: Image.Image, form: str | None) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and form == "PPM"):  # Pillow scales that one to 16 bits
+def _mend_transparent_colour(image: Image.Image) -> None:
+    """Grey PNG files name it in as many bits as their pixels have; Pillow compares it with pixels brought to 8 bits."""
+    if not isinstance(image, PngImagePlugin.PngImageFile) or "transparency" not in image.info:
+        return
+    layout = image.tile[0].args
+    if layout in ("I;16B", "RGB;16B"):
+        raise T5Error("a transparent colour of 16 bits a channel is not supported: save it with an alpha channel")
+    if layout in ("L;2", "L;4"):
+        image.info["transparency"] *= 255 // (2 ** int(layout[-1]) - 1)
+
+
+def _scale(image: Image.Image) -> tuple[int, bool]:
+    """The largest value of grey with more than 8 bits, and whether it means black. Raises T5Error for a TIFF file that
+    Pillow would read as something else."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 65535, False
+    tags, names = image.tag_v2, TiffImagePlugin
+    bits, kind = max(tags.get(names.BITSPERSAMPLE, (1,))), tags.get(names.PHOTOMETRIC_INTERPRETATION)
+    if SIGNED in tags.get(names.SAMPLEFORMAT, ()):
+        raise T5Error("signed values have no agreed range: save it with unsigned ones, 8 or 16 bits a channel")
+    if bits > 8 and tags.get(names.PLANAR_CONFIGURATION) == IN_PLANES:
+        raise T5Error(f"{bits} bits a channel in a plane for each are not supported: save it with 8, or in one plane")
+    if kind == PALETTE and 0 < max(tags.get(names.COLORMAP, (0,))) < 256:
+        raise T5Error("its palette has colours of 8 bits where TIFF has 16: save it as RGB")
+    if kind == INKS and tags.get(INK_SET, CMYK) != CMYK:
+        raise T5Error("its inks are not cyan, magenta, yellow and black: save it as RGB")
+    return 2**bits - 1, kind == WHITE_IS_ZERO
+
+
+def _eight_bits(image: Image.Image, top: int, inverted: bool) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and top == 65535):  # of PPM: Pillow scales it to 16 bits
         values = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        values = top - values if inverted else values
+        return Image.fromarray(((values * 255 + top // 2) // top).astype(np.uint8))
     if image.mode in ("I", "F"):
         kind = "32-bit" if image.mode == "I" else "floating-point"
         raise T5Error(f"{kind} values have no agreed range: save it with 8 or 16 bits a channel")
@@ -102,5 +136,5 @@ def _reason(content: bytes | Path, error: Exception) -> str:
     if empty:
         return "it is empty, 0 bytes"
     if isinstance(error, UnidentifiedImageError):
-        return f"its content is none of {', '.join(FORMATS)}"
+        return f"its content is none of {', '.join(FORMATS)}, or of a kind of them that cannot be read"
     return str(error).partition(" <")[0].partition(" '")[0] or type(error).__name__

@@ -23,10 +23,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor
 
@@ -34,12 +35,13 @@ from t5lib.data.buckets import BucketConfig, Size, bucket_sizes, fit, nearest
 from t5lib.data.captions import caption_of
 from t5lib.data.decoding import image_of
 from t5lib.data.encoders import ImageEncoder, TextEncoder
-from t5lib.data.latents import MANIFEST, NULL, ShardIndex, digest_of
+from t5lib.data.latents import MANIFEST, NULL, ShardIndex, digest_of, member
 from t5lib.data.shards import Shard, ShardSet, label_of
 from t5lib.data.tars import Sample
-from t5lib.utils.config import AtLeastOne, settings
+from t5lib.utils.config import BatchSize, Workers, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file, read_json, sha256, write_bytes, write_json
+from t5lib.utils.locks import exclusive
 from t5lib.utils.parallel import ahead
 from t5lib.utils.progress import StepReporter, progress
 
@@ -55,14 +57,15 @@ class EncodingConfig:
 
     buckets: BucketConfig
     flip: bool = False
-    batch_size: AtLeastOne = 8
-    workers: AtLeastOne = 4
+    batch_size: BatchSize = 8
+    workers: Annotated[Workers, Field(ge=1)] = 4
 
 
 def encode(
     shards: ShardSet, folder: Path | str, *, images: ImageEncoder, text: TextEncoder | None, config: EncodingConfig
 ) -> Path:
-    """Encode `shards` into `folder` and return the manifest there. Shards that are finished are not made again.
+    """Encode `shards` into `folder` and return the manifest there. Shards that are finished are not made again; while
+    another process encodes into this folder, it is waited for.
 
     Args:
         text: encodes the captions; None: the samples carry a class (.cls) in place of a caption.
@@ -73,17 +76,23 @@ def encode(
     """
     folder, work = Path(folder), _Work(images, text, config, bucket_sizes(config.buckets), len(shards.classes))
     work.check(shards)
+    with exclusive(folder.parent / f".{folder.name}.lock", f"encoding into {folder}"):
+        return _encode(shards, folder, work)
+
+
+def _encode(shards: ShardSet, folder: Path, work: "_Work") -> Path:
     inputs = {shard.sha256[:ID_LENGTH]: shard for shard in shards.shards}
     settings = work.settings()
     _prepare(folder, settings, set(inputs))
-    if text:
-        write_bytes(folder / NULL, save({name: value[0] for name, value in _embeds(text, [""]).items()}))
+    if work.text:
+        write_bytes(folder / NULL, save({name: value[0] for name, value in _embeds(work.text, [""]).items()}))
         ShardIndex.write(folder / NULL, [])
     indices, done = {}, 0
     with progress(f"encode {shards.name}", shards.count) as bar:
         for name, shard in inputs.items():
             tar = folder / f"{name}.tar"
             if not _finished(tar, shard):
+                (folder / MANIFEST).unlink(missing_ok=True)
                 work.shard(shard, tar, _onwards(bar, done))
             indices[tar] = ShardIndex.read(tar)
             done += shard.count
@@ -196,10 +205,10 @@ def _prepare(folder: Path, settings: dict[str, Any], wanted: set[str]) -> None:
     other = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
     if other:
         print(f"{folder} was encoded with other settings ({', '.join(other)}): starting afresh", flush=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
     for path in sorted(folder.iterdir()):
         ours = re.match(rf"(\.?)([0-9a-f]{{{ID_LENGTH}}})\.", path.name)  # with a dot in front: half-made
         if ours and (ours[1] or other or ours[2] not in wanted):
+            (folder / MANIFEST).unlink(missing_ok=True)
             path.unlink()
     write_json(note, settings)
 
@@ -231,7 +240,5 @@ def _write_manifest(shards: ShardSet, folder: Path, indices: dict[Path, ShardInd
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     """Append a file to the tar and return where its content begins, in bytes. Equal files make equal tars."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+    tar.addfile(member(name, len(data)), io.BytesIO(data))
     return tar.offset - (len(data) + TAR_BLOCK - 1) // TAR_BLOCK * TAR_BLOCK

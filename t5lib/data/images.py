@@ -22,10 +22,11 @@ from PIL import Image, ImageOps
 from pydantic import Field
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
+from t5lib.data.augment_policy import check_policy
 from t5lib.data.decoding import image_of
 from t5lib.data.shards import ShardSet, label_of
 from t5lib.data.tars import Sample
-from t5lib.utils.config import AtLeastOne, NotNegative, Pair, Positive, Share, Triple, WholeNumber, settings
+from t5lib.utils.config import BatchSize, Pair, Pixels, Share, Triple, Workers, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.seeds import derived_seed
 
@@ -42,18 +43,19 @@ class DataConfig:
 
     Attributes:
         img_size: pixels, one number or (height, width).
+        mean, std: of colours from 0 to 1, not to 255.
         crop_pct: share of the resized image's side that the centre crop keeps.
         workers: processes that decode; 0: this process does.
     """
 
-    img_size: AtLeastOne | Pair[AtLeastOne]
-    num_classes: AtLeastOne
-    mean: Triple[float]
-    std: Triple[Positive]
+    img_size: Pixels | Pair[Pixels]
+    num_classes: Annotated[int, Field(ge=2, le=2**24)]
+    mean: Triple[Share]
+    std: Triple[Annotated[float, Field(ge=0.001, le=1)]]
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
-    crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
-    workers: WholeNumber = 0
-    eval_batch_size: AtLeastOne = 64
+    crop_pct: Annotated[float, Field(ge=0.1, le=1)] = 1.0
+    workers: Workers = 0
+    eval_batch_size: BatchSize = 64
 
 
 @settings
@@ -72,13 +74,20 @@ class AugmentConfig:
     hflip: Share = 0.0
     scale: Pair[Share] | None = None
     re_prob: Share = 0.0
-    color_jitter: NotNegative | None = None
+    color_jitter: Annotated[float, Field(ge=0, le=10)] | None = None
 
     def __post_init__(self) -> None:
         low, high = self.scale or (1.0, 1.0)
-        _require(0 < low <= high, "scale", self.scale, "two shares of the area such as [0.5, 1.0]")
+        _require(0.001 <= low <= high, "scale", self.scale, "two shares of the area such as [0.5, 1.0], 0.001 or more")
+        if self.auto_augment is not None:
+            check_policy(self.auto_augment)
         clash = self.auto_augment and self.color_jitter and "3a" not in self.auto_augment
         _require(not clash, "color_jitter", self.color_jitter, "null: timm drops it where auto_augment is set")
+
+
+def size_of(data: DataConfig) -> tuple[int, int]:
+    """(height, width) of the network's input."""
+    return data.img_size if isinstance(data.img_size, tuple) else (data.img_size, data.img_size)
 
 
 def transform(data: DataConfig, augment: AugmentConfig | None = None) -> Transform:
@@ -92,8 +101,7 @@ def transform(data: DataConfig, augment: AugmentConfig | None = None) -> Transfo
     """
     from timm.data import auto_augment, create_transform  # here: it takes seconds to import
 
-    size = data.img_size if isinstance(data.img_size, tuple) else (data.img_size, data.img_size)
-    common: dict[str, Any] = {"input_size": size, "interpolation": data.interpolation}
+    common: dict[str, Any] = {"input_size": size_of(data), "interpolation": data.interpolation}
     common |= {"mean": data.mean, "std": data.std}
     plain = create_transform(**common, crop_pct=data.crop_pct)
     if augment is None:

@@ -9,13 +9,16 @@ memory give the same batches, whatever the number of workers.
 import hashlib
 import json
 import os
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import NonNegativeInt, PositiveInt, Strict
 from safetensors.torch import load, load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,6 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 from t5lib.data.buckets import Size
 from t5lib.data.sampler import Sampler
 from t5lib.data.shards import ShardSet
+from t5lib.data.tars import quoted
+from t5lib.utils.config import Several, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, sha256, write_json
 from t5lib.utils.progress import progress
@@ -31,10 +36,14 @@ from t5lib.utils.seeds import numpy_generator
 MANIFEST, NULL, INDEX = "manifest.json", "null.safetensors", ".index.json"
 Batch = dict[str, Tensor]
 Stored = dict[str, Tensor]  # latent, [flipped], prompt_embeds and pooled or label, stacked
+EMBEDS = ("prompt_embeds", "pooled")
 CHANCE = 2  # keeps its random stream apart from those of the sampler
 
 
-@dataclass(frozen=True, kw_only=True)
+Row = Annotated[tuple[str, NonNegativeInt, PositiveInt, PositiveInt, PositiveInt, str], Strict(False)]
+
+
+@settings
 class ShardIndex:
     """What `ID.index.json` says about a tar; the entry `digest` there is of all the others.
 
@@ -44,8 +53,8 @@ class ShardIndex:
     """
 
     sha256: str
-    size: int
-    samples: list[list]
+    size: NonNegativeInt
+    samples: Several[Row]
 
     @classmethod
     def read(cls, file: Path | str) -> "ShardIndex":
@@ -56,16 +65,26 @@ class ShardIndex:
         digest = noted.pop("digest", None) if isinstance(noted, dict) else None
         if digest != digest_of(json.dumps(noted).encode()):
             raise T5Error(f"{place} was changed or damaged, or is of an older version; encode {file.name} again")
-        index = cls(**noted)
+        try:
+            index = cls(**noted)
+        except (T5Error, TypeError) as error:
+            raise T5Error(f"{place} is no index of a shard ({error}); encode {file.name} again") from None
         found = file.stat().st_size if file.exists() else 0
         if found != index.size:
             raise T5Error(f"{file} has {found} bytes, its index says {index.size}: it was cut short; encode it again")
         return index
 
     @classmethod
-    def write(cls, file: Path, samples: list[list]) -> None:
-        noted = asdict(cls(sha256=sha256(file), size=file.stat().st_size, samples=samples))
+    def write(cls, file: Path, samples: Sequence[Sequence]) -> None:
+        noted = asdict(cls(sha256=sha256(file), size=file.stat().st_size, samples=tuple(map(tuple, samples))))
         write_json(file.with_suffix(INDEX), noted | {"digest": digest_of(json.dumps(noted).encode())})
+
+
+def member(name: str, size: int) -> tarfile.TarInfo:
+    """The header of a file in the tars. Nothing of it depends on time or place."""
+    header = tarfile.TarInfo(name)
+    header.size = size
+    return header
 
 
 def digest_of(content: bytes) -> str:
@@ -157,12 +176,9 @@ class LatentShards(LatentSet):
     def __init__(self, manifest: Path | str):
         self.shards = ShardSet.read(manifest)
         indices = [_checked(shard.path, shard.count, shard.sha256) for shard in self.shards.shards]
-        rows = [
-            (number, first, length, height, width)
-            for number, index in enumerate(indices)
-            for _, first, length, height, width, _ in index.samples
-        ]
+        rows = [(number, *row[1:5]) for number, index in enumerate(indices) for row in index.samples]
         table = np.array(rows, dtype=np.int64)
+        keys = np.array([row[0] for index in indices for row in index.samples], dtype=object)
         digests = np.array([row[-1] for index in indices for row in index.samples])
         found, of_size, counts = np.unique(table[:, 3:], axis=0, return_inverse=True, return_counts=True)
         self.sizes = tuple((int(height), int(width)) for height, width in found)
@@ -170,6 +186,7 @@ class LatentShards(LatentSet):
         members = [of_size.ravel() == size for size in range(len(found))]
         self._places = [table[chosen, :3] for chosen in members]  # shard, first byte, bytes
         self._digests = [digests[chosen] for chosen in members]
+        self._keys = [keys[chosen] for chosen in members]
         self.num_classes = len(self.shards.classes)
         self.null = self._read_null(Path(manifest).parent / NULL)
 
@@ -200,30 +217,46 @@ class LatentShards(LatentSet):
             yield batch
 
     def _read(self, size: int, rows: np.ndarray) -> Stored:
-        places = zip(self._places[size][rows].tolist(), self._digests[size][rows].tolist(), strict=True)
-        samples = [self._sample(shard, first, length, digest) for (shard, first, length), digest in places]
-        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        listed = (each[size][rows].tolist() for each in (self._places, self._keys, self._digests))
+        samples = [self._sample(place, key, digest) for place, key, digest in zip(*listed, strict=True)]
+        if any(tuple(sample["latent"].shape[1:]) != self.sizes[size] for sample in samples):
+            raise T5Error(f"{self.shards.name}: latents have other sizes than their index says; encode again")
+        stored = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        if "label" in stored and not 0 <= stored["label"].min() <= stored["label"].max() < self.num_classes:
+            raise T5Error(
+                f"{self.shards.name}: labels beyond the {self.num_classes} classes that are listed; encode again"
+            )
+        return stored
 
-    def _sample(self, shard: int, first: int, length: int, digest: str) -> Stored:
+    def _sample(self, place: tuple[int, int, int], key: str, digest: str) -> Stored:
+        shard, first, length = place
         path = self.shards.shards[shard].path
         try:
+            header = member(f"{key}.safetensors", length).tobuf()[-tarfile.BLOCKSIZE :]
             with open(path, "rb") as file:
-                file.seek(first)
-                content = file.read(length)
-        except OSError as error:
+                file.seek(first - len(header))
+                found, content = file.read(len(header)), file.read(length)
+        except (OSError, UnicodeError) as error:
             raise T5Error(f"{path} cannot be read at byte {first} ({error}); encode it again") from error
-        if digest_of(content) != digest:
-            raise T5Error(f"{path} was changed or damaged between bytes {first} and {first + length}; encode it again")
+        if found != header or digest_of(content) != digest:
+            raise T5Error(
+                f"{path} was changed or damaged between bytes {first} and {first + length}, or is not that of its "
+                f"index, which has {quoted(key)} there; encode it again"
+            )
         return load(content)
 
     def _read_null(self, file: Path) -> dict[str, Tensor] | None:
-        if "label" in self._read(0, np.arange(1)):
+        sample = self._read(0, np.arange(1))
+        if "label" in sample:
             return None
         if not file.exists():
             raise T5Error(f"{file} does not exist; it holds the empty caption, and encoding makes it: encode again")
         if sha256(file) != ShardIndex.read(file).sha256:
             raise T5Error(f"{file} was changed or damaged; it holds the empty caption: encode again")
-        return load_file(file)
+        null = load_file(file)
+        if {name: value.shape for name, value in null.items()} != {name: sample[name].shape[1:] for name in EMBEDS}:
+            raise T5Error(f"{file} holds the empty caption of other encoders than these shards': encode again")
+        return null
 
 
 class InMemoryLatents(LatentSet):
@@ -273,9 +306,12 @@ class _Numbered(Dataset):
 
 
 def _checked(tar: str, samples: int, digest: str) -> ShardIndex:
-    index = ShardIndex.read(tar)
+    index, name = ShardIndex.read(tar), os.path.basename(tar)
     if len(index.samples) != samples or index.sha256 != digest:
-        raise T5Error(f"{os.path.basename(tar)}: its index is not of the shard that the manifest lists; encode again")
+        raise T5Error(f"{name}: its index is not of the shard that the manifest lists; encode again")
+    ends = sorted((row[1], row[1] + row[2]) for row in index.samples)
+    if ends[0][0] < tarfile.BLOCKSIZE or ends[-1][1] > index.size or any(a[1] > b[0] for a, b in pairwise(ends)):
+        raise T5Error(f"{name}: its index has samples outside of it, or one over another; encode again")
     return index
 
 

@@ -3,20 +3,25 @@
     {"name": ..., "licence": ..., "source": ..., "classes": [name, ...], "count": 4000,
      "shards": [{"path": "train-0000.tar.gz", "count": 1000, "sha256": ...}, ...]}     (path: relative to the manifest)
 
-The counts matter: a tar that was cut between two of its members reads as a shorter tar, without any error. `left_out`
-of a shard lists samples that cannot be used; t5lib.data.checking finds them.
+A shard is held against its sha256 when a process first reads it. The counts matter, too: a manifest may be of another
+file. `left_out` of a shard lists samples that cannot be used; t5lib.data.checking finds them.
 """
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
-from t5lib.data.tars import Sample, read_samples
+from t5lib.data.tars import Sample, named, quoted, read_samples
 from t5lib.utils.config import Several, WholeNumber, from_dict, settings, to_dict
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json, write_json
+from t5lib.utils.files import read_json, sha256, write_json
 
+SHA256 = re.compile("[0-9a-f]{64}")
+LABEL = re.compile(rb"\s*-?[0-9]{1,9}\s*")
+SHOWN_FIELDS = 10  # files of a sample that a message names
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 
 
@@ -47,7 +52,10 @@ class Shard:
             )
 
     def samples(self) -> Iterator[Sample]:
-        """Its samples in file order, undecoded. Raises T5Error when the tar is damaged or holds another number."""
+        """Its samples in file order, undecoded. Raises T5Error when the tar is not the very file that was listed, or
+        holds another number."""
+        if self.sha256:
+            self.verify()
         seen, total, left_out = 0, self.count + len(self.left_out), frozenset(self.left_out)
         for seen, sample in enumerate(read_samples(self.path), 1):
             if seen > total:
@@ -58,8 +66,17 @@ class Shard:
             found = f"more than {total}" if seen > total else seen
             raise T5Error(
                 f"{self.path} holds {found} samples, its manifest says {total}; "
-                "the file was cut short or replaced: fetch or make it again"
+                "the manifest is not of this file: make it again"
             )
+
+    def verify(self) -> None:
+        """Raises T5Error unless the file has the sha256 that is listed. A file that did not change since this process
+        last asked is not read again."""
+        with named(self.path):
+            found = os.stat(self.path)
+            digest = _digest(self.path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        if digest != self.sha256:
+            raise changed(self, digest)
 
 
 @settings
@@ -75,7 +92,8 @@ class ShardSet:
 
     @classmethod
     def read(cls, manifest: Path | str) -> "ShardSet":
-        """Read a manifest. Raises T5Error when it is malformed, its counts disagree, or a shard is missing."""
+        """Read a manifest. Raises T5Error when it is malformed, its counts disagree, or a shard is missing or listed
+        twice."""
         found = from_dict(cls, read_json(manifest), str(manifest))
         folder = Path(manifest).parent
         shards = tuple(replace(shard, path=os.path.abspath(folder / shard.path)) for shard in found.shards)
@@ -84,6 +102,9 @@ class ShardSet:
                 raise T5Error(f"{shard.path} does not exist, but {manifest} lists it; fetch or make the shards again")
             if shard.count < 1:
                 raise T5Error(f"{manifest}: {shard.path} has count {shard.count}; expected at least one sample")
+            if not SHA256.fullmatch(shard.sha256):
+                raise T5Error(f"{manifest}: {shard.path} has sha256 '{shard.sha256[:80]}'; expected 64 of 0-9a-f")
+        _refuse_twice(shards, manifest)
         if not shards or found.count != sum(shard.count for shard in shards):
             total = sum(shard.count for shard in shards)
             raise T5Error(f"{manifest}: count is {found.count}, but its {len(shards)} shards add up to {total}")
@@ -105,18 +126,43 @@ class ShardSet:
         write_json(manifest, data)
 
 
+def changed(shard: Shard, digest: str) -> T5Error:
+    """What is to be said of a shard whose file has another sha256 than the one listed."""
+    return T5Error(
+        f"{shard.path} has sha256 {digest}, its manifest says {shard.sha256}; "
+        "the file was damaged or replaced: fetch or make it again"
+    )
+
+
+@cache
+def _digest(path: str, *state: int) -> str:
+    """Of the file in this state."""
+    return sha256(path)
+
+
+def _refuse_twice(shards: Sequence[Shard], manifest: Path | str) -> None:
+    seen: dict[str, str] = {}
+    for shard in shards:
+        for mark in {os.path.realpath(shard.path), shard.sha256}:
+            if mark in seen:
+                raise T5Error(
+                    f"{manifest} lists {shard.path} twice, or {seen[mark]} has the same content; leave one of them "
+                    "out, for its samples would count double"
+                )
+            seen[mark] = shard.path
+
+
 def label_of(sample: Sample, classes: int) -> int:
     """The sample's class, 0 to `classes` - 1.
 
     Raises:
-        SampleError: there is none, or it is no number.
+        SampleError: there is none, or it is no number in plain digits.
         T5Error: a number out of range, which speaks against the settings and not against the sample.
     """
     content = sample[field_of(sample, ("cls",), "class")]
-    try:
-        label = int(content)
-    except ValueError:
-        raise SampleError(f"{where(sample)}: .cls holds {content[:40]!r}, expected a number as text") from None
+    if not LABEL.fullmatch(content):  # int() would also take 0_1 and digits of other scripts
+        raise SampleError(f"{where(sample)}: .cls holds {content[:40]!r}, expected a number as text")
+    label = int(content)
     if not 0 <= label < classes:
         raise T5Error(
             f"{where(sample)} has class {label}, expected 0 to {classes - 1}; "
@@ -130,7 +176,7 @@ def field_of(sample: Sample, fields: tuple[str, ...], what: str) -> str:
     field = next((field for field in fields if field in sample), None)
     if field is None:
         present = [field for field in sample if not field.startswith("__")]
-        found = ", ".join(f".{field}" for field in present) or "nothing"
+        found = ", ".join(quoted(f".{field}").strip("'\"") for field in present[:SHOWN_FIELDS]) or "nothing"
         cut = any(each.endswith(tuple(f".{field}" for field in fields)) for each in present)
         hint = "; the key of a sample ends at the first dot: rename files whose names have others" if cut else ""
         raise SampleError(f"{where(sample)} has no {what}: found {found}, expected .{' or .'.join(fields)}{hint}")
@@ -138,4 +184,4 @@ def field_of(sample: Sample, fields: tuple[str, ...], what: str) -> str:
 
 
 def where(sample: Sample) -> str:
-    return f"{sample['__url__']}: sample '{sample['__key__']}'"
+    return f"{sample['__url__']}: sample {quoted(sample['__key__'])}"

@@ -15,8 +15,11 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
@@ -25,6 +28,7 @@ from t5lib.download import hub, pypi, web
 from t5lib.utils import files
 from t5lib.utils.errors import SourceError
 
+LONGEST_NAME = 1000  # of a member of an archive
 INFLATION = 200  # times its compressed size that a member of an archive may have; weights hardly shrink
 
 
@@ -56,10 +60,12 @@ def fetch(
     source, sha256 = _pinned(source, sha256)
     if source.startswith("file:") and not member:
         return _checked(_local(source), sha256, source)
-    folder, source = Path(folder), resolve(source, token)
-    partial = folder.parent / f".{folder.name}.{hashlib.sha256(source.encode()).hexdigest()[:12]}.partial"
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(partial.with_suffix(".lock")):  # of two processes that want the same, one waits and finds it ready
+    folder, source = _destination(folder), resolve(source, token)
+    partial = folder.parent / f".{folder.name}.{hashlib.sha256(os.fsencode(source)).hexdigest()[:12]}.partial"
+    with (
+        _into(folder),
+        FileLock(partial.with_suffix(".lock")),
+    ):  # of two that want the same, one waits and finds it ready
         if ready := _ready(source, folder, sha256, member, member_sha256):
             return ready
         partial.mkdir(exist_ok=True)
@@ -74,6 +80,29 @@ def fetch(
             raise
         shutil.rmtree(partial)
         return result
+
+
+def _destination(folder: Path | str) -> Path:
+    """Raises SourceError for what is no folder and cannot become one."""
+    if not str(folder).strip() or not _is_text(str(folder)):
+        raise SourceError(f"{str(folder)[:200]!r} names no folder; expected one, or the name of a new one")
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise SourceError(f"{folder} is no folder; expected one, or the name of a new one")
+    return Path(folder)
+
+
+@contextmanager
+def _into(folder: Path) -> Iterator[None]:
+    """Whatever the disk refuses becomes a SourceError."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder.parent).close()  # where no file can be, a lock would wait for ever
+        yield
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise SourceError(
+            f"nothing can be put into {str(folder)[:200]} ({why}); name another folder, or free some space"
+        ) from error
 
 
 def resolve(source: str, token: str | None = None) -> str:
@@ -92,7 +121,7 @@ def check(
     """Raises SourceError for what cannot be right, before any work; the arguments are those of `fetch`."""
     source, sha256 = _pinned(source, sha256)
     scheme, _, rest = source.partition(":")
-    if scheme not in ("pypi", "hf", "https", "http", "file") or not rest or "\0" in rest:
+    if scheme not in ("pypi", "hf", "https", "http", "file") or not rest or not _is_text(rest):
         raise SourceError(
             f"source {source[:200]!r} is not understood; expected pypi:NAME==VERSION, hf:OWNER/REPO@COMMIT, "
             "hf:datasets/OWNER/REPO@COMMIT, https://…#sha256=CHECKSUM or file:PATH"
@@ -114,14 +143,27 @@ def check(
     _check_parts(source, sha256, member, member_sha256)
 
 
+def _is_text(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeError:  # half of a character
+        return False
+
+
 def _check_parts(source: str, sha256: str | None, member: str | None, member_sha256: str | None) -> None:
     if member_sha256 and not member:
         raise SourceError(f"{source} has a member_sha256 but no member; name the file inside the archive")
-    if member and Path(member).name in ("", ".."):
-        raise SourceError(f"{source}: member '{member}' is no file; name one inside the archive")
+    if member is not None and not _names_a_file(member):
+        raise SourceError(f"{source}: member {member[:200]!r} is no file; name one inside the archive: folder/name")
     for what, value in (("sha256", sha256), ("member_sha256", member_sha256)):
         if value is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", value):
             raise SourceError(f"{source}: {what} is '{value[:80]}'; expected 64 hexadecimal digits")
+
+
+def _names_a_file(member: str) -> bool:
+    """Whether it is a path as archives hold it, that does not lead out of them."""
+    plain = len(member) <= LONGEST_NAME and not re.search(r"[\x00-\x1f\\]", member)
+    return plain and all(part not in ("", ".", "..") for part in member.split("/"))
 
 
 def _pinned(source: str, sha256: str | None) -> tuple[str, str | None]:
@@ -177,6 +219,8 @@ def _local(source: str) -> Path:
         raise SourceError(f"{source[:200]!r} cannot be opened ({str(error)[:200]}); correct the path") from None
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise SourceError(f"{source} is a device, pipe or socket; expected a file or folder")
+    if stat.S_ISREG(found.st_mode) and not found.st_size:
+        raise SourceError(f"{source} is empty, 0 bytes; name another file, or get it anew")
     if found.st_size > web.LARGEST:
         raise SourceError(f"{source} has {found.st_size / 1e9:.0f} GB, more than a file of weights takes; correct it")
     return path
@@ -244,13 +288,12 @@ def kept(source: str, folder: Path) -> Path:
     """
     if source.startswith("file:"):
         return fetch(source, folder)
-    source = resolve(source)
+    folder, source = _destination(folder), resolve(source)
     name = re.sub(r"[^\w.]+", "-", source)
     if len(name) > 150:
         name = f"{name[:120]}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
     place = folder / name
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{name}.lock"):  # the second who wants it waits
+    with _into(place), FileLock(folder / f".{name}.lock"):  # the second who wants it waits
         if not place.exists():
             incoming = place.with_name(f".{place.name}.incoming")
             fetch(source, incoming)

@@ -13,7 +13,7 @@ from typing import Any
 from t5lib.utils import files
 from t5lib.utils.errors import SourceError
 
-_FORM = re.compile(r"(?P<datasets>datasets/)?(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^#]+))?(#(?P<pattern>.+))?")
+_FORM = re.compile(r"(?P<datasets>datasets/)?(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^#\s]+))?(#(?P<pattern>.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _log = logging.getLogger(__name__)
 
@@ -75,6 +75,8 @@ def download(rest: str, partial: Path, token: str | None) -> Path:
     info = _info(repo, token)
     found = {entry.rfilename: entry for entry in info.siblings}
     wanted = list(filter_repo_objects(found, allow_patterns=repo.patterns))
+    if outside := [name for name in found if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise SourceError(f"hf:{repo} lists {outside[0]!r}, which lies outside of the repo; fetch nothing from there")
     if not wanted:
         raise SourceError(f"hf:{repo} matches no file; the repo holds {', '.join(sorted(found)[:12])}")
     folder = partial / "repo"
@@ -111,6 +113,14 @@ def _parse(rest: str) -> _Repo:
         raise SourceError(
             f"source 'hf:{rest}' has no revision, and a repo's files can change; write "
             f"hf:{match['datasets'] or ''}{match['name']}@COMMIT with a commit from the repo's history"
+        )
+    patterns = (match["pattern"] or "").split(",")
+    paths = [match["name"], match["revision"], *patterns]
+    leading_out = any(part in (".", "..") for path in paths for part in path.split("/"))
+    if leading_out or any(pattern.startswith("/") for pattern in patterns) or re.search(r"[\x00-\x1f\\]", rest):
+        raise SourceError(
+            f"source {f'hf:{rest}'[:200]!r} names nothing in a repo; expected #FILE as the repo lists it, without '..' "
+            "and no '/' in front"
         )
     return _Repo(**match.groupdict())
 

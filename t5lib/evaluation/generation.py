@@ -12,15 +12,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from PIL import PngImagePlugin
+from pydantic import Field
 from torch import Tensor
 
 from t5lib.data.decoding import decode, opened
 from t5lib.evaluation.prompts import Job
-from t5lib.utils.config import AtLeastOne, NotNegative, Pair, settings
+from t5lib.utils.config import BatchSize, Pair, Pixels, Repeats, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file
 from t5lib.utils.progress import progress
@@ -28,7 +29,7 @@ from t5lib.utils.progress import progress
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-T5_TOKENS = 512  # the most that diffusers' SD3 pipelines take
+TextTokens = Annotated[int, Field(ge=1, le=512)]  # of the T5 encoder: diffusers' SD3 pipelines take no more
 RECIPE = "t5"  # the key of a PNG's text
 
 
@@ -44,11 +45,11 @@ class GenerateConfig:
         batch_size: images at once; changes speed and memory, and images in the last bits at most.
     """
 
-    steps: AtLeastOne = 28
-    guidance: NotNegative = 7.0
-    size: Pair[AtLeastOne] | None = None
-    max_sequence_length: AtLeastOne | None = None
-    batch_size: AtLeastOne = 4
+    steps: Repeats = 28
+    guidance: Annotated[float, Field(ge=0, le=1000)] = 7.0
+    size: Pair[Pixels] | None = None
+    max_sequence_length: TextTokens | None = None
+    batch_size: BatchSize = 4
 
 
 def classes_of(pipeline: "DiffusionPipeline") -> int | None:
@@ -150,8 +151,6 @@ def _check_text(pipeline: Any, config: GenerateConfig) -> None:
     most = step * pipeline.transformer.config.pos_embed_max_size
     if config.size and (any(side % step for side in config.size) or max(config.size) > most):
         raise T5Error(f"size {config.size}: expected multiples of {step} pixels up to {most}")
-    if (config.max_sequence_length or 0) > T5_TOKENS:
-        raise T5Error(f"max_sequence_length {config.max_sequence_length}: expected {T5_TOKENS} at most")
 
 
 def _from_classes(pipeline: Any, prompts: Sequence[str | int], seeds: Sequence[int], config: GenerateConfig) -> Tensor:
@@ -213,15 +212,20 @@ def _check_classes(pipeline: Any, labels: Sequence[str | int], classes: int, con
         raise T5Error(f"class {wrong[0]!r}: the model is class-conditional; expected numbers from 0 to {classes - 1}")
     vae = getattr(pipeline, "vae", None)
     scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    side = pipeline.transformer.config.sample_size * scale
+    check_sampling(config, pipeline.scheduler, pipeline.transformer.config.sample_size * scale)
+
+
+def check_sampling(config: GenerateConfig, scheduler: Any, side: int) -> None:
+    """Raises T5Error unless a class-conditional pipeline of square images (`side`, in pixels) can sample so.
+
+    diffusers' DDIM goes back `total // steps` a step whatever the spacing: the rest stays in the image as noise.
+    """
     if config.size not in (None, (side, side)):
         raise T5Error(f"size {config.size}: this DiT makes images of ({side}, {side}); leave size out")
-    _check_steps(pipeline.scheduler, config.steps)
-
-
-def _check_steps(scheduler: Any, steps: int) -> None:
-    """diffusers' DDIM goes back `total // steps` a step whatever the spacing: the rest stays in the image as noise."""
+    steps = config.steps
     total = scheduler.config.get("num_train_timesteps", steps)
+    if steps > total:
+        raise T5Error(f"steps {steps}: this scheduler has {total}; expected as many at most")
     trailing = scheduler.config.get("timestep_spacing") == "trailing"
     if trailing and type(scheduler).__name__ == "DDIMScheduler" and total % steps:
         best = next((number for number in range(steps, total) if total % number == 0), total)

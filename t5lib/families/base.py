@@ -30,6 +30,7 @@ class Adapter(ABC):
         input_name: the argument of the model's forward that holds images or latents (B, C, H, W).
         compiled_by_block: torch.compile takes the blocks one by one; they are large and alike, one compilation serves
             all of a kind. Otherwise it takes the model as a whole.
+        features: name of the part that image tokens are read from, for dense tasks; None where the output says it all.
         has_attention_maps: an attention is over the tokens of one image and nothing else, so that where it looks can be
             shown on that image.
     """
@@ -38,6 +39,7 @@ class Adapter(ABC):
     package: ClassVar[str]
     input_name: ClassVar[str]
     compiled_by_block: ClassVar[bool] = False
+    features: ClassVar[str | None] = None
     has_attention_maps: ClassVar[bool] = False
 
     # Where the attentions are.
@@ -227,11 +229,16 @@ class Adapter(ABC):
         """Tokens that attention sees in one image: patches, prefix tokens, text tokens."""
 
     @abstractmethod
+    def check_resolution(self, model: nn.Module, size: ExampleSize) -> None:
+        """Raises T5Error when the resolution is no multiple of what a token covers, or more than the model's positions
+        hold."""
+
+    @abstractmethod
     def at_resolution(self, model: nn.Module, size: ExampleSize) -> nn.Module:
         """A copy of the model, in eval mode, for square images of that size; learned positions are resampled.
 
         Raises:
-            T5Error: the resolution is no multiple of what a token covers, or more than the model's positions hold.
+            T5Error: as `check_resolution` does.
         """
 
     @abstractmethod

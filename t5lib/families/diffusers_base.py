@@ -27,6 +27,8 @@ from t5lib.utils.errors import T5Error
 from t5lib.utils.threads import of_this_thread
 from t5lib.utils.weights import check_numbers
 
+LONGEST_SCHEDULE = 4000  # that of "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672)
+
 
 class ConvertedModel:
     """Stands before diffusers' class among the bases of a converted one: weights are loaded whole, none is made up."""
@@ -189,9 +191,9 @@ class DiffusersAdapter(Adapter):
 
     def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
         expected = self.conditions(model)
-        if missing := expected.keys() - inputs.keys():
+        if missing := [name for name in expected if inputs.get(name) is None]:
             raise T5Error(
-                f"a batch for {type(model).__name__} lacks {', '.join(sorted(missing))}; expected its keyword "
+                f"a batch for {type(model).__name__} lacks {', '.join(missing)}; expected its keyword "
                 f"arguments {', '.join((self.input_name, *expected))}, which "
                 "t5lib.training.objectives.noised_inputs makes"
             )
@@ -200,6 +202,12 @@ class DiffusersAdapter(Adapter):
             if len(came) != len(sizes) or any(w not in (c, "T") for c, w in zip(came, sizes, strict=True)):
                 what = ", ".join(map(str, ("B", *sizes)))
                 raise T5Error(f"{name} of a batch is {tuple(inputs[name].shape)}; this model takes ({what})")
+        steps = inputs["timestep"]
+        if not 0 <= steps.min() <= steps.max() <= LONGEST_SCHEDULE:
+            raise T5Error(
+                f"timestep goes from {steps.min().item():g} to {steps.max().item():g}; expected numbers from 0 to what "
+                f"the model's noise schedule has, 1,000 as a rule and never more than {LONGEST_SCHEDULE:,}"
+            )
         patch, most = model.config.patch_size, model.config.get("pos_embed_max_size") or LARGEST
         for side in inputs[self.input_name].shape[-2:]:
             check_multiple(side, patch, "the patch size")
@@ -223,8 +231,11 @@ class DiffusersAdapter(Adapter):
         grid, text = self.grid(model, inputs), inputs.get("encoder_hidden_states")
         return grid.rows * grid.columns + (0 if text is None else text.shape[1])
 
-    def at_resolution(self, model: nn.Module, size: ExampleSize) -> nn.Module:
+    def check_resolution(self, model: nn.Module, size: ExampleSize) -> None:
         self._latent_side(model, size)
+
+    def at_resolution(self, model: nn.Module, size: ExampleSize) -> nn.Module:
+        self.check_resolution(model, size)
         return copy.deepcopy(model).eval()
 
     def example_inputs(self, model: nn.Module, size: ExampleSize) -> Inputs:

@@ -15,7 +15,6 @@ from t5lib.families.diffusers_base import ConvertedModel, DiffusersAdapter, late
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, one_pass, tell_grid
-from t5lib.utils.config import shown
 from t5lib.utils.errors import T5Error
 
 __all__ = ["ADAPTER", "ModelMixin", "T5DiTTransformer2DModel"]
@@ -93,14 +92,6 @@ class DiT(DiffusersAdapter):
     def conditions(self, model: nn.Module) -> dict[str, tuple[int | str, ...]]:
         return {"timestep": (), "class_labels": ()}
 
-    def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
-        super().check_inputs(model, inputs)
-        labels, most = inputs["class_labels"], model.config.num_embeds_ada_norm
-        if labels.is_floating_point() or labels.min() < 0 or labels.max() > most:
-            raise T5Error(
-                f"class_labels are {shown(labels.tolist())}; expected whole numbers from 0 to {most} (no class)"
-            )
-
     def attention_names(self, model: nn.Module) -> list[str]:
         return [f"transformer_blocks.{index}.attn1" for index in range(len(model.transformer_blocks))]
 
@@ -108,6 +99,16 @@ class DiT(DiffusersAdapter):
         """The paper converts all."""
         everything = tuple(range(len(model.transformer_blocks)))
         return {"all": everything, "paper": everything}
+
+    def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
+        """See Adapter; also the class numbers, of which the last stands for none."""
+        super().check_inputs(model, inputs)
+        labels, most = inputs["class_labels"], model.config.num_embeds_ada_norm
+        if labels.is_floating_point() or not 0 <= labels.min() <= labels.max() <= most:
+            raise T5Error(
+                f"class_labels go from {labels.min().item()} to {labels.max().item()}; expected whole numbers, 0 to "
+                f"{most - 1}, or {most} for no class"
+            )
 
     def grid(self, model: nn.Module, inputs: Inputs) -> TokenGrid:
         return TokenGrid(*_square_grid(model.pos_embed, inputs[self.input_name]))

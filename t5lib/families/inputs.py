@@ -43,12 +43,14 @@ def images_of(batch: Any) -> Tensor:
     if isinstance(batch, tuple | list) and batch:
         single = all(isinstance(each, Tensor | np.ndarray) and each.ndim == 3 for each in batch)
         batch = _stacked(batch) if single else batch[0]
-    images = torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
+    images = _tensor(batch) if isinstance(batch, np.ndarray) else batch
     if not isinstance(images, Tensor) or images.ndim != 4:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise T5Error(f"a batch must hold images (B, 3, H, W), got {shape}; {PREPARE} makes tensors of image files")
     if not len(images):
         raise T5Error("a batch holds no image; leave empty batches out")
+    if images.is_meta or images.layout != torch.strided:
+        raise T5Error(f"images are on {images.device}, laid out as {images.layout}; pass dense tensors with values")
     if not images.is_floating_point():
         raise T5Error(
             f"images are {images.dtype}; expected floating-point numbers, normalized as the model's weights want them: "
@@ -61,7 +63,15 @@ def _stacked(images: Sequence[Any]) -> Tensor:
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise T5Error(f"a batch holds images of different shapes, {sorted(shapes)[:4]}; resize or crop them to one")
-    return torch.stack([torch.as_tensor(image) for image in images])
+    return torch.stack([_tensor(image) if isinstance(image, np.ndarray) else image for image in images])
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """Of the same numbers, however they lie in memory. Raises T5Error where they are none."""
+    try:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
+    except TypeError:
+        raise T5Error(f"a batch holds an array of {array.dtype}; expected numbers, such as float32") from None
 
 
 def rows_of(batch: Mapping[str, Any], images: int) -> Inputs:
@@ -70,7 +80,7 @@ def rows_of(batch: Mapping[str, Any], images: int) -> Inputs:
     Raises:
         T5Error: one is something else than a tensor or array with a row for every one of the `images`.
     """
-    inputs = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in batch.items()}
+    inputs = {name: _tensor(v) if isinstance(v, np.ndarray) else v for name, v in batch.items()}
     for name, value in inputs.items():
         shape = tuple(value.shape) if isinstance(value, Tensor) else None
         if value is not None and (not shape or shape[0] != images):

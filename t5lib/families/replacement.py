@@ -30,6 +30,22 @@ class ConversionReport:
     numbers: dict[str, int]
 
 
+def without_layers(report: ConversionReport, model: nn.Module, layers: list[str]) -> ConversionReport:
+    """The report of a conversion that leaves `layers` out, from one that does not; `model` has them no more."""
+    tensors = model.state_dict()
+    own = tuple(f"{name}." for name in layers)
+    reset = tuple(name for name in report.reset if not name.startswith(own))
+    parts = {
+        "inherited": tuple(name for name in tensors if name in {*report.inherited, *report.reset} - set(reset)),
+        "new": tuple(name for name in report.new if name in tensors),
+        "dropped": report.dropped,
+        "reset": reset,
+    }
+    numbers = {what: sum(tensors[name].numel() for name in names) for what, names in parts.items() if what != "dropped"}
+    kept = tuple(name for name in report.layers if name not in layers)
+    return ConversionReport(layers=kept, **parts, numbers=report.numbers | numbers)
+
+
 def chosen_layers(adapter: Adapter, model: nn.Module, config: TTTConfig) -> dict[str, TTTConfig]:
     """The attentions that `config` converts, by name, and what each becomes.
 

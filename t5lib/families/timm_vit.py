@@ -32,6 +32,7 @@ class TimmVit(Adapter):
     name = "timm_vit"
     package = "timm"
     input_name = "x"
+    features = "norm"
     has_attention_maps = True
 
     def check_convertible(self, model: nn.Module) -> None:
@@ -164,8 +165,11 @@ class TimmVit(Adapter):
         grid = self.grid(model, inputs)
         return grid.num_prefix_tokens + grid.rows * grid.columns
 
-    def at_resolution(self, model: nn.Module, size: ExampleSize) -> nn.Module:
+    def check_resolution(self, model: nn.Module, size: ExampleSize) -> None:
         check_multiple(size.resolution, model.patch_embed.patch_size[0], "the patch size")
+
+    def at_resolution(self, model: nn.Module, size: ExampleSize) -> nn.Module:
+        self.check_resolution(model, size)
         model = copy.deepcopy(model).eval()
         model.set_input_size(img_size=(size.resolution, size.resolution))
         return model

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 from t5kernels import INNER_LOSSES, INNER_WEIGHTS, KEY_NORMS
 
-from t5lib.layers.layer_map import LAYER_SETS, parse_indices
-from t5lib.utils.config import Choice, Positive, Several, WholeNumber, one_of, settings, shown
+from t5lib.layers.layer_map import AUTO, LAYER_SETS, parse_indices
+from t5lib.utils.config import Choice, Several, WholeNumber, one_of, settings, shown, with_named_keys
 from t5lib.utils.errors import T5Error
 
 SOFTMAX = "softmax"  # in a layer map: leave this attention as it is
@@ -19,12 +19,20 @@ NEIGHBORHOODS = {"": None, "nat3": 3, "nat5": 5}
 LOCALITIES = tuple(f"{base}+{nat}" if nat else base for base in CONVOLUTIONS for nat in NEIGHBORHOODS)
 INHERITANCE = ("all", "attention", "mlp")
 SCOPES = ("joint", "modality")
+NEIGHBORHOOD_SHARES = ("half", "learned")
 
 # Whole layers under one name: TTTConfig.preset(name), `preset:` in params.yaml, or a value of a layer map.
-_OTHERWISE = {"inner_loss": "dot", "rescale": False, "inherit": "all"}
+_OTHERWISE = {"inner_loss": "dot", "rescale": False, "inherit": "all", "neighborhood_share": "half"}
 _OWN: dict[str, dict[str, Any]] = {
     "t5": {"inner": "swiglu", "key_norm": "instance", "locality": "dwc_qk"},
     "t5+": {"inner": "swiglu", "key_norm": "instance", "locality": "dwc_qk+nat5"},
+    "t5-last": {"inner": "swiglu_last", "key_norm": "instance", "locality": "dwc_qk"},
+    "t5-last+": {
+        "inner": "swiglu_last",
+        "key_norm": "instance",
+        "locality": "dwc_qk+nat5",
+        "neighborhood_share": "learned",
+    },
     "dit5": {
         "inner": "two_layer",
         "inner_loss": "residual",
@@ -44,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {name: _OTHERWISE | own for name, own in _O
 
 def _with_named_keys(layers: Any) -> Any:
     """A layer map's keys as text; YAML reads a single index as a number."""
-    return {str(key): what for key, what in layers.items()} if isinstance(layers, dict) else layers
+    return with_named_keys(layers, "layers") if isinstance(layers, dict) else layers
 
 
 @settings
@@ -53,21 +61,25 @@ class TTTConfig:
 
     Attributes:
         inner: what mixes the tokens: a TTT inner model ("swiglu", "swiglu_last", "two_layer", "three_layer",
-            "one_layer_gate", "linear", "linear_proj_qk") or a rival linearization (BASELINES; t5lib/layers/baselines.py cites each).
+            "one_layer_gate", "linear", "linear_proj_qk") or a rival linearization (BASELINES;
+            t5lib/layers/baselines.py cites each).
         inner_loss: of a TTT inner model, "dot" (paper's text) or "residual" (released DiT variant).
         key_norm: one of KEY_NORMS; "instance" removes the key shift.
         key_norm_eps: added to the variance.
         key_norm_scope: where text and image form one sequence, "joint" takes statistics over all tokens, "modality"
             over the image's and the text's apart. Elsewhere both are the same.
         locality: a depthwise 3×3 convolution over the grid, x + conv(x): "dwc_qk" on q and the normalized k, "cpe" on
-            the layer's input, "dwc_v" of v, added to the output; or "none". With "+nat3" or "+nat5" half of the output
-            is softmax attention over a 3×3 or 5×5 neighborhood.
+            the layer's input, "dwc_v" of v, added to the output; or "none". With "+nat3" or "+nat5" a part of the
+            output is softmax attention over a 3×3 or 5×5 neighborhood.
+        neighborhood_share: which part, "half" or "learned" a channel (from a half on).
         rescale: learned scale and offset a channel on q and k before the key norm (released DiT variant).
         radius: of the circular windows of inner "clear", in patches.
         inherit: "all" pretrained weights; "attention" (MLPs start afresh) or "mlp" (attention projections do).
         layers: which attentions to convert: None for all, indices, a map such as {"0-5": "softmax",
             "6-11": "swiglu+nat5"}, whose values are "softmax", an inner model or a preset, or one of LAYER_SETS:
-            "all", or "paper" for those that the paper converts in this kind of model. What is not named stays softmax.
+            "all", "paper" for those that the paper converts in this kind of model, or "auto": all at first, and
+            calibration puts softmax back where it is missed most. What is not named stays softmax.
+        softmax_layers: how many "auto" puts back.
         init_std: standard deviation of new inner weights; None means head_dim**-0.5, the best start for
             calibration (docs/results); the paper trains from 0.02.
         seed: of the new weights; a conversion is repeatable and leaves the global random state alone.
@@ -76,14 +88,16 @@ class TTTConfig:
     inner: Annotated[str, Choice(INNERS)] = "swiglu"
     inner_loss: Annotated[str, Choice(INNER_LOSSES)] = "dot"
     key_norm: Annotated[str, Choice(KEY_NORMS)] = "instance"
-    key_norm_eps: Positive = 1.0
+    key_norm_eps: Annotated[float, Field(ge=1e-12, le=1e6)] = 1.0
     key_norm_scope: Annotated[str, Choice(SCOPES)] = "joint"
     locality: Annotated[str, Choice(LOCALITIES)] = "dwc_qk"
+    neighborhood_share: Annotated[str, Choice(NEIGHBORHOOD_SHARES)] = "half"
     rescale: bool = False
-    radius: Annotated[float, Field(ge=1)] = 8.0
+    radius: Annotated[float, Field(ge=1, le=1e4)] = 8.0
     inherit: Annotated[str, Choice(INHERITANCE)] = "all"
     layers: Annotated[Several[int] | dict[str, str] | str | None, BeforeValidator(_with_named_keys)] = None
-    init_std: Positive | None = None
+    softmax_layers: WholeNumber = 0
+    init_std: Annotated[float, Field(ge=1e-6, le=10)] | None = None
     seed: WholeNumber = 0
 
     def __post_init__(self):
@@ -91,6 +105,11 @@ class TTTConfig:
             raise T5Error(f"layers {shown(self.layers)} is text; write indices, [0, 1], or a map, {{'0-5': 'softmax'}}")
         if isinstance(self.layers, str):
             one_of(self.layers, LAYER_SETS, "layers")
+        if (self.layers == AUTO) != bool(self.softmax_layers):
+            raise T5Error(
+                f"layers is {shown(self.layers)} and softmax_layers {self.softmax_layers}; 'auto' needs to know how "
+                "many attentions are to be softmax (such as 2), and with other layers it is 0"
+            )
         if isinstance(self.layers, dict):
             list(self._entries(self.layers))  # a slip in a map must show at once
 
@@ -123,7 +142,7 @@ class TTTConfig:
             if nat:
                 raise T5Error(f"layer '{what}': softmax attention takes no neighborhood; write 'softmax'")
             return None
-        changed = dataclasses.replace(self, layers=None, **PRESETS.get(base, {"inner": base}))
+        changed = dataclasses.replace(self, layers=None, softmax_layers=0, **PRESETS.get(base, {"inner": base}))
         if not nat:
             return changed
         return dataclasses.replace(changed, locality=f"{changed.locality.partition('+')[0]}+{nat}")
@@ -138,10 +157,14 @@ class TTTConfig:
         Raises:
             T5Error: an index that does not exist, is named twice, or nothing to convert.
         """
-        own = dataclasses.replace(self, layers=None)
+        own = dataclasses.replace(self, layers=None, softmax_layers=0)
         layers = self.layers
+        if self.softmax_layers >= count:
+            raise T5Error(
+                f"softmax_layers is {self.softmax_layers} of {count} attentions; leave at least one to convert"
+            )
         if isinstance(layers, str):
-            layers = ({"all": tuple(range(count))} | (sets or {}))[layers]
+            layers = (dict.fromkeys(("all", AUTO), tuple(range(count))) | (sets or {}))[layers]
         if layers is None:
             return [own] * count
         result: list[TTTConfig | None] = [None] * count

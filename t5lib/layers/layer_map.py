@@ -1,11 +1,13 @@
 """Layer numbers and layer maps as people write them. Imports nothing slow: the command line checks them first."""
 
 import re
+from collections import Counter
 
 from t5lib.utils.errors import T5Error
 
 MOST_LAYERS = 10_000
-LAYER_SETS = ("all", "paper")  # which attentions each means, a model's family tells
+AUTO = "auto"  # all attentions, until calibration puts some back
+LAYER_SETS = ("all", "paper", AUTO)  # which attentions each means, a model's family tells
 
 
 def parse_indices(text: str) -> list[int]:
@@ -16,7 +18,7 @@ def parse_indices(text: str) -> list[int]:
     """
     indices: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,8})(?:-(\d{1,8}))?", part.strip())
+        match = re.fullmatch(r"([0-9]{1,8})(?:-([0-9]{1,8}))?", part.strip())
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise T5Error(
                 f"layers '{text[:100]}' is not understood at '{part[:100]}'; expected such as 0-5,8 (counted from 0), "
@@ -29,21 +31,27 @@ def parse_indices(text: str) -> list[int]:
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | dict[str, str] | str | None:
-    """What TTTConfig.layers takes: "0-5,8", a map "0-5=softmax,6-11=swiglu+nat5", "all" or "paper"; None means all."""
+    """What TTTConfig.layers takes: "0-5,8", a map "0-5=softmax,6-11=swiglu+nat5", or a name; None means all."""
     if text is None or text in LAYER_SETS:
         return text
     if "=" not in text:
-        return tuple(sorted(set(parse_indices(text))))
-    layers: dict[str, str] = {}
+        return tuple(_each_once(sorted(parse_indices(text)), text))
+    entries: list[tuple[str, str]] = []
     *pairs, last = text.split("=")
     numbers = pairs[0]
     for middle in pairs[1:]:  # "softmax,6-11": what the numbers before become, and the next numbers
         what, _, following = middle.partition(",")
-        layers[numbers.strip()], numbers = what.strip(), following
-    layers[numbers.strip()] = last.strip()
-    for key in layers:
-        parse_indices(key)
-    return layers
+        entries.append((numbers.strip(), what.strip()))
+        numbers = following
+    entries.append((numbers.strip(), last.strip()))
+    _each_once([index for key, _ in entries for index in parse_indices(key)], text)
+    return dict(entries)
+
+
+def _each_once(indices: list[int], text: str) -> list[int]:
+    if twice := [index for index, times in Counter(indices).items() if times > 1]:
+        raise T5Error(f"layers '{text[:100]}' names {', '.join(map(str, twice[:5]))} twice; name each layer once")
+    return indices
 
 
 def format_layers(kinds: list[str]) -> dict[str, str]:

@@ -39,6 +39,8 @@ class Mixer(nn.Module):
         convolved = {"dwc_qk": ("q_conv", "k_conv"), "dwc_v": ("v_conv",), "cpe": ("x_conv",)}
         for name in convolved.get(config.convolution, ()):
             setattr(self, name, nn.Conv2d(channels, channels, 3, padding=1, groups=channels))
+        if config.window and config.neighborhood_share == "learned":
+            self.near_share = nn.Parameter(torch.zeros(self.num_heads, 1, head_dim))  # a half, by its sigmoid
 
     def inner_weight(self) -> nn.Parameter:
         """A new D×D weight a head, (H, D, D)."""
@@ -133,12 +135,14 @@ class Mixer(nn.Module):
             grid.check(num_tokens)
 
     def _with_neighborhood(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, window: int) -> Tensor:
-        """Half `o`, half neighborhood attention of the projections as they come; only the grid has neighborhoods."""
+        """A part of `o` gives way to neighborhood attention of the projections as they come, on the grid alone."""
         check_window(self.config, grid)
         own = grid.patches
         q, k, v = (t[:, :, own] for t in (q, k, v))
         near = neighborhood_attention(q, k, v, rows=grid.rows, columns=grid.columns, window=window)
-        mixed = 0.5 * o[:, :, own] + 0.5 * near.to(o.dtype)
+        learned = self.config.neighborhood_share == "learned"
+        share = torch.sigmoid(self.near_share).to(o.dtype) if learned else 0.5
+        mixed = torch.lerp(o[:, :, own], near.to(o.dtype), share)
         return torch.cat([o[:, :, : own.start], mixed, o[:, :, own.stop :]], dim=2)
 
 

@@ -40,6 +40,7 @@ def html(data: ReportData, quality: Quality) -> str:
         explained=explanation_reading(data.explanation) if data.explanation else [],
         shift_reading=_shift_reading(data),
         calibration_reading=_calibration_reading(data),
+        softmax_choice=_softmax_choice(data),
         alignment_reading=_alignment_reading(data),
         speed=_speed_rows(data),
         parameters=yaml.safe_dump(data.parameters, sort_keys=False, allow_unicode=True),
@@ -138,6 +139,24 @@ def _calibration_reading(data: ReportData) -> str:
         (least, best), (most, worst) = ranked[0], ranked[-1]
         text += f"; {best} is fitted best ({significant(least)}), {worst} worst ({significant(most)})"
     return text + "."
+
+
+def _softmax_choice(data: ReportData) -> dict[str, Any] | None:
+    """Which layers were given back to softmax, and what each alone would have brought; None where none was chosen."""
+    found = data.metrics["calibrate"]
+    if "model_error" not in found:
+        return None
+    prefix, own = "model_error_with_softmax.", "softmax."
+    order = {key.removeprefix(own): value for key, value in found.items() if key.startswith(own)}
+    chosen = sorted(order, key=lambda layer: order[layer])
+    alone = sorted((value, key.removeprefix(prefix)) for key, value in found.items() if key.startswith(prefix))
+    text = (
+        f"Softmax is back in {' and '.join(chosen)}, where the whole model misses it most: the error of its features "
+        f"and output fell from {significant(found['model_error'])} to {significant(found['model_error_chosen'])} of "
+        "their variance. The table shows what one softmax layer alone would have left."
+    )
+    rows = [(layer, significant(error), "chosen" if layer in chosen else "") for error, layer in alone]
+    return {"text": text, "rows": rows}
 
 
 def _alignment_reading(data: ReportData) -> str | None:

@@ -12,30 +12,29 @@ its own weights. The weights and rates here are our own (data/scenes/study.py tr
 """
 
 import dataclasses
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 
 from t5lib.conversion import ttt_layers
 from t5lib.data.batches import Batches, open_batches
 from t5lib.families import family_of
-from t5lib.families.base import Adapter
 from t5lib.families.inputs import Inputs, check_finite, placed
 from t5lib.layers.grid import TokenGrid
 from t5lib.training.loop import Log
-from t5lib.training.pair import check_pair
+from t5lib.training.pair import check_pair, dtypes
+from t5lib.training.recorder import Recorder, output_error, token_errors
 from t5lib.training.trainer import LoopConfig, Objective, Trainer, TrainReport, train
-from t5lib.utils.config import AtLeastOne, NotNegative, Positive, Share, WholeNumber, checked, settings
+from t5lib.utils.config import BatchSize, Rate, Share, Weight, WholeNumber, checked, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
+from t5lib.utils.seeds import own_random_states
 from t5lib.utils.weights import digest
 
 
@@ -65,21 +64,21 @@ class AlignConfig(LoopConfig):
     """
 
     steps: WholeNumber = 2000
-    batch_size: AtLeastOne = 16
-    lr: NotNegative = 3e-5
-    lr_new: NotNegative = 3e-4
+    batch_size: BatchSize = 16
+    lr: Rate = 3e-5
+    lr_new: Rate = 3e-4
     min_lr: Share = 0.0
     warmup: Share = 0.1
-    weight_decay: NotNegative = 0.0
+    weight_decay: Rate = 0.0
     trainable: Literal["blocks", "attention", "new", "lora", "all"] = "blocks"  # type: ignore[assignment]  # more
-    blocks: NotNegative = 1.0
-    block_growth: Positive = 1.0
+    blocks: Weight = 1.0
+    block_growth: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     features: str | None = None
-    features_weight: NotNegative = 2.0
-    output: NotNegative = 1.0
-    cosine: NotNegative = 0.0
+    features_weight: Weight = 2.0
+    output: Weight = 1.0
+    cosine: Weight = 0.0
     damping: Share = 0.0
-    prefix: NotNegative = 0.1
+    prefix: Weight = 0.1
 
     def __post_init__(self):
         if not (self.blocks or self.output or (self.features and (self.features_weight or self.cosine))):
@@ -100,6 +99,7 @@ class AlignReport(TrainReport):
     error_after: dict[str, float] = field(default_factory=dict)
 
 
+@own_random_states()
 @torch.enable_grad()
 def align(
     model: nn.Module,
@@ -107,7 +107,7 @@ def align(
     teacher: nn.Module,
     batches: Batches,
     config: AlignConfig | None = None,
-    resume_dir: Path | None = None,
+    resume_dir: Path | str | None = None,
     log: Log | None = None,
 ) -> AlignReport:
     """Train `model`, in place, to do what `teacher` does.
@@ -132,9 +132,10 @@ def align(
 
 
 def _aligned(
-    model: nn.Module, objective: "Alignment", batches: Batches, resume_dir: Path | None, log: Log | None
+    model: nn.Module, objective: "Alignment", batches: Batches, resume_dir: Path | str | None, log: Log | None
 ) -> AlignReport:
-    config, before = objective.config, _measured(model, objective, batches)
+    config, probe = objective.config, _probe(model, objective, batches)
+    before = _measured(model, objective, probe)
     if not config.steps:
         return AlignReport(
             steps=0, seconds=0.0, samples_per_second=0.0, loss=0.0, error_before=before, error_after=before
@@ -152,7 +153,7 @@ def _aligned(
             )
         finally:
             objective.end()
-    return AlignReport(**vars(report), error_before=before, error_after=_measured(model, objective, batches))
+    return AlignReport(**vars(report), error_before=before, error_after=_measured(model, objective, probe))
 
 
 class Alignment(Objective[Inputs]):
@@ -251,125 +252,27 @@ class Alignment(Objective[Inputs]):
                     recorder.remove()
         (ours, output), (theirs, wanted) = seen
         grid = self.family.grid(model, inputs)
+        if self.config.features:
+            theirs.check_features(self.config.features, grid)
         errors = {
             name: token_errors(block, target, grid)["image"]
             for name, block, target in zip(self.names, ours.blocks, theirs.blocks, strict=True)
         }
-        if ours.features is not None and theirs.features is not None:
+        if self.config.features:
             errors["features"] = token_errors(ours.features, theirs.features, grid)["image"]
         errors["output"] = output_error(output, wanted)
         return {name: error.item() for name, error in errors.items()}
 
 
-class Recorder:
-    """Keeps what a model's blocks, and the part `features`, give while `recording`.
-
-    Args:
-        family: of the model.
-        model: whose forwards are recorded.
-        features: a part's name, or None.
-        damping: of the gradient between blocks, see AlignConfig.
-
-    Attributes:
-        blocks: image tokens (B, N, C) of every block, prefix tokens first, of the last forward recorded.
-        features: what the part gave, likewise.
-    """
-
-    def __init__(self, family: Adapter, model: nn.Module, features: str | None, damping: float = 0.0):
-        self.family, self.damping = family, damping
-        self.on: int | None = None  # the thread whose forward is recorded
-        self.blocks: list[Tensor] = []
-        self.features: Tensor | None = None
-        self.undo: list[Callable[[], None]] = []
-        *others, last = family.blocks(model)
-        for block in others:
-            self._watch(block, self._keep_and_damp)
-        self._watch(last, self._keep_block)
-        if features:
-            self._watch(model.get_submodule(features), self._keep_features)
-
-    def _watch(self, module: nn.Module, keep: Callable[[Any], Any]) -> None:
-        """What `keep` returns takes the place of the output. Outside of what is compiled: a hook would become a part
-        of it."""
-        compiled = module._compiled_call_impl
-        if compiled is None:
-            self.undo.append(module.register_forward_hook(lambda _module, _inputs, output: keep(output)).remove)
-            return
-        module._compiled_call_impl = lambda *args, **kwargs: keep(compiled(*args, **kwargs))
-        # gone when the trainer undoes its compilation
-
-    def _keep_block(self, output: Any) -> Any:
-        if self.on == threading.get_ident():
-            self.blocks.append(self.family.block_tokens(output))
-        return output
-
-    def _keep_and_damp(self, output: Any) -> Any:
-        self._keep_block(output)
-        return (
-            tree_map_only(Tensor, self._damped, output) if self.damping and self.on == threading.get_ident() else output
-        )
-
-    def _damped(self, tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad:
-            return tensor
-        passed_on = tensor.view_as(tensor)  # of its own: the recorded one's gradient stays whole
-        passed_on.register_hook(lambda gradient: gradient * (1 - self.damping))
-        return passed_on
-
-    def _keep_features(self, output: Tensor) -> Tensor:
-        if self.on == threading.get_ident():
-            self.features = output
-        return output
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Around one forward; blocks that checkpointing calls again in the backward pass are not recorded."""
-        self.blocks, self.features, self.on = [], None, threading.get_ident()
-        try:
-            yield
-        finally:
-            self.on = None
-
-    def remove(self) -> None:
-        for undo in self.undo:
-            undo()
-        self.undo = []
-
-
-def token_errors(ours: Tensor, theirs: Tensor, grid: TokenGrid, cosine: bool = False) -> dict[str, Tensor]:
-    """Squared error of tokens (B, N, C) over the variance of the teacher's image tokens, scalars in float32.
-
-    The variance is that over images and tokens, summed over channels: what all tokens have in common does not count.
-
-    Returns:
-        "image"; "prefix" where there are prefix tokens; "cosine", 1 minus the mean cosine of image tokens, if asked.
-    """
-    ours, theirs, patches = ours.float(), theirs.float(), grid.patches
-    image, wanted = ours[:, patches], theirs[:, patches]
-    scale = wanted.var(dim=(0, 1), correction=0).mean()
-    errors = {"image": (image - wanted).square().mean() / scale}
-    if patches.start:
-        errors["prefix"] = (ours[:, : patches.start] - theirs[:, : patches.start]).square().mean() / scale
-    if cosine:
-        errors["cosine"] = 1 - F.cosine_similarity(image, wanted, dim=-1).mean()
-    return errors
-
-
-def output_error(output: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error over the variance of all that the teacher's output holds, a scalar in float32."""
-    output, wanted = output.float(), wanted.float()
-    return (output - wanted).square().mean() / wanted.var(correction=0)
-
-
 def _check(model: nn.Module, teacher: nn.Module, config: AlignConfig) -> None:
     check_pair(model, teacher)
-    ours, theirs = (next(each.parameters()).dtype for each in (model, teacher))
-    if ours != torch.float32:
-        raise T5Error(f"align: the model's weights are {ours}, too coarse for small steps; call model.float()")
-    if config.precision == "fp32" and theirs != torch.float32:
+    ours, theirs = (dtypes(each) - {torch.float32} for each in (model, teacher))
+    if ours:
+        raise T5Error(f"align: the model has weights in {ours.pop()}, not in float32; call model.float()")
+    if config.precision == "fp32" and theirs:
         raise T5Error(
-            f"align: the teacher's weights are {theirs} and precision is fp32; call teacher.float(), or set precision: "
-            "bf16"
+            f"align: the teacher has weights in {theirs.pop()} and precision is fp32; call teacher.float(), or set "
+            "precision: bf16"
         )
     if config.features:
         try:
@@ -403,12 +306,17 @@ def _trainable(model: nn.Module, config: AlignConfig) -> Iterator[LoopConfig]:
             parameter.requires_grad_(True)
 
 
-def _measured(model: nn.Module, objective: Alignment, batches: Batches) -> dict[str, float]:
-    """The errors on the first batch; leaves the models in the modes that they were in."""
-    device = next(model.parameters()).device
-    objective.teacher.to(device)
+def _probe(model: nn.Module, objective: Alignment, batches: Batches) -> Inputs:
+    """The first batch, checked."""
     inputs = objective.family.inputs(next(open_batches(batches, 0)))
     objective.family.check_inputs(model, inputs)
     check_finite(inputs)
+    return inputs
+
+
+def _measured(model: nn.Module, objective: Alignment, inputs: Inputs) -> dict[str, float]:
+    """The errors on `inputs`; leaves the models in the modes that they were in."""
+    device = next(model.parameters()).device
+    objective.teacher.to(device)
     with evaluating(model, objective.teacher):
         return objective.measure(model, placed(inputs, device, torch.float32))

@@ -11,6 +11,7 @@ Shapes: B images, L layers, H heads, N tokens, D head width, C channels.
 import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,20 @@ from t5lib.families.base import Adapter
 from t5lib.families.inputs import Inputs, check_finite, count, joined_by_size, placed
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.grid import TokenGrid
+from t5lib.layers.layer_map import AUTO
 from t5lib.training import checkpoints
-from t5lib.training.layer_groups import CalibrateConfig, Example, LayerGroup, Seen
+from t5lib.training.layer_groups import CalibrateConfig, Example, LayerGroup, Seen, check_fit
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
-from t5lib.training.pair import check_pair
+from t5lib.training.pair import check_pair, dtypes
+from t5lib.training.softmax_layers import SoftmaxChoice, put_softmax_back
 from t5lib.utils.config import checked
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
+from t5lib.utils.seeds import own_random_states
 from t5lib.utils.weights import digest
 
 LOG_EVERY = 10
+CHOICE_BATCHES = 4
 STATE = "calibrate.pt"
 
 
@@ -43,15 +48,18 @@ class CalibrationReport:
     """Error of each layer and the cost.
 
     The error is the squared error over the target's variance, on the first batch, which the fit leaves out (a loader
-    that repeats its images gives them again later).
+    that repeats its images gives them again later). `softmax` is there where the config's layers are "auto": what was
+    given back to softmax, and what every layer would have brought.
     """
 
     error_before: dict[str, float]
     error_after: dict[str, float] = field(default_factory=dict)
+    softmax: SoftmaxChoice | None = None
     steps: int = 0
     seconds: float = 0.0
 
 
+@own_random_states()
 @torch.enable_grad()
 def calibrate(
     model: nn.Module,
@@ -59,10 +67,13 @@ def calibrate(
     teacher: nn.Module,
     batches: Batches,
     config: CalibrateConfig | None = None,
-    resume_dir: Path | None = None,
+    resume_dir: Path | str | None = None,
     log: Log | None = None,
 ) -> CalibrationReport:
     """Fit the new layers of `model`, in place, to the attentions of `teacher`.
+
+    Where TTTConfig.layers is "auto", those that harm the whole model most are then given back to softmax
+    (t5lib.training.softmax_layers), measured on the first CHOICE_BATCHES batches.
 
     Args:
         model: a converted model (t5lib.convert).
@@ -78,7 +89,7 @@ def calibrate(
         T5Error: the models do not match, the loss is not finite, checkpoints were made by another recipe or code, or
             there is too little room for them.
     """
-    config = checked(config, CalibrateConfig)
+    config, resume_dir = checked(config, CalibrateConfig), checkpoints.opened(resume_dir)
     check_pair(model, teacher)
     _check_places(model, teacher)
     inputs_of = functools.partial(_inputs, family_of(teacher), teacher)
@@ -87,7 +98,7 @@ def calibrate(
         probe = inputs_of(next(source))  # measured on, left out of the fit
         fit = _Fit(model, teacher, config, probe)
         report = CalibrationReport(error_before=fit.error_before, steps=config.steps)
-        if resume_dir and fit.restore(resume_dir):
+        if resume_dir and fit.restore(resume_dir) and not fit.over(config.steps):
             source = open_batches(batches, fit.batches)
         fit.source = map(inputs_of, source)
         every = config.checkpoint_every
@@ -96,6 +107,9 @@ def calibrate(
         finally:
             fit.write_back()  # also when interrupted: a model half of whose layer was fitted would be of no use
         report.seconds, report.error_after = fit.done.seconds, fit.errors(fit.see(probe))
+        if model.t5_config.layers == AUTO:
+            seen = map(inputs_of, islice(open_batches(batches, 0), CHOICE_BATCHES))
+            report.softmax = put_softmax_back(model, teacher, list(seen), model.t5_config.softmax_layers, fit.autocast)
     return report
 
 
@@ -110,16 +124,12 @@ class _Fit(Work):
         self.sources = {name: self._source(name, layer) for name, layer in self.layers.items()}
         self.device = next(teacher.parameters()).device
         seen = self.see(probe)
+        check_fit(config, [layer.mixer for layer in self.layers.values()])
         self.groups = self._groups(seen)
         parameters = [{"params": [p for g in self.groups for p in g.mixer.parameters()], "peak": config.lr}]
         if config.lr_inherited:
             parameters.append({"params": list(self._inherited()), "peak": config.lr_inherited})
         parameters = [group for group in parameters if group["params"]]
-        if not parameters:
-            raise T5Error(
-                "these layers have no new weights, so with lr_inherited 0 there is nothing to fit; set "
-                "calibrate.lr_inherited, or skip calibration (steps: 0)"
-            )
         self.optimizer = torch.optim.Adam(parameters, lr=config.lr, fused=self.device.type == "cuda")
         self.error_before = self.errors(seen)
         self.done, self.drawn = Done(), self._draws()
@@ -284,7 +294,7 @@ def _check_places(model: nn.Module, teacher: nn.Module) -> None:
     ours, theirs = next(model.parameters()), next(teacher.parameters())
     if ours.device != theirs.device:
         raise T5Error(f"the teacher is on {theirs.device}, the model on {ours.device}; move one of them to the other")
-    half = {each.dtype for each in (ours, theirs)} - {torch.float32}
+    half = (dtypes(model) | dtypes(teacher)) - {torch.float32}
     if half and ours.device.type == "cpu":
         raise T5Error(
             f"weights are {half.pop()}, and on a CPU layers are fitted in float32; call .float() on both models"

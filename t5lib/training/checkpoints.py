@@ -11,10 +11,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import t5kernels
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import nn
 
@@ -22,6 +23,7 @@ from t5lib.utils.config import to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import put, read_json, sha256, write_json
 
+Kept = Annotated[int, Field(ge=1, le=100)]  # checkpoints
 FILES, MAKER = "files.json", "made_by.json"
 # What decides about a fit, of t5lib; beside it the kernels.
 DECISIVE = ("training", "layers", "families", "data", "conversion.py")
@@ -50,6 +52,20 @@ def code() -> dict[str, str]:
         for file in [place] if place.is_file() else place.rglob("*.py"):
             found[file.relative_to(base).as_posix()] = sha256(file)
     return found
+
+
+def opened(resume_dir: Path | str | None) -> Path | None:
+    """The folder for checkpoints, made where there is none. Raises T5Error when it cannot be."""
+    if resume_dir is None:
+        return None
+    try:
+        folder = Path(resume_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, TypeError, ValueError) as error:
+        raise T5Error(
+            f"resume_dir is {resume_dir!r:.200}, which can be no folder ({error}); pass the path of one, or None"
+        ) from None
+    return folder
 
 
 def begin(place: Path) -> None:

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from t5lib.data.images import AugmentConfig
 from t5lib.families.inputs import Inputs
 from t5lib.training.trainer import LoopConfig, Objective, Trainer
-from t5lib.utils.config import NotNegative, Positive, Share, settings
+from t5lib.utils.config import Share, settings
 from t5lib.utils.errors import T5Error
 
+Strength = Annotated[float, Field(ge=0, le=100)]  # alpha of the beta distribution that mixes two images
 Example = tuple[Inputs, Tensor]  # images, labels (B,)
 
 
@@ -27,10 +28,10 @@ class TrainConfig(LoopConfig):
         Others: see LoopConfig.
     """
 
-    epochs: Positive = 30.0
+    epochs: Annotated[float, Field(gt=0, le=100_000)] = 30.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    mixup: NotNegative = 0.0
-    cutmix: NotNegative = 0.0
+    mixup: Strength = 0.0
+    cutmix: Strength = 0.0
     distill: Share = 0.0
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
 

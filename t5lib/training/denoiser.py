@@ -16,7 +16,7 @@ from t5lib.families import family_of
 from t5lib.families.inputs import Inputs
 from t5lib.training.objectives import Batch, Noised, Noising
 from t5lib.training.trainer import Decay, LoopConfig, Objective, Trainer
-from t5lib.utils.config import AtLeastOne, NotNegative, Share, settings
+from t5lib.utils.config import AtLeastOne, BatchSize, Rate, Share, Weight, settings
 from t5lib.utils.errors import T5Error
 
 TRAINING, VALIDATION = range(2)  # what tells the noise of one from that of the other with the same seed
@@ -35,13 +35,13 @@ class DenoiserTrainConfig(LoopConfig):
     """
 
     steps: AtLeastOne = 3000
-    batch_size: AtLeastOne = 4
-    lr: NotNegative = 1e-5
-    lr_new: NotNegative = 2e-4
+    batch_size: BatchSize = 4
+    lr: Rate = 1e-5
+    lr_new: Rate = 2e-4
     warmup: Share = 0.03
-    weight_decay: NotNegative = 0.0
+    weight_decay: Rate = 0.0
     ema: Decay | None = 0.999
-    align: NotNegative = 0.0
+    align: Weight = 0.0
     teacher: Literal["ema", "source"] = "ema"
 
     def __post_init__(self):

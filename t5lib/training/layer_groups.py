@@ -4,16 +4,20 @@ Shapes: B images, L layers, H heads, N image tokens, T text tokens (of a joint a
 width, C channels.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from t5lib.families.base import Adapter
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid
-from t5lib.utils.config import AtLeastOne, NotNegative, Positive, WholeNumber, settings
+from t5lib.layers.mixers import Mixer
+from t5lib.training.checkpoints import Kept
+from t5lib.utils.config import AtLeastOne, BatchSize, Rate, Repeats, WholeNumber, settings
 from t5lib.utils.errors import T5Error
 
 Example = tuple[Tensor, ...]
@@ -41,17 +45,44 @@ class CalibrateConfig:
     """
 
     steps: WholeNumber = 5000
-    batch_size: AtLeastOne = 64
-    lr: Positive = 1e-2
-    lr_inherited: NotNegative = 1e-3
+    batch_size: BatchSize = 64
+    lr: Annotated[Rate, Field(gt=0)] = 1e-2
+    lr_inherited: Rate = 1e-3
     warmup: WholeNumber = 50
-    pool: AtLeastOne = 4
-    reuse: AtLeastOne = 2
+    pool: Repeats = 4
+    reuse: Repeats = 2
     checkpoint_every: AtLeastOne = 500
-    checkpoints_kept: AtLeastOne = 2
+    checkpoints_kept: Kept = 2
     objective: Literal["output", "attention"] = "output"
     compile: bool = False
     seed: WholeNumber = 0
+
+
+def check_fit(config: CalibrateConfig, mixers: Sequence[Mixer]) -> None:
+    """Raises T5Error unless layers with these mixers can be fitted so."""
+    if not config.lr_inherited and not any(list(mixer.parameters()) for mixer in mixers):
+        raise T5Error(
+            "these layers have no new weights, so with lr_inherited 0 there is nothing to fit; set "
+            "calibrate.lr_inherited, or skip calibration (steps: 0)"
+        )
+    if config.objective == "attention":
+        for mixer in mixers:
+            _check_maps(mixer)
+
+
+def _check_maps(mixer: Mixer) -> None:
+    settings = mixer.config
+    if not hasattr(mixer, "attention_map"):
+        raise T5Error(
+            f"calibrate: objective 'attention' needs a mixer with an attention map, and inner '{settings.inner}' "
+            "has none; use objective 'output'"
+        )
+    if settings.rescale or (settings.key_norm, settings.locality) != ("none", "none"):
+        raise T5Error(
+            f"calibrate: objective 'attention' compares maps of the projections as they are, but key_norm is "
+            f"'{settings.key_norm}', locality '{settings.locality}' and rescale {settings.rescale}; set them to "
+            "'none', 'none' and false, or use objective 'output'"
+        )
 
 
 class Seen:
@@ -100,19 +131,6 @@ class LayerGroup:
         self.objective = config.objective
         settings = first.mixer.config
         self.mixer = make_mixer(first.num_heads, first.head_dim, settings, len(layers)).to(device)
-        if config.objective == "attention" and not hasattr(self.mixer, "attention_map"):
-            raise T5Error(
-                f"calibrate: objective 'attention' needs a mixer with an attention map, and inner '{settings.inner}' "
-                "has none; use objective 'output'"
-            )
-        if config.objective == "attention" and (
-            settings.rescale or (settings.key_norm, settings.locality) != ("none", "none")
-        ):
-            raise T5Error(
-                f"calibrate: objective 'attention' compares maps of the projections as they are, but key_norm is "
-                f"'{settings.key_norm}', locality '{settings.locality}' and rescale {settings.rescale}; set them to "
-                "'none', 'none' and false, or use objective 'output'"
-            )
         self.projected = not config.lr_inherited and settings.convolution != "cpe"
         self.copy(to_layers=False)
         self.loss = self._attention_loss if config.objective == "attention" else self.error

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from t5lib.utils.errors import T5Error
 from t5lib.utils.progress import progress
 
 Log = Callable[[dict[str, float], int], None]  # values worth a curve, and the step
@@ -17,10 +18,11 @@ Log = Callable[[dict[str, float], int], None]  # values worth a curve, and the s
 
 @dataclass
 class Done:
-    """How far a fit is: steps done and seconds spent, in earlier runs too."""
+    """How far a fit is: steps done and seconds spent, in earlier runs too, and the loss that was told last."""
 
     step: int = 0
     seconds: float = 0.0
+    loss: float = math.nan
 
 
 class Work(ABC):
@@ -44,19 +46,19 @@ class Work(ABC):
         return holds
 
 
-def run_steps(
-    work: Work, *, title: str, total: int, resume_dir: Path | None, every: int, log: Log | None
-) -> dict[str, float]:
-    """Run the steps that are not done yet; returns the last values that a step told.
+def run_steps(work: Work, *, title: str, total: int, resume_dir: Path | None, every: int, log: Log | None) -> None:
+    """Run the steps that are not done yet.
 
     Args:
         total: steps in all, those done before included.
-        resume_dir: where checkpoints go, every so many (`every`) steps and when it is interrupted; None for none.
+        resume_dir: where checkpoints go, every so many (`every`) steps, after the last, and when it is interrupted;
+            None for none.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, at the end of a step and after a checkpoint.
     """
-    values = {"loss": math.nan}
+    if log is not None and not callable(log):
+        raise T5Error(f"log is {log!r:.60}; expected a function of values and step, or None")
     with progress(title, total, work.done.step) as bar, deferred_interrupt() as interrupted:
         while not work.over(total):
             begun = time.monotonic()
@@ -69,16 +71,15 @@ def run_steps(
                     raise
                 told = {}  # Ctrl-C reached the processes of a loader too, and ended them: this step was not done
             if told:
-                values = told
+                work.done.loss = told["loss"]
                 bar.advance(work.done.step, loss=told["loss"])
                 if log:
                     log(told, work.done.step)
             stop = work.any_process(interrupted())
-            if resume_dir and (stop or work.done.step % every == 0):
+            if resume_dir and (stop or work.done.step % every == 0 or work.over(total)):
                 work.save(resume_dir)
             if stop:
                 raise KeyboardInterrupt
-    return values
 
 
 def warmed_up(step: int, warmup: float) -> float:

@@ -60,11 +60,11 @@ class RectifiedFlow:
     Source: "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (arXiv 2403.03206), section 3.1.
     """
 
-    shift: Positive = 3.0
+    shift: Annotated[float, Field(ge=0.01, le=100)] = 3.0
     weighting: Literal["logit_normal", "mode", "sigma_sqrt", "cosmap", "none"] = "logit_normal"
-    logit_mean: float = 0.0
-    logit_std: Positive = 1.0
-    mode_scale: float = 1.29
+    logit_mean: Annotated[float, Field(ge=-10, le=10)] = 0.0
+    logit_std: Annotated[float, Field(gt=0, le=10)] = 1.0
+    mode_scale: Annotated[float, Field(ge=-1, le=1.75)] = 1.29  # beyond, levels would leave 0 to 1
 
     def noised(self, batch: Batch, generator: torch.Generator) -> Noised:
         """Draw a noise level for every image, and noise, from a CPU generator: the same numbers on any device."""
@@ -107,7 +107,7 @@ class NoiseAndVariance:
     bound, 0.001 times the number of steps, is 1 here; "Scalable Diffusion Models with Transformers" (arXiv 2212.09748).
     """
 
-    steps: Annotated[int, Field(ge=2)] = 1000
+    steps: Annotated[int, Field(ge=2, le=100_000)] = 1000
     beta_start: Positive = 1e-4
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
 
@@ -229,8 +229,11 @@ def noising_of(scheduler: ConfigMixin, **changes: Any) -> Noising:
             f"{type(scheduler).__name__} has beta_schedule and prediction_type {found}; expected a "
             "FlowMatchEulerDiscreteScheduler, or ('linear', 'epsilon') as DiT has"
         )
+    most = settings["num_train_timesteps"]
+    if changes.get("steps", 0) > most:
+        raise T5Error(f"steps is {changes['steps']}, but the model learned {most} steps; expected as many at most")
     schedule = {name: settings[name] for name in ("beta_start", "beta_end")}
-    return NoiseAndVariance(**{"steps": settings["num_train_timesteps"]} | schedule | changes)
+    return NoiseAndVariance(**{"steps": most} | schedule | changes)
 
 
 def _clean_and_noise(batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,11 @@ def check_pair(model: nn.Module, teacher: nn.Module) -> None:
     check_weights(model, teacher)
 
 
+def dtypes(model: nn.Module) -> set[torch.dtype]:
+    """Of all weights that are floating-point numbers."""
+    return {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+
+
 @torch.no_grad()
 def check_weights(model: nn.Module, teacher: nn.Module) -> None:
     """Raises T5Error unless the weights that both models have are those of the teacher, or were trained from them."""

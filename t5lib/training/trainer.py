@@ -25,11 +25,13 @@ from t5lib.data.batches import Batches, open_batches
 from t5lib.families import family_of
 from t5lib.families.inputs import Inputs
 from t5lib.training import checkpoints, lora
+from t5lib.training.checkpoints import Kept
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.training.nonfinite import explain_blow_up
-from t5lib.utils.config import AtLeastOne, NotNegative, Positive, Share, WholeNumber, settings
+from t5lib.utils.config import AtLeastOne, BatchSize, Rate, Share, WholeNumber, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
+from t5lib.utils.seeds import own_random_states
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
@@ -63,24 +65,24 @@ class LoopConfig:
         checkpoints_kept: how many of them are kept, for the case that a disk damages the newest.
     """
 
-    batch_size: AtLeastOne = 64
-    accumulate: AtLeastOne = 1
-    lr: NotNegative = 2e-5
-    lr_new: NotNegative = 4e-4
+    batch_size: BatchSize = 64
+    accumulate: BatchSize = 1
+    lr: Rate = 2e-5
+    lr_new: Rate = 4e-4
     min_lr: Share = 0.01
     warmup: Share = 0.1
-    weight_decay: NotNegative = 0.05
-    clip_norm: Positive | None = 1.0
+    weight_decay: Rate = 0.05
+    clip_norm: Annotated[float, Field(ge=1e-6)] | None = 1.0
     ema: Decay | None = None
     trainable: Literal["all", "new", "lora"] = "all"
-    lora_rank: AtLeastOne = 8
-    lora_alpha: Positive = 16.0
+    lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    lora_alpha: Annotated[float, Field(gt=0, le=1e4)] = 16.0
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     gradient_checkpointing: bool = False
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     checkpoint_every: AtLeastOne = 100
-    checkpoints_kept: AtLeastOne = 2
+    checkpoints_kept: Kept = 2
     seed: WholeNumber = 0
 
 
@@ -117,6 +119,7 @@ class TrainReport:
     loss: float
 
 
+@own_random_states()
 def train(
     model: nn.Module,
     batches: Batches,
@@ -124,7 +127,7 @@ def train(
     config: LoopConfig,
     *,
     steps: int,
-    resume_dir: Path | None = None,
+    resume_dir: Path | str | None = None,
     log: Log | None = None,
 ) -> TrainReport:
     """Train `model` in place.
@@ -143,6 +146,7 @@ def train(
             too little room for them.
         KeyboardInterrupt: Ctrl-C, at the end of the step and after a checkpoint has been written.
     """
+    resume_dir = checkpoints.opened(resume_dir)
     narrow = {str(p.dtype) for p in model.parameters() if p.dtype.itemsize < 4}
     if narrow:
         raise T5Error(
@@ -166,6 +170,11 @@ class Trainer(Work):
         model.zero_grad(set_to_none=True)
         set_seed(config.seed)  # adapters start alike in all processes
         self.frozen = freeze(model, config)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise T5Error(
+                "train: no parameter of the model has requires_grad, so there is nothing to train; call "
+                "model.requires_grad_() first, or only for those that shall learn"
+            )
         set_seed(config.seed, device_specific=True)  # Python, NumPy (mixup) and torch
         self.ema = _averaged(model, config.ema) if config.ema else None
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(_groups(model, config)))
@@ -201,8 +210,9 @@ class Trainer(Work):
         try:
             if resume_dir:
                 self.load(resume_dir)
-            self.source = open_batches(batches, self.done.step * config.accumulate)
-            values = run_steps(
+            if not self.over(self.total):
+                self.source = open_batches(batches, self.done.step * config.accumulate)
+            run_steps(
                 self,
                 title=f"train ({config.trainable})",
                 total=self.total,
@@ -217,7 +227,7 @@ class Trainer(Work):
         seconds = self.done.seconds
         count = self.total * config.batch_size * config.accumulate * self.accelerator.num_processes
         rate = count / max(seconds, 1e-9)
-        return TrainReport(steps=self.total, seconds=seconds, samples_per_second=rate, loss=values["loss"])
+        return TrainReport(steps=self.total, seconds=seconds, samples_per_second=rate, loss=self.done.loss)
 
     def step(self) -> dict[str, float]:
         """One optimizer step over `accumulate` forward passes."""

@@ -39,6 +39,14 @@ WholeNumber = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+# Past these bounds lie slips of the keyboard: nothing that could run, or nothing that would learn.
+BatchSize = Annotated[int, Field(ge=1, le=2**16)]
+Pixels = Annotated[int, Field(ge=1, le=2**14)]  # side of an image
+Workers = Annotated[int, Field(ge=0, le=1024)]  # processes or threads
+Tokens = Annotated[int, Field(ge=1, le=2**16)]  # of a text
+Repeats = Annotated[int, Field(ge=1, le=10_000)]
+Rate = Annotated[float, Field(ge=0, le=10)]  # of learning: how far a weight moves in a step; or of its decay
+Weight = Annotated[float, Field(ge=0, le=1e6)]  # of a term of a loss
 Several = Annotated[tuple[T, ...], Strict(False)]  # a list will do, as YAML writes it
 Pair = Annotated[tuple[T, T], Strict(False)]
 Triple = Annotated[tuple[T, T, T], Strict(False)]
@@ -133,7 +141,7 @@ def from_dict(cls: type[AnySettings], data: dict[str, Any] | None, where: str) -
     missing = [name for name, field in fields.items() if name not in data and _required(field)]
     if missing:
         raise T5Error(f"{where}: missing {', '.join(missing)}; add it to this section")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     values = {key: _nested(hints[key], value, f"{where}.{key}") for key, value in data.items()}
     try:
         return cls(**values)
@@ -149,6 +157,15 @@ def checked(config: AnySettings | None, cls: type[AnySettings]) -> AnySettings:
     if not isinstance(config, cls):
         raise T5Error(f"expected settings, a {cls.__name__}, or None for the defaults; got {config!r:.60}")
     return config
+
+
+def with_named_keys(mapping: dict[Any, T], where: str) -> dict[str, T]:
+    """`mapping` with its keys as text, for YAML reads some as numbers. Raises T5Error where two are then one."""
+    named = {str(key): item for key, item in mapping.items()}
+    if len(named) < len(mapping):
+        twice = sorted(key for key in named if sum(str(other) == key for other in mapping) > 1)
+        raise T5Error(f"{where}: {', '.join(twice)} stands there twice, as a number and as text; drop one")
+    return named
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -181,6 +198,11 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
@@ -193,11 +215,11 @@ def _nested(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, list | tuple) and tuples:
         member = typing.get_args(tuples[0])[0]
         return tuple(_nested(member, item, where) for item in value)
-    if kinds and (isinstance(value, dict) or (value is None and kinds[0] is hint) or hint is kinds[0]):
+    if kinds and value is None and hint is kinds[0]:
+        raise T5Error(f"{where} is null; expected its settings, {{}} for the defaults")
+    if kinds and (isinstance(value, dict) or hint is kinds[0]):
         return value if isinstance(value, kinds[0]) else from_dict(kinds[0], value, where)
-    if isinstance(value, dict):
-        return {str(key): item for key, item in value.items()}  # keys are names; YAML reads some as numbers
-    return value
+    return with_named_keys(value, where) if isinstance(value, dict) else value
 
 
 def _sentence(cls: type, values: dict[str, Any], error: ValidationError) -> str:

@@ -14,6 +14,8 @@ def usable_device(name: "str | torch.device", called: str = "device") -> "torch.
 
     try:
         device = torch.device(name)
+        if device.type == "cpu" and device.index:  # torch takes any number, and means the only one there is
+            raise RuntimeError("a machine has one cpu, without a number")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]

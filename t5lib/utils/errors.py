@@ -1,6 +1,7 @@
 """Errors meant for the user: each message says what came, what was expected, and the remedy."""
 
 import re
+import unicodedata
 
 _USERINFO = re.compile(r"(?<=://)[^/?#\s'\"]*@")
 _SECRET = re.compile(
@@ -9,10 +10,11 @@ _SECRET = re.compile(
 
 
 class T5Error(Exception):
-    """A problem the user can mend; printed without a traceback, and without passwords of addresses in it."""
+    """A problem the user can mend; printed without a traceback, without passwords of addresses and without what a
+    terminal would obey."""
 
     def __init__(self, message: str = ""):
-        super().__init__(without_secrets(message))
+        super().__init__(printable(without_secrets(message)))
 
 
 class SourceError(T5Error):
@@ -26,3 +28,11 @@ class SourceError(T5Error):
 def without_secrets(text: str) -> str:
     """`text` with user names and passwords of addresses, and secrets in their queries, cut out."""
     return _SECRET.sub(r"\1…", _USERINFO.sub("…@", text))
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, which names from files may hold, as Python writes them; line ends stay."""
+    return "".join(
+        repr(letter)[1:-1] if letter != "\n" and unicodedata.category(letter).startswith("C") else letter
+        for letter in text
+    )

@@ -1,7 +1,6 @@
 """Small file helpers. Every write is atomic and on the disk: a temporary sibling, fsync, then a rename."""
 
 import ctypes
-import glob
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ import stat
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,22 @@ LARGEST_HOLE = 10**9  # bytes
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 _HERE, _EXCHANGE = -100, 2  # of Linux's renameat2: AT_FDCWD, RENAME_EXCHANGE
 LARGEST_TEXT = 256 * 10**6  # bytes; manifests of a hundred thousand shards take a tenth of it
+# Whatever holds all of one row is a model's folder: t5lib.save's, a pipeline's.
+MODEL_FILES = (("t5.json", "model.safetensors"), ("model_index.json",))
+
+
+def as_path(place: Any) -> Path:
+    """Raises T5Error for what names no file or folder."""
+    if not isinstance(place, str | Path) or not str(place).strip() or "\0" in str(place):
+        raise T5Error(f"{place!r:.60} names no file or folder; expected a path")
+    return Path(place)
+
+
+def refuse_inside_model(path: Path | str) -> None:
+    """Raises T5Error when a folder above `path` holds a model, which has to stay what was saved."""
+    for folder in Path(path).absolute().parents:
+        if any(all((folder / name).is_file() for name in names) for names in MODEL_FILES):
+            raise T5Error(f"{path} is inside of {folder}, which holds a model and nothing else; name another place")
 
 
 @contextmanager
@@ -65,6 +80,8 @@ def read_json(path: Path | str) -> Any:
         return json.loads(read_text(path))
     except FileNotFoundError:
         raise T5Error(f"{path} does not exist; expected a JSON file there") from None
+    except OSError as error:  # a folder, another user's
+        raise T5Error(f"{path} cannot be read ({error.strerror}); expected a JSON file there") from None
     except (ValueError, RecursionError) as error:  # not JSON, or not text; absurdly deep
         raise T5Error(f"{path} is not valid JSON ({error}); delete it and run the step that makes it again") from None
 
@@ -113,11 +130,11 @@ def sha256(path: Path | str) -> str:
 def atomic_dir(path: Path | str) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place on success and vanishes on error.
 
-    A kill at any moment leaves the old folder or the new one; what else it leaves, the next call removes.
+    A kill at any moment leaves the old folder or the new one; what else it leaves, the next call beside it removes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    _sweep(path.parent)
     work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{_HOST}-{os.getpid()}."))
     temporary = work / "new"
     temporary.mkdir()
@@ -128,12 +145,14 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _sweep(path: Path) -> None:
-    """Remove what processes of this machine that were killed while they made `path` left beside it."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{_HOST}-*.*"):
-        pid = left.name.removeprefix(f".{path.name}.{_HOST}-").partition(".")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
+def _sweep(folder: Path) -> None:
+    """Remove what processes of this machine that were killed while they made folders in `folder` left there."""
+    for left in folder.glob(f".*.{_HOST}-*.*"):
+        match = LEFTOVER.fullmatch(left.name)
+        if match and match["pid"] and left.is_dir() and not _alive(int(match["pid"])):
+            with suppress(OSError):  # another user's
+                _put_back(left, match["name"])
+                shutil.rmtree(left)
 
 
 def _alive(pid: int) -> bool:
@@ -177,7 +196,7 @@ def _sync(path: Path) -> None:
 
 
 # What atomic_file and atomic_dir call their own.
-LEFTOVER = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{8}-\d+)?\.[a-z0-9_]{8}(\.\w+)?")
+LEFTOVER = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{8}-(?P<pid>\d+))?\.[a-z0-9_]{8}(\.\w+)?")
 
 
 def remove_leftovers(folder: Path | str) -> None:
@@ -188,10 +207,14 @@ def remove_leftovers(folder: Path | str) -> None:
     for path in sorted(Path(folder).rglob(".*")):
         if not (match := LEFTOVER.fullmatch(path.name)):
             continue
-        place = path.with_name(match["name"])
-        if (path / "old").is_dir() and not place.exists():
-            os.replace(path / "old", place)
+        _put_back(path, match["name"])
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _put_back(left: Path, name: str) -> None:
+    """Where a kill came between the two steps of an exchange, the old folder is in `left` alone."""
+    if (left / "old").is_dir() and not left.with_name(name).exists():
+        os.replace(left / "old", left.with_name(name))

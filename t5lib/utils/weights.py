@@ -21,7 +21,7 @@ def shards_of(index: Path) -> list[Path]:
     """
     content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+    if not isinstance(names, dict) or not all(_is_shard(name) for name in names.values()):
         raise T5Error(f"{index} is no index of shards: it has no weight_map of files beside it; fetch it again")
     shards = sorted(set(names.values()))
     if missing := [name for name in shards if not (index.parent / name).is_file()]:
@@ -32,12 +32,19 @@ def shards_of(index: Path) -> list[Path]:
     return [index.parent / name for name in shards]
 
 
+def _is_shard(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name and not name.endswith(".json")
+
+
 def check_numbers(weights: "dict[str, Tensor]", source: str) -> None:
     """Raises T5Error naming those of `weights`, which came from `source`, that hold NaN or infinite numbers."""
     broken = []
     for name, value in weights.items():
-        wide = value if value.element_size() > 1 else value.float()  # eight bits have no test of their own
-        if value.is_floating_point() and not value.is_meta and not wide.isfinite().all():
+        if value.is_meta or not value.is_floating_point() or not value.numel():
+            continue
+        wide = value.detach() if value.element_size() > 1 else value.float()  # eight bits have no test of their own
+        least, most = wide.aminmax()  # NaN where there is one; many times as fast as a test of each number
+        if not (least.isfinite() and most.isfinite()):
             broken.append(f"{name} ({wide.isfinite().logical_not().sum().item()} of {value.numel()})")
     if broken:
         raise T5Error(
@@ -63,6 +70,18 @@ def check_fit(ours: "dict[str, Tensor]", expected: "dict[str, Tensor]", what: st
     if any(parts.values()):
         shown = ", ".join(f"{name} {found[:SHOWN]}" for name, found in parts.items())
         raise T5Error(f"{what}: {shown}{remedy and f'; {remedy}'}")
+
+
+def unlisted_buffers(model: "nn.Module") -> "dict[str, Tensor]":
+    """The buffers that state_dict leaves out, since a model makes them again: not in the precision that it had."""
+    listed = model.state_dict()
+    return {name: value for name, value in model.named_buffers() if name not in listed}
+
+
+def set_unlisted_buffers(model: "nn.Module", values: "dict[str, Tensor]") -> None:
+    for name, value in values.items():
+        owner, _, own = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(own, value, persistent=False)
 
 
 def digest(module: "nn.Module") -> str:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import refuse_endless
+from t5lib.utils.files import as_path, refuse_endless
 from t5lib.utils.weights import check_numbers, shards_of
 
 ENTRIES = {  # that hold weights
@@ -28,6 +27,7 @@ COMPILED = "_orig_mod."  # what torch.compile puts into names, before those of t
 WRAPPERS = {"ema": ("ema_model.", "model_ema.", "ema."), "model": ("model.", "module.", "net.")}
 ALL_WRAPPERS = (*WRAPPERS["ema"], *WRAPPERS["model"])
 LIGHTNING = "pytorch-lightning_version"  # an entry of its checkpoints, whose losses and metrics have weights, too
+DEEPEST = 8  # entries in entries; a file may hold itself
 COUNTERS = ("n_averaged", "position_ids")  # whole numbers beside weights that no model needs
 FILES = tuple(
     f"{name}{ending}"
@@ -53,16 +53,18 @@ def read(path: Path | str, which: str | None = None) -> tuple[dict[str, Tensor],
     """
     if which not in (None, "ema", "model"):
         raise T5Error(f"which is {which!r}; expected 'ema', 'model', or None for the moving average where there is one")
-    file = weights_file(Path(path))
-    held, entries = _open(file), []
+    file = weights_file(as_path(path))
+    held, entries = _open(file), list[str]()
     lightning = LIGHTNING in held
     wanted = ENTRIES[which] if which else ALL_ENTRIES
-    while entry := next((name for name in wanted if isinstance(held.get(name), dict)), None):
+    while len(entries) < DEEPEST and (entry := next((n for n in wanted if isinstance(held.get(n), dict)), None)):
         held, wanted = held[entry], ALL_ENTRIES  # what is inside may be wrapped once more
         entries.append(entry)
     weights = {name: value for name, value in held.items() if isinstance(value, Tensor)}
     if not weights:
         raise T5Error(f"{path} holds no weights; found {list(held)[:6]}, expected one of {ALL_ENTRIES}")
+    if nameless := [name for name in weights if not isinstance(name, str)]:
+        raise T5Error(f"{path} holds weights under {nameless[:6]}, which are no names; expected weights by name")
     weights, wrappers = _unwrapped(weights, which, str(path), alone=lightning)
     if which == "ema" and not entries and not set(wrappers) & set(WRAPPERS["ema"]):
         raise T5Error(f"{path} has no entry {ENTRIES['ema']}; found {list(held)[:6]}, leave which out")
@@ -75,7 +77,7 @@ def weights_file(path: Path) -> Path:
     Raises:
         T5Error: there is none.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path.is_dir raises on names that are too long
         return path
     for name in FILES:
         if (path / name).is_file():
@@ -88,7 +90,7 @@ def weights_file(path: Path) -> Path:
 
 
 def _open(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise T5Error(f"{path} does not exist; expected a checkpoint file, .safetensors or one of torch.save")
     _check_size(path)
     if path.name.endswith(".index.json"):
@@ -104,7 +106,7 @@ def _open(path: Path) -> dict[str, Any]:
             f"{path} was not opened: {cause[1] if cause else 'it is no file of torch.save, or'} could run code. "
             "Where you trust it, save its weights with safetensors.torch.save_file, and load that"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # the unpickler on bytes that are no pickle raises whatever they lead it to
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise T5Error(f"{path} cannot be read ({reason}); copy or fetch it again") from None
     if not isinstance(held, dict):
@@ -149,12 +151,21 @@ def _wrapper(weights: dict[str, Tensor], which: str | None) -> str | None:
 
 
 def _numbers(weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """`weights` without counters. Raises T5Error when others are whole numbers, or not finite."""
+    """`weights` without counters. Raises T5Error when others are no plain tensors, whole numbers, or not finite."""
     weights = {name: value for name, value in weights.items() if name.rpartition(".")[2] not in COUNTERS}
-    if whole := [f"{n} {v.dtype}" for n, v in weights.items() if v.ndim and not v.is_floating_point()]:
+    if sparse := [f"{name} {value.layout}" for name, value in weights.items() if value.layout != torch.strided]:
+        raise T5Error(f"{source} holds sparse tensors, in {', '.join(sparse[:4])}; save value.to_dense() of each")
+    if meta := [name for name, value in weights.items() if value.is_meta]:
+        raise T5Error(f"{source} holds names without values (on the meta device), {', '.join(meta[:4])}; save it again")
+    if whole := [f"{n} {v.dtype}" for n, v in weights.items() if v.ndim and (_packed(v) or not v.is_floating_point())]:
         raise T5Error(
             f"{source} holds whole numbers, in {', '.join(whole[:4])}: it is quantized, or holds no weights; take the "
             "checkpoint in full or half precision"
         )
     check_numbers(weights, source)
     return weights
+
+
+def _packed(value: Tensor) -> bool:
+    """Whether two numbers share a byte."""
+    return str(value.dtype).endswith("_x2")

@@ -31,7 +31,7 @@ def load_weights(architecture: str, path: Path | str, *, which: str | None = Non
         T5Error: not such a file, an unknown architecture, or weights that do not fit it (named).
     """
     weights = in_timm_names(read(path, which)[0])
-    heads = weights["head.weight"].shape[0] if "head.weight" in weights else 0
+    heads = next(iter(weights["head.weight"].shape), 0) if "head.weight" in weights else 0
     own_head = "num_classes" not in arguments
     try:
         return build(weights, architecture, {"num_classes": heads} | arguments, own_head=own_head)

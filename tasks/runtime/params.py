@@ -116,6 +116,8 @@ def checked(settings: dict[str, Any], sections: dict[str, type], where: str) -> 
         raise T5Error(
             f"{where} lacks the sections {', '.join(missing)}; add them, empty if need be: {missing[0]}: {{}}"
         )
+    if empty := [name for name, section in settings.items() if section is None]:
+        raise T5Error(f"{where}.{empty[0]} is null; expected its settings, {{}} for the defaults")
     return {name: from_dict(sections[name], settings[name], f"{where}.{name}") for name in settings}
 
 

@@ -9,19 +9,18 @@ import sys
 from pathlib import Path
 
 from t5lib.utils.errors import T5Error
-from tasks.runtime import readiness
+from tasks.runtime import local_sources, readiness
 from tasks.targets import resolve
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tasks.targets", description=__doc__.splitlines()[0])
     parser.add_argument("target", help="a section of `targets` in params.yaml, such as dinov2-fashion")
-    parser.add_argument("--ready", action="store_true", help="also see that its weights and images can be had")
+    parser.add_argument("--ready", action="store_true", help="also ask the hub for weights and images")
     arguments = parser.parse_args()
     try:
         settings = resolve(".", arguments.target)
-        if arguments.ready:
-            readiness.check(Path("."), arguments.target, settings)
+        (readiness if arguments.ready else local_sources).check(Path("."), arguments.target, settings)
         print(json.dumps(settings))
     except T5Error as error:
         sys.exit(str(error))

@@ -1,31 +1,39 @@
 """What the stages have to know about a kind of target, all of it: one subclass of Target a kind, one file each."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from pydantic import Field
 from torch import nn
 
 import t5lib
 from t5lib.benchmarks.resolution_sweep import BenchmarkConfig
 from t5lib.data.batches import Batches
 from t5lib.families import family_of
+from t5lib.families.base import Adapter
+from t5lib.families.inputs import Inputs
 from t5lib.families.replacement import chosen_layers
+from t5lib.layers.attention import TTTLayer
 from t5lib.layers.config import TTTConfig
+from t5lib.layers.mixers import Mixer
 from t5lib.report.common import Quality
 from t5lib.report.data import ReportData
 from t5lib.training.alignment import AlignConfig
-from t5lib.training.calibration import CalibrateConfig
+from t5lib.training.layer_groups import CalibrateConfig, check_fit
+from t5lib.training.recorder import check_features
 from t5lib.training.trainer import LoopConfig, TrainReport
 from t5lib.utils.config import AtLeastOne, WholeNumber, settings
 from t5lib.utils.errors import T5Error
 from tasks.runtime.stage import Stage
 
+Images = Annotated[int, Field(ge=1, le=2**16)]  # looked at together, in memory
 Recipe = TypeVar("Recipe", bound=LoopConfig)  # of the training of one kind
 
 
@@ -33,7 +41,7 @@ Recipe = TypeVar("Recipe", bound=LoopConfig)  # of the training of one kind
 class DiagnoseConfig:
     """`images`: how many training images the shift ratio is averaged over."""
 
-    images: AtLeastOne = 64
+    images: Images = 64
     seed: WholeNumber = 0
 
 
@@ -49,8 +57,8 @@ class ExplainConfig:
         seed: of the noise.
     """
 
-    images: AtLeastOne = 64
-    map_images: AtLeastOne = 4
+    images: Images = 64
+    map_images: Images = 4
     queries: AtLeastOne = 49
     probes: AtLeastOne = 2
     seed: WholeNumber = 0
@@ -155,21 +163,63 @@ class Target(ABC, Generic[Recipe]):
         return None
 
 
-def check_model(model: nn.Module, sections: dict[str, Any]) -> None:
-    """Raises T5Error unless this softmax model, which needs no weights, suits the sections that all kinds have."""
+def check_model(model: nn.Module, sections: dict[str, Any], inputs: Inputs) -> None:
+    """Raises T5Error unless this softmax model, which needs no weights, suits the sections that all kinds have.
+
+    Args:
+        inputs: what it is called with in training, of any numbers.
+    """
     adapter = family_of(model)
-    with _named("convert"):
-        chosen_layers(adapter, model, sections["convert"])
-    with _named("benchmark.resolutions"):
+    with named("convert"):
+        chosen = chosen_layers(adapter, model, sections["convert"])
+        layers = _new_layers(adapter, model, chosen)
+    with named("benchmark.resolutions"):
         for resolution in sections["benchmark"].resolutions:
-            adapter.at_resolution(model, sections["benchmark"].at(resolution))
+            adapter.check_resolution(model, sections["benchmark"].at(resolution))
+    _check_fits(sections, [layer.mixer for layer in layers])
+    narrowest, probes = min(layer.head_dim for layer in layers), sections["explain"].probes
+    if adapter.has_attention_maps and probes > narrowest:
+        raise T5Error(f"explain.probes is {probes}; expected at most {narrowest}, the width of a head")
     features = sections["align"].features
     if features is not None and features not in [name for name, _ in model.named_modules() if name]:
         raise T5Error(f"align.features '{features}' is no part of a {type(model).__name__}; name one such as 'norm'")
+    if features is not None:
+        _check_features(model, features, tuple((name, each.shape, each.dtype) for name, each in inputs.items()))
+
+
+def _new_layers(adapter: Adapter, model: nn.Module, chosen: dict[str, TTTConfig]) -> list[TTTLayer]:
+    """A new layer of each kind, without weights."""
+    kinds = {config: name for name, config in chosen.items()}
+    with torch.device("meta"):
+        return [adapter.new_layer(model, model.get_submodule(name), config) for config, name in kinds.items()]
+
+
+def _check_fits(sections: dict[str, Any], mixers: list[Mixer]) -> None:
+    """Raises T5Error unless there is something to fit, and the recipes can fit it."""
+    calibrate = sections["calibrate"]
+    if calibrate.steps:
+        with named("calibrate"):
+            check_fit(calibrate, mixers)
+        if calibrate.warmup > calibrate.steps:
+            raise T5Error(
+                f"calibrate.warmup is {calibrate.warmup} of {calibrate.steps} steps, so lr would never be reached; "
+                f"expected fewer than the steps, such as {max(1, calibrate.steps // 10)}"
+            )
+    if not any(list(mixer.parameters()) for mixer in mixers):
+        kind = mixers[0].config
+        raise T5Error(
+            f"freeze trains what convert adds, and inner '{kind.inner}' with locality '{kind.locality}' adds no "
+            "weights; choose another inner model, or a locality such as 'dwc_qk'"
+        )
+
+
+@functools.lru_cache
+def _check_features(model: nn.Module, features: str, inputs: tuple[tuple[str, torch.Size, torch.dtype], ...]) -> None:
+    check_features(model, features, {name: torch.empty(*shape, dtype=d, device="meta") for name, shape, d in inputs})
 
 
 @contextmanager
-def _named(section: str) -> Iterator[None]:
+def named(section: str) -> Iterator[None]:
     """Within, errors begin with the section that they are about."""
     try:
         yield

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 
 import t5lib
 from t5lib.data.batches import Batches
-from t5lib.data.images import AugmentConfig, DataConfig, eval_batches, train_batches, transform
+from t5lib.data.images import AugmentConfig, DataConfig, eval_batches, size_of, train_batches, transform
 from t5lib.data.shards import ShardSet
 from t5lib.evaluation.classifier import predict, score
 from t5lib.report.common import Quality
 from t5lib.report.data import ReportData
 from t5lib.training.classifier import Classification, TrainConfig
 from t5lib.training.trainer import TrainReport, train
-from t5lib.utils.config import AtLeastOne, NotNegative, Share, settings
+from t5lib.utils.config import AtLeastOne, Rate, Share, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file
 from t5lib.utils.progress import progress
 from tasks.targets.base import Target, check_model, precision
-from tasks.targets.image_shards import check_source, open_labelled, refuse_overlap
+from tasks.targets.image_shards import check_sources, listed, open_labelled, refuse_overlap
 from tasks.targets.linear_head import fit_head
 from tasks.targets.timm_model import FetchConfig, blank, fetched_model
 
@@ -52,8 +52,7 @@ class ShardsConfig:
     max_skipped: Share = 0.01
 
     def __post_init__(self):
-        check_source(self.train, "train")
-        check_source(self.val, "val")
+        check_sources(self.train, self.val)
 
 
 @settings
@@ -68,9 +67,16 @@ class SourceConfig:
     """
 
     head: Literal["keep", "fit"] = "fit"
-    l2: NotNegative = 1e-3
+    l2: Rate = 1e-3
     images: AtLeastOne | None = None
     finetune: TrainConfig | None = None
+
+    def __post_init__(self):
+        if self.finetune and (self.finetune.trainable != "all" or self.finetune.distill):
+            raise T5Error(
+                f"finetune has trainable '{self.finetune.trainable}' and distill {self.finetune.distill:g}, but the "
+                "source has no new layers and is the teacher itself; expected trainable 'all' and distill 0"
+            )
 
 
 @settings
@@ -109,8 +115,9 @@ class ClassifierTarget(Target[TrainConfig]):
     def check(cls, sections: dict[str, Any], root: Path) -> None:
         """See Target."""
         data, model = sections["data"], blank(sections["fetch"])
-        check_model(model, sections)
+        height, width = size_of(data)
         _check_images(model.patch_embed, data)
+        check_model(model, sections, {"x": torch.empty(1, model.in_chans, height, width, device="meta")})
         if model.num_classes != data.num_classes:
             raise T5Error(
                 f"data.num_classes is {data.num_classes}, but the model has {model.num_classes} classes; correct it, "
@@ -120,6 +127,14 @@ class ClassifierTarget(Target[TrainConfig]):
         for recipe in recipes:
             if recipe:
                 transform(data, recipe.augment)  # refuses what timm does not understand
+        train, val = listed(sections["shards"], root)
+        for each in (train, val):
+            if each:
+                _refuse_classes(each, data.num_classes)
+        if train and val:
+            _refuse_mismatch(train, val, data.num_classes)
+        if train and data.workers > train.count:
+            raise T5Error(f"data.workers is {data.workers}; expected at most one for each of {train.count} images")
 
     def fetch(self) -> dict[str, Any]:
         model, origin = fetched_model(self.section("fetch"), self.stage.resume_dir() / "source")
@@ -257,7 +272,7 @@ class ClassifierTarget(Target[TrainConfig]):
 
 def _check_images(embedding: nn.Module, data: DataConfig) -> None:
     """Raises T5Error unless the model takes images of that size."""
-    size = data.img_size if isinstance(data.img_size, tuple) else (data.img_size, data.img_size)
+    size = size_of(data)
     if not embedding.dynamic_img_pad and any(
         side % patch for side, patch in zip(size, embedding.patch_size, strict=True)
     ):
@@ -277,14 +292,18 @@ def _kept_logits(folder: Path, mode: str) -> Tensor | None:
         return file.get_tensor("model") if file.metadata()["precision"] == mode else None
 
 
+def _refuse_classes(shards: ShardSet, num_classes: int) -> None:
+    if len(shards.classes) != num_classes:
+        raise T5Error(
+            f"the shards have {len(shards.classes)} classes, but data.num_classes is {num_classes}; correct it"
+        )
+
+
 def _refuse_mismatch(train: ShardSet, val: ShardSet, num_classes: int) -> None:
     if train.classes != val.classes:
         raise T5Error(
             f"train has {len(train.classes)} classes and val {len(val.classes)}, or they have other names "
             "or another order; both must come from the same data set"
         )
-    if len(train.classes) != num_classes:
-        raise T5Error(
-            f"the shards have {len(train.classes)} classes, but data.num_classes is {num_classes}; correct it"
-        )
+    _refuse_classes(train, num_classes)
     refuse_overlap(train, val)

@@ -7,20 +7,19 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import diffusers
 from accelerate import PartialState
 from pydantic import Field
 from torch import nn
 
 import t5lib
 from t5lib.data.batches import Batches
-from t5lib.data.buckets import bucket_sizes
 from t5lib.data.checking import open_captioned
 from t5lib.data.encoders import ImageEncoder, TextEncoder, encoding_pipeline
 from t5lib.data.encoding import EncodingConfig, encode
 from t5lib.data.latents import MANIFEST, LatentSet, LatentShards
 from t5lib.data.shards import ShardSet
 from t5lib.download import check, kept
+from t5lib.evaluation.generation import TextTokens
 from t5lib.families.inputs import Inputs
 from t5lib.report import denoiser as report
 from t5lib.report import plots
@@ -30,12 +29,13 @@ from t5lib.report.sample_grid import sample_grid
 from t5lib.training.denoiser import DenoiserTrainConfig, Denoising, validation_loss
 from t5lib.training.objectives import Noising, noised_batch, noised_inputs, noising_of
 from t5lib.training.trainer import TrainReport, train
-from t5lib.utils.config import AtLeastOne, Share, WholeNumber, settings
+from t5lib.utils.config import BatchSize, Share, Workers, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
 from tasks.targets import diffusers_folder, timm_model
-from tasks.targets.base import Target, check_model, device, precision
-from tasks.targets.image_shards import CHECKED, check_source, open_labelled, refuse_overlap
+from tasks.targets.base import Target, device, precision
+from tasks.targets.denoiser_checks import check_numbers, check_pipeline
+from tasks.targets.image_shards import CHECKED, check_sources, listed, open_labelled, refuse_overlap
 from tasks.targets.sample_evaluator import EvaluateConfig, SampleEvaluator
 
 SCHEDULER = "scheduler"  # its folder in what the stage `source` made
@@ -88,11 +88,10 @@ class ShardsConfig:
     encode: EncodingConfig
     max_skipped: Share = 0.01
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
-    max_sequence_length: AtLeastOne = 256
+    max_sequence_length: TextTokens = 256
 
     def __post_init__(self):
-        check_source(self.train, "train")
-        check_source(self.val, "val")
+        check_sources(self.train, self.val)
 
 
 @settings
@@ -110,8 +109,8 @@ class LatentsConfig:
 
     drop: Share = 0.1
     in_memory: bool = False
-    workers: WholeNumber = 2
-    eval_batch_size: AtLeastOne = 16
+    workers: Workers = 2
+    eval_batch_size: BatchSize = 16
     objective: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -124,7 +123,7 @@ class SourceConfig:
 class FreezeConfig:
     """`ceiling`: times the source's held-out loss above which the flow stops here; `train`: the recipe."""
 
-    ceiling: Annotated[float, Field(gt=0)]
+    ceiling: Annotated[float, Field(gt=0, le=1e6)]
     train: DenoiserTrainConfig = Field(default_factory=lambda: DenoiserTrainConfig(trainable="new"))
 
     def __post_init__(self):
@@ -151,19 +150,10 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         fetch = sections["fetch"]
         timm_model.blank(fetch.features)
         folder = diffusers_folder.known(fetch.source, root)
-        if folder is None:
-            return
-        check_model(diffusers_folder.blank(folder), sections)
-        _noising(folder / SCHEDULER, sections["data"].objective)
-        pixels = diffusers_folder.pixels_per_latent(folder)
-        if sections["benchmark"].pixels_per_latent != pixels:
-            raise T5Error(f"benchmark.pixels_per_latent: this pipeline has {pixels}; write that")
-        unit = pixels * diffusers_folder.patch(folder)
-        sizes = {"shards.encode.buckets": bucket_sizes(sections["shards"].encode.buckets)}
-        sizes["evaluate.sampling.size"] = tuple(filter(None, [sections["evaluate"].sampling.size]))
-        for name, each in sizes.items():
-            if wrong := [size for size in each if any(side % unit for side in size)]:
-                raise T5Error(f"{name}: {wrong[:5]} are no multiples of {unit} pixels, as wide as a token is")
+        images = listed(sections["shards"], root)
+        check_numbers(sections, *images)
+        if folder is not None:
+            check_pipeline(folder, sections, images)
 
     def fetch(self) -> dict[str, Any]:
         """Fetch and check pipeline and scorers. Large files stay where they were downloaded to or lie already."""
@@ -329,9 +319,7 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
 
 def _noising(folder: Path, changes: dict[str, Any]) -> Noising:
     """Of the scheduler in `folder`."""
-    config = read_json(folder / "scheduler_config.json")
-    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-    return noising_of(scheduler, **changes)
+    return noising_of(diffusers_folder.scheduler(folder), **changes)
 
 
 def _pipeline_source(source: str) -> str:

@@ -3,6 +3,8 @@
 It is not copied among the outputs: the text encoders of Stable Diffusion 3.5 alone take 11 GB.
 """
 
+import functools
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from t5lib.utils.progress import progress
 from t5lib.utils.weights import shards_of
 
 if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
     from torch import nn
 
 NOTE, SCORERS = "pipeline.json", "scorers.json"
@@ -92,6 +95,8 @@ def known(source: str, root: Path) -> Path | None:
     """The folder of the pipeline that `source` names, where it lies on this machine or was fetched for any target."""
     if source.startswith("file:"):
         folder = root / Path(source.removeprefix("file:")).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise T5Error(f"fetch.source: {folder} is a file; expected the folder of a diffusers pipeline")
         return folder if folder.is_dir() else None
     notes = [read_json(note) for note in root.glob(f"data/out/*/fetch/{NOTE}")]
     folders = [root / each["path"] for each in notes if each["source"] == source]
@@ -112,18 +117,31 @@ def transformer(fetched: Path, root: Path) -> "nn.Module":
 
 
 def blank(folder: Path) -> "nn.Module":
-    """The softmax denoiser without weights, on the meta device."""
+    """The softmax denoiser without weights, on the meta device; one for all who ask, so it must not be changed."""
+    check(folder)
+    config = read_json(folder / "transformer/config.json")
+    return _blank(read_json(folder / "model_index.json")["transformer"][1], json.dumps(config))
+
+
+@functools.lru_cache(maxsize=4)
+def _blank(kind: str, config: str) -> "nn.Module":
     import diffusers
     import torch
 
-    check(folder)
-    kind = getattr(diffusers, read_json(folder / "model_index.json")["transformer"][1])
     with torch.device("meta"):
-        return kind.from_config(read_json(folder / "transformer/config.json"))
+        return getattr(diffusers, kind).from_config(json.loads(config))
 
 
 def _again(fetched: Path) -> str:
     return f"take it as it is now: `dvc repro -f fetch@{fetched.parent.name}`"
+
+
+def scheduler(folder: Path) -> "SchedulerMixin":
+    """The noise schedule that diffusers saved in `folder`."""
+    import diffusers
+
+    config = read_json(folder / "scheduler_config.json")
+    return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def image_vae(folder: Path) -> "nn.Module | None":

@@ -1,7 +1,9 @@
 """Image shards that a target's settings name, opened and checked."""
 
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 from t5lib.data.checking import open_shards
 from t5lib.data.shards import ShardSet
@@ -20,6 +22,31 @@ def check_source(source: str, split: str) -> None:
             "or hf:datasets/OWNER/REPO@COMMIT#PATTERN"
         )
     check(source)
+
+
+def check_sources(train: str, val: str) -> None:
+    """Raises T5Error unless both are sources of images, and not the same."""
+    for split, source in (("train", train), ("val", val)):
+        check_source(source, split)
+    places = [os.path.normpath(source.removeprefix("file:")) for source in (train, val)]
+    if places[0] == places[1]:
+        raise T5Error(
+            f"val is '{val[:200]}', and so is train; scores on images trained on mean nothing: name others, such as a "
+            "split of validation images"
+        )
+
+
+def listed(config: Any, root: Path) -> tuple[ShardSet | None, ShardSet | None]:
+    """What the manifests of `config.train` and `config.val` say; None for what is no manifest, or not there (yet)."""
+    train, val = (_manifest(source, root) for source in (config.train, config.val))
+    return train, val
+
+
+def _manifest(source: str, root: Path) -> ShardSet | None:
+    place = root / Path(source.removeprefix("file:")).expanduser()
+    if not source.startswith("file:") or place.suffix != ".json" or not place.is_file():
+        return None
+    return ShardSet.read(place)
 
 
 def open_labelled(source: str, split: str, num_classes: int, max_skipped: float, stage: Stage) -> ShardSet:

@@ -27,6 +27,7 @@ from typing import Any
 
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import sha256
+from tasks.runtime import local_sources
 from tasks.runtime.failures import in_words
 from tasks.runtime.params import read_target
 from tasks.runtime.stage import Stage
@@ -86,7 +87,8 @@ def main(run: Callable[..., dict[str, Any]]) -> None:
         signal.signal(stop, signal.default_int_handler)
     started = time.monotonic()
     try:
-        resolve(".", target)  # every setting, also those that later stages read: no work shall be lost to a slip
+        # Every setting, and every file, also those that later stages read: no work shall be lost to a slip.
+        local_sources.check(Path("."), target, resolve(".", target))
         metrics = run_stage(name, target, track=True)
     except T5Error as error:
         sys.exit(f"{name}: {error}")

@@ -15,7 +15,7 @@ from t5lib.evaluation import cutout_retrieval, features, scores
 from t5lib.evaluation.generation import GenerateConfig, generate, read_images
 from t5lib.evaluation.prompts import Job, seed_of
 from t5lib.pipelines import load_pipeline
-from t5lib.utils.config import AtLeastOne, settings
+from t5lib.utils.config import settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
 from tasks.targets import diffusers_folder, real_images
@@ -39,10 +39,10 @@ class EvaluateConfig:
             images.
     """
 
-    samples: Annotated[int, Field(ge=scores.LEAST)] = 1000
-    shown: AtLeastOne = 8
+    samples: Annotated[int, Field(ge=scores.LEAST, le=10**7)] = 1000
+    shown: Annotated[int, Field(ge=1, le=1000)] = 8
     sampling: GenerateConfig = Field(default_factory=GenerateConfig)
-    cutouts: Annotated[str, Field(pattern="^file:.")] | None = None
+    cutouts: Annotated[str, Field(pattern=r"^file:.+\.json$")] | None = None
 
     def __post_init__(self) -> None:
         if self.shown > self.samples:

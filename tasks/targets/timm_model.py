@@ -1,5 +1,7 @@
 """The softmax model of timm that a `fetch` section describes: its weights, downloaded, checked and put into it."""
 
+import functools
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -7,11 +9,15 @@ from pydantic import Field
 
 from t5lib.download import check, fetch, resolve
 from t5lib.utils import files
-from t5lib.utils.config import WholeNumber, settings
-from t5lib.utils.errors import without_secrets
+from t5lib.utils.config import WholeNumber, settings, shown
+from t5lib.utils.errors import T5Error, without_secrets
 
 if TYPE_CHECKING:
     from torch import nn
+
+LARGEST_ARGUMENT = 10**6
+MOST_BLOCKS = 1000
+CHANNELS = 3
 
 
 @settings
@@ -39,6 +45,27 @@ class FetchConfig:
 
     def __post_init__(self):
         check(self.source, sha256=self.sha256, member=self.member, member_sha256=self.member_sha256)
+        for name, value in self.model_args.items():
+            for number in value if isinstance(value, list) else [value]:
+                _check_argument(name, number)
+
+
+def _check_argument(name: str, value: Any) -> None:
+    """Raises T5Error for what timm takes and no model can be made of, or only a broken one."""
+    problem = None
+    if isinstance(value, int | float):
+        if not 0 <= value <= LARGEST_ARGUMENT:
+            problem = f"a number from 0 to {LARGEST_ARGUMENT}"
+        elif name.endswith("_rate") and value >= 1:
+            problem = "a probability below 1"
+        elif name in ("depth", "num_heads", "embed_dim", "mlp_ratio", "patch_size", "img_size") and value == 0:
+            problem = "more than 0"
+        elif name == "depth" and value > MOST_BLOCKS:
+            problem = f"at most {MOST_BLOCKS} blocks"
+        elif name == "in_chans" and value != CHANNELS:
+            problem = f"{CHANNELS}, for images are read as RGB"
+    if problem:
+        raise T5Error(f"model_args.{name} is {shown(value)}; expected {problem}")
 
 
 def fetched_model(config: FetchConfig, folder: Path) -> tuple["nn.Module", dict[str, str]]:
@@ -57,7 +84,19 @@ def fetched_model(config: FetchConfig, folder: Path) -> tuple["nn.Module", dict[
 
 
 def blank(config: FetchConfig) -> "nn.Module":
-    """The model without weights, on the meta device. Raises T5Error for an unknown architecture or argument."""
+    """The model without weights, on the meta device; one for all who ask, so it must not be changed.
+
+    Raises:
+        T5Error: an unknown architecture or argument, or a model of a family that cannot be converted.
+    """
+    return _blank(config.architecture, json.dumps(config.model_args, sort_keys=True, default=repr))
+
+
+@functools.lru_cache(maxsize=4)
+def _blank(architecture: str, arguments: str) -> "nn.Module":
+    from t5lib.families import family_of
     from t5lib.weights import timm_vit  # timm takes seconds
 
-    return timm_vit.blank(config.architecture, config.model_args)
+    model = timm_vit.blank(architecture, json.loads(arguments))
+    family_of(model)  # refuses one that cannot be converted, nor looked at for its features
+    return model

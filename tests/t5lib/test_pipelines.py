@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -23,7 +24,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from tiny import tiny_vit
 from tiny_denoisers import tiny_sd3
 from tiny_pipelines import WIDTH, tiny_dit_pipeline, tiny_sd3_pipeline
 from torch import Tensor, nn
@@ -130,12 +131,16 @@ def test_parts_can_be_replaced_and_left_out_when_a_pipeline_is_loaded(tmp_path):
     assert t5lib.load_pipeline(tmp_path, transformer=softmax).transformer is softmax
 
 
-def test_parts_that_a_repository_leaves_out_stay_out_unless_they_are_given(monkeypatch):
+def test_parts_that_a_repository_leaves_out_stay_out_unless_they_are_given(monkeypatch, tmp_path):
     index = {"_class_name": "DiTPipeline", "vae": [None, None], "scheduler": ["diffusers", "DDIMScheduler"]}
+    asked, pipe = [], SimpleNamespace(components={"vae": None})
     monkeypatch.setattr(DiffusionPipeline, "load_config", lambda source, **options: index)
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda source, **options: (source, options))
-    assert t5lib.load_pipeline("me/dit", revision="v1") == ("me/dit", {"vae": None, "revision": "v1"})
-    assert t5lib.load_pipeline("me/dit", vae="mine") == ("me/dit", {"vae": "mine"})
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda source, **options: tmp_path)
+    monkeypatch.setattr(
+        DiffusionPipeline, "from_pretrained", lambda source, **options: (asked.append((source, options)), pipe)[1]
+    )
+    assert t5lib.load_pipeline("me/dit", revision="v1") is pipe and t5lib.load_pipeline("me/dit", vae="mine") is pipe
+    assert asked == [("me/dit", {"vae": None, "revision": "v1"}), ("me/dit", {"vae": "mine"})]
 
 
 def test_what_is_loaded_can_be_reverted_to_the_softmax_pipeline(tmp_path):
@@ -300,6 +305,25 @@ def test_a_compiled_transformer_gives_the_same_image():
     torch.testing.assert_close(image(new), expected)
 
 
+@pytest.mark.parametrize("pipe", [sd3_pipeline, lambda: dit_pipeline(vae=True)], ids=["sd3", "dit"])
+def test_a_transformer_in_half_precision_is_saved_with_what_it_makes_itself(pipe, tmp_path):
+    """DiT's table of positions is in no state_dict; made again it would be in single precision."""
+    model = converted(pipe()).transformer.half()
+    model.pos_embed.pos_embed[0, 0] = 2.0
+    t5lib.save(model, tmp_path)
+    ours, theirs = model.pos_embed.pos_embed, t5lib.load(tmp_path).pos_embed.pos_embed
+    assert torch.equal(ours, theirs) and theirs.dtype == torch.float16
+
+
+def test_a_saved_vit_described_as_a_dit_is_refused(tmp_path):
+    t5lib.save(tiny_vit(), tmp_path)
+    described = json.loads((tmp_path / "t5.json").read_text())
+    del described["sha256"]
+    (tmp_path / "t5.json").write_text(json.dumps(described | {"family": "dit"}))
+    with pytest.raises(T5Error, match=r"t5\.json: expected the architecture DiTTransformer2DModel, got 'vit_tiny"):
+        t5lib.load(tmp_path)
+
+
 FIGURES = Figures(
     rows=({"model": "softmax", "FID": 10.25}, {"model": "converted", "FID": 11.5}),
     setting="5,000 captions, 2 seeds, one H100.",
@@ -410,40 +434,6 @@ def test_what_is_no_pipeline_to_load_or_convert_is_refused(tmp_path):
         t5lib.convert_pipeline(sd3_pipeline(transformer=None))
     with pytest.raises(T5Error, match=r"is converted already; call t5lib\.revert first"):
         t5lib.convert_pipeline(converted())
-
-
-BROKEN = {
-    "new weights": (
-        lambda w, name: w.pop(name),
-        r"not those of the T5\w+ in its config\.json: missing \['tra",
-    ),
-    "a weight too many": (lambda w, _: w.update({"more": torch.ones(1)}), r"unknown \['more'\]"),
-    "NaN": (lambda w, name: w[name].fill_(torch.nan), r"numbers that are not finite, in 1 weights: transformer_blocks"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN)
-@pytest.mark.parametrize("load", [t5lib.load_pipeline, DiffusionPipeline.from_pretrained], ids=["ours", "theirs"])
-def test_a_pipeline_without_all_of_its_weights_is_refused_not_filled_at_random(change, message, load, tmp_path):
-    converted(dit_pipeline()).save_pretrained(tmp_path)
-    file = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    change(weights, "transformer_blocks.1.attn1.mixer.w1")
-    save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(T5Error, match=message):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize("change", [lambda w, n: w.pop(n), lambda w, n: w.update({n: w[n].to(torch.int8)})])
-@pytest.mark.parametrize("load", [t5lib.load_pipeline, t5lib.load_transformer], ids=["pipeline", "transformer"])
-def test_softmax_pipelines_too(change, load, tmp_path):
-    dit_pipeline().save_pretrained(tmp_path)
-    file = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    change(weights, "transformer_blocks.1.attn1.to_q.weight")
-    save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(T5Error, match=r"(lacks weights|missing|quantized).*transformer_blocks\.1\.attn1\.to_q\.weight"):
-        load(tmp_path)
 
 
 def test_an_ip_adapter_on_converted_attentions_is_refused():

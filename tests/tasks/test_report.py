@@ -238,6 +238,18 @@ def test_alignment_is_told_where_it_was_done(root):
     assert "alignment those that align.trainable names" in text_of(page)
 
 
+def test_layers_that_are_softmax_again_are_told_with_what_every_layer_would_have_brought(root):
+    path = root / "data/out" / TARGET / "calibrate.json"
+    calibrated = json.loads(path.read_text())
+    assert "Softmax is back" not in text_of(build(root)[0])
+    calibrated |= {"model_error": 0.31, "model_error_chosen": 0.22, "softmax.blocks.1.attn": 1}
+    calibrated |= {"model_error_with_softmax.blocks.0.attn": 0.28, "model_error_with_softmax.blocks.1.attn": 0.22}
+    write(path, calibrated)
+    told = text_of(build(root)[0])
+    assert "Softmax is back in blocks.1.attn" in told and "fell from 0.310 to 0.220 of their variance" in told
+    assert "blocks.1.attn 0.220 chosen" in told and "blocks.0.attn 0.280" in told
+
+
 def test_the_headline_is_a_score_of_every_model_and_the_speed(root):
     headline = run_stage("report", TARGET, params=PARAMS, root=root)
     models = ("source", "converted", "calibrated", "frozen", "finetuned", "control")

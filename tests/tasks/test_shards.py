@@ -127,7 +127,8 @@ def test_hub_shards_are_fetched_once_and_half_a_download_is_not_taken_for_all(tm
             {"num_classes": 2},
             "train-0.tar: sample '2' has class 2, expected 0 to 1",
         ),
-        ("file:t.json", "file:t.json", {}, r"train-0\.tar of val is also in train"),
+        ("file:t.json", "file:t.json", {}, r"val is 'file:t\.json', and so is train"),
+        ("file:t.json", "file:copy.json", {}, r"train-0\.tar of val is also in train"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path, train, val, data, message):
@@ -135,6 +136,7 @@ def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path, train, val, da
     with_manifest(tmp_path, "val", 10, 6)
     (tmp_path / "train.json").rename(tmp_path / "t.json")
     (tmp_path / "val.json").rename(tmp_path / "v.json")
+    shutil.copy(tmp_path / "t.json", tmp_path / "copy.json")
     with pytest.raises(T5Error, match=message):
         run(tmp_path, train, val, **data)
     assert not (tmp_path / OUT).exists()

@@ -140,3 +140,17 @@ def test_models_that_do_not_belong_together_are_refused(mixed):
         t5lib.explain(softmax, mixed, IMAGES[0])
     with pytest.raises(T5Error, match="a batch holds no image"):
         t5lib.explain(softmax, mixed, IMAGES[:0])
+
+
+def test_numbers_that_mean_nothing_and_weights_that_are_not_finite_are_refused(mixed):
+    softmax = tiny_vit()
+    wrong = {"queries": (0, -1, 1.5, None, True), "map_images": (0, -1, 1.5), "probes": (0, -1, 2.5)}
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(T5Error, match=f"explain: {name} is {value}; expected a whole number, 1 or more"):
+                t5lib.explain(softmax, mixed, IMAGES, **{name: value})
+    broken = t5lib.convert(softmax)
+    with torch.no_grad():
+        broken.get_submodule("blocks.1.attn.mixer").q_conv.weight[0] = torch.inf
+    with pytest.raises(T5Error, match=r"the converted model holds numbers that are not finite, in 1 weights"):
+        t5lib.explain(softmax, broken, IMAGES)

@@ -106,3 +106,11 @@ def test_a_model_that_timm_cannot_make_afresh_is_refused():
     model.blocks[0].attn = Attention(32, 2, qkv_bias=True, gated=True)
     with pytest.raises(T5Error, match=r"(?s)no random control.*blocks\.0\.attn\.gate"):
         t5lib.diagnose(model, random_images())
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = tiny_vit()
+    with torch.no_grad():
+        model.get_submodule("blocks.0.attn.qkv").weight[0, 0] = torch.nan
+    with pytest.raises(T5Error, match=r"the model holds numbers that are not finite, in 1 weights: blocks\.0\.attn"):
+        t5lib.diagnose(model, random_images())

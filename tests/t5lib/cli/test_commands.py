@@ -315,6 +315,14 @@ class TestCalibrate:
         assert not torch.allclose(new, start)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
+    def test_layers_that_the_model_misses_most_stay_softmax(self, softmax, photos, tmp_path):
+        out, auto = tmp_path / "out", ("--layers", "auto", "--softmax-layers", 1)
+        assert "add --calibrate" in refused("convert", softmax, out, *auto)
+        result = run("convert", softmax, out, *auto, "--calibrate", photos, "--steps", 4)
+        [layer] = ttt_layers(t5lib.load(out))
+        back = "blocks.1.attn" if layer == "blocks.0.attn" else "blocks.0.attn"
+        assert f"Softmax is back in {back}: the error of the model's features" in words(result.stdout)
+
     def test_projections_stay_when_asked(self, softmax, photos, tmp_path):
         out = tmp_path / "out"
         assert (
@@ -333,16 +341,16 @@ class TestCalibrate:
         monkeypatch.chdir(tmp_path / "whole")
         assert run(*command).exit_code == 0
         monkeypatch.chdir(tmp_path / "broken")
-        read, batches = ImageReader.read, []
+        read, batches = ImageReader.readable, []
 
         def interrupted(reader, paths):
             batches.append(paths)
-            if len(batches) == 7:  # in the second pool of four batches
+            if len(batches) == 8:  # in the second pool of four batches
                 raise KeyboardInterrupt
             return read(reader, paths)
 
         with monkeypatch.context() as patch:
-            patch.setattr(images.ImageReader, "read", interrupted)
+            patch.setattr(images.ImageReader, "readable", interrupted)
             stopped = run(*command)
         assert stopped.exit_code != 0
         assert "nothing is written to out; the same command goes on" in words(stopped.stderr)

@@ -45,34 +45,37 @@ def test_image_files_are_decoded_as_everywhere_and_animations_are_said(tmp_path,
     assert "of 1 animation the first frame is taken, such as" in told
 
 
+class Numbers:
+    """Reads the number that a file's name is, and remembers what was asked for; those of `bad` cannot be read."""
+
+    def __init__(self, bad=()):
+        self.bad, self.seen, self.unreadable = set(bad), [], {}
+
+    def readable(self, paths):
+        numbers = [int(path.stem) for path in paths]
+        self.unreadable |= {path: "it is empty" for path in paths if int(path.stem) in self.bad}
+        found = [number for number in numbers if number not in self.bad]
+        self.seen += found
+        return [float(number) + torch.arange(4.0).expand(3, 4, 4) / 10 for number in found]
+
+
+THIRTY = [Path(f"{index}.png") for index in range(30)]
+
+
 def test_held_out_images_are_never_fitted_on():
-    paths = [Path(f"{index}.png") for index in range(30)]
-    seen: list[Path] = []
-
-    def read(chosen):
-        seen.extend(chosen)
-        return torch.zeros(len(chosen), 3, 4, 4)
-
-    batches = CalibrationImages(paths, read, batch_size=8, seed=0)
-    stream = batches(0)
+    reader = Numbers()
+    stream = CalibrationImages(THIRTY, reader, batch_size=8, seed=0)(0)
+    reader.seen.clear()
     next(stream)
-    held_out = list(seen)
-    seen.clear()
+    held_out = list(reader.seen)
     for _ in range(4):  # one pass over the rest
         next(stream)
-    assert sorted([*held_out, *seen]) == sorted(paths)
-    assert len(held_out) == 3
+    assert sorted(reader.seen) == list(range(30)) and len(held_out) == 3
 
 
 def test_batch_follows_from_seed_and_number():
-    paths = [Path(f"{index}.png") for index in range(30)]
-
-    def read(chosen):
-        values = torch.tensor([float(path.stem) for path in chosen])
-        return values[:, None, None, None] + torch.arange(4.0).expand(len(chosen), 3, 4, 4) / 10
-
     def take(seed, start, count):
-        stream = CalibrationImages(paths, read, batch_size=8, seed=seed)(start)
+        stream = CalibrationImages(THIRTY, Numbers(), batch_size=8, seed=seed)(start)
         return [next(stream) for _ in range(count)]
 
     whole = take(0, 0, 7)
@@ -80,6 +83,33 @@ def test_batch_follows_from_seed_and_number():
     assert not torch.equal(whole[1], take(1, 1, 1)[0])
     first = torch.cat([batch[:, 0, 0, 0] % 1 for batch in whole[1:]])
     assert 0 < (first > 0.2).float().mean() < 1  # some are mirrored, some are not
+
+
+def numbers(batch):
+    return batch[:, 0, 0].amin(1).int().tolist()
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_of_a_batch_of_bad_files_the_next_ones_take_the_place(batch):
+    sound = CalibrationImages(THIRTY, Numbers(), batch_size=8, seed=0)
+    bad = numbers(next(sound(batch)))
+    stream = CalibrationImages(THIRTY, Numbers(bad), batch_size=8, seed=0)
+    batches = [numbers(next(stream(number))) for number in range(5)]
+    assert [len(each) for each in batches[:4]] == [3, 8, 8, 8]
+    assert not {*batches[0]} & {number for each in batches[1:] for number in each}  # what is held out stays so
+    assert not {*bad} & {number for each in batches for number in each}
+    assert batches[2:] == [numbers(next(stream(number))) for number in range(2, 5)]
+
+
+def test_a_folder_of_bad_files_is_refused_with_one_of_them():
+    with pytest.raises(T5Error, match=r"\d+ of 30 images cannot be read, more than 50%; replace .*png \(it is empty\)"):
+        CalibrationImages(THIRTY, Numbers(range(30)), batch_size=8, seed=0)
+    stream = CalibrationImages(THIRTY, Numbers(range(16)), batch_size=8, seed=0)(0)
+    with pytest.raises(T5Error, match="16 of 30 images cannot be read"):
+        for _ in range(5):
+            next(stream)
+    with pytest.raises(T5Error, match="too few of the 2 images can be read"):
+        CalibrationImages(THIRTY[:2], Numbers([0]), batch_size=8, seed=1)
 
 
 def test_images_are_found_in_subfolders_and_spread_over_them(tmp_path):

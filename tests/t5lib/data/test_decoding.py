@@ -1,6 +1,8 @@
 """One decoder for all image files: every kind comes out as it looks, or is refused with the reason."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -68,6 +70,92 @@ def test_16_bit_grey_is_scaled(form):
     assert image.mode == "RGB" and np.array_equal(np.asarray(image)[..., 0], GREY)
 
 
+def packed(values: np.ndarray, bits: int) -> list[bytes]:
+    """The rows as PNG and TIFF hold them, most significant bit first."""
+    rows = ("".join(f"{value:0{bits}b}" for value in row) for row in values.reshape(len(values), -1).tolist())
+    return [int(row, 2).to_bytes(len(row) // 8, "big") for row in rows]
+
+
+def png(values: np.ndarray, bits: int, *, colour: int = 0, key: bytes) -> bytes:
+    """A PNG file (W3C's specification) with a transparent colour."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", values.shape[1], len(values), bits, colour, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in packed(values, bits)))
+    chunks = ((b"IHDR", head), (b"tRNS", key), (b"IDAT", data), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+def tiff(content: bytes, bits: int, kind: int, order: str = "<", **tags: int) -> bytes:
+    """A TIFF file of 8 × 8 pixels (TIFF 6.0), its entries by their numbers, each of one short."""
+    entries = {256: 8, 257: 8, 258: bits, 259: 1, 262: kind, 277: 1, 278: 8, 279: len(content)}
+    entries |= {int(name.removeprefix("t")): value for name, value in tags.items()}
+    entries[273] = 8 + 2 + 12 * (len(entries) + 1) + 4
+    rows = b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, entries[tag], 0) for tag in sorted(entries))
+    magic = b"II*\0" if order == "<" else b"MM\0*"
+    return magic + struct.pack(f"{order}IH", 8, len(entries)) + rows + bytes(4) + content
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_transparent_colour_of_few_bits_is_that_colour_and_no_other(bits):
+    top = 2**bits - 1
+    values = np.arange(64).reshape(8, 8) * 5 % (top + 1)
+    for key in {0, 1, top}:
+        expected = np.where(values == key, 255, values * 255 // top)
+        assert np.array_equal(decode(png(values, bits, key=struct.pack(">H", key)), 1), expected), key
+
+
+@pytest.mark.parametrize(("bits", "order"), [(8, "<"), (12, "<"), (16, "<"), (16, ">")])
+def test_grey_of_a_tiff_is_brought_to_8_bits_whichever_way_round_it_lies(bits, order):
+    values = np.arange(64).reshape(8, 8) * (2**bits - 1) // 63
+    content = values.astype(f"{order}u2").tobytes() if bits == 16 else b"".join(packed(values, bits))
+    expected = values * 255 / (2**bits - 1)
+    assert np.abs(np.asarray(decode(tiff(content, bits, 1, order), 1)) - expected).max() <= 0.5
+    if order == "<" and bits != 12:  # Pillow refuses the others where white is zero
+        assert np.abs(np.asarray(decode(tiff(content, bits, 0, order), 1)) - (255 - expected)).max() <= 0.5
+
+
+def palette_of_8_bits() -> bytes:
+    image = Image.new("P", (8, 8))
+    image.putpalette([200] * 768)
+    return file(image, "tiff").replace(b"\0\xc8", b"\xc8\0")  # 200 for 200 · 256
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (png(GREY, 16, key=b"\0\4"), "a transparent colour of 16 bits a channel is not supported"),
+        (png(np.stack([GREY] * 3, -1), 16, colour=2, key=bytes(6)), "a transparent colour of 16 bits a channel"),
+        (tiff(bytes(64), 8, 1, t339=2), "signed values have no agreed range"),
+        (tiff(bytes(128), 16, 1, t339=2), "signed values have no agreed range"),
+        (tiff(bytes(256), 32, 1), "32-bit values have no agreed range"),
+        (tiff(bytes(64), 8, 1, t339=4), "or of a kind of them that cannot be read"),
+        (tiff(bytes(128), 16, 1, t284=2), "16 bits a channel in a plane for each are not supported"),
+        (palette_of_8_bits(), "its palette has colours of 8 bits where TIFF has 16"),
+        (file(Image.new("CMYK", (8, 8)), "tiff", tiffinfo={332: 2}), "its inks are not cyan, magenta, yellow"),
+    ],
+    ids=["key", "colour key", "signed", "signed 16", "32-bit", "void", "planes", "palette", "inks"],
+)
+def test_what_would_be_read_as_another_image_is_refused_by_name(content, message):
+    with pytest.raises(T5Error, match=message):
+        decode(content)
+
+
+@pytest.mark.parametrize("transform", [0, 2], ids=["CMYK", "YCCK"])
+def test_inks_of_a_jpeg_are_read_by_its_adobe_marker(transform):
+    inks = np.array([200, 30, 60, 20])
+    content = bytearray(file(Image.new("CMYK", (16, 16), tuple(inks)), "jpeg", quality=100, subsampling=0))
+    content[content.index(b"Adobe") + 11] = transform  # the stored values, which are inverted, mean something else
+    c, m, y, k = (255 - inks).astype(float)
+    if transform:
+        red, green, blue = c + 1.402 * (y - 128), c - 0.344 * (m - 128) - 0.714 * (y - 128), c + 1.772 * (m - 128)
+        c, m, y = 255 - np.clip([red, green, blue], 0, 255)
+    expected = np.array([c, m, y]) * k / 255
+    assert np.abs(np.array(decode(bytes(content)).getpixel((8, 8))) - expected).max() <= 2
+
+
 @pytest.mark.parametrize(
     ("mode", "form"),
     [("1", "png"), ("L", "png"), ("P", "png"), ("P", "gif"), ("RGB", "bmp"), ("CMYK", "jpeg"), ("CMYK", "tiff")],
@@ -109,9 +197,9 @@ def cut(form: str) -> bytes:
         (cut("webp"), "."),
         (cut("bmp"), "truncated"),
         (file(Image.fromarray(np.zeros((4, 4), np.float32)), "tiff"), "floating-point values have no agreed range"),
-        (file(Image.fromarray(np.zeros((4, 4), np.int32)), "tiff"), "32-bit values have no agreed range"),
+        (file(Image.fromarray(np.zeros((4, 4), np.int32)), "tiff"), "signed values have no agreed range"),
     ],
-    ids=["empty", "html", "postscript", "jpeg", "png", "webp", "bmp", "float", "32-bit"],
+    ids=["empty", "html", "postscript", "jpeg", "png", "webp", "bmp", "float", "signed 32-bit"],
 )
 def test_what_is_no_whole_image_is_refused_in_one_line(content, message):
     with pytest.raises(T5Error, match=message) as raised:

@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import random
 import tarfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +15,13 @@ import pytest
 import torch
 from encodable import WIDTHS, captioned, labelled, picture, shard_set, tiny_pipeline, tiny_vae
 from PIL import Image
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
 from webdataset import WebDataset
 
 from t5lib.data.buckets import BucketConfig
 from t5lib.data.encoders import ImageEncoder, TextEncoder, encoding_pipeline
 from t5lib.data.encoding import EncodingConfig, encode
-from t5lib.data.latents import LatentShards
+from t5lib.data.latents import LatentShards, ShardIndex, digest_of
 from t5lib.data.shards import ShardSet
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import sha256
@@ -171,6 +174,19 @@ def test_a_crash_resumes_with_the_same_files(labels, tmp_path, crash):
     assert resumed.calls == 6 - (crash - 1) // 2 * 2  # finished shards are not made again
 
 
+def test_several_that_encode_into_one_folder_wait_for_each_other(labels, tmp_path, capsys):
+    encoders = [Counting() for _ in range(3)]
+
+    def run(images):
+        manifest = encode(labels, tmp_path / "out", images=images, text=None, config=SQUARE)
+        return len(LatentShards(manifest))  # read while others still look whether there is anything to do
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(run, encoders)) == [12] * 3
+    assert sum(encoder.calls for encoder in encoders) == 6
+    assert f"{tmp_path}/out is in the hands of process {os.getpid()} on " in capsys.readouterr().out
+
+
 def test_a_finished_shard_that_was_cut_later_is_made_again(labels, tmp_path):
     manifest = encode(labels, tmp_path / "out", images=Counting(), text=None, config=SQUARE)
     before = contents(tmp_path / "out")
@@ -266,6 +282,59 @@ def test_no_flipped_bit_in_encoded_images_goes_unnoticed(captions, tmp_path):
         except T5Error as error:
             assert "again" in str(error) and "\n" not in str(error)
         path.write_bytes(content)
+
+
+def in_row(place: int, value) -> Callable[[dict], None]:
+    return lambda noted: noted["samples"][0].__setitem__(place, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (in_row(0, "9999"), "is not that of its index, which has '9999' there"),
+        (in_row(0, "\ud800"), "cannot be read at byte"),
+        (in_row(0, 7), "no index of a shard .samples.0.0: expected str"),
+        (in_row(1, -512), "no index of a shard .samples.0.1 is -512"),
+        (in_row(1, 2**70), "samples outside of it, or one over another"),
+        (
+            lambda noted: noted["samples"].__setitem__(1, noted["samples"][0]),
+            "samples outside of it, or one over another",
+        ),
+        (in_row(3, 4), "latents have other sizes than their index says"),
+        (lambda noted: noted.update(samples=[5] * 4), "no index of a shard .samples.0: expected a list, got 5"),
+        (lambda noted: noted.update(size=None), "no index of a shard .size: expected int"),
+    ],
+)
+def test_an_index_that_is_not_of_its_shard_is_refused(labels, tmp_path, change, message):
+    manifest = encode(labels, tmp_path / "out", images=ImageEncoder(None), text=None, config=SQUARE)
+    place = Path(ShardSet.read(manifest).shards[0].path).with_suffix(".index.json")
+    noted = json.loads(place.read_text())
+    change(noted)
+    del noted["digest"]
+    place.write_text(json.dumps(noted | {"digest": digest_of(json.dumps(noted).encode())}))
+    with pytest.raises(T5Error, match=message):
+        list(LatentShards(manifest).eval_batches(4))
+
+
+def test_a_manifest_that_is_not_of_its_shards_is_refused(labels, tmp_path):
+    manifest = encode(labels, tmp_path / "out", images=ImageEncoder(None), text=None, config=SQUARE)
+    told = json.loads(manifest.read_text())
+    for change, message in (
+        ({"classes": ["a", "b"]}, "labels beyond the 2 classes that are listed"),
+        ({"count": 16, "shards": [*told["shards"], told["shards"][0]]}, r"lists .* twice"),
+    ):
+        manifest.write_text(json.dumps(told | change))
+        with pytest.raises(T5Error, match=message):
+            list(LatentShards(manifest).eval_batches(4))
+
+
+def test_the_empty_caption_of_other_encoders_is_refused(captions, tmp_path):
+    manifest = encode(captions, tmp_path / "out", images=ImageEncoder(None), text=Letters(), config=SQUARE)
+    null = manifest.parent / "null.safetensors"
+    save_file({"prompt_embeds": torch.zeros(4, 2), "pooled": torch.zeros(1)}, null)
+    ShardIndex.write(null, [])
+    with pytest.raises(T5Error, match="holds the empty caption of other encoders than these shards'"):
+        LatentShards(manifest)
 
 
 def test_a_finished_shard_that_was_damaged_later_is_made_again(labels, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import t5lib.data.images
+import t5lib.data.shards
 from t5lib.data.images import AugmentConfig, DataConfig, _TrainStream, eval_batches, train_batches, transform
 from t5lib.data.shards import ShardSet
 from t5lib.utils.errors import T5Error
@@ -170,23 +171,53 @@ def test_evaluation_keeps_to_limit_and_rank(four):
         assert [n for images, _ in part for n in numbers(images)] == list(range(rank, 20, 3))
 
 
-def test_a_tar_cut_between_members_is_noticed(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_is_not_the_one_listed_is_not_read(tmp_path, workers):
     shards = numbered(tmp_path, 6, 6)
     path = tmp_path / "1.tar"
-    path.write_bytes(path.read_bytes()[: 4 * 2 * 1024])  # four whole samples; tar itself sees nothing wrong
+    assert len(list(eval_batches(shards, exact, batch_size=4))) == 3
+    path.write_bytes(path.read_bytes().replace(b"0", b"1", 1))  # as large as it was
+    for broken in (
+        lambda: list(eval_batches(shards, exact, batch_size=4, workers=workers)),
+        lambda: first(9, shards, workers=workers),
+    ):
+        with pytest.raises(T5Error, match=r"1\.tar has sha256 \w+, its manifest says \w+; the file was") as raised:
+            broken()
+        assert "Traceback" not in str(raised.value)
+
+
+def test_a_shard_is_read_for_its_checksum_once_a_process(tmp_path, monkeypatch):
+    shards, asked = numbered(tmp_path, 6, 6), []
+    monkeypatch.setattr(t5lib.data.shards, "sha256", lambda path: asked.append(path) or sha256(path))
+    first(9, shards), list(eval_batches(shards, exact, batch_size=4))
+    assert sorted(asked) == [shard.path for shard in shards.shards]
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (4 * 2 * 1024, r"1\.tar holds 4 samples, its manifest says 6"),  # whole samples; tar itself sees nothing wrong
+        (4 * 2 * 1024 + 1024 + 530, r"1\.tar cannot be read as a tar file \(unexpected end of data\)"),
+    ],
+    ids=["between members", "within a member"],
+)
+def test_a_cut_tar_is_noticed_even_where_the_manifest_lists_it_so(tmp_path, length, message):
+    numbered(tmp_path, 6, 6)
+    path = tmp_path / "1.tar"
+    path.write_bytes(path.read_bytes()[:length])
+    shards = ShardSet.read(manifest(tmp_path, [tmp_path / "0.tar", path], [6, 6]))
     for broken in (lambda: list(eval_batches(shards, exact, batch_size=4)), lambda: first(9, shards)):
-        with pytest.raises(T5Error, match=r"1\.tar holds 4 samples, its manifest says 6"):
+        with pytest.raises(T5Error, match=message):
             broken()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_tar_cut_within_a_member_is_named_without_a_traceback(tmp_path, workers):
-    shards = numbered(tmp_path, 6, 6)
-    path = tmp_path / "1.tar"
-    path.write_bytes(path.read_bytes()[: 4 * 2 * 1024 + 1024 + 530])
-    with pytest.raises(T5Error, match=r"1\.tar cannot be read as a tar file \(unexpected end of data\)") as raised:
-        list(eval_batches(shards, exact, batch_size=4, workers=workers))
-    assert "Traceback" not in str(raised.value)
+def test_a_shard_that_is_listed_twice_is_refused(tmp_path):
+    tar = write_tar(tmp_path / "0.tar", pairs(range(3)))
+    (tmp_path / "link.tar").symlink_to(tar)
+    (tmp_path / "copy.tar").write_bytes(tar.read_bytes())
+    for other in ("0.tar", "link.tar", "copy.tar", "../" + tmp_path.name + "/0.tar"):
+        with pytest.raises(T5Error, match=r"lists .* twice, or .* has the same content; leave one of them out"):
+            ShardSet.read(manifest(tmp_path, [tar, tmp_path / other], [3, 3]))
 
 
 def test_more_samples_than_the_manifest_says_are_refused(tmp_path):
@@ -203,7 +234,10 @@ def test_more_samples_than_the_manifest_says_are_refused(tmp_path):
         ({"0001.png": png(1)[:45]}, r"bad\.tar: sample '0001': \.png is not a readable image"),
         ({"0001.cls": b"10"}, r"bad\.tar: sample '0001' has class 10, expected 0 to 9"),
         ({"0001.cls": b"-1"}, r"bad\.tar: sample '0001' has class -1, expected 0 to 9"),
-        ({"0001.cls": b"shoe"}, r"bad\.tar: sample '0001': \.cls holds b'shoe', expected a number"),
+        *(
+            ({"0001.cls": text}, r"bad\.tar: sample '0001': \.cls holds b.*, expected a number as text")
+            for text in (b"shoe", b"0_1", b"+1", b"1.0", b"", b"1 2", "\u0661".encode(), b"1" * 5000, b"1\0", b"0x1")
+        ),
     ],
 )
 def test_a_bad_sample_is_named_with_its_shard(tmp_path, change, message):
@@ -248,6 +282,7 @@ def test_images_of_every_format_become_rgb_with_their_class(tmp_path):
         ({"shards": [{"path": "gone.tar", "count": 3, "sha256": ""}]}, r"gone\.tar does not exist"),
         ({"licence": None}, "licence: expected str"),
         ({"shards": []}, "add up to 0"),
+        ({"shards": [{"path": "0.tar", "count": 3, "sha256": "0" * 63}]}, r"0\.tar has sha256 '0+'; expected 64"),
         ({"shards": [{"path": "0.tar", "count": 2, "sha256": "", "left_out": [3]}]}, r"left_out is \[3\]; expected"),
         ({"shards": [{"path": "0.tar", "count": 1, "sha256": "", "left_out": [1, 1]}]}, r"left_out is \[1, 1\]"),
     ],
@@ -318,14 +353,14 @@ def test_workers_can_be_spawned(four):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: transform(PLAIN, AugmentConfig(auto_augment="rnd-m9")), "does not understand auto_augment 'rnd-m9'"),
+        (lambda: AugmentConfig(auto_augment="rnd-m9"), "auto_augment 'rnd-m9': no policy 'rnd'"),
         (lambda: AugmentConfig(auto_augment="rand-m9", color_jitter=0.3), "color_jitter is 0.3; expected null"),
         (lambda: AugmentConfig(scale=(0.8, 0.2)), "scale is"),
         (lambda: AugmentConfig(hflip=50), "hflip is 50; expected at most 1"),
-        (lambda: DataConfig(img_size=0, num_classes=1, mean=(0, 0, 0), std=(1, 1, 1)), "img_size is 0"),
+        (lambda: DataConfig(img_size=0, num_classes=2, mean=(0, 0, 0), std=(1, 1, 1)), "img_size is 0"),
         (
-            lambda: DataConfig(img_size=8, num_classes=1, mean=(0, 0, 0), std=(1, 0, 1)),
-            r"std\.1 is 0; expected more than 0",
+            lambda: DataConfig(img_size=8, num_classes=2, mean=(0, 0, 0), std=(1, 0, 1)),
+            r"std\.1 is 0; expected 0.001 or more",
         ),
     ],
 )

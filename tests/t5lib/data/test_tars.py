@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import lzma
 import random
 import tarfile
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from encodable import write_tar
 
+from t5lib.data import tars
 from t5lib.data.tars import check_tar, named, read_samples
 from t5lib.utils.errors import T5Error
 
@@ -90,6 +92,8 @@ def test_zeros_after_the_end_are_padding(tar):
     [
         (("1.jpg", "README"), "'README' belongs to no sample: its name is not KEY.ENDING"),
         (("1.jpg", "a/._1.jpg"), "'a/._1.jpg' belongs to no sample"),
+        (("1.jpg", "1.__url__"), "'1.__url__' belongs to no sample"),  # webdataset's own name
+        (("1.jpg", "1."), "'1.' belongs to no sample"),
         (("1.jpg", ".hidden"), "'.hidden' belongs to no sample"),
         (("1.jpg", "2.jpg", "1.txt", "2.txt"), "sample '1' do not stand one after the other, .* tar --sort=name"),
         (("1.jpg", "1.cls", "1.jpg"), "holds '1.jpg' twice"),
@@ -123,6 +127,67 @@ def test_links_are_refused(tmp_path):
         out.addfile(member)
     with pytest.raises(T5Error, match=r"'1.jpg' is no regular file; pack links as files: tar --dereference"):
         check_tar(tmp_path / "a.tar")
+
+
+def header(size: int, kind: bytes = tarfile.REGTYPE, name: str = "1.jpg") -> bytes:
+    """A block that declares `size`, beyond 8 GB and below 0 as GNU tar writes it."""
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    block = bytearray(member.tobuf(tarfile.USTAR_FORMAT))
+    block[124:136] = (size % 256**12 | 128 << 88).to_bytes(12, "big")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+about = tarfile.TarInfo.create_pax_global_header  # a header of entries about the files behind it
+
+
+def damaged(content: bytes) -> bytes:
+    half = len(content) // 2
+    return content[:half] + bytes(99) + content[half + 99 :]
+
+
+ZEROS, LONG_NAME = bytes(2 * BLOCK), tarfile.GNUTYPE_LONGNAME
+SPARSE = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(10**12), "GNU.sparse.name": "1.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header(10**12), f"'1.jpg' of {10**12} bytes in 1536"),
+        (header(2**80), "'1.jpg' of 1208925819614629174706176 bytes"),
+        (header(-BLOCK), "a header of -512 bytes"),  # from which a reader would begin anew, for ever
+        (about({"size": "-512"}) + header(0), "'1.jpg' of -512 bytes"),
+        (header(0, tarfile.GNUTYPE_SPARSE), "'1.jpg' with holes .pack it again, without --sparse"),
+        (about(SPARSE) + header(BLOCK), "'1.jpg' with holes"),
+        (header(2**40, LONG_NAME), "a header of 1099511627776 bytes"),
+        (header(2**40, tarfile.XHDTYPE), "a header of 1099511627776 bytes"),
+        ((header(3, LONG_NAME) + b"abc".ljust(BLOCK, b"\0")) * 2000, "maximum recursion depth"),
+        (gzip.compress(header(2 * 10**8) + bytes(10**6)), "'1.jpg' of 200000000 bytes in"),
+        (gzip.compress((header(99_840) + bytes(99_840)) * 20), r"\d+ bytes or more packed into"),
+        (gzip.compress(header(0) + bytes(3 * 10**6)), r"an end of \d+ zero bytes or more"),
+        (damaged(lzma.compress(header(99_840) + random.Random(0).randbytes(99_840))), "Corrupt input data"),
+    ],
+    ids=[
+        *("beyond the file", "absurd", "negative", "negative pax", "sparse", "sparse pax", "long name", "pax", "chain"),
+        *("bomb", "many in a bomb", "zeros behind", "damaged xz"),
+    ],
+)
+def test_what_a_header_declares_is_bounded_by_what_can_be_there(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(tars, "LARGEST_MEMBER", 10**5)
+    path = tmp_path / "a.tar"
+    path.write_bytes(content + ZEROS)
+    with pytest.raises(T5Error, match=message) as raised:
+        read(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_control_characters_of_names_are_shown_and_not_obeyed(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [{"\x1b[2J\n\u202e" + "n" * 999: b"x"}])
+    with pytest.raises(T5Error, match=r"a\.tar: '\\x1b\[2J\\n\\u202en+…' belongs to no sample") as raised:
+        check_tar(path)
+    assert len(str(raised.value)) < 500
 
 
 def test_an_error_without_words_is_named_by_its_kind(tmp_path):

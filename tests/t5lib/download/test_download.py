@@ -48,6 +48,8 @@ def test_wrong_hash_is_refused_and_removed(server, tmp_path):
         ("file:~nobody-of-that-name/x", {}, "cannot be opened"),
         ("file:/dev/zero", {}, "is a device, pipe or socket"),
         ("file:/dev/zero", {"member": "x"}, "is a device, pipe or socket"),
+        ("file:/proc/self/mem", {"sha256": "0" * 64}, "is empty, 0 bytes"),
+        ("file:\ud800", {}, "not understood"),
         ("file:x", {"member": ".."}, "is no file"),
         ("file:x", {"sha256": "g" * 64}, "expected 64 hexadecimal digits"),
         ("file:x", {"member_sha256": "0"}, "no member"),
@@ -114,6 +116,36 @@ def test_bomb_in_an_archive_is_refused(tmp_path):
         archive.writestr("bomb.onnx", bytes(20_000_000))
     with pytest.raises(SourceError, match=r"would grow from .* to 20000000 bytes"):
         fetch(f"file:{tmp_path}/x.zip", tmp_path / "out", member="bomb.onnx")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("", "names no folder"),
+        ("a\0b", "names no folder"),
+        ("\ud800", "names no folder"),
+        ("file", "file is no folder"),
+        ("file/below", r"nothing can be put into file/below \(File exists\); name another folder"),
+        ("dangling", "dangling is no folder"),
+        ("loop", "loop is no folder"),
+        ("x" * 300, r"nothing can be put into x+ \(File name too long\)"),
+        ("x/" * 3000, r"nothing can be put into [x/]+ \(File name too long\)"),
+        ("/dev/null/x", r"nothing can be put into /dev/null/x \(File exists\)"),
+        ("/proc/x", r"nothing can be put into /proc/x \(No such file"),
+        ("taken", r"nothing can be put into taken \(Is a directory\)"),
+    ],
+)
+def test_what_can_be_no_folder_is_refused(tmp_path, monkeypatch, place, message):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("x.zip", "w") as archive:
+        archive.writestr("a.bin", b"x")
+    (tmp_path / "file").write_text("here")
+    (tmp_path / "taken/a.bin").mkdir(parents=True)
+    (tmp_path / "dangling").symlink_to("gone")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SourceError, match=message) as caught:
+        fetch("file:x.zip", place, member="a.bin")
+    assert len(str(caught.value)) < 400 and (tmp_path / "file").read_text() == "here"
 
 
 def test_member_of_what_is_no_archive_is_refused(tmp_path):

@@ -71,6 +71,16 @@ def test_hf_one_file_or_those_of_a_pattern(hub, tmp_path):
         fetch(f"hf:owner/repo@{COMMIT}#model.bin", tmp_path / "c")
 
 
+@pytest.mark.parametrize("name", ["../out.bin", "/tmp/out.bin", "a/../../out.bin"])
+def test_hf_repo_that_lists_files_outside_of_it_is_refused(hub, tmp_path, name):
+    listed = json.loads(hub.content[f"/api/models/owner/repo/revision/{COMMIT}"])
+    listed["siblings"].append({"rfilename": name, "size": 1})
+    hub.content[f"/api/models/owner/repo/revision/{COMMIT}"] = json.dumps(listed).encode()
+    with pytest.raises(SourceError, match="which lies outside of the repo; fetch nothing from there"):
+        fetch(f"hf:owner/repo@{COMMIT}#*", tmp_path / "out")
+    assert files_in(tmp_path) == {}
+
+
 def test_hf_repo_that_is_larger_than_the_disk_is_refused_before_any_of_it_comes(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(SourceError, match=r"room for 0\.0 GB; free some space"):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
-from tiny_denoisers import dit_batch, tiny_dit
+from tiny_denoisers import CLASSES, dit_batch, tiny_dit
 from torch import Tensor, nn
 
 import t5lib
@@ -84,12 +84,25 @@ def test_other_square_latents_work_and_others_are_refused_with_the_reason():
         run(converted, 8, 12)
 
 
-@pytest.mark.parametrize("labels", [[6, 0], [-1, 0], [1.0, 2.0]], ids=str)
-def test_labels_that_the_model_has_no_classes_for_are_refused(labels):
-    batch = {"hidden_states": torch.ones(2, 4, 8, 8), "timestep": torch.ones(2), "class_labels": torch.tensor(labels)}
-    with pytest.raises(T5Error, match=r"class_labels are \[.*; expected whole numbers from 0 to 5 \(no class\)"):
-        dit.ADAPTER.check_inputs(tiny_dit(), batch)
-    dit.ADAPTER.check_inputs(tiny_dit(), batch | {"class_labels": torch.tensor([5, 0])})
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timestep": 5000}, r"timestep goes from 5000 to 5000; expected numbers from 0 to what"),
+        ({"timestep": -1}, r"timestep goes from -1 to -1"),
+        (
+            {"class_labels": CLASSES + 1},
+            rf"class_labels go from {CLASSES + 1} to {CLASSES + 1}; expected whole numbers, 0 to",
+        ),
+        ({"class_labels": -1}, "class_labels go from -1 to -1"),
+        ({"class_labels": 1.0}, "class_labels go from 1.0 to 1.0"),
+    ],
+)
+def test_steps_and_classes_that_the_model_does_not_know_are_refused(changes, message):
+    model = tiny_dit()
+    batch = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([1]), "class_labels": torch.tensor([0])}
+    batch |= {name: torch.tensor([value]) for name, value in changes.items()}
+    with pytest.raises(T5Error, match=message):
+        t5lib.diagnose(model, batch)
 
 
 def test_watching_an_attention_tells_what_its_processor_takes_and_gives():

@@ -416,7 +416,10 @@ def test_batches_that_do_not_fit_are_told_by_name():
         ({"hidden_states": torch.ones(2, 4, 9, 12)}, "resolution 9 is no multiple of the patch size 2"),
         ({"hidden_states": torch.ones(2, 4, 64, 12)}, "latents are 64 wide or high; the model takes 2 to 32"),
         ({"hidden_states": torch.ones(2, 4, 0, 12)}, "latents are 0 wide or high"),
-        ({"hidden_states": torch.ones(3, 4, 8, 12)}, r"is a tensor \(2,.*; expected a tensor with a row for each of its 3"),
+        (
+            {"hidden_states": torch.ones(3, 4, 8, 12)},
+            r"is a tensor \(2,.*; expected a tensor with a row for each of its 3",
+        ),
         ({"timestep": 3}, "'timestep' of a batch is 3; expected a tensor with a row for each of its 2 images"),
         ({"timestep": torch.tensor(3.0)}, r"'timestep' of a batch is a tensor \(\); expected"),
         ({"timestep": torch.ones(2, 1)}, r"timestep of a batch is \(2, 1\); this model takes \(B\)"),

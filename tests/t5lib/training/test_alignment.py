@@ -17,8 +17,9 @@ from t5lib.conversion import new_parameters
 from t5lib.families import family_of
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
-from t5lib.training.alignment import AlignConfig, Recorder, align, output_error, token_errors
+from t5lib.training.alignment import AlignConfig, align
 from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noised_inputs
+from t5lib.training.recorder import Recorder, output_error, token_errors
 from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")

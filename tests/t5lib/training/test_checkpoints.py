@@ -239,6 +239,6 @@ def test_two_processes_equal_one_with_twice_the_batch(trainable, processes, tmp_
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(one[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
     assert [(tmp_path / f"rank{rank}.logged").read_text() for rank in (0, 1)] == [str(STEPS), "0"]
-    assert names(tmp_path / "checkpoints") == ["step-0000003", "step-0000006"]
-    with pytest.raises(T5Error, match=r"step-0000006 was made otherwise \(processes was 2, is 1\)"):
+    assert names(tmp_path / "checkpoints") == ["step-0000006", "step-0000008"]
+    with pytest.raises(T5Error, match=r"step-0000008 was made otherwise \(processes was 2, is 1\)"):
         run(deterministic(), config, resume_dir=tmp_path / "checkpoints")

@@ -22,9 +22,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """A folder with the checkpoints of steps 3 and 6."""
+    """A folder with the checkpoints of steps 3 and 6, as a run that was killed after them leaves it."""
     folder = tmp_path_factory.mktemp("saved")
-    run(converted(), ALL_ON, resume_dir=folder)
+    run(converted(), dataclasses.replace(ALL_ON, checkpoints_kept=3), resume_dir=folder)
+    shutil.rmtree(folder / f"step-{STEPS:07d}")
     return folder
 
 

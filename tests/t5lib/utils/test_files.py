@@ -58,6 +58,11 @@ def test_missing_json_is_an_error(tmp_path):
         files.read_json(tmp_path / "x.json")
 
 
+def test_a_folder_in_the_place_of_json_is_an_error(tmp_path):
+    with pytest.raises(T5Error, match=r"cannot be read \(Is a directory\); expected a JSON file there"):
+        files.read_json(tmp_path)
+
+
 def test_device_pipe_and_hole_are_errors_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with open(tmp_path / "hole", "wb") as file:
@@ -120,6 +125,23 @@ def test_a_folder_is_always_there_and_what_a_kill_leaves_is_swept(tmp_path, monk
         (temporary / "three").write_text("")
     assert names(folder) == ["three"]
     assert names(tmp_path) == [f".out.{files._HOST}-{os.getpid()}.x", "out"]
+
+
+def test_what_killed_writers_of_other_folders_left_is_swept_too_and_nothing_else(tmp_path):
+    dead, host = 2**22 + 1, files._HOST
+    swept = f".other.{host}-{dead}.12345678/new/x", f".lost.{host}-{dead}.12345678/old/x"
+    kept = (
+        f".alive.{host}-{os.getpid()}.12345678/x",
+        f".elsewhere.00000000-{dead}.12345678/x",
+        f".mine.{host}-{dead}.notes/x",
+        f".file.{host}-{dead}.12345678",
+    )
+    for name in (*swept, *kept):
+        files.write_text(tmp_path / name, "")
+    with files.atomic_dir(tmp_path / "out"):
+        pass
+    expected = ["lost", "out", *(name.partition("/")[0] for name in kept)]
+    assert names(tmp_path) == sorted(expected) and names(tmp_path / "lost") == ["x"]
 
 
 def test_json_is_readable_by_people(tmp_path):

@@ -13,6 +13,10 @@ WEIGHTS = {"blocks.0.attn.qkv.weight": torch.arange(6.0).view(3, 2), "norm.bias"
 AVERAGE = {name: value + 1 for name, value in WEIGHTS.items()}
 
 
+IN_ITSELF: dict = {}
+IN_ITSELF["model"] = IN_ITSELF
+
+
 def under(prefix, weights=WEIGHTS):
     return {prefix + name: value for name, value in weights.items()}
 
@@ -60,6 +64,14 @@ def test_of_model_and_average_either_is_had_by_entry_or_by_prefix(tmp_path):
 
 BROKEN = {
     "int8": ({"head.weight": torch.ones(2, 2, dtype=torch.int8)}, r"whole numbers, in head\.weight torch\.int8"),
+    "four bits": (
+        {"w": torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)},
+        r"whole numbers, in w torch\.fl",
+    ),
+    "sparse": ({"w": torch.eye(2).to_sparse()}, r"holds sparse tensors, in w torch\.sparse_coo; save value\.to_dense"),
+    "no values": ({"w": torch.ones(2, device="meta")}, r"names without values \(on the meta device\), w"),
+    "numbers as names": ({0: torch.ones(2), "w": torch.ones(2)}, r"weights under \[0\], which are no names"),
+    "in itself": (IN_ITSELF, r"holds no weights; found \['model'\]"),
     "int64": ({"tokens": torch.arange(4)}, r"whole numbers, in tokens torch\.int64: it is quantized, or"),
     "NaN": ({"head.weight": torch.tensor([1, torch.nan])}, r"not finite, in 1 weights: head\.weight \(1 of 2\)"),
     "infinite in eight bits": (
@@ -99,9 +111,10 @@ def test_a_missing_shard_and_a_broken_index_are_named(index):
     next(index.parent.glob("part-1.*")).unlink()
     with pytest.raises(T5Error, match=r"lacks part-1\.\w+, 1 of the 2 shards that .*index\.json names"):
         read(index)
-    for content in ("{}", "[]", '{"weight_map": {"a": "../../secret.bin"}}', '{"weight_map": {"a": 3}}'):
+    wrong = ("../../secret.bin", 3, "..", index.name)
+    for content in ("{}", "[]", *(json.dumps({"weight_map": {"a": file}}) for file in wrong)):
         index.write_text(content)
-        with pytest.raises(T5Error, match="is no index of shards"):
+        with pytest.raises(T5Error, match=r"is no index of shards|lacks \.\.,"):
             read(index)
 
 
@@ -109,3 +122,12 @@ def test_a_folder_without_weights_says_what_it_holds(tmp_path):
     (tmp_path / "unet.safetensors").touch()
     with pytest.raises(T5Error, match=r"nor an index of shards, only unet\.safetensors; name the weights file"):
         read(tmp_path)
+
+
+def test_bytes_that_are_no_checkpoint_are_told(tmp_path):
+    for content in (b"hello", b"", b"PK\x03\x04" + bytes(99)):
+        (tmp_path / "weights.pt").write_bytes(content)
+        with pytest.raises(T5Error, match=r"weights\.pt cannot be read"):
+            read(tmp_path / "weights.pt")
+    with pytest.raises(T5Error, match="3 names no file or folder"):
+        read(3)

@@ -2,11 +2,13 @@
 
 import errno
 import os
+import tarfile
 
 import pytest
 
 from t5lib.utils.errors import SourceError, T5Error
-from tasks.runtime import params, readiness
+from t5lib.utils.files import write_json
+from tasks.runtime import local_sources, params, readiness
 
 SETTINGS = {
     "fetch": {"source": "hf:owner/gated@main"},
@@ -38,7 +40,7 @@ def test_everything_that_is_missing_is_named_with_its_remedy(tmp_path, gated):
 def test_what_is_there_or_was_fetched_before_is_not_missing(tmp_path, gated):
     (tmp_path / "pictures").mkdir()
     for split in ("train", "val"):
-        (tmp_path / f"pictures/{split}-0.tar").touch()
+        tarfile.open(tmp_path / f"pictures/{split}-0.tar", "w").close()
     with pytest.raises(T5Error, match="Missing:\\n  weights"):
         readiness.check(tmp_path, "mine", SETTINGS)
     (tmp_path / "data/out/mine").mkdir(parents=True)
@@ -58,7 +60,7 @@ def test_where_the_hub_cannot_say_what_it_wants_the_page_and_the_token_are_named
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_what_the_optimizer_needs_is_missing_unless_it_is_installed(tmp_path, monkeypatch, installed):
-    monkeypatch.setattr(readiness.importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(local_sources.importlib.util, "find_spec", lambda name: object() if installed else None)
     settings = {"freeze": {"ceiling": 1.5, "train": {"optimizer": "adamw8bit"}}}
     if installed:
         readiness.check(tmp_path, "mine", settings)
@@ -67,9 +69,35 @@ def test_what_the_optimizer_needs_is_missing_unless_it_is_installed(tmp_path, mo
         readiness.check(tmp_path, "mine", settings)
 
 
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("file:nowhere.json", "is not there"),
+        ("file:/dev/zero", "is a device"),
+        ("file:notes.md", "is no tar file"),
+        ("file:empty", "gives no shards"),
+        ("file:list.json", "x.tar does not exist"),
+        ("file:data/out/other/shards/train.json", None),  # another stage may be about to make it
+        ("file:sound.tar", None),
+    ],
+)
+def test_images_of_this_machine_that_cannot_be_used_are_told_before_the_first_stage(tmp_path, source, problem):
+    (tmp_path / "notes.md").write_text("no tar")
+    (tmp_path / "empty").mkdir()
+    tarfile.open(tmp_path / "sound.tar", "w").close()
+    shards = [{"path": "x.tar", "count": 1, "sha256": ""}]
+    listed = {"name": "x", "licence": "x", "source": "x", "classes": [], "count": 1, "shards": shards}
+    write_json(tmp_path / "list.json", listed)
+    if problem is None:
+        local_sources.check(tmp_path, "mine", {"shards": {"train": source}})
+        return
+    with pytest.raises(T5Error, match=rf"training images: {source}.*{problem}.*put them there, or name yours"):
+        local_sources.check(tmp_path, "mine", {"shards": {"train": source}})
+
+
 def test_every_target_of_ours_names_its_sources_where_they_are_looked_for():
     for target in params.read()["targets"].values():
-        named = {(section, name) for section, name, _, _ in readiness.SOURCES if target[section].get(name)}
+        named = {(section, name) for section, name, _, _ in local_sources.SOURCES if target.get(section, {}).get(name)}
         assert {("fetch", "source"), ("shards", "train"), ("shards", "val")} <= named
 
 

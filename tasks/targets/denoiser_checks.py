@@ -1,0 +1,90 @@
+"""Settings of a denoiser held against its pipeline and the manifests of its images, where they lie on this machine."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from t5lib.data.buckets import bucket_sizes
+from t5lib.data.shards import ShardSet
+from t5lib.evaluation.generation import check_sampling
+from t5lib.evaluation.scores import LEAST
+from t5lib.families import family_of
+from t5lib.families.inputs import ExampleSize
+from t5lib.training.objectives import noising_of
+from t5lib.utils.errors import T5Error
+from tasks.targets import diffusers_folder
+from tasks.targets.base import check_model, named
+from tasks.targets.image_shards import refuse_overlap
+
+
+def check_pipeline(folder: Path, sections: dict[str, Any], images: tuple[ShardSet | None, ...]) -> None:
+    """Raises T5Error for settings, or `images` of manifests, that do not suit the pipeline in `folder`."""
+    with named("shards"):
+        _check_conditions(folder, sections["shards"], images)
+    benchmark, pixels = sections["benchmark"], diffusers_folder.pixels_per_latent(folder)
+    model = diffusers_folder.blank(folder)
+    with named("shards.encode.buckets"):
+        sizes = bucket_sizes(sections["shards"].encode.buckets)
+        _check_sizes(folder, sizes)
+    with named("evaluate.sampling"):
+        _check_sizes(folder, tuple(filter(None, [sections["evaluate"].sampling.size])))
+        if not diffusers_folder.takes_text(folder):
+            side, _ = diffusers_folder.image_size(folder)
+            check_sampling(sections["evaluate"].sampling, diffusers_folder.scheduler(folder / "scheduler"), side)
+    size = ExampleSize(max(sizes[0]), pixels_per_latent=pixels, text_tokens=1)
+    check_model(model, sections, family_of(model).example_inputs(model, size))
+    if benchmark.pixels_per_latent != pixels:
+        raise T5Error(
+            f"benchmark.pixels_per_latent is {benchmark.pixels_per_latent}; this pipeline has {pixels}: write that"
+        )
+    with named("data.objective"):
+        noising_of(diffusers_folder.scheduler(folder / "scheduler"), **sections["data"].objective)
+
+
+def _check_sizes(folder: Path, sizes: tuple[tuple[int, int], ...]) -> None:
+    """Raises T5Error unless the pipeline's denoiser takes images of these sizes, (height, width) in pixels."""
+    model, pixels = diffusers_folder.blank(folder), diffusers_folder.pixels_per_latent(folder)
+    adapter, unit = family_of(model), pixels * diffusers_folder.patch(folder)
+    if wrong := [size for size in sizes if any(side % unit for side in size)]:
+        raise T5Error(f"{wrong[:5]} are no multiples of {unit} pixels, as wide as a token is")
+    for height, width in sizes:
+        adapter.check_resolution(model, ExampleSize(max(height, width), pixels_per_latent=pixels))
+        latents = torch.empty(1, adapter.in_channels(model), height // pixels, width // pixels, device="meta")
+        adapter.grid(model, {adapter.input_name: latents})
+
+
+def _check_conditions(folder: Path, config: Any, images: tuple[ShardSet | None, ...]) -> None:
+    """Raises T5Error unless images come with what the pipeline draws from."""
+    if diffusers_folder.takes_text(folder):
+        if remote := [source for source in (config.train, config.val) if not source.startswith("file:")]:
+            raise T5Error(f"'{remote[0][:200]}' is no source of captioned images; expected file:FOLDER or file:PATTERN")
+        return
+    most = diffusers_folder.classes(folder)
+    for each in filter(None, images):
+        if not 1 <= len(each.classes) <= most:
+            raise T5Error(
+                f"{each.name} lists {len(each.classes)} classes; expected 1 to {most}, as many as the denoiser has"
+            )
+
+
+def check_numbers(sections: dict[str, Any], train: ShardSet | None, val: ShardSet | None) -> None:
+    """Raises T5Error where manifests list fewer images than are asked for, or one of them twice.
+
+    Args:
+        train, val: what the manifests say; None where they are not known (yet).
+    """
+    wanted = {
+        "diagnose.images": (train, sections["diagnose"].images),
+        "explain.images": (val, sections["explain"].images),
+    }
+    recipes = {"freeze.train": sections["freeze"].train, "finetune": sections["finetune"]}
+    recipes |= {name: sections[name] for name in ("calibrate", "align") if sections[name].steps}
+    wanted |= {f"{name}.batch_size": (train, recipe.batch_size) for name, recipe in recipes.items()}
+    for name, (images, number) in wanted.items():
+        if images and number > images.count:
+            raise T5Error(f"{name} is {number}; expected at most {images.count}, as many as {images.name} has images")
+    if val and val.count < LEAST:
+        raise T5Error(f"shards.val lists {val.count} images; expected {LEAST} or more, to score pictures with")
+    if train and val:
+        refuse_overlap(train, val)
