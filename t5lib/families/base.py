@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from t5lib.families.inputs import ExampleSize, Inputs, images_of, tensors
+from t5lib.families.inputs import ExampleSize, Inputs, images_of, rows_of
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, carry_grid, drop_grid
@@ -182,10 +182,17 @@ class Adapter(ABC):
             batch: images (B, C, H, W), or a tuple or list that begins with them; or the keyword arguments themselves.
 
         Raises:
-            T5Error: it is something else, empty, or of whole numbers.
+            T5Error: it is something else, empty, or of whole numbers, or the other arguments are not as many.
         """
-        inputs = self._keyword_arguments(batch) if isinstance(batch, Mapping) else {self.input_name: batch}
-        return inputs | {self.input_name: images_of(inputs[self.input_name])}
+        named = dict(batch) if isinstance(batch, Mapping) else {self.input_name: batch}
+        if self.input_name not in named:
+            raise T5Error(
+                f"the model is called by name: expected '{self.input_name}' and what else the model's forward takes, "
+                f"got {', '.join(map(repr, named))}. A denoiser's latents and captions are noised first: "
+                "t5lib.training.objectives.noised_inputs"
+            )
+        images = images_of(named.pop(self.input_name))
+        return {self.input_name: images} | rows_of(named, len(images))
 
     def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
         """Raises T5Error unless `model` can be called with `inputs`: their names, channels and size."""
@@ -204,15 +211,6 @@ class Adapter(ABC):
     @abstractmethod
     def in_channels(self, model: nn.Module) -> int:
         """Of the images or latents that the model is called with."""
-
-    def _keyword_arguments(self, batch: Mapping[str, Any]) -> Inputs:
-        if self.input_name not in batch:
-            raise T5Error(
-                f"the model is called by name: expected '{self.input_name}' and what else the model's forward takes, "
-                f"got {', '.join(map(repr, batch))}. A denoiser's latents and captions are noised first: "
-                "t5lib.training.objectives.noised_inputs"
-            )
-        return tensors(batch)
 
     @abstractmethod
     def call(self, model: nn.Module, inputs: Inputs) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the families of diffusers share: a TTT layer in the place of its `Attention`, and most of their adapters.
+"""What the adapters of the families of diffusers share, and their converted models.
 
 Shapes: B latents, N image tokens, T text tokens, C channels, H heads, D head width.
 """
@@ -13,105 +13,21 @@ from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.attention_processor import Attention
-from diffusers.models.normalization import RMSNorm
-from t5kernels import RmsNorms
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from t5lib.families.base import Adapter, Tokens, check_multiple
+from t5lib.families.diffusers_attention import IMAGE, TEXT, DiffusersTTTAttention, check_attention, project
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.families.replacement import chosen_layers, replace_attentions
-from t5lib.layers.attention import TTTLayer
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, tell_grid
-from t5lib.utils.config import from_dict, to_dict
+from t5lib.utils.config import LARGEST, from_dict, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.threads import of_this_thread
 from t5lib.utils.weights import check_numbers
 
 LONGEST_SCHEDULE = 4000  # that of "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672)
-IMAGE = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
-TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
-
-
-class DiffusersTTTAttention(TTTLayer):
-    """Takes over the parts of a diffusers `Attention`, of an image alone or joint with text, and mixes with a Mixer.
-
-    Parameters keep their names (`to_q`, `norm_q`, `add_q_proj`, `to_out`, …); all new ones are under `mixer`. The
-    modules of `attention` are shared, not copied.
-
-    Args:
-        attention: to replace, as SD3 and DiT use it (check_attention).
-        config: of this layer.
-    """
-
-    inherited = (*IMAGE, *TEXT, "to_out", "to_add_out")
-    num_prefix_tokens = 0
-
-    def __init__(self, attention: Attention, config: TTTConfig):
-        super().__init__()
-        self.num_heads, self.head_dim = attention.heads, attention.to_q.out_features // attention.heads
-        self.context_pre_only = attention.context_pre_only
-        self.order = tuple(attention._modules)
-        self.settings = {name: value for name, value in vars(attention).items() if name != "_modules"}
-        for name in self.inherited:
-            setattr(self, name, getattr(attention, name, None))
-        self.add_mixer(config, self.to_q)
-        self.train(attention.training)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        grid: TokenGrid | None = None,
-        **others: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """hidden_states (B, N, C), and text (B, T, C) in a joint attention. Returns the same, or both.
-
-        Args:
-            grid: where hidden_states lie, for a call outside of a model.
-
-        Raises:
-            T5Error: a mask, text where there are no projections for it, or something else is given; the tokens do
-                not fit the grid; or the new weights are on another device.
-        """
-        if attention_mask is not None or others:
-            given = ["attention_mask"] * (attention_mask is not None) + list(others)
-            raise T5Error(f"a TTT layer sees all tokens and takes nothing else; call it without {', '.join(given)}")
-        if encoder_hidden_states is not None and self.add_k_proj is None:
-            raise T5Error("a TTT layer in the place of self-attention sees its own tokens; call it without others")
-        away = {parameter.device for parameter in self.mixer.parameters()} - {hidden_states.device}
-        if away:
-            raise T5Error(
-                f"a TTT layer's new weights are on {away.pop()}, its input on {hidden_states.device}: offloading part "
-                "by part leaves them behind; use enable_model_cpu_offload, or group offloading of whole blocks"
-            )
-        grid, norms = self.grid(grid), self._norms(encoder_hidden_states is not None)
-        hidden_states = self.mixer.prepare(hidden_states, grid)
-        image, text = _project(self, hidden_states, IMAGE[:3] if norms else IMAGE), None
-        if encoder_hidden_states is not None:
-            text = _project(self, encoder_hidden_states, TEXT[:3] if norms else TEXT)
-        o, text_o = self.mixer.joint(image, text, grid, **norms)
-        o = self._out(_merged(o))
-        if text_o is None:
-            return o
-        return o, _merged(text_o) if self.to_add_out is None else self.to_add_out(_merged(text_o))
-
-    def _norms(self, text: bool) -> dict[str, RmsNorms]:
-        """The q and k norms where the mixer does them, of image and text; nothing where modules do."""
-        norms = [[getattr(self, name) for name in names[3:]] for names in (IMAGE, TEXT)[: 1 + text]]
-        every = [norm for pair in norms for norm in pair]
-        alike = all(type(norm) is RMSNorm and norm.eps == every[0].eps for norm in every)
-        if not (alike and self.mixer.takes_norms and all(n.weight is not None and n.bias is None for n in every)):
-            return {}
-        of_image, *of_text = [(q.weight, k.weight) for q, k in norms]
-        return {"norms": RmsNorms(of_image, of_text[0] if of_text else None, every[0].eps)}
-
-    def _out(self, o: Tensor) -> Tensor:
-        for module in self.to_out:  # projection, dropout
-            o = module(o)
-        return o
 
 
 class ConvertedModel:
@@ -149,24 +65,6 @@ def check_loaded(model: ModelMixin, info: dict[str, Any], source: str) -> None:
     check_numbers(dict(model.named_parameters()), source)
 
 
-def check_attention(attention: nn.Module, name: str, processors: tuple[type, ...]) -> None:
-    """Raises T5Error unless `attention`, called `name`, is one of diffusers' with plain softmax."""
-    if isinstance(attention, TTTLayer):
-        raise T5Error(f"{name} is converted already; call t5lib.revert first")
-    if type(attention) is not Attention:
-        raise T5Error(f"{name} is {type(attention).__name__}; only diffusers' Attention can be converted")
-    if attention.fused_projections:
-        raise T5Error(f"the projections of {name} are fused; call unfuse_qkv_projections() first")
-    if hasattr(attention, "_hf_hook"):
-        raise T5Error(f"{name} is offloaded part by part; convert first, then turn offloading on")
-    if type(attention.processor) not in processors:
-        expected = " or ".join(kind.__name__ for kind in processors)
-        raise T5Error(
-            f"{name} has the processor {type(attention.processor).__name__}, whose attention a TTT layer has no "
-            f"counterpart for; expected {expected}: take adapters (IP-Adapter, PAG, …) off first"
-        )
-
-
 class DiffusersAdapter(Adapter):
     """What the denoisers of diffusers share: a PatchEmbed called `pos_embed`, blocks in `transformer_blocks`.
 
@@ -180,7 +78,10 @@ class DiffusersAdapter(Adapter):
     softmax_class: ClassVar[type[ModelMixin]]
     converted_class: ClassVar[type[ModelMixin]]
     processors: ClassVar[tuple[type, ...]]  # of attentions that are plain softmax
-    conditions: ClassVar[tuple[str, ...]]  # arguments of the model's forward besides latents
+
+    @abstractmethod
+    def conditions(self, model: nn.Module) -> dict[str, tuple[int | str, ...]]:
+        """Arguments of the forward besides latents, with their sizes after the batch's: a number, or "T" for any."""
 
     def check_convertible(self, model: nn.Module) -> None:
         if type(model) not in (self.softmax_class, self.converted_class):
@@ -277,10 +178,10 @@ class DiffusersAdapter(Adapter):
 
     def project(self, attention: nn.Module, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """See Adapter; with the pretrained q and k norms."""
-        image = _project(attention, tokens[0], IMAGE)
+        image = project(attention, tokens[0], IMAGE)
         if len(tokens) == 1:
             return image
-        text = _project(attention, tokens[1], TEXT)
+        text = project(attention, tokens[1], TEXT)
         q, k, v = (torch.cat(both, dim=2) for both in zip(image, text, strict=True))
         return q, k, v
 
@@ -289,20 +190,29 @@ class DiffusersAdapter(Adapter):
         return [part for part in parts if part is not None]
 
     def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
-        missing = [name for name in self.conditions if inputs.get(name) is None]
-        if missing:
+        expected = self.conditions(model)
+        if missing := [name for name in expected if inputs.get(name) is None]:
             raise T5Error(
-                f"a batch for {type(model).__name__} lacks {', '.join(missing)}; expected its keyword arguments "
-                f"{', '.join((self.input_name, *self.conditions))}, which t5lib.training.objectives.noised_inputs makes"
+                f"a batch for {type(model).__name__} lacks {', '.join(missing)}; expected its keyword "
+                f"arguments {', '.join((self.input_name, *expected))}, which "
+                "t5lib.training.objectives.noised_inputs makes"
             )
+        for name, sizes in expected.items():
+            came = inputs[name].shape[1:]
+            if len(came) != len(sizes) or any(w not in (c, "T") for c, w in zip(came, sizes, strict=True)):
+                what = ", ".join(map(str, ("B", *sizes)))
+                raise T5Error(f"{name} of a batch is {tuple(inputs[name].shape)}; this model takes ({what})")
         steps = inputs["timestep"]
-        if isinstance(steps, Tensor) and steps.numel() and not 0 <= steps.min() <= steps.max() <= LONGEST_SCHEDULE:
+        if not 0 <= steps.min() <= steps.max() <= LONGEST_SCHEDULE:
             raise T5Error(
                 f"timestep goes from {steps.min().item():g} to {steps.max().item():g}; expected numbers from 0 to what "
                 f"the model's noise schedule has, 1,000 as a rule and never more than {LONGEST_SCHEDULE:,}"
             )
+        patch, most = model.config.patch_size, model.config.get("pos_embed_max_size") or LARGEST
         for side in inputs[self.input_name].shape[-2:]:
-            check_multiple(side, model.config.patch_size, "the patch size")
+            check_multiple(side, patch, "the patch size")
+            if not 0 < side <= most * patch:
+                raise T5Error(f"latents are {side} wide or high; the model takes {patch} to {most * patch}")
         super().check_inputs(model, inputs)
 
     def in_channels(self, model: nn.Module) -> int:
@@ -400,17 +310,3 @@ def _restart(module: nn.Module) -> None:
     if hasattr(module, "reset_parameters"):  # norms have none; they start at one
         module.reset_parameters()
     module.to(place)
-
-
-def _merged(o: Tensor) -> Tensor:
-    """(B, H, N, D) to (B, N, H·D)."""
-    return o.transpose(1, 2).flatten(2)
-
-
-def _project(attention: nn.Module, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """`names`: of the projections, and of the norms unless those come later."""
-    to_q, to_k, to_v, *norms = (getattr(attention, name) for name in names)
-    norm_q, norm_k = norms or (None, None)
-    heads = getattr(attention, "heads", None) or attention.num_heads
-    q, k, v = (to(x).unflatten(-1, (heads, -1)).transpose(1, 2) for to in (to_q, to_k, to_v))
-    return q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v

@@ -88,7 +88,9 @@ class DiT(DiffusersAdapter):
     softmax_class = DiTTransformer2DModel
     converted_class = T5DiTTransformer2DModel
     processors = (AttnProcessor2_0,)
-    conditions = ("timestep", "class_labels")
+
+    def conditions(self, model: nn.Module) -> dict[str, tuple[int | str, ...]]:
+        return {"timestep": (), "class_labels": ()}
 
     def attention_names(self, model: nn.Module) -> list[str]:
         return [f"transformer_blocks.{index}.attn1" for index in range(len(model.transformer_blocks))]
@@ -102,10 +104,10 @@ class DiT(DiffusersAdapter):
         """See Adapter; also the class numbers, of which the last stands for none."""
         super().check_inputs(model, inputs)
         labels, most = inputs["class_labels"], model.config.num_embeds_ada_norm
-        if labels.numel() and not 0 <= labels.min() <= labels.max() <= most:
+        if labels.is_floating_point() or not 0 <= labels.min() <= labels.max() <= most:
             raise T5Error(
-                f"class_labels go from {labels.min().item()} to {labels.max().item()}; expected 0 to {most - 1}, or "
-                f"{most} for no class"
+                f"class_labels go from {labels.min().item()} to {labels.max().item()}; expected whole numbers, 0 to "
+                f"{most - 1}, or {most} for no class"
             )
 
     def grid(self, model: nn.Module, inputs: Inputs) -> TokenGrid:

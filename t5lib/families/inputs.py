@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from t5lib.utils.config import shown
 from t5lib.utils.errors import T5Error
 
 PREPARE = "timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
@@ -73,9 +74,21 @@ def _tensor(array: np.ndarray) -> Tensor:
         raise T5Error(f"a batch holds an array of {array.dtype}; expected numbers, such as float32") from None
 
 
-def tensors(batch: Mapping[str, Any]) -> Inputs:
-    """Keyword arguments with NumPy's arrays as tensors."""
-    return {name: _tensor(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}
+def rows_of(batch: Mapping[str, Any], images: int) -> Inputs:
+    """Keyword arguments besides the images, as tensors; those that are None are left out.
+
+    Raises:
+        T5Error: one is something else than a tensor or array with a row for every one of the `images`.
+    """
+    inputs = {name: _tensor(v) if isinstance(v, np.ndarray) else v for name, v in batch.items()}
+    for name, value in inputs.items():
+        shape = tuple(value.shape) if isinstance(value, Tensor) else None
+        if value is not None and (not shape or shape[0] != images):
+            came = shown(value) if shape is None else f"a tensor {shape}"
+            raise T5Error(
+                f"'{name}' of a batch is {came}; expected a tensor with a row for each of its {images} images"
+            )
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
 def check_finite(inputs: Inputs) -> None:

@@ -102,7 +102,13 @@ class SD3(DiffusersAdapter):
     softmax_class = SD3Transformer2DModel
     converted_class = T5SD3Transformer2DModel
     processors = (JointAttnProcessor2_0,)
-    conditions = ("timestep", "encoder_hidden_states", "pooled_projections")
+
+    def conditions(self, model: nn.Module) -> dict[str, tuple[int | str, ...]]:
+        return {
+            "timestep": (),
+            "encoder_hidden_states": ("T", model.config.joint_attention_dim),
+            "pooled_projections": (model.config.pooled_projection_dim,),
+        }
 
     def check_blocks(self, model: nn.Module) -> None:
         for index, block in enumerate(model.transformer_blocks):

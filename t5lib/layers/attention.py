@@ -9,6 +9,7 @@ from t5lib.layers.config import TTTConfig
 from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid, current_grid
 from t5lib.layers.mixers import Mixer
+from t5lib.utils.config import shown
 from t5lib.utils.errors import T5Error
 
 
@@ -36,7 +37,13 @@ class TTTLayer(nn.Module):
     mixer: Mixer
 
     def grid(self, given: TokenGrid | None) -> TokenGrid:
-        """The layout of the image's tokens in this call: `given`, or that of the running forward."""
+        """The layout of the image's tokens in this call: `given`, or that of the running forward.
+
+        Raises:
+            T5Error: `given` is something else, or nothing tells the layout.
+        """
+        if not isinstance(given, TokenGrid | None):
+            raise T5Error(f"grid is {shown(given)}; expected TokenGrid(rows, columns, num_prefix_tokens)")
         return given or current_grid(self.num_prefix_tokens)
 
     def add_mixer(self, config: TTTConfig, like: nn.Linear) -> None:

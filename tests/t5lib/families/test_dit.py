@@ -89,8 +89,12 @@ def test_other_square_latents_work_and_others_are_refused_with_the_reason():
     [
         ({"timestep": 5000}, r"timestep goes from 5000 to 5000; expected numbers from 0 to what"),
         ({"timestep": -1}, r"timestep goes from -1 to -1"),
-        ({"class_labels": CLASSES + 1}, rf"class_labels go from {CLASSES + 1} to {CLASSES + 1}; expected 0 to"),
+        (
+            {"class_labels": CLASSES + 1},
+            rf"class_labels go from {CLASSES + 1} to {CLASSES + 1}; expected whole numbers, 0 to",
+        ),
         ({"class_labels": -1}, "class_labels go from -1 to -1"),
+        ({"class_labels": 1.0}, "class_labels go from 1.0 to 1.0"),
     ],
 )
 def test_steps_and_classes_that_the_model_does_not_know_are_refused(changes, message):

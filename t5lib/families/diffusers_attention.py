@@ -1,0 +1,137 @@
+"""A TTT layer in the place of the `Attention` of diffusers, of an image alone or joint with text.
+
+Shapes: B latents, N image tokens, T text tokens, C channels, H heads, D head width.
+"""
+
+import logging
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import RMSNorm
+from t5kernels import RmsNorms
+from torch import Tensor, nn
+
+from t5lib.layers.attention import TTTLayer
+from t5lib.layers.config import TTTConfig
+from t5lib.layers.grid import TokenGrid
+from t5lib.utils.errors import T5Error
+
+_log = logging.getLogger(__name__)
+IMAGE = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
+SEEN = {"ip_hidden_states", "ip_adapter_masks"}  # of adapters: what an attention would see besides its tokens
+TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
+
+
+class DiffusersTTTAttention(TTTLayer):
+    """Takes over the parts of a diffusers `Attention`, of an image alone or joint with text, and mixes with a Mixer.
+
+    Parameters keep their names (`to_q`, `norm_q`, `add_q_proj`, `to_out`, …); all new ones are under `mixer`. The
+    modules of `attention` are shared, not copied.
+
+    Args:
+        attention: to replace, as SD3 and DiT use it (check_attention).
+        config: of this layer.
+    """
+
+    inherited = (*IMAGE, *TEXT, "to_out", "to_add_out")
+    num_prefix_tokens = 0
+
+    def __init__(self, attention: Attention, config: TTTConfig):
+        super().__init__()
+        self.num_heads, self.head_dim = attention.heads, attention.to_q.out_features // attention.heads
+        self.context_pre_only = attention.context_pre_only
+        self.order = tuple(attention._modules)
+        self.settings = {name: value for name, value in vars(attention).items() if name != "_modules"}
+        for name in self.inherited:
+            setattr(self, name, getattr(attention, name, None))
+        self.add_mixer(config, self.to_q)
+        self.train(attention.training)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        grid: TokenGrid | None = None,
+        **others: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """hidden_states (B, N, C), and text (B, T, C) in a joint attention. Returns the same, or both.
+
+        Args:
+            grid: where hidden_states lie, for a call outside of a model.
+            others: ignored, as by diffusers' own.
+
+        Raises:
+            T5Error: a mask, an adapter's tokens, or text where there are no projections for it is given; the tokens do
+                not fit the grid; or the new weights are on another device.
+        """
+        if attention_mask is not None or SEEN & others.keys():
+            given = ["attention_mask"] * (attention_mask is not None) + sorted(SEEN & others.keys())
+            raise T5Error(f"a TTT layer sees all tokens and no others; call it without {', '.join(given)}")
+        if others:  # as diffusers' own do with what their processor does not take
+            _log.warning("a TTT layer does not take %s, which will be ignored", ", ".join(others))
+        if encoder_hidden_states is not None and self.add_k_proj is None:
+            raise T5Error("a TTT layer in the place of self-attention sees its own tokens; call it without others")
+        away = {parameter.device for parameter in self.mixer.parameters()} - {hidden_states.device}
+        if away:
+            raise T5Error(
+                f"a TTT layer's new weights are on {away.pop()}, its input on {hidden_states.device}: offloading part "
+                "by part leaves them behind; use enable_model_cpu_offload, or group offloading of whole blocks"
+            )
+        grid, norms = self.grid(grid), self._norms(encoder_hidden_states is not None)
+        hidden_states = self.mixer.prepare(hidden_states, grid)
+        image, text = project(self, hidden_states, IMAGE[:3] if norms else IMAGE), None
+        if encoder_hidden_states is not None:
+            text = project(self, encoder_hidden_states, TEXT[:3] if norms else TEXT)
+        o, text_o = self.mixer.joint(image, text, grid, **norms)
+        o = self._out(_merged(o))
+        if text_o is None:
+            return o
+        return o, _merged(text_o) if self.to_add_out is None else self.to_add_out(_merged(text_o))
+
+    def _norms(self, text: bool) -> dict[str, RmsNorms]:
+        """The q and k norms where the mixer does them, of image and text; nothing where modules do."""
+        norms = [[getattr(self, name) for name in names[3:]] for names in (IMAGE, TEXT)[: 1 + text]]
+        every = [norm for pair in norms for norm in pair]
+        alike = all(type(norm) is RMSNorm and norm.eps == every[0].eps for norm in every)
+        if not (alike and self.mixer.takes_norms and all(n.weight is not None and n.bias is None for n in every)):
+            return {}
+        of_image, *of_text = [(q.weight, k.weight) for q, k in norms]
+        return {"norms": RmsNorms(of_image, of_text[0] if of_text else None, every[0].eps)}
+
+    def _out(self, o: Tensor) -> Tensor:
+        for module in self.to_out:  # projection, dropout
+            o = module(o)
+        return o
+
+
+def check_attention(attention: nn.Module, name: str, processors: tuple[type, ...]) -> None:
+    """Raises T5Error unless `attention`, called `name`, is one of diffusers' with plain softmax."""
+    if isinstance(attention, TTTLayer):
+        raise T5Error(f"{name} is converted already; call t5lib.revert first")
+    if type(attention) is not Attention:
+        raise T5Error(f"{name} is {type(attention).__name__}; only diffusers' Attention can be converted")
+    if attention.fused_projections:
+        raise T5Error(f"the projections of {name} are fused; call unfuse_qkv_projections() first")
+    if hasattr(attention, "_hf_hook"):
+        raise T5Error(f"{name} is offloaded part by part; convert first, then turn offloading on")
+    if type(attention.processor) not in processors:
+        expected = " or ".join(kind.__name__ for kind in processors)
+        raise T5Error(
+            f"{name} has the processor {type(attention.processor).__name__}, whose attention a TTT layer has no "
+            f"counterpart for; expected {expected}: take adapters (IP-Adapter, PAG, …) off first"
+        )
+
+
+def _merged(o: Tensor) -> Tensor:
+    """(B, H, N, D) to (B, N, H·D)."""
+    return o.transpose(1, 2).flatten(2)
+
+
+def project(attention: nn.Module, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (B, H, N, D) of x (B, N, C). `names`: of the projections, and of the norms unless those come later."""
+    to_q, to_k, to_v, *norms = (getattr(attention, name) for name in names)
+    norm_q, norm_k = norms or (None, None)
+    heads = getattr(attention, "heads", None) or attention.num_heads
+    q, k, v = (to(x).unflatten(-1, (heads, -1)).transpose(1, 2) for to in (to_q, to_k, to_v))
+    return q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v
