@@ -149,12 +149,13 @@ def held_until(lock, told):
     other.join()
 
 
-def test_the_second_flow_of_a_target_says_whom_it_waits_for(small_repo, caplog):
+def test_the_second_flow_of_a_target_says_whom_it_waits_for(small_repo, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    small_repo.set("enabled: [small]", "enabled: {}")
+    monkeypatch.setattr(t5_module.targets, "libraries", lambda settings: ())
+    small_repo.set("{steps: 0}", "{stepps: 0}")  # it has nothing to do then
     said = "target small is in the hands of process 7 on here: python -m flows.t5 small; waiting until it ends"
     with held_until(small_repo.root / "data/scratch/small/flow.lock", lambda: said in caplog.text):
-        with pytest.raises(T5Error):
+        with pytest.raises(T5Error, match="unknown setting 'stepps'"):
             t5("small")
     assert said in caplog.text
 
@@ -206,6 +207,7 @@ def test_a_disk_that_is_full_for_dvc_is_told_with_what_is_kept(tmp_path):
 )
 def test_slips_are_told_before_prefect_starts(small_repo, monkeypatch, target, old, new, message):
     small_repo.set(old, new)
+    monkeypatch.setattr(t5_module.targets, "libraries", lambda settings: ())
     monkeypatch.setattr(t5_module.command, "interrupt_on_signals", lambda: None)
     monkeypatch.setattr(t5_module, "t5", lambda target: pytest.fail("the flow began"))
     monkeypatch.setattr(sys, "argv", ["t5", target])
