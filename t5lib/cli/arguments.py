@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json
+from t5lib.utils.files import read_json, refuse_inside_model
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
 
@@ -139,7 +139,8 @@ def check_choice(*, images: Path | None, wanted: dict[str, float], out: Path | N
 
 
 def check_writable(folder: Path) -> None:
-    """Raises T5Error unless `folder` exists or can be made, and files can be put there."""
+    """Raises T5Error unless `folder` exists or can be made, not inside of a model, and files can be put there."""
+    refuse_inside_model(folder)
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise T5Error(f"{folder} cannot be written: {nearest} is no folder of yours; name another place")

@@ -145,7 +145,7 @@ def diagnose(
     size = arguments.parse_size(img_size)
     paths = arguments.spread(arguments.find_images(images), limit)
     if out:
-        arguments.check_writable(out)
+        arguments.check_writable(out / "shift_ratio.json")
     if arguments.is_pipeline(model):
         given = {"weights": weights, "converted": converted, "no-pretrained": not pretrained}
         arguments.refuse_for_pipelines(model, **{name: value for name, value in given.items() if value})

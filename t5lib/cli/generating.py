@@ -94,7 +94,7 @@ def generate(
     _check_source(pipeline)
     if out.is_file():
         raise T5Error(f"{out} is a file; name a folder for the images")
-    arguments.check_writable(out)
+    arguments.check_writable(out / "images")
     run(
         pipeline,
         read,

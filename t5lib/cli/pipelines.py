@@ -26,7 +26,7 @@ from t5lib.families.inputs import placed
 from t5lib.layers.config import TTTConfig
 from t5lib.training.objectives import noised_batch, noising_of
 from t5lib.utils.config import to_dict
-from t5lib.utils.files import atomic_dir, read_json, write_json
+from t5lib.utils.files import atomic_dir, read_object, write_json
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     total = sum(parameter.numel() for parameter in model.parameters())
     config = getattr(model, "t5_config", None)
     return {
-        "pipeline": read_json(folder / "model_index.json").get("_class_name"),
+        "pipeline": read_object(folder / "model_index.json").get("_class_name"),
         "transformer": type(model).__name__,
         "t5": to_dict(config) if config else None,
         "layers": {
@@ -127,7 +127,7 @@ def convert(folder: Path, out: Path, t5: dict[str, Any], seed: int) -> None:
         shutil.copytree(folder, temporary, ignore=lambda _, names: {"transformer"} & set(names), dirs_exist_ok=True)
         model.save_pretrained(temporary / "transformer")
         kind = type(model)
-        index = read_json(folder / "model_index.json") | {"transformer": [kind.__module__, kind.__name__]}
+        index = read_object(folder / "model_index.json") | {"transformer": [kind.__module__, kind.__name__]}
         write_json(temporary / "model_index.json", index)
     layers, numbers = model.t5_report.layers, model.t5_report.numbers
     total = len(family_of(model).attention_names(model))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from t5lib.utils.config import one_of
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json
-from t5lib.utils.weights import digest
+from t5lib.utils.files import read_object
+from t5lib.utils.weights import check_numbers, digest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIPELINE_LOGGER = "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3"
@@ -136,7 +136,7 @@ def encoding_pipeline(folder: Path | str, dtype: str = "bf16") -> Any:
 
     one_of(dtype, DTYPES, "dtype")
     folder = Path(folder)
-    index = read_json(folder / "model_index.json")
+    index = read_object(folder / "model_index.json")
     if "text_encoder_2" not in index or "transformer" not in index:
         raise T5Error(f"{folder} holds a {index.get('_class_name')}; expected the folder of a StableDiffusion3Pipeline")
     left_out = {"transformer": None}
@@ -144,6 +144,9 @@ def encoding_pipeline(folder: Path | str, dtype: str = "bf16") -> Any:
         left_out |= {"text_encoder_3": None, "tokenizer_3": None}
     dtypes = {"vae": torch.float32, "default": DTYPES[dtype]}
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtypes, **left_out)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            check_numbers(part.state_dict(), f"{folder}/{name}")
     if pipeline.text_encoder_3 is None:  # the zeros in its place are as wide as the transformer says
         config = SD3Transformer2DModel.load_config(str(folder), subfolder="transformer")
         with torch.device("meta"):

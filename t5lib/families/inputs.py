@@ -49,8 +49,8 @@ def images_of(batch: Any) -> Tensor:
         raise T5Error(f"a batch must hold images (B, 3, H, W), got {shape}; {PREPARE} makes tensors of image files")
     if not len(images):
         raise T5Error("a batch holds no image; leave empty batches out")
-    if images.is_meta or images.layout != torch.strided:
-        raise T5Error(f"images are on {images.device}, laid out as {images.layout}; pass dense tensors with values")
+    if images.layout != torch.strided:
+        raise T5Error(f"images are laid out as {images.layout}; pass dense tensors")
     if not images.is_floating_point():
         raise T5Error(
             f"images are {images.dtype}; expected floating-point numbers, normalized as the model's weights want them: "
@@ -92,8 +92,10 @@ def rows_of(batch: Mapping[str, Any], images: int) -> Inputs:
 
 
 def check_finite(inputs: Inputs) -> None:
-    """Raises T5Error naming the first input, and the place in the batch, that holds NaN or infinite numbers."""
+    """Raises T5Error naming the first input, and the place in the batch, that holds NaN or infinite numbers, or none."""
     for name, tensor in inputs.items():
+        if tensor.is_meta:
+            raise T5Error(f"'{name}' is on the meta device and has no values; pass tensors with values")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             broken = [index for index, each in enumerate(tensor) if not each.isfinite().all()]
             raise T5Error(

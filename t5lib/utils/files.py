@@ -86,6 +86,14 @@ def read_json(path: Path | str) -> Any:
         raise T5Error(f"{path} is not valid JSON ({error}); delete it and run the step that makes it again") from None
 
 
+def read_object(path: Path | str) -> dict[str, Any]:
+    """`read_json` of a file that holds an object. Raises T5Error when it holds something else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise T5Error(f"{path} holds a {type(content).__name__}, not an object with names; copy it again")
+    return content
+
+
 def read_text(path: Path | str) -> str:
     """The text of a file that people or we wrote.
 

@@ -143,6 +143,10 @@ class TestRefusedBeforeAnyWork:
         assert (tmp_path / "file").read_text() == "mine"
         assert "cannot be written" in refused("convert", softmax, tmp_path / "file" / "out")
 
+    def test_nothing_is_written_into_a_model(self, softmax, photos):
+        assert "holds a model and nothing else" in refused("convert", softmax, softmax / "inner", "--calibrate", photos)
+        assert "holds a model and nothing else" in refused("diagnose", softmax, "--images", photos, "--out", softmax)
+
     def test_out_that_holds_a_model_needs_force(self, softmax, converted):
         before = (converted / "t5.json").read_bytes()
         assert "--force" in refused("convert", softmax, converted)
