@@ -92,7 +92,7 @@ def rows_of(batch: Mapping[str, Any], images: int) -> Inputs:
 
 
 def check_finite(inputs: Inputs) -> None:
-    """Raises T5Error naming the first input, and the place in the batch, that holds NaN or infinite numbers, or none."""
+    """Raises T5Error naming the first input, and the place in the batch, that holds no finite numbers."""
     for name, tensor in inputs.items():
         if tensor.is_meta:
             raise T5Error(f"'{name}' is on the meta device and has no values; pass tensors with values")
