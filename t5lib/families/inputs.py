@@ -48,8 +48,8 @@ def images_of(batch: Any) -> Tensor:
         raise T5Error(f"a batch must hold images (B, 3, H, W), got {shape}; {PREPARE} makes tensors of image files")
     if not len(images):
         raise T5Error("a batch holds no image; leave empty batches out")
-    if images.is_meta or images.layout != torch.strided:
-        raise T5Error(f"images are on {images.device}, laid out as {images.layout}; pass dense tensors with values")
+    if images.layout != torch.strided:
+        raise T5Error(f"images are laid out as {images.layout}; pass dense tensors: images.to_dense()")
     if not images.is_floating_point():
         raise T5Error(
             f"images are {images.dtype}; expected floating-point numbers, normalized as the model's weights want them: "
@@ -79,8 +79,10 @@ def tensors(batch: Mapping[str, Any]) -> Inputs:
 
 
 def check_finite(inputs: Inputs) -> None:
-    """Raises T5Error naming the first input, and the place in the batch, that holds NaN or infinite numbers."""
+    """Raises T5Error naming the first input, and the place in the batch, that holds NaN, infinite or no numbers."""
     for name, tensor in inputs.items():
+        if tensor.is_meta:
+            raise T5Error(f"'{name}' is on the meta device and holds no numbers; make it on another")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             broken = [index for index, each in enumerate(tensor) if not each.isfinite().all()]
             raise T5Error(
