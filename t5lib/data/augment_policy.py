@@ -7,7 +7,7 @@ from t5lib.utils.errors import T5Error
 
 EXAMPLE = "'rand-m9-mstd0.5-inc1', 'augmix-m5-w4-d2' or 'original'"
 _NUMBER, _WHOLE = r"\d+(\.\d+)?", r"\d+"
-_NOISE = {"mstd": (_NUMBER, 0, 1000)}
+_NOISE: dict[str, tuple[str, float, float]] = {"mstd": (_NUMBER, 0, 1000)}
 # Policy → what may follow: its form, the least and the largest value.
 _SECTIONS: dict[str, dict[str, tuple[str, float, float]]] = {
     "rand": {

@@ -50,7 +50,7 @@ def images_of(batch: Any) -> Tensor:
     if not len(images):
         raise T5Error("a batch holds no image; leave empty batches out")
     if images.layout != torch.strided:
-        raise T5Error(f"images are laid out as {images.layout}; pass dense tensors")
+        raise T5Error(f"images are laid out as {images.layout}; pass dense tensors: images.to_dense()")
     if not images.is_floating_point():
         raise T5Error(
             f"images are {images.dtype}; expected floating-point numbers, normalized as the model's weights want them: "
@@ -92,10 +92,10 @@ def rows_of(batch: Mapping[str, Any], images: int) -> Inputs:
 
 
 def check_finite(inputs: Inputs) -> None:
-    """Raises T5Error naming the first input, and the place in the batch, that holds no finite numbers."""
+    """Raises T5Error naming the first input, and the place in the batch, that holds NaN, infinite or no numbers."""
     for name, tensor in inputs.items():
         if tensor.is_meta:
-            raise T5Error(f"'{name}' is on the meta device and has no values; pass tensors with values")
+            raise T5Error(f"'{name}' is on the meta device and holds no numbers; make it on another")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             broken = [index for index, each in enumerate(tensor) if not each.isfinite().all()]
             raise T5Error(

@@ -35,7 +35,7 @@ def parse_layers(text: str | None) -> tuple[int, ...] | dict[str, str] | str | N
     if text is None or text in LAYER_SETS:
         return text
     if "=" not in text:
-        return tuple(_each_once(sorted(parse_indices(text)), text))
+        return tuple(sorted(set(parse_indices(text))))
     entries: list[tuple[str, str]] = []
     *pairs, last = text.split("=")
     numbers = pairs[0]
@@ -44,14 +44,10 @@ def parse_layers(text: str | None) -> tuple[int, ...] | dict[str, str] | str | N
         entries.append((numbers.strip(), what.strip()))
         numbers = following
     entries.append((numbers.strip(), last.strip()))
-    _each_once([index for key, _ in entries for index in parse_indices(key)], text)
-    return dict(entries)
-
-
-def _each_once(indices: list[int], text: str) -> list[int]:
-    if twice := [index for index, times in Counter(indices).items() if times > 1]:
+    times = Counter(index for key, _ in entries for index in parse_indices(key))
+    if twice := [index for index, number in times.items() if number > 1]:
         raise T5Error(f"layers '{text[:100]}' names {', '.join(map(str, twice[:5]))} twice; name each layer once")
-    return indices
+    return dict(entries)
 
 
 def format_layers(kinds: list[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from t5lib.utils.progress import progress
 from t5lib.utils.weights import shards_of
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
+    from diffusers import ConfigMixin
     from torch import nn
 
 NOTE, SCORERS = "pipeline.json", "scorers.json"
@@ -151,7 +151,7 @@ def _again(fetched: Path) -> str:
     return f"take it as it is now: `dvc repro -f fetch@{fetched.parent.name}`"
 
 
-def scheduler(folder: Path) -> "SchedulerMixin":
+def scheduler(folder: Path) -> "ConfigMixin":
     """The noise schedule that diffusers saved in `folder`."""
     import diffusers
 

@@ -164,6 +164,7 @@ class TestRefusedBeforeAnyWork:
         assert "no multiple of the patch size 8; nearest is 32" in refused("convert", softmax, out, "--img-size", "30")
         assert "--lr-inherited is for calibration" in refused("convert", softmax, out, "--lr-inherited", "0")
         assert "--device" in refused("convert", softmax, out, "--device", "abacus")
+        assert "one cpu" in refused("convert", softmax, out, "--device", "cpu:7")
         assert "-1.0" in refused("convert", softmax, out, "--calibrate", photos, "--lr=-1")
 
     def test_weights(self, softmax, photos, tmp_path):

@@ -128,6 +128,12 @@ def test_layers_are_numbers_and_ranges():
     assert ranges([0, 1, 2, 5]) == "0-2, 5"
 
 
+@pytest.mark.parametrize("text", ["0=softmax,0=swiglu", "0-5=softmax,5-6=swiglu", "0,0=swiglu"])
+def test_a_layer_that_a_map_names_twice_is_refused(text):
+    with pytest.raises(T5Error, match=r"names [05] twice; name each layer once"):
+        parse_layers(text)
+
+
 @pytest.mark.parametrize("text", ["", "a", "3-1", "1--2", "1,,2"])
 def test_layers_that_mean_nothing_are_refused(text):
     with pytest.raises(T5Error, match="expected such as 0-5,8"):

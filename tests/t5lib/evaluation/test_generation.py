@@ -133,7 +133,7 @@ def test_what_does_not_suit_the_pipeline_is_refused(sd3, dit):
         sample(sd3, ["a"], [0], GenerateConfig(size=(15, 16), **QUICK))
     with pytest.raises(T5Error, match=r"size \(16, 4096\): expected multiples of 4 pixels up to \d+"):
         sample(sd3, ["a"], [0], GenerateConfig(size=(16, 4096), **QUICK))
-    with pytest.raises(T5Error, match="max_sequence_length 600: expected 512 at most"):
+    with pytest.raises(T5Error, match="max_sequence_length is 600; expected at most 512"):
         sample(sd3, ["a"], [0], GenerateConfig(max_sequence_length=600, **QUICK))
     with pytest.raises(T5Error, match="a seed for each prompt"):
         sample(dit, [0], [0, 1], GenerateConfig(**QUICK))

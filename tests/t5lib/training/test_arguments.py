@@ -32,7 +32,7 @@ BATCHES = [
     ([{}], "called by name"),
     ([{"labels": torch.zeros(4)}], "called by name"),
     ([{"pixel_values": [1, 2]}], "must hold images"),
-    ([IMAGES.to("meta")], "is on the meta device and has no values"),
+    ([IMAGES.to("meta")], "'x' is on the meta device"),
     ([IMAGES.to_sparse()], "laid out as torch.sparse_coo"),
 ]
 

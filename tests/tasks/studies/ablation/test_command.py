@@ -131,7 +131,7 @@ def test_results_of_other_settings_are_moved_aside_and_said_to_be(result, root, 
 
 
 def test_divergence_is_a_result_with_its_step(root):
-    changes = ["calibrate.lr_inherited=0.0", "pilot.grid=[{lr: 1.0e-3}, {lr: 1.0e+30}]", "finetune.lr=1.0e+30"]
+    changes = ["calibrate.lr_inherited=0.0", "pilot.grid=[{lr: 1.0e-3}, {lr: 1000.0}]", "finetune.lr=1000.0"]
     changes += ["finetune.epochs=2.0", "calibrate.steps=40", "pilot.steps=20"]
     record = run(changes=changes, only=["swiglu"], seeds=[0])["records"]["swiglu"]["0"]
     assert record["calibration"]["pilot"][1]["error"] is None and record["calibration"]["chosen"] == {"lr": 1e-3}
