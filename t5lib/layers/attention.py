@@ -46,6 +46,10 @@ class TTTLayer(nn.Module):
             raise T5Error(f"grid is {shown(given)}; expected TokenGrid(rows, columns, num_prefix_tokens)")
         return given or current_grid(self.num_prefix_tokens)
 
+    def __prepare_scriptable__(self) -> "TTTLayer":
+        """What torch.jit.script calls first."""
+        raise T5Error("a TTT layer is no TorchScript; use torch.export or torch.compile (or revert the model)")
+
     def add_mixer(self, config: TTTConfig, like: nn.Linear) -> None:
         """Make the mixer, in the precision and the place of `like`, the projection of queries.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from t5lib.utils.errors import T5Error
 
@@ -103,7 +103,13 @@ def one_pass(method: Callable[..., Any], embedding: str, blocks: str) -> Callabl
 
 
 def tell_grid(embedding: nn.Module, rows: int, columns: int) -> None:
-    """Say which grid `embedding` made; it is that of the pass that this thread is in, if the embedding is its own."""
+    """Say which grid `embedding` made; it is that of the pass that this thread is in, if the embedding is its own.
+
+    Raises:
+        T5Error: the images are stand-ins of torch.fx, which have no size.
+    """
+    if isinstance(rows, fx.Proxy):
+        raise T5Error("torch.fx traces without sizes, and a TTT layer needs that of its grid; use torch.export")
     if _thread.running is not None and _thread.running.embedding is embedding:
         _thread.running.grid = torch.empty(rows, columns, 0)
 
@@ -118,7 +124,8 @@ def current_grid(num_prefix_tokens: int = 0) -> TokenGrid:
         raise T5Error(
             "a converted layer was called outside of a forward of its model, where nothing tells the grid of its "
             "tokens; call the model, or pass grid=TokenGrid(rows, columns, num_prefix_tokens) to the layer, or call "
-            "blocks within t5lib.layers.grid.grid_scope(TokenGrid(…)). A wrapper around single blocks that calls them "
+            "blocks within t5lib.layers.grid.grid_scope(TokenGrid(…)). A list that takes the place of the model's own "
+            "blocks does not carry the grid: change that in place. A wrapper around single blocks that calls them "
             "again in the backward pass has to wrap what iterating the blocks gives"
         )
     rows, columns, _ = _thread.current.shape
