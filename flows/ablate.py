@@ -6,9 +6,9 @@
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,20 @@ from prefect import Task, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
-from flows import server
+from flows import command, killed, outcome, server
 from flows.process import environment, stream
 from t5lib.utils.errors import T5Error
 from tasks import targets
-from tasks.runtime import failures, readiness, tracking, warm
+from tasks.runtime import failures
 
 LIBRARIES = targets.libraries({})  # of classifiers: what ablations compare
 TASK = [sys.executable, "-m", "tasks.studies.ablation"]
 PREFIX = "ablation: "  # of the command's own errors
 KEPT = "finished variants are kept"
 SHOWN = 15  # last lines of a broken command that its error shows
+
+
+server.end_temporary_server_with_us()
 
 
 @flow(name="ablate", flow_run_name="{name}", persist_result=False)
@@ -41,16 +44,12 @@ def ablate(name: str = "dinov2-fashion", seeds: list[int] | None = None, out: st
     Raises:
         T5Error: a slip in the settings, before any work; or what broke, after all else is done.
     """
-    server.sign_and_sweep(get_run_logger())
-    # A returned state, not an exception, so that Prefect shows the message alone.
+    killed.sign_and_sweep(get_run_logger())
     try:
-        with (
-            failures.in_words(Path.cwd(), lambda: KEPT),
-            warm.serving(LIBRARIES, environment(tracking.DEFAULTS)) as variables,
-        ):
+        with failures.in_words(Path.cwd(), lambda: KEPT), command.warmed(LIBRARIES) as variables:
             return _run(Path.cwd(), name, seeds, out or f"docs/results/ablation-{Path(name).stem}", variables)
     except T5Error as error:
-        return Failed(message=str(error), data=error)
+        return outcome.failed(error, f"ablation {name}", KEPT)
 
 
 def _run(root: Path, name: str, seeds: list[int] | None, out: str, variables: dict[str, str]) -> list[str]:
@@ -65,15 +64,23 @@ def _run(root: Path, name: str, seeds: list[int] | None, out: str, variables: di
     _task("prepare")(str(root), ["prepare", name, *chosen], variables, return_state=True).result()
     problems = []
     for variant in variants:
-        command = ["run", name, *chosen, "--out", f"{out}.json", "--only", variant]
-        state = _task(variant)(str(root), command, variables, return_state=True)
+        words = ["run", name, *chosen, "--out", f"{out}.json", "--only", variant]
+        state = _task(variant)(str(root), words, variables, return_state=True)
         if state.is_failed():
             problems.append(f"{variant}: {state.message}")
-    command = ["tables", f"{out}.json", "--out", out]
-    files = _task("tables")(str(root), command, variables, return_state=True).result()
+    words = ["tables", f"{out}.json", "--out", out]
+    files = _task("tables")(str(root), words, variables, return_state=True).result()
+    _publish(root, plan["name"], files)
     if problems:
         raise T5Error("\n".join(problems))
     return files
+
+
+def _publish(root: Path, name: str, files: list[str]) -> None:
+    tables = [root / file for file in files if file.endswith(".md")]
+    text = "\n\n".join(file.read_text(encoding="utf-8") for file in tables if file.is_file())
+    places = {"files": ", ".join(f"`{root / file}`" for file in files)}
+    outcome.publish(f"ablation-{name}", f"{text}\n\n{outcome.described({}, places)}", f"The tables of ablation {name}.")
 
 
 def _task(name: str) -> Task:
@@ -100,7 +107,7 @@ def run_command(root: str, arguments: list[str], variables: dict[str, str]) -> S
     return Completed(message=lines[-1] if lines else "nothing to do", data=lines)
 
 
-def _plan(root: Path, name: str, variables: dict[str, str]) -> dict[str, Any]:
+def _plan(root: Path, name: str, variables: Mapping[str, str]) -> dict[str, Any]:
     """The ablation, checked and resolved, in a process of its own, which loads torch."""
     run = subprocess.run([*TASK, "show", name], cwd=root, env=environment(variables), capture_output=True, text=True)
     if run.returncode:
@@ -115,15 +122,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the ablation")
     parser.add_argument("--out", help="where the results go, without ending")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell made us ignore Ctrl-C
-    try:
-        readiness.check_disk(Path.cwd())
-        print(*ablate(arguments.name, arguments.seeds, arguments.out), sep="\n")
-    except T5Error as error:
-        sys.exit(f"\n{error}")
-    except KeyboardInterrupt:
-        print("\ninterrupted; run it again to go on from here", file=sys.stderr)
-        sys.exit(130)
+    files = command.run(
+        lambda: LIBRARIES,
+        lambda variables: _plan(Path.cwd(), arguments.name, variables),
+        lambda: ablate(arguments.name, arguments.seeds, arguments.out),
+    )
+    print(*files, sep="\n")
 
 
 if __name__ == "__main__":

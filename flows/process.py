@@ -59,6 +59,22 @@ def stream(command: list[str], on_line: Callable[[str], None], *, cwd: Path, env
         raise
 
 
+def interrupt_on_signals() -> None:
+    """Let SIGTERM and the end of the terminal raise KeyboardInterrupt as Ctrl-C does: `stream` stops what it began.
+
+    Ctrl-C does so also where a background shell made us ignore it; nohup keeps its effect.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        for other in (signal.SIGTERM, signal.SIGHUP):  # the same end is often told twice; only Ctrl-C insists
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
+
+
 def end_with_us(pid: int, output: IO | None = None) -> None:
     """Have a child, and those of its group if it leads one, stopped once this process is gone.
 

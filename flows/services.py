@@ -1,6 +1,7 @@
 """The Prefect server, worker and deployments in the background, and MLflow's pages: `make up`, `down`, `ui`.
 
-Process ids and logs are in data/prefect. `up` may be repeated: what runs already is left alone.
+Process ids and logs are in data/prefect. `up` may be repeated: what runs already is left alone, and so is all that it
+did not make: another server, or a work pool of another kind.
 """
 
 import argparse
@@ -8,13 +9,12 @@ import os
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import psutil
 
-from flows.process import environment, stream
+from flows import listening, pool
+from flows.process import environment, interrupt_on_signals, stream
 from t5lib.utils.errors import T5Error, without_secrets
 from t5lib.utils.files import write_text
 from tasks.runtime import tracking
@@ -26,37 +26,56 @@ HOW_TO_TRIGGER = """\
 Prefect is up: http://127.0.0.1:{port}   (logs: {home}, stop: make down)
 Start a run:   .venv/bin/prefect deployment run t5/convert-vit --watch
 Another one:   .venv/bin/prefect deployment run t5/convert-vit --watch --param target=deit-tiny
-What it said:  .venv/bin/prefect flow-run logs UUID   (--watch prints the UUID, not the reasons)"""
+What it said:  .venv/bin/prefect flow-run logs UUID   (--watch shows it as it comes; why a run failed stands at ERROR)
+What it made:  .venv/bin/prefect artifact ls
+At once:       one run, the others wait; .venv/bin/prefect work-pool set-concurrency-limit local 2 changes that"""
 
 
 def up(root: Path, port: int, *, patience: float = 120.0) -> None:
-    """Start server, pool, worker and deployments, and wait until they can be used.
+    """Start server, pool, worker and deployments, and wait until they can be used. What was begun ends if that fails.
 
     Raises:
-        T5Error: the server did not start (its last log lines are in the message), or a deployment is refused.
+        T5Error: the port or the pool is somebody else's, the server did not start (its last log lines are in the
+            message), or a deployment is refused.
     """
-    home, url = root / HOME, f"http://127.0.0.1:{port}/api"
-    if _running(home, "server") and not _healthy(url):
-        raise T5Error(f"the server that `make up` started does not answer at {url}; `make down` first, then `make up`")
-    _start(root, "server", ["server", "start", "--host", "127.0.0.1", "--port", str(port)])
-    _wait_until_healthy(home, url, patience)
+    before = {name for name in ("server", "worker") if _running(root / HOME, name)}
+    try:
+        _up(root, port, patience)
+    except BaseException:
+        for name in ("worker", "server"):
+            if name not in before:
+                _end(root, name)
+        if "server" not in before:
+            (root / HOME / "profiles.toml").unlink(missing_ok=True)
+        raise
+
+
+def _up(root: Path, port: int, patience: float) -> None:
+    home, url = root / HOME, f"http://{listening.HOST}:{port}/api"
+    if server := _running(home, "server"):
+        if not listening.answers(server, port):
+            raise T5Error(
+                f"the server that `make up` started does not answer at {url}; `make down` first, then `make up`"
+            )
+    else:
+        listening.must_be_free(port, "make up PORT={}")
+    _start(root, "server", ["server", "start", "--host", listening.HOST, "--port", str(port)], url)
+    _wait_until_healthy(home, port, patience)
     write_text(home / "profiles.toml", PROFILE.format(url=url))
-    _prefect(root, "work-pool", "create", "local", "--type", "process", "--overwrite")
-    _prefect(root, "deploy", "--all")
-    _start(root, "worker", ["worker", "start", "--pool", "local", "--type", "process"])
+    if not _running(home, "worker"):
+        pool.ready(url)
+    _prefect(root, url, "deploy", "--all")
+    _start(root, "worker", ["worker", "start", "--pool", pool.NAME, "--type", pool.TYPE], url)
 
 
 def down(root: Path) -> None:
     """Stop the worker, then the server; flow runs started without them are not touched."""
     for name in ("worker", "server"):
-        process = _running(root / HOME, name)
-        if process is not None:
-            _stop(process)
-        (root / HOME / f"t5-{name}.pid").unlink(missing_ok=True)
+        _end(root, name)
     (root / HOME / "profiles.toml").unlink(missing_ok=True)
 
 
-def _start(root: Path, name: str, arguments: list[str]) -> None:
+def _start(root: Path, name: str, arguments: list[str], url: str) -> None:
     home = root / HOME
     if _running(home, name):
         return
@@ -65,13 +84,28 @@ def _start(root: Path, name: str, arguments: list[str]) -> None:
         process = subprocess.Popen(
             [sys.executable, "-m", "prefect", *arguments],
             cwd=root,
-            env=environment({"PREFECT_HOME": str(home.resolve())}),  # the worker starts flows from another folder
+            env=_environment(root, url),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # it outlives this terminal
         )
     write_text(home / f"t5-{name}.pid", f"{process.pid}\n")
+
+
+def _environment(root: Path, url: str) -> dict[str, str]:
+    """Ours alone is spoken to, and its record is here, whatever server or database the caller's variables name."""
+    home = (root / HOME).resolve()  # the worker starts flows from another folder
+    theirs = ("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")
+    ours = environment({"PREFECT_HOME": str(home), "PREFECT_API_URL": url})
+    return {name: value for name, value in ours.items() if not name.startswith(theirs)}
+
+
+def _end(root: Path, name: str) -> None:
+    process = _running(root / HOME, name)
+    if process is not None:
+        _stop(process)
+    (root / HOME / f"t5-{name}.pid").unlink(missing_ok=True)
 
 
 def _running(home: Path, name: str) -> psutil.Process | None:
@@ -93,48 +127,46 @@ def _stop(process: psutil.Process, *, patience: float = 30.0) -> None:
     psutil.wait_procs(left, timeout=5)
 
 
-def _wait_until_healthy(home: Path, url: str, patience: float) -> None:
+def _wait_until_healthy(home: Path, port: int, patience: float) -> None:
     until = time.monotonic() + patience
-    while _running(home, "server"):
-        if _healthy(url):
+    while server := _running(home, "server"):
+        if listening.answers(server, port):
             return
         if time.monotonic() > until:
             break
         time.sleep(0.5)
     lines = (home / "server.log").read_text(errors="replace").strip().splitlines()[-8:]
-    raise T5Error("\n".join([f"the Prefect server did not come up at {url}; {home / 'server.log'} ends with:", *lines]))
+    told = f"the Prefect server did not come up on port {port}; {home / 'server.log'} ends with:"
+    raise T5Error("\n".join([told, *lines]))
 
 
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _prefect(root: Path, *arguments: str) -> None:
+def _prefect(root: Path, url: str, *arguments: str) -> None:
     command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
-    run = subprocess.run(command, cwd=root, env=environment({}), capture_output=True, text=True)
+    run = subprocess.run(command, cwd=root, env=_environment(root, url), capture_output=True, text=True)
     if run.returncode:
         raise T5Error(f"`prefect {' '.join(arguments)}` failed:\n{run.stdout}{run.stderr}".rstrip())
 
 
 def ui(root: Path, port: int) -> None:
-    """Serve MLflow's pages until interrupted. Raises T5Error when nothing was recorded yet, or runs go elsewhere."""
+    """Serve MLflow's pages until interrupted.
+
+    Raises:
+        T5Error: nothing was recorded yet, runs go elsewhere, or the port is taken.
+    """
     if server := os.environ.get("MLFLOW_TRACKING_URI"):
         raise T5Error(f"MLFLOW_TRACKING_URI is set, so runs are recorded there; open {without_secrets(server)}")
     store = root / tracking.FOLDER / "mlflow.db"
     if not store.is_file():
         raise T5Error(f"{store} does not exist: no run was recorded yet; `make demo` makes one")
-    print(f"MLflow: http://127.0.0.1:{port}   (Ctrl-C ends it)", flush=True)
+    listening.must_be_free(port, "make ui UI_PORT={}")
+    print(f"MLflow: http://{listening.HOST}:{port}   (Ctrl-C ends it)", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking.store_uri(root)]
-    place = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    place = ["--host", listening.HOST, "--port", str(port), "--workers", "1"]
     # without this variable its job runners outlive it
     env = environment({"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
     code = stream([*command, *place], print, cwd=root, env=env)
     if code:
-        raise T5Error(f"MLflow's server ended with status {code}; is port {port} taken? `make ui UI_PORT=5001`")
+        raise T5Error(f"MLflow's server ended with status {code}")
 
 
 def main() -> None:
@@ -142,10 +174,16 @@ def main() -> None:
     parser.add_argument("action", choices=["up", "down", "ui"])
     parser.add_argument("--port", type=int, default=None, help="default: 4200 for up, 5000 for ui")
     arguments = parser.parse_args()
+    interrupt_on_signals()
     try:
         if arguments.action == "up":
-            up(Path.cwd(), arguments.port or 4200)
-            print(HOW_TO_TRIGGER.format(port=arguments.port or 4200, home=HOME))
+            port = arguments.port or 4200
+            up(Path.cwd(), port)
+            print(HOW_TO_TRIGGER.format(port=port, home=HOME))
+            if elsewhere := os.environ.get("PREFECT_API_URL"):
+                print(
+                    f"PREFECT_API_URL names {without_secrets(elsewhere)}: `unset PREFECT_API_URL` to speak to this one"
+                )
         elif arguments.action == "down":
             down(Path.cwd())
         else:

@@ -6,12 +6,11 @@
 
 import argparse
 import json
-import logging
+import os
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ from prefect import Task, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
-from flows import dvc_locks, graph, server
+from flows import command, dvc_locks, graph, killed, outcome, server
+from flows.outcome import StageError
 from flows.process import environment, stream
-from t5lib.utils.errors import T5Error
+from t5lib.utils.errors import T5Error, without_secrets
 from t5lib.utils.files import read_json
 from tasks import targets
-from tasks.runtime import failures, params, processes, readiness, tracking, warm
+from tasks.runtime import failures, params, processes, tracking
 from tasks.runtime.stage import remove_recorded
 from tasks.targets.diffusers_folder import NOTE
 
@@ -42,26 +42,11 @@ RETRY_AFTER_SECONDS = [5, 30]
 KEPT = "finished stages are kept"
 
 
-class StageError(T5Error):
-    """A stage failed; the message is the stage's own. `retryable` says whether trying again may help."""
-
-    def __init__(self, message: str, *, retryable: bool = False):
-        super().__init__(message)
-        self.retryable = retryable
+server.end_temporary_server_with_us()
 
 
 def _retryable(_task: Any, _run: Any, state: State) -> bool:
     return getattr(state.data, "retryable", False)
-
-
-def _worth_showing(record: logging.LogRecord) -> bool:
-    """False for the tracebacks through Prefect's inner workings that follow a failure whose message was just logged."""
-    error = record.exc_info[1] if record.exc_info else record
-    return error is not None and not isinstance(error, T5Error)
-
-
-for _name in ("prefect.flow_runs", "prefect.task_runs"):
-    logging.getLogger(_name).addFilter(_worth_showing)
 
 
 @flow(name="t5", flow_run_name="{target}", persist_result=False)
@@ -75,32 +60,31 @@ def t5(target: str = "dinov2-fashion") -> dict[str, Any]:
         StageError: with the message of the stage that failed.
         T5Error: unknown target, a setting that does not fit, or this is not the repository's folder.
     """
-    # A returned state, not an exception, so that Prefect shows the message alone.
     root = Path.cwd()
     try:
         with failures.in_words(root, lambda: KEPT):
             return _build(root, target)
     except T5Error as error:
-        return Failed(message=str(error), data=error)
+        return outcome.failed(error, target, KEPT)
 
 
 def _build(root: Path, target: str) -> dict[str, Any]:
     log = get_run_logger()
     libraries = targets.libraries(params.read_target(root, target))
-    server.sign_and_sweep(log)
+    killed.sign_and_sweep(log)
     with processes.exclusive(root / f"data/scratch/{target}/flow.lock", f"target {target}", log.info):
         return _build_alone(root, target, libraries)
 
 
 def _build_alone(root: Path, target: str, libraries: Sequence[str]) -> dict[str, Any]:
-    with warm.serving(libraries, environment(tracking.DEFAULTS)) as variables:
+    with command.warmed(libraries) as variables:
         return _built(root, target, variables)
 
 
 def _built(root: Path, target: str, variables: dict[str, str]) -> dict[str, Any]:
     """What `t5` returns; stages get `variables` in their environment."""
     log = get_run_logger()
-    settings = _checked_settings(root, target)
+    settings = _checked_settings(root, target, variables)
     if params.enable(root, target):
         log.warning("params.yaml: added '%s' to `enabled`; plain `dvc repro` builds it from now on", target)
     names = graph.stages(root, target)
@@ -118,11 +102,31 @@ def _built(root: Path, target: str, variables: dict[str, str]) -> dict[str, Any]
             run.adopt_stage(root, target, name)
         headlines = {name: read_json(root / f"data/out/{target}/{name}.json") for name in HEADLINES if name in names}
         run.log_metrics(headlines)
+        _publish(root, target, headlines, run.id)
     except BaseException as error:
         run.finish("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     run.finish()
     return headlines
+
+
+def _publish(root: Path, target: str, headlines: dict[str, Any], run_id: str | None) -> None:
+    """The report's summary, or the figures where the target has no report, and where everything is."""
+    summary = root / f"data/out/{target}/report/summary.md"
+    places = {"folder": f"`{root / 'data/out' / target}`"}
+    if run_id:
+        server = os.environ.get("MLFLOW_TRACKING_URI")
+        page = f"{without_secrets(server) if server else 'http://127.0.0.1:5000'}/#/runs/{run_id}"
+        places["MLflow run"] = page if server else f"{page} after `make ui`"
+    if not summary.is_file():
+        figures = tracking.flatten(headlines)
+        first = ", ".join(f"{name} {value}" for name, value in figures.items())
+        outcome.publish(target, outcome.described(figures, places), f"{target} is built: {first}.")
+        return
+    places = {"report": f"`{summary.with_name('report.html')}`", **places}
+    text = summary.read_text(encoding="utf-8")
+    sentence = next((line.removeprefix("- ") for line in text.splitlines() if line.startswith("- ")), target)
+    outcome.publish(target, f"{text}\n{outcome.described({}, places)}", sentence)
 
 
 def _stage_task(name: str) -> Task:
@@ -138,9 +142,11 @@ def run_stage(root: str, name: str, target: str, variables: dict[str, str]) -> S
     log, lines, skipped = get_run_logger(), [], False
     error_file = Path(root) / f"data/scratch/{target}/{name}.error.json"
     error_file.unlink(missing_ok=True)
+    whole = outcome.WholeLog(error_file.with_name(f"{name}.log"))
 
     def on_line(line: str) -> None:
         nonlocal skipped
+        whole.add(line)
         if DVC_SKIPPED.match(line):
             skipped = True
         elif not DVC_NOISE.match(line):
@@ -149,14 +155,15 @@ def run_stage(root: str, name: str, target: str, variables: dict[str, str]) -> S
             if not line.startswith("ERROR: failed to reproduce") and not dvc_locks.REFUSAL.match(line):
                 log.info(line)
 
-    command = ["dvc", "--wait-for-lock", "repro", "-s", f"{name}@{target}"]
-    while code := stream(command, on_line, cwd=Path(root), env=environment(variables)):
+    repro = ["dvc", "--wait-for-lock", "repro", "-s", f"{name}@{target}"]
+    while code := stream(repro, on_line, cwd=Path(root), env=environment(variables)):
         if not dvc_locks.wait(Path(root), lines, log.info):
             break
         lines.clear()
     remove_recorded(Path(root), target)
     if code:
         error = _stage_error(name, error_file, lines, code)
+        error.log = whole.path
         return Failed(message=str(error), data=error)
     if skipped:
         log.info("nothing changed: results of an earlier run")
@@ -184,14 +191,14 @@ def _stage_error(name: str, error_file: Path, lines: list[str], code: int) -> St
     return StageError("\n".join([f"{name}: DVC ended with status {code}, saying:", *lines[-15:]]))
 
 
-def _checked_settings(root: Path, target: str) -> dict[str, Any]:
+def _checked_settings(root: Path, target: str, variables: Mapping[str, str]) -> dict[str, Any]:
     """All settings of the target, checked before any work, and that its sources can be had.
 
     In a process of its own, which loads the modules of the target's kind.
     """
     params.read_target(root, target)
-    command = [sys.executable, "-m", "tasks.targets", target, "--ready"]
-    run = subprocess.run(command, cwd=root, env=environment({}), capture_output=True, text=True)
+    check = [sys.executable, "-m", "tasks.targets", target, "--ready"]
+    run = subprocess.run(check, cwd=root, env=environment(variables), capture_output=True, text=True)
     if run.returncode:
         raise T5Error(run.stderr.strip())
     return json.loads(run.stdout)
@@ -219,18 +226,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flows.t5", description="Build one target, from weights to report.")
     parser.add_argument("target", nargs="?", default="dinov2-fashion", help="a section of `targets` in params.yaml")
     target = parser.parse_args().target
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell made us ignore Ctrl-C
-    try:
-        params.read_target(Path.cwd(), target)
-        readiness.check_disk(Path.cwd())
-        with failures.in_words(Path.cwd(), lambda: KEPT):
-            t5(target)
-    except T5Error as error:
-        sys.exit(f"\n{error}")
-    except KeyboardInterrupt:
-        print("\ninterrupted; run it again to go on from here", file=sys.stderr)
-        sys.exit(130)
-    show(Path.cwd(), target)
+    root = Path.cwd()
+    command.run(
+        lambda: targets.libraries(params.read_target(root, target)),
+        lambda variables: _checked_settings(root, target, variables),
+        lambda: t5(target),
+    )
+    show(root, target)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,10 @@ class StepReporter:
 
 @contextmanager
 def progress(title: str, total: int, start: int = 0) -> Iterator[StepReporter]:
-    """Show `title` with a bar of `total` steps, `start` of them done before."""
+    """Show `title` with a bar of `total` steps, `start` of them done before; in a log that is said."""
     if not sys.stderr.isatty():
+        if start:
+            print(f"{title}: resumed at step {start} of {total}", flush=True)
         yield StepReporter(title, total, start, None)
         return
     columns = (

@@ -1,6 +1,7 @@
 """Commands started by a flow: their lines arrive while they run, and they end when the flow does."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -65,15 +66,31 @@ def test_an_interrupt_ends_the_whole_family_after_time_for_a_checkpoint(tmp_path
     assert (tmp_path / "checkpoint").exists() == (kind == "obedient")
 
 
-def test_a_killed_flow_takes_its_commands_with_it_after_time_for_a_checkpoint(tmp_path):
-    flow = f"""
+def flow(folder):
+    """Code that runs the family as a flow does."""
+    return f"""
 import sys
 from pathlib import Path
-from flows.process import environment, stream
+from flows.process import environment, interrupt_on_signals, stream
+interrupt_on_signals()
 command = [sys.executable, "-c", {FAMILY!r}, "obedient"]
-stream(command, lambda line: print(line, flush=True), cwd=Path({str(tmp_path)!r}), env=environment({{}}))
+stream(command, lambda line: print(line, flush=True), cwd=Path({str(folder)!r}), env=environment({{}}))
 """
-    process = subprocess.Popen([sys.executable, "-c", flow], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["end", "terminal closed"])
+def test_a_signal_ends_the_command_before_us(tmp_path, number):
+    process = subprocess.Popen([sys.executable, "-c", flow(tmp_path)], stdout=subprocess.PIPE, text=True)
+    family = [int(pid) for pid in process.stdout.readline().split()]
+    process.send_signal(number)
+    process.send_signal(number)  # a terminal and `make` both tell
+    process.wait()
+    assert (tmp_path / "checkpoint").exists()
+    assert len(family) == 2 and not any(alive(pid) for pid in family)
+
+
+def test_a_killed_flow_takes_its_commands_with_it_after_time_for_a_checkpoint(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", flow(tmp_path)], stdout=subprocess.PIPE, text=True)
     family = [int(pid) for pid in process.stdout.readline().split()]
     process.kill()
     process.communicate()

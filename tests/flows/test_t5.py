@@ -1,11 +1,18 @@
 """The flow: DVC stages one by one under a Prefect server, recorded in MLflow, failing with the stage's own words."""
 
+import json
 import logging
 import sys
+import threading
+import time
+from contextlib import contextmanager
 
 import pytest
+from filelock import FileLock
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.logging.handlers import APILogWorker
+from prefect.testing.cli import CycloptsCliRunner
 
 from flows import t5 as t5_module
 from flows.t5 import StageError, t5
@@ -23,6 +30,13 @@ def task_states(state):
     return {task.name: task.state for task in tasks}
 
 
+def prefect_cli(*words):
+    """What `prefect` prints, here in this process."""
+    run = CycloptsCliRunner().invoke(list(words))
+    assert run.exit_code == 0, run.output
+    return run.stdout
+
+
 def run_state(target="small"):
     return t5(target, return_state=True)
 
@@ -30,6 +44,13 @@ def run_state(target="small"):
 def test_stages_run_once_are_recorded_and_reused(mlflow_repo, caplog):
     caplog.set_level(logging.INFO)
     assert t5("small") == {"evaluate": {"score": 0.0, "told": "swiglu"}}
+    [artifact] = json.loads(prefect_cli("artifact", "ls", "-o", "json"))
+    assert (artifact["key"], artifact["type"]) == ("small", "markdown")
+    assert artifact["description"] == "small is built: evaluate.score 0.0, evaluate.told swiglu."
+    assert "| evaluate.score | 0.0 |" in artifact["data"]
+    [recorded] = mlflow_repo.recorded(stage="flow")
+    assert f"- MLflow run: http://127.0.0.1:5000/#/runs/{recorded.info.run_id} after `make ui`" in artifact["data"]
+    assert f"- folder: `{mlflow_repo.root}/data/out/small`" in artifact["data"]
     assert mlflow_repo.calls() == [1, 1, 1]
     assert mlflow_repo.git("status", "--short").split() == ["??", "dvc.lock"]
     lines = [record.getMessage() for record in caplog.records]
@@ -81,6 +102,18 @@ def test_a_failing_stage_shows_its_own_words_and_stops_the_flow(mlflow_repo, unr
     messages = {name: task.message for name, task in task_states(state).items()}
     assert messages == {"fetch": "done", "convert": state.message}
     assert not [record for record in caplog.records if record.exc_info]
+    log = mlflow_repo.root / "data/scratch/small/convert.log"
+    assert "ERROR: failed to reproduce" in log.read_text()
+    told = [
+        "small failed in the stage convert: top-1 is 9.6, below the floor of 30",
+        "What to do: mend that, then run the same again; finished stages are kept",
+        f"All that the stage said: {log}",
+    ]
+    APILogWorker.instance().drain()  # flows send what they log now and then
+    printed = prefect_cli("flow-run", "logs", str(state.state_details.flow_run_id)).splitlines()
+    [reason] = [index for index, line in enumerate(printed) if line.endswith(told[0])]
+    assert "| ERROR" in printed[reason]
+    assert printed[reason + 1 : reason + 3] == told[1:]
     assert mlflow_repo.calls() == [1, 1, 0]
     assert [run.info.status for run in mlflow_repo.recorded(stage="flow")] == ["FAILED"]
 
@@ -91,6 +124,38 @@ def test_only_what_may_pass_by_itself_is_tried_again(mlflow_repo, unrecorded, mo
     with pytest.raises(StageError, match="no network"):
         t5("small")
     assert mlflow_repo.calls() == [3, 0, 0]
+
+
+@contextmanager
+def held_until(lock, told):
+    """Another flow is at the same target, until it is `told` so."""
+    lock.parent.mkdir(parents=True)
+    begun = threading.Event()
+
+    def hold():
+        with FileLock(lock):
+            lock.write_text("process 7 on here: python -m flows.t5 small\n")
+            begun.set()
+            until = time.monotonic() + 60
+            while not told() and time.monotonic() < until:
+                time.sleep(0.05)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    begun.wait()
+    yield
+    other.join()
+
+
+def test_the_second_flow_of_a_target_says_whom_it_waits_for(small_repo, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(t5_module.targets, "libraries", lambda settings: ())
+    small_repo.set("{steps: 0}", "{stepps: 0}")  # it has nothing to do then
+    said = "target small is in the hands of process 7 on here: python -m flows.t5 small; waiting until it ends"
+    with held_until(small_repo.root / "data/scratch/small/flow.lock", lambda: said in caplog.text):
+        with pytest.raises(T5Error, match="unknown setting 'stepps'"):
+            t5("small")
+    assert said in caplog.text
 
 
 def test_a_bug_in_a_stage_shows_its_kind_and_its_traceback_in_the_log(mlflow_repo, unrecorded, caplog):
@@ -138,11 +203,22 @@ def test_a_disk_that_is_full_for_dvc_is_told_with_what_is_kept(tmp_path):
     ],
     ids=["target", "setting"],
 )
-def test_slips_are_told_before_any_work(small_repo, target, old, new, message):
+def test_slips_are_told_before_prefect_starts(small_repo, monkeypatch, target, old, new, message):
     small_repo.set(old, new)
-    with pytest.raises(T5Error, match=message):
-        t5(target)
+    monkeypatch.setattr(t5_module.targets, "libraries", lambda settings: ())
+    monkeypatch.setattr(t5_module.command, "interrupt_on_signals", lambda: None)
+    monkeypatch.setattr(t5_module, "t5", lambda target: pytest.fail("the flow began"))
+    monkeypatch.setattr(sys, "argv", ["t5", target])
+    with pytest.raises(SystemExit, match=message):
+        t5_module.main()
     assert small_repo.calls() == [0, 0, 0]
+
+
+def test_what_no_stage_is_to_blame_for_is_told_as_an_error_too(small_repo, caplog):
+    with pytest.raises(T5Error, match="no target 'smal'"):
+        t5("smal")
+    [told] = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert told.startswith("smal failed: params.yaml has no target 'smal'; did you mean 'small'?")
 
 
 def test_an_interrupt_ends_the_stage_and_marks_the_run(mlflow_repo, unrecorded, monkeypatch):

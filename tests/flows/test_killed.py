@@ -5,7 +5,7 @@ from prefect import flow, get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.states import Running
 
-from flows import server
+from flows import killed
 from tasks.runtime import processes
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("prefect"), pytest.mark.usefixtures("prefect")]
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("prefect"), pytest.m
 
 @flow
 def sweeping():
-    server.sign_and_sweep(get_run_logger())
+    killed.sign_and_sweep(get_run_logger())
 
 
 def test_runs_of_processes_that_are_gone_are_marked_and_others_left_alone():

@@ -1,0 +1,49 @@
+"""How a flow is run from the command line: slips are told before Prefect starts a server, signals end it in order."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from flows.process import environment, interrupt_on_signals
+from t5lib.utils.errors import T5Error
+from tasks.runtime import failures, readiness, tracking, warm
+
+Result = TypeVar("Result")
+
+
+def run(
+    libraries: Callable[[], Sequence[str]],
+    check: Callable[[Mapping[str, str]], object],
+    flow: Callable[[], Result],
+) -> Result:
+    """What `flow` returns. Ends the process with one message where any of the three raises a T5Error.
+
+    Args:
+        libraries: tells what the check and the flow's stages import that takes long.
+        check: is given variables for the environment of its commands, so that they start at once (`warmed`).
+    """
+    interrupt_on_signals()
+    try:
+        readiness.check_disk(Path.cwd())
+        with failures.in_words(Path.cwd(), lambda: "finished work is kept"), warmed(libraries()) as variables:
+            check(variables)
+            os.environ.update(variables)
+            return flow()
+    except T5Error as error:
+        sys.exit(f"\n{error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted; run it again to go on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextmanager
+def warmed(libraries: Sequence[str]) -> Iterator[dict[str, str]]:
+    """As `warm.serving`; within another of its kind, which `run` opens before the flow begins, it is that one."""
+    if warm.ADDRESS in os.environ:
+        yield {warm.ADDRESS: os.environ[warm.ADDRESS]}
+        return
+    with warm.serving(libraries, environment(tracking.DEFAULTS)) as variables:
+        yield variables
