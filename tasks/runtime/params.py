@@ -1,5 +1,6 @@
 """params.yaml: reading it, checking the settings of a target, adding a target, also to `enabled`."""
 
+import argparse
 import ast
 import difflib
 import io
@@ -123,6 +124,26 @@ def checked(settings: dict[str, Any], sections: dict[str, type], where: str) -> 
     return {name: from_dict(sections[name], settings[name], f"{where}.{name}") for name in settings}
 
 
+def add_changes(parser: argparse.ArgumentParser) -> None:
+    """`--set`, for `changed` and tasks.targets.resolve."""
+    metavar = "SECTION.NAME=VALUE"
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar=metavar, help="settings to replace")
+
+
+def parse_with_changes(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of a command line with a target and --set and --as, which make a target of its own of it.
+
+    Its name is `name`; without changes that is the target's.
+    """
+    add_changes(parser)
+    parser.add_argument("--as", dest="name", metavar="NAME", help="the target that --set makes; default: TARGET-set")
+    arguments = parser.parse_args()
+    if arguments.name and not arguments.set:
+        parser.error(f"--as {arguments.name} names a target with other settings; add them: --set SECTION.NAME=VALUE")
+    arguments.name = arguments.name or f"{arguments.target}{'-set' if arguments.set else ''}"
+    return arguments
+
+
 def changed(settings: dict[str, Any], changes: Iterable[str], target: str) -> dict[str, Any]:
     """A copy of `settings` with values replaced by words such as `evaluate.sampling.steps=20`; values are YAML.
 
@@ -180,7 +201,7 @@ def with_enabled(text: str, target: str) -> str:
 
 
 def check_name(root: Path | str, name: str) -> None:
-    """Raises T5Error unless a target of this name may be written by `write_changed`: a new one, or one that it wrote."""
+    """Raises T5Error unless `write_changed` may write a target of this name: a new one, or one that it wrote."""
     if not TARGET_NAME.fullmatch(name):
         raise T5Error(f"'{name[:100]}' is no name for a target; expected letters, digits, - and _, such as my-quick")
     there = read(root)["targets"].get(name)
@@ -188,8 +209,8 @@ def check_name(root: Path | str, name: str) -> None:
         raise T5Error(f"params.yaml has a target '{name}' of its own; take another name, as in --as {name}-2")
 
 
-def write_changed(root: Path | str, target: str, changes: Sequence[str], name: str) -> str:
-    """Write a copy of `target` with values replaced (`changed`) to params.yaml, as the target `name`; returns the name.
+def write_changed(root: Path | str, target: str, changes: Sequence[str], name: str) -> None:
+    """Write a copy of `target` with values replaced (`changed`) to params.yaml, as the target `name`.
 
     Every setting is spelled out, for DVC and for readers. An earlier one that was written so is replaced.
 
@@ -201,7 +222,6 @@ def write_changed(root: Path | str, target: str, changes: Sequence[str], name: s
     entry = {MADE_BY: made_by, **changed(read_target(root, target), changes, target)}
     if read(root)["targets"].get(name) != entry:
         _edit(root, lambda text: _with_entry(text, name, entry))
-    return name
 
 
 def _with_entry(text: str, name: str, entry: dict[str, Any]) -> str:

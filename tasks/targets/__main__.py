@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from t5lib.utils.errors import T5Error
-from tasks.runtime import readiness
+from tasks.runtime import params, readiness
 from tasks.targets import resolve
 
 
@@ -17,11 +17,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tasks.targets", description=__doc__.splitlines()[0])
     parser.add_argument("target", help="a section of `targets` in params.yaml, such as dinov2-fashion")
     parser.add_argument("--ready", action="store_true", help="also see that its weights and images can be had")
-    arguments = parser.parse_args()
+    arguments = params.parse_with_changes(parser)
     try:
-        settings = resolve(".", arguments.target)
+        if arguments.set:
+            params.check_name(".", arguments.name)
+        settings = resolve(".", arguments.target, arguments.set)
         if arguments.ready:
-            readiness.check(Path("."), arguments.target, settings)
+            readiness.check(Path("."), arguments.name, settings)
         print(json.dumps(settings))
     except T5Error as error:
         sys.exit(str(error))
