@@ -2,6 +2,7 @@
 
 PYTHON  ?= python3          # the Python that .venv is made with, 3.11 or newer
 TARGET  ?= dinov2-fashion   # what `make demo` builds: a target of params.yaml
+QUICK   ?=                  # 1: the target with -quick behind its name, fewer images and steps: to see that all runs
 FULL    ?=                  # 1: the target with -full behind its name, which takes more steps
 PORT    ?= 4200             # Prefect's server
 UI_PORT ?= 5000             # MLflow's pages
@@ -19,7 +20,7 @@ help:  ## this list
 	@sed -n 's/^\([A-Z_]*\) *?= \([^ ]*\) *# \(.*\)/  \1|\2|\3/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-10s %s (default: %s)\n", $$1, $$3, $$2 }'
 
 demo: $(READY)  ## from real weights to a measured linear model, and its report; run again, it redoes only what changed
-	@$(RUN) -m flows.t5 $(strip $(TARGET))$(if $(strip $(FULL)),-full)
+	@$(RUN) -m flows.t5 $(strip $(TARGET))$(if $(strip $(QUICK)),-quick)$(if $(strip $(FULL)),-full)
 
 test: $(READY)  ## every test that this machine can run
 	@$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder

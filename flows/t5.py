@@ -190,13 +190,18 @@ def _stage_error(name: str, error_file: Path, lines: list[str], code: int) -> St
     return StageError("\n".join([f"{name}: DVC ended with status {code}, saying:", *lines[-15:]]))
 
 
-def _checked_settings(root: Path, target: str, variables: Mapping[str, str]) -> dict[str, Any]:
+def _checked_settings(
+    root: Path, target: str, variables: Mapping[str, str], changes: Sequence[str] = ()
+) -> dict[str, Any]:
     """All settings of the target, checked before any work, and that its sources can be had.
 
     In a process of its own, which loads the modules of the target's kind.
+
+    Args:
+        changes: further words of that process's command line: --set and --as.
     """
     params.read_target(root, target)
-    check = [sys.executable, "-m", "tasks.targets", target, "--ready"]
+    check = [sys.executable, "-m", "tasks.targets", target, "--ready", *changes]
     run = subprocess.run(check, cwd=root, env=environment(variables), capture_output=True, text=True)
     if run.returncode:
         raise T5Error(run.stderr.strip())
@@ -224,14 +229,22 @@ def show(root: Path, target: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flows.t5", description="Build one target, from weights to report.")
     parser.add_argument("target", nargs="?", default="dinov2-fashion", help="a section of `targets` in params.yaml")
-    target = parser.parse_args().target
-    root = Path.cwd()
+    arguments = params.parse_with_changes(parser)
+    root, target, name = Path.cwd(), arguments.target, arguments.name
+    changes = ["--set", *arguments.set, "--as", name] if arguments.set else []
+
+    def flow() -> dict[str, Any]:
+        if changes:
+            params.write_changed(root, target, arguments.set, name)
+            print(f"params.yaml: '{name}' is {target} with {' '.join(arguments.set)}", flush=True)
+        return t5(name)
+
     command.run(
         lambda: targets.libraries(params.read_target(root, target)),
-        lambda variables: _checked_settings(root, target, variables),
-        lambda: t5(target),
+        lambda variables: _checked_settings(root, target, variables, changes),
+        flow,
     )
-    show(root, target)
+    show(root, name)
 
 
 if __name__ == "__main__":

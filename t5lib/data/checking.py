@@ -31,7 +31,9 @@ ROUNDING = 1e-6  # 0.29 of 100 samples are 28.999…
 THREADS = os.cpu_count() or 1
 
 
-def open_captioned(source: str, *, name: str, root: Path | str, notes: Path, max_skipped: float = 0.01) -> ShardSet:
+def open_captioned(
+    source: str, *, name: str, root: Path | str, notes: Path, max_skipped: float = 0.01, limit: int | None = None
+) -> ShardSet:
     """The shards of captioned images that `source` names, checked as `open_shards` does.
 
     Args:
@@ -46,11 +48,18 @@ def open_captioned(source: str, *, name: str, root: Path | str, notes: Path, max
             f"captioned images: '{source}' is no source; expected file:MANIFEST.json, file:FOLDER or file:GLOB"
         )
     place = Path(root) / Path(path).expanduser()
-    return open_shards(place, name=name, source=source, notes=notes, max_skipped=max_skipped)
+    return open_shards(place, name=name, source=source, notes=notes, max_skipped=max_skipped, limit=limit)
 
 
 def open_shards(
-    place: Path, *, name: str, source: str, notes: Path, max_skipped: float, classes: Sequence[str] = ()
+    place: Path,
+    *,
+    name: str,
+    source: str,
+    notes: Path,
+    max_skipped: float,
+    limit: int | None = None,
+    classes: Sequence[str] = (),
 ) -> ShardSet:
     """The shards at `place`, without the samples that cannot be used; how many those are is printed.
 
@@ -61,6 +70,7 @@ def open_shards(
         notes: file in which finished shards are noted by their sha256, so that a check that was stopped goes on, and
             samples that were decoded once are not decoded again.
         max_skipped: share of the samples that may be left out.
+        limit: only the first so many samples that can be used, 1 or more; shards after those are not opened.
         classes: their names; none for samples that have captions in their place. A manifest has its own.
 
     Raises:
@@ -74,10 +84,11 @@ def open_shards(
         licence = "that of the source"
         listed = ShardSet(name=name, licence=licence, source=source, classes=tuple(classes), count=0, shards=())
         shards = tuple(Shard(path=os.path.abspath(path), count=0, sha256="") for path in tar_files(place, source))
-    checked = _checked(shards, listed.name, len(listed.classes), notes)
+    checked = _checked(shards, listed.name, len(listed.classes), notes, limit)
     _report(checked, listed.name, max_skipped)
     usable = tuple(each.usable for each in checked if each.usable.count)
-    return replace(listed, count=sum(shard.count for shard in usable), shards=usable)
+    found = replace(listed, count=sum(shard.count for shard in usable), shards=usable)
+    return found if limit is None else found.first(limit)
 
 
 def tar_files(place: Path, source: str) -> list[Path]:
@@ -122,13 +133,19 @@ class _Checked:
 
     @property
     def unusable(self) -> dict[int, str]:
-        return {position: why for position, why in self.content.unusable if position not in self.listed.left_out}
+        known, end = self.listed.left_out, self.end
+        return {position: why for position, why in self.content.unusable if position < end and position not in known}
+
+    @property
+    def end(self) -> int:
+        """The position in the tar after the last sample that the listed shard reads."""
+        return self.content.count - self.listed.unread
 
     @property
     def usable(self) -> Shard:
         left_out = tuple(sorted({*self.listed.left_out, *self.unusable}))
-        count = self.content.count - len(left_out)
-        return Shard(path=self.listed.path, count=count, sha256=self.sha256, left_out=left_out)
+        count, unread = self.end - len(left_out), self.listed.unread
+        return Shard(path=self.listed.path, count=count, sha256=self.sha256, left_out=left_out, unread=unread)
 
 
 def _manifest(place: Path, *, labelled: bool) -> ShardSet:
@@ -138,8 +155,8 @@ def _manifest(place: Path, *, labelled: bool) -> ShardSet:
     return listed if labelled else replace(listed, classes=())
 
 
-def _checked(shards: Sequence[Shard], name: str, classes: int, notes: Path) -> list[_Checked]:
-    noted, paths, checked = _Notes(notes, classes), dict[str, str](), []
+def _checked(shards: Sequence[Shard], name: str, classes: int, notes: Path, limit: int | None) -> list[_Checked]:
+    noted, paths, checked, usable = _Notes(notes, classes), dict[str, str](), [], 0
     with progress(f"check {name}", len(shards)) as bar:
         for done, shard in enumerate(shards, 1):
             with named(shard.path):
@@ -149,14 +166,17 @@ def _checked(shards: Sequence[Shard], name: str, classes: int, notes: Path) -> l
             if shard.sha256 not in ("", digest):
                 raise changed(shard, digest)
             content = noted.known.get(digest) or noted.add(digest, _content(shard.path, classes))
-            if shard.sha256 and content.count != shard.count + len(shard.left_out):
+            if shard.sha256 and content.count != shard.total:
                 raise T5Error(
-                    f"{shard.path} holds {content.count} samples, its manifest says {shard.count}; "
+                    f"{shard.path} holds {content.count} samples, its manifest says {shard.total}; "
                     "the manifest is not of this file: make it again"
                 )
             paths[digest] = shard.path
             checked.append(_Checked(shard, digest, content))
             bar.advance(done)
+            usable += checked[-1].usable.count
+            if limit is not None and usable >= limit:
+                break
     return checked
 
 
@@ -192,7 +212,7 @@ def _verdict(sample: Sample, classes: int) -> tuple[str, str | None, list[str]]:
 
 def _report(checked: Sequence[_Checked], name: str, max_skipped: float) -> None:
     """Print what is left out and what is remarkable; raises T5Error when that is more than `max_skipped`, or all."""
-    total = sum(each.content.count - len(each.listed.left_out) for each in checked)
+    total = sum(each.end - len(each.listed.left_out) for each in checked)
     reasons = [reason for each in checked for reason in each.unusable.values()]
     first = "; ".join(reasons[:NAMED])
     allowed = min(int(max_skipped * total + ROUNDING), total - 1)

@@ -4,7 +4,8 @@
      "shards": [{"path": "train-0000.tar.gz", "count": 1000, "sha256": ...}, ...]}     (path: relative to the manifest)
 
 A shard is held against its sha256 when a process first reads it. The counts matter, too: a manifest may be of another
-file. `left_out` of a shard lists samples that cannot be used; t5lib.data.checking finds them.
+file. `left_out` of a shard lists samples that cannot be used; t5lib.data.checking finds them. `unread` counts those at
+its end that nobody asked for (`ShardSet.first`).
 """
 
 import os
@@ -12,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import count, islice
 from pathlib import Path
 
 from t5lib.data.tars import Sample, named, quoted, read_samples
@@ -36,32 +38,52 @@ class Shard:
     Attributes:
         path: absolute once the manifest has been read.
         count: samples that are read; those of `left_out` are not among them.
-        left_out: positions in the tar of samples that cannot be used, in order.
+        left_out: positions in the tar of samples that cannot be used, in order; those of `unread` are not among them.
+        unread: samples at the end of the tar that are not read.
     """
 
     path: str
     count: int
     sha256: str
     left_out: Several[WholeNumber] = ()
+    unread: WholeNumber = 0
 
     def __post_init__(self) -> None:
-        total = self.count + len(self.left_out)
-        if list(self.left_out) != sorted({position for position in self.left_out if position < total}):
-            raise T5Error(
-                f"left_out is {list(self.left_out)}; expected different positions in order, below the {total} samples"
-            )
+        if list(self.left_out) != sorted({position for position in self.left_out if position < self.end}):
+            raise T5Error(f"left_out is {list(self.left_out)}; expected different positions in order, below {self.end}")
+
+    @property
+    def end(self) -> int:
+        """The position in the tar after the last sample that is read."""
+        return self.count + len(self.left_out)
+
+    @property
+    def total(self) -> int:
+        """How many samples the tar holds."""
+        return self.end + self.unread
+
+    def first(self, samples: int) -> "Shard":
+        """The same with its first so many samples alone, 1 or more; all where there are fewer."""
+        if samples >= self.count:
+            return self
+        left_out = frozenset(self.left_out)
+        last = next(islice((position for position in count() if position not in left_out), samples - 1, None))
+        before = tuple(position for position in self.left_out if position < last)
+        return replace(self, count=samples, left_out=before, unread=self.total - last - 1)
 
     def samples(self) -> Iterator[Sample]:
         """Its samples in file order, undecoded. Raises T5Error when the tar is not the very file that was listed, or
         holds another number."""
         if self.sha256:
             self.verify()
-        seen, total, left_out = 0, self.count + len(self.left_out), frozenset(self.left_out)
+        seen, total, left_out = 0, self.total, frozenset(self.left_out)
         for seen, sample in enumerate(read_samples(self.path), 1):
             if seen > total:
                 break
             if seen - 1 not in left_out:
                 yield sample
+            if self.unread and seen == self.end:
+                return
         if seen != total:
             found = f"more than {total}" if seen > total else seen
             raise T5Error(
@@ -114,6 +136,15 @@ class ShardSet:
     def left_out(self) -> int:
         """How many samples of the tars are not read, for they cannot be used."""
         return sum(len(shard.left_out) for shard in self.shards)
+
+    def first(self, samples: int) -> "ShardSet":
+        """The same with its first so many samples alone, 1 or more; all where there are fewer."""
+        left, shards = samples, list[Shard]()
+        for shard in self.shards:
+            if left:
+                shards.append(shard.first(left))
+                left -= shards[-1].count
+        return replace(self, count=samples - left, shards=tuple(shards))
 
     def write(self, manifest: Path | str, root: Path | str) -> None:
         """Write a manifest. Shards under `root` are named relative to it, so that a moved repository still finds

@@ -1,9 +1,11 @@
-"""params.yaml: reading it, checking the settings of a target, adding a target to `enabled`."""
+"""params.yaml: reading it, checking the settings of a target, adding a target, also to `enabled`."""
 
+import argparse
 import ast
-import copy
 import difflib
-from collections.abc import Iterable
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_text, write_text
 
 MOST_VALUES = 100_000  # of a file, what aliases repeat counted as often as it stands there
-TAKES = "takes"  # of a target, no section: what building it takes, in words
+# Entries of a target that are no sections:
+TAKES = "takes"  # what building it takes, in words
+MADE_BY = "made_by"  # the command that wrote the target here (`write_changed`)
+TARGET_NAME = re.compile(r"\w[\w-]*", re.ASCII)  # what DVC takes for a part of a stage's name
 
 
 def read(root: Path | str = ".") -> dict[str, Any]:
@@ -79,7 +84,7 @@ def read_target(root: Path | str, target: str) -> dict[str, Any]:
     entry = _entry(root, target)
     if not isinstance(entry, dict):
         raise T5Error(f"params.yaml: targets.{target} is {shown(entry)}; expected its sections")
-    return {name: section for name, section in entry.items() if name != TAKES}
+    return {name: section for name, section in entry.items() if name not in (TAKES, MADE_BY)}
 
 
 def takes(root: Path | str, target: str) -> str:
@@ -121,13 +126,35 @@ def checked(settings: dict[str, Any], sections: dict[str, type], where: str) -> 
     return {name: from_dict(sections[name], settings[name], f"{where}.{name}") for name in settings}
 
 
+def add_changes(parser: argparse.ArgumentParser) -> None:
+    """`--set`, for `changed` and tasks.targets.resolve."""
+    metavar = "SECTION.NAME=VALUE"
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar=metavar, help="settings to replace")
+
+
+def parse_with_changes(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of a command line with a target and --set and --as, which make a target of its own of it.
+
+    Its name is `name`; without changes that is the target's.
+    """
+    add_changes(parser)
+    parser.add_argument("--as", dest="name", metavar="NAME", help="the target that --set makes; default: TARGET-set")
+    arguments = parser.parse_args()
+    if arguments.name and not arguments.set:
+        parser.error(f"--as {arguments.name} names a target with other settings; add them: --set SECTION.NAME=VALUE")
+    arguments.name = arguments.name or f"{arguments.target}{'-set' if arguments.set else ''}"
+    return arguments
+
+
 def changed(settings: dict[str, Any], changes: Iterable[str], target: str) -> dict[str, Any]:
     """A copy of `settings` with values replaced by words such as `evaluate.sampling.steps=20`; values are YAML.
+
+    A section that is not there is made; whether there may be one, and what it says, the check of all settings tells.
 
     Raises:
         T5Error: a word without "=", or a setting inside of what is no section.
     """
-    settings = copy.deepcopy(settings)
+    settings = _spelled_out(settings)
     for word in changes:
         path, equals, value = word.partition("=")
         *sections, name = path.split(".")
@@ -135,11 +162,20 @@ def changed(settings: dict[str, Any], changes: Iterable[str], target: str) -> di
             raise T5Error(f"--set {word}: expected SECTION.NAME=VALUE, such as finetune.steps=100")
         section: Any = settings
         for key in sections:
-            section = section.get(key)
+            if section.get(key) is None:
+                section[key] = {}
+            section = section[key]
             if not isinstance(section, dict):
                 raise T5Error(f"--set {word}: '{key}' is no section of {target}; expected SECTION.NAME=VALUE")
         section[name] = parsed(value, f"--set {path}")
     return settings
+
+
+def _spelled_out(values: Any) -> Any:
+    """A copy in which nothing stands in two places: a YAML alias is one object wherever it is used."""
+    if isinstance(values, dict):
+        return {key: _spelled_out(value) for key, value in values.items()}
+    return [_spelled_out(value) for value in values] if isinstance(values, list) else values
 
 
 def stage_modules(root: Path | str = ".") -> list[str]:
@@ -152,27 +188,73 @@ def enable(root: Path | str, target: str) -> bool:
     read_target(root, target)
     if target in (read(root).get("enabled") or []):
         return False
-    path = Path(root) / "params.yaml"
-    write_text(path, with_enabled(path.read_text(encoding="utf-8"), target))
+    _edit(root, lambda text: with_enabled(text, target))
     return True
 
 
 def with_enabled(text: str, target: str) -> str:
     """The text of params.yaml with `target` added to `enabled`, all else as it was."""
-    import io
 
+    def add(params: Any) -> None:
+        params["enabled"] = params.get("enabled") or []
+        params["enabled"].append(target)
+
+    return _edited(text, add)
+
+
+def check_name(root: Path | str, name: str) -> None:
+    """Raises T5Error unless `write_changed` may write a target of this name: a new one, or one that it wrote."""
+    if not TARGET_NAME.fullmatch(name):
+        raise T5Error(f"'{name[:100]}' is no name for a target; expected letters, digits, - and _, such as my-quick")
+    there = read(root)["targets"].get(name)
+    if there is not None and not (isinstance(there, dict) and MADE_BY in there):
+        raise T5Error(f"params.yaml has a target '{name}' of its own; take another name, as in --as {name}-2")
+
+
+def write_changed(root: Path | str, target: str, changes: Sequence[str], name: str) -> None:
+    """Write a copy of `target` with values replaced (`changed`) to params.yaml, as the target `name`.
+
+    Every setting is spelled out, for DVC and for readers. An earlier one that was written so is replaced.
+
+    Raises:
+        T5Error: as `changed` and `check_name`.
+    """
+    check_name(root, name)
+    made_by = f"python -m flows.t5 {target} --set {' '.join(changes)}"
+    entry = {MADE_BY: made_by, **changed(read_target(root, target), changes, target)}
+    if read(root)["targets"].get(name) != entry:
+        _edit(root, lambda text: _with_entry(text, name, entry))
+
+
+def _with_entry(text: str, name: str, entry: dict[str, Any]) -> str:
+    """The text of params.yaml with this target, in the place of one of this name or as the last."""
+    # PyYAML chooses the words, for it is to read them: ruamel writes 5e-05, which is text to it
+    worded = _editor().load(yaml.safe_dump(entry, sort_keys=False))
+    return _edited(text, lambda params: params["targets"].update({name: worded}))
+
+
+def _edit(root: Path | str, change: Callable[[str], str]) -> None:
+    path = Path(root) / "params.yaml"
+    write_text(path, change(path.read_text(encoding="utf-8")))
+
+
+def _edited(text: str, change: Callable[[Any], None]) -> str:
+    """A YAML text after `change` of what it holds; all else as it was."""
+    editor, out = _editor(), io.StringIO()
+    params = editor.load(text)
+    change(params)
+    editor.dump(params, out)
+    return out.getvalue()
+
+
+def _editor() -> Any:
     from ruamel.yaml import YAML
 
     editor = YAML()  # round trip: comments and quotes survive
     editor.preserve_quotes = True
     editor.width = 10_000
     editor.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    params = editor.load(text)
-    params["enabled"] = params.get("enabled") or []
-    params["enabled"].append(target)
-    out = io.StringIO()
-    editor.dump(params, out)
-    return out.getvalue()
+    return editor
 
 
 def _assigns(path: Path, name: str) -> bool:

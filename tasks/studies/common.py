@@ -27,6 +27,7 @@ import yaml
 
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
+from tasks.runtime.params import add_changes as add_changes
 
 J = TypeVar("J")  # a job
 R = TypeVar("R")  # what comes of it
@@ -47,11 +48,6 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
 
 def add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", help="a section of `targets` in params.yaml, such as dinov2-fashion")
-
-
-def add_changes(parser: argparse.ArgumentParser, metavar: str = "SECTION.NAME=VALUE") -> None:
-    """`--set`, for tasks.targets.resolve or tasks.runtime.params.changed."""
-    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar=metavar, help="settings to replace")
 
 
 def add_jobs(parser: argparse.ArgumentParser) -> None:

@@ -58,10 +58,8 @@ def resolve(root: Path | str, target: str, changes: list[str] | tuple[str, ...] 
     Raises:
         T5Error: an unknown setting, a wrong value, a section that no stage reads, or settings that do not go together.
     """
-    settings = checked(params.read_target(root, target), f"params.yaml: targets.{target}", root)
-    if not changes:
-        return settings
-    return checked(params.changed(settings, changes, target), f"{target} with --set", root)
+    settings = params.changed(params.read_target(root, target), changes, target)
+    return checked(settings, f"{target} with --set" if changes else f"params.yaml: targets.{target}", root)
 
 
 def checked(settings: dict[str, Any], where: str, root: Path | str = ".") -> dict[str, Any]:

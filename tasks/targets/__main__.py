@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from t5lib.utils.errors import T5Error
-from tasks.runtime import local_sources, readiness
+from tasks.runtime import local_sources, params, readiness
 from tasks.targets import resolve
 
 
@@ -17,10 +17,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tasks.targets", description=__doc__.splitlines()[0])
     parser.add_argument("target", help="a section of `targets` in params.yaml, such as dinov2-fashion")
     parser.add_argument("--ready", action="store_true", help="also ask the hub for weights and images")
-    arguments = parser.parse_args()
+    arguments = params.parse_with_changes(parser)
     try:
-        settings = resolve(".", arguments.target)
-        (readiness if arguments.ready else local_sources).check(Path("."), arguments.target, settings)
+        if arguments.set:
+            params.check_name(".", arguments.name)
+        settings = resolve(".", arguments.target, arguments.set)
+        (readiness if arguments.ready else local_sources).check(Path("."), arguments.name, settings)
         print(json.dumps(settings))
     except T5Error as error:
         sys.exit(str(error))

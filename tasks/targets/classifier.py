@@ -22,13 +22,13 @@ from t5lib.report.common import Quality
 from t5lib.report.data import ReportData
 from t5lib.training.classifier import Classification, TrainConfig
 from t5lib.training.trainer import TrainReport, train
-from t5lib.utils.config import AtLeastOne, Rate, Share, settings, to_dict
+from t5lib.utils.config import AtLeastOne, Rate, settings, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file, sha256
 from t5lib.utils.progress import progress
 from tasks.runtime.tracking.registry.product import Product
 from tasks.targets.base import Target, check_model, precision
-from tasks.targets.image_shards import check_sources, listed, open_labelled, refuse_overlap
+from tasks.targets.image_shards import ImagesConfig, listed, open_labelled, refuse_overlap, taken
 from tasks.targets.linear_head import fit_head
 from tasks.targets.timm_model import FetchConfig, blank, fetched_model
 
@@ -36,24 +36,8 @@ KEPT = "validation.safetensors"  # what a stage's model predicts on the validati
 
 
 @settings
-class ShardsConfig:
-    """Where the images are, and how many of them may be unusable. `train` and `val` each are one of
-
-        file:data/fashion-mnist/train.json          a manifest; its shards are checked against it
-        file:/data/imagenet/train                   a folder of tar files, or a pattern: file:/data/in1k/train-*.tar
-        hf:datasets/OWNER/REPO@COMMIT#train-*.tar   the same from the hub, kept in data/datasets
-
-    Tar files hold `<key>.jpg` and `<key>.cls`, the layout of img2dataset and webdataset. Every image is decoded once,
-    to see that it can be. `max_skipped` is the share of the samples that may be left out because image or class cannot
-    be read. Paths are relative to the repository.
-    """
-
-    train: str
-    val: str
-    max_skipped: Share = 0.01
-
-    def __post_init__(self):
-        check_sources(self.train, self.val)
+class ShardsConfig(ImagesConfig):
+    """Images whose tar files hold `<key>.jpg` and `<key>.cls`, the layout of img2dataset and webdataset."""
 
 
 @settings
@@ -145,17 +129,13 @@ class ClassifierTarget(Target[TrainConfig]):
     def shards(self) -> dict[str, int]:
         """Check the shards and write train.json and val.json."""
         config, classes = self.section("shards"), self.section("data").num_classes
-        train, val = (
-            open_labelled(getattr(config, split), split, classes, config.max_skipped, self.stage)
-            for split in ("train", "val")
-        )
-        _refuse_mismatch(train, val, classes)
-        for split, shards in (("train", train), ("val", val)):
+        sets = {split: open_labelled(config, split, classes, self.stage) for split in ("train", "val")}
+        _refuse_mismatch(sets["train"], sets["val"], classes)
+        for split, shards in sets.items():
             shards.write(self.stage.out / f"{split}.json", root=self.stage.root)
             self.stage.artifact(self.stage.out / f"{split}.json")
-        sizes = {"train": train.count, "val": val.count, "classes": classes}
-        sizes |= {"train_left_out": train.left_out, "val_left_out": val.left_out}
-        return sizes | {"train_shards": len(train.shards), "val_shards": len(val.shards)}
+        files = {f"{split}_shards": len(shards.shards) for split, shards in sets.items()}
+        return taken(sets, config) | files | {"classes": classes}
 
     def source(self) -> dict[str, float]:
         """The fetched model, with a head for the target's classes."""

@@ -13,7 +13,6 @@ from torch import nn
 
 import t5lib
 from t5lib.data.batches import Batches
-from t5lib.data.checking import open_captioned
 from t5lib.data.encoders import ImageEncoder, TextEncoder, encoding_pipeline
 from t5lib.data.encoding import EncodingConfig, encode
 from t5lib.data.latents import MANIFEST, LatentSet, LatentShards
@@ -36,7 +35,7 @@ from tasks.runtime.tracking.registry.product import Product
 from tasks.targets import diffusers_folder, timm_model
 from tasks.targets.base import Target, device, precision
 from tasks.targets.denoiser_checks import check_numbers, check_pipeline
-from tasks.targets.image_shards import CHECKED, check_sources, listed, open_labelled, refuse_overlap
+from tasks.targets.image_shards import ImagesConfig, listed, open_captions, open_labelled, refuse_overlap, taken
 from tasks.targets.sample_evaluator import EvaluateConfig, SampleEvaluator
 
 SCHEDULER = "scheduler"  # its folder in what the stage `source` made
@@ -71,29 +70,20 @@ class FetchConfig:
 
 
 @settings
-class ShardsConfig:
-    """Where the images are, and how they are encoded.
+class ShardsConfig(ImagesConfig):
+    """Images whose tar files hold <key>.jpg (.png, .webp) and <key>.txt or .json, as img2dataset writes them, and how
+    they are encoded. Captioned ones are named by file: alone; those of a class-conditional denoiser are as classifiers
+    have them (tasks/targets/classifier.py).
 
     Attributes:
-        train, val: file:MANIFEST.json, file:FOLDER or file:PATTERN of tar files, with <key>.jpg (.png, .webp) and
-            <key>.txt or .json as img2dataset writes them. Relative paths start at the repository. For a
-            class-conditional denoiser as classifiers have them (tasks/targets/classifier.py).
         encode: sizes, mirror images, threads.
-        max_skipped: share of the samples that may be left out because the image cannot be read, or the caption or class
-            is missing.
         dtype: of the encoders.
         max_sequence_length: tokens of the T5 encoder's text.
     """
 
-    train: str
-    val: str
     encode: EncodingConfig
-    max_skipped: Share = 0.01
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     max_sequence_length: TextTokens = 256
-
-    def __post_init__(self):
-        check_sources(self.train, self.val)
 
 
 @settings
@@ -178,14 +168,13 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         sets = {split: self._images(config, split, folder) for split in SPLITS}
         refuse_overlap(sets["train"], sets["val"])
         images, text = _encoders(folder, config)
-        work, sizes = self.stage.resume_dir(), dict[str, int]()
+        work = self.stage.resume_dir()
         for split, shards in sets.items():
             encode(shards, work / split, images=images, text=text, config=config.encode)
         for split, shards in sets.items():
             self.stage.publish(split)
             shards.write(self.stage.out / f"images-{split}.json", root=self.stage.root)
-            sizes |= {split: shards.count, f"{split}_left_out": shards.left_out}
-        return sizes
+        return taken(sets, config)
 
     def source(self) -> dict[str, float]:
         """The pipeline's transformer in single precision, and its noise schedule beside it."""
@@ -337,11 +326,9 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         return _noising((source or self.stage.input("source")) / SCHEDULER, self.section("data").objective)
 
     def _images(self, config: ShardsConfig, split: str, folder: Path) -> ShardSet:
-        source, stage, most = getattr(config, split), self.stage, config.max_skipped
-        if not diffusers_folder.takes_text(folder):
-            return open_labelled(source, split, diffusers_folder.classes(folder), most, stage)
-        name, notes = f"{stage.target} {split}", stage.root / CHECKED
-        return open_captioned(source, name=name, root=stage.root, notes=notes, max_skipped=most)
+        if diffusers_folder.takes_text(folder):
+            return open_captions(config, split, self.stage)
+        return open_labelled(config, split, diffusers_folder.classes(folder), self.stage)
 
 
 def _noising(folder: Path, changes: dict[str, Any]) -> Noising:

@@ -3,15 +3,40 @@
 import os
 import re
 from pathlib import Path
-from typing import Any
 
-from t5lib.data.checking import open_shards
+from t5lib.data.checking import open_captioned, open_shards
 from t5lib.data.shards import ShardSet
 from t5lib.download import check, kept
+from t5lib.utils.config import AtLeastOne, Share, settings
 from t5lib.utils.errors import T5Error
 from tasks.runtime.stage import Stage
 
 CHECKED = "data/scratch/checked-shards.jsonl"  # what is known of tars that were read once, for all targets
+
+
+@settings
+class ImagesConfig:
+    """Where the images are, and how many of them are taken.
+
+    Attributes:
+        train, val: each one of
+            file:data/fashion-mnist/train.json          a manifest; its shards are checked against it
+            file:/data/imagenet/train                   a folder of tar files, or a pattern: file:/data/in1k/train-*.tar
+            hf:datasets/OWNER/REPO@COMMIT#train-*.tar   the same from the hub, kept in data/datasets
+            Paths are relative to the repository.
+        max_skipped: share of the samples that may be left out because the image cannot be read, or the caption or class
+            is missing. Every image is decoded once, to see that it can be.
+        limit: of each of the two only the first so many images that can be used, in the order of the tar files; those
+            should be well mixed. Tar files after them are not opened. Null for all.
+    """
+
+    train: str
+    val: str
+    max_skipped: Share = 0.01
+    limit: AtLeastOne | None = None
+
+    def __post_init__(self) -> None:
+        check_sources(self.train, self.val)
 
 
 def check_source(source: str, split: str) -> None:
@@ -36,27 +61,28 @@ def check_sources(train: str, val: str) -> None:
         )
 
 
-def listed(config: Any, root: Path) -> tuple[ShardSet | None, ShardSet | None]:
+def listed(config: ImagesConfig, root: Path) -> tuple[ShardSet | None, ShardSet | None]:
     """What the manifests of `config.train` and `config.val` say; None for what is no manifest, or not there (yet)."""
-    train, val = (_manifest(source, root) for source in (config.train, config.val))
+    train, val = (_manifest(source, root, config.limit) for source in (config.train, config.val))
     return train, val
 
 
-def _manifest(source: str, root: Path) -> ShardSet | None:
+def _manifest(source: str, root: Path, limit: int | None) -> ShardSet | None:
     place = root / Path(source.removeprefix("file:")).expanduser()
     if not source.startswith("file:") or place.suffix != ".json" or not place.is_file():
         return None
-    return ShardSet.read(place)
+    images = ShardSet.read(place)
+    return images.first(limit) if limit else images
 
 
-def open_labelled(source: str, split: str, num_classes: int, max_skipped: float, stage: Stage) -> ShardSet:
-    """The images of classes that `source` names, all of them checked; those that cannot be used are left out.
+def open_labelled(config: ImagesConfig, split: str, num_classes: int, stage: Stage) -> ShardSet:
+    """The images of classes of "train" or "val", all of them checked; those that cannot be used are left out.
 
     Raises:
-        T5Error: another form of `source`, shards that are damaged or hold something else (named), or more samples than
-            `max_skipped` that cannot be used.
+        T5Error: shards that are damaged or hold something else (named), or more samples than `max_skipped` that cannot
+            be used.
     """
-    check_source(source, f"shards.{split}")
+    source = getattr(config, split)
     scheme, _, rest = source.partition(":")
     local = scheme == "file"
     return open_shards(
@@ -64,9 +90,29 @@ def open_labelled(source: str, split: str, num_classes: int, max_skipped: float,
         name=f"{stage.target} {split}",
         source=source,
         notes=stage.root / CHECKED,
-        max_skipped=max_skipped,
+        max_skipped=config.max_skipped,
+        limit=config.limit,
         classes=[str(index) for index in range(num_classes)],
     )
+
+
+def open_captions(config: ImagesConfig, split: str, stage: Stage) -> ShardSet:
+    """The same of captioned images."""
+    return open_captioned(
+        getattr(config, split),
+        name=f"{stage.target} {split}",
+        root=stage.root,
+        notes=stage.root / CHECKED,
+        max_skipped=config.max_skipped,
+        limit=config.limit,
+    )
+
+
+def taken(sets: dict[str, ShardSet], config: ImagesConfig) -> dict[str, int]:
+    """Metrics: how many images of each split are taken and left out, and the limit where there is one."""
+    counts = {split: shards.count for split, shards in sets.items()}
+    counts |= {f"{split}_left_out": shards.left_out for split, shards in sets.items()}
+    return counts | ({} if config.limit is None else {"limit": config.limit})
 
 
 def refuse_overlap(train: ShardSet, val: ShardSet) -> None:

@@ -18,6 +18,8 @@ from prefect.testing.cli import CycloptsCliRunner
 from flows import t5 as t5_module
 from flows.t5 import StageError, t5
 from t5lib.utils.errors import T5Error
+from t5lib.utils.files import read_json
+from tasks.runtime import params
 from tasks.runtime.tracking import about
 
 NAME = r"small · swiglu, instance, none · \d{4}-\d\d-\d\d \d\d:\d\d"  # of a whole run in MLflow
@@ -198,22 +200,40 @@ def test_a_disk_that_is_full_for_dvc_is_told_with_what_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("target", "old", "new", "message"),
+    ("words", "old", "new", "message"),
     [
         ("smal", "small", "small", "no target 'smal'; did you mean 'small'"),
         ("small", "{steps: 0}", "{stepps: 0}", "small.evaluate: unknown setting 'stepps'; did you mean 'steps'"),
+        ("small --set evaluate.stepps=1", "small", "small", "with --set.evaluate: unknown setting 'stepps'; did you"),
+        ("small --set evaluate.steps=1 --as other", "small", "small", "has a target 'other' of its own; take another"),
     ],
-    ids=["target", "setting"],
+    ids=["target", "setting", "set", "name"],
 )
-def test_slips_are_told_before_prefect_starts(small_repo, monkeypatch, target, old, new, message):
+def test_slips_are_told_before_prefect_starts_and_nothing_is_written(small_repo, monkeypatch, words, old, new, message):
     small_repo.set(old, new)
+    before = (small_repo.root / "params.yaml").read_text()
     monkeypatch.setattr(t5_module.targets, "libraries", lambda settings: ())
     monkeypatch.setattr(t5_module.command, "interrupt_on_signals", lambda: None)
     monkeypatch.setattr(t5_module, "t5", lambda target: pytest.fail("the flow began"))
-    monkeypatch.setattr(sys, "argv", ["t5", target])
+    monkeypatch.setattr(sys, "argv", ["t5", *words.split()])
     with pytest.raises(SystemExit, match=message):
         t5_module.main()
     assert small_repo.calls() == [0, 0, 0]
+    assert (small_repo.root / "params.yaml").read_text() == before
+
+
+def test_changed_settings_are_a_target_of_its_own_for_the_flow_and_for_dvc(small_repo, unrecorded, monkeypatch):
+    monkeypatch.setattr(t5_module.targets, "libraries", lambda settings: ())
+    monkeypatch.setattr(t5_module.command, "interrupt_on_signals", lambda: None)
+    monkeypatch.setattr(t5_module, "t5", lambda target: params.enable(small_repo.root, target))
+    monkeypatch.setattr(t5_module, "show", lambda root, target: None)
+    monkeypatch.setattr(sys, "argv", ["t5", "small", "--set", "fetch.steps=2"])
+    t5_module.main()
+    built = small_repo.run("dvc", "repro", "-q", "fetch@small-set")
+    assert built.returncode == 0, built.stderr
+    made = {name: small_repo.root / f"data/out/{name}/fetch.json" for name in ("small-set", "small")}
+    assert read_json(made["small-set"])["score"] == 2.0 and not made["small"].exists()
+    assert small_repo.git("status", "--short").split()[:4] == ["M", "params.yaml", "??", "dvc.lock"]
 
 
 def test_what_no_stage_is_to_blame_for_is_told_as_an_error_too(small_repo, caplog):

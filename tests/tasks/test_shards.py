@@ -89,6 +89,15 @@ def test_a_folder_and_a_pattern_without_manifest_are_counted(tmp_path):
     assert [shard.count for shard in written.shards] == [4, 5, 6] and written.classes == ("0", "1", "2")
 
 
+def test_of_a_limit_the_metrics_tell_and_later_stages_read_no_more(tmp_path):
+    sources = [with_manifest(tmp_path, split, first, 6) for split, first in (("train", 0), ("val", 10))]
+    params = {"shards": {"train": sources[0], "val": sources[1], "limit": 4}, "data": DATA}
+    metrics = run_stage("shards", "demo", params=params, root=tmp_path)
+    assert (metrics["train"], metrics["val"], metrics["train_left_out"], metrics["limit"]) == (4, 4, 0, 4)
+    written = ShardSet.read(tmp_path / OUT / "train.json")
+    assert [sample["__key__"] for sample in written.shards[0].samples()] == list("0123")
+
+
 def test_hub_shards_are_fetched_once_and_half_a_download_is_not_taken_for_all(tmp_path, monkeypatch):
     calls = []
 

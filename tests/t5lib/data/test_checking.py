@@ -17,13 +17,14 @@ TEN = [str(index) for index in range(10)]
 
 @pytest.fixture
 def open_images(tmp_path):
-    def opened(source: str, classes=(), max_skipped: float = 0.0) -> ShardSet:
+    def opened(source: str, classes=(), max_skipped: float = 0.0, limit: int | None = None) -> ShardSet:
         return open_shards(
             tmp_path / source,
             name="cats",
             source=f"file:{source}",
             notes=tmp_path / "notes/a.jsonl",
             max_skipped=max_skipped,
+            limit=limit,
             classes=classes,
         )
 
@@ -79,6 +80,24 @@ def test_samples_that_cannot_be_used_are_left_out_counted_and_named(open_images,
     assert "cats: left out 6 of 24: " in told and "sample '0100': .jpg is not a readable image" in told
     with pytest.raises(T5Error, match=r"6 of the 24 samples of cats cannot be used, and max_skipped \(0.24\) allows 5"):
         open_images("in", classes, max_skipped=0.24)
+
+
+def test_a_limit_takes_the_first_that_can_be_used_and_opens_no_more_tars_than_that_takes(open_images, tmp_path):
+    good = [captioned(index) for index in range(8)]
+    write_tar(tmp_path / "in/a.tar", [BAD[0], *good[:3]])
+    write_tar(tmp_path / "in/b.tar", [good[3], BAD[2], good[4], good[5], BAD[3], good[6]])
+    write_tar(tmp_path / "in/c.tar", [good[7]])
+    whole = open_images("in", max_skipped=0.5)
+    (tmp_path / "in/c.tar").write_bytes(b"damaged")
+    for limit, unread in ((2, [1]), (3, [0]), (4, [0, 5]), (5, [0, 3]), (6, [0, 2]), (7, [0, 0])):
+        some = open_images("in", max_skipped=0.5, limit=limit)
+        assert some == whole.first(limit) and some.count == limit
+        assert [shard.unread for shard in some.shards] == unread
+        keys = [sample["__key__"] for shard in some.shards for sample in shard.samples()]
+        assert keys == [f"{index:04d}" for index in range(limit)]
+    assert whole.first(9) == whole
+    open_images("in", max_skipped=0.5, limit=4).write(tmp_path / "some.json", tmp_path)
+    assert open_images("some.json").shards == whole.first(4).shards  # a manifest of some images means these alone
 
 
 def test_a_manifest_keeps_what_was_left_out_before(open_images, tmp_path):

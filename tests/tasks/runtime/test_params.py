@@ -74,6 +74,39 @@ def test_outside_the_repository_the_message_says_where_to_go(tmp_path):
         params.read(tmp_path)
 
 
+def test_a_changed_target_is_written_beside_the_others_and_read_as_what_it_is(small_repo):
+    root, before = small_repo.root, (small_repo.root / "params.yaml").read_text()
+    words = ["evaluate.steps=7", "convert.lr=5.0e-05", "convert.more.names=['yes', '1e-3', null]"]
+    params.write_changed(root, "small", words, "small-set")
+    assert (root / "params.yaml").read_text().startswith(before)
+    made = params.read_target(root, "small-set")
+    assert made == params.changed(params.read_target(root, "small"), words, "small")
+    assert (made["evaluate"]["steps"], made["convert"]["lr"]) == (7, 5e-5)
+    assert made["convert"]["more"] == {"names": ["yes", "1e-3", None]}
+    assert params.takes(root, "small-set") == ""  # it takes another time
+
+    params.write_changed(root, "small", ["evaluate.steps=8"], "small-set")
+    assert params.read_target(root, "small-set")["evaluate"] == {"steps": 8}
+    assert list(params.read(root)["targets"]) == ["small", "other", "small-set"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("other", "has a target 'other' of its own; take another name"), ("a/b", "'a/b' is no name for a target")],
+)
+def test_a_changed_target_takes_no_place_of_another(small_repo, name, message):
+    before = (small_repo.root / "params.yaml").read_text()
+    with pytest.raises(T5Error, match=message):
+        params.write_changed(small_repo.root, "small", ["evaluate.steps=7"], name)
+    assert (small_repo.root / "params.yaml").read_text() == before
+
+
+def test_a_change_is_one_of_the_named_setting_also_where_sections_share_a_yaml_alias():
+    root = Path(__file__).parents[3]
+    found = params.changed(params.read_target(root, "deit-tiny"), ["finetune.augment.hflip=0.0"], "deit-tiny")
+    assert (found["finetune"]["augment"]["hflip"], found["freeze"]["train"]["augment"]["hflip"]) == (0.0, 0.5)
+
+
 def test_settings_are_replaced_by_words_at_any_depth_and_checked():
     root = Path(__file__).parents[3]
     words = ["evaluate.sampling.steps=3", "shards.train=file:elsewhere.json", "convert.layers={0-1: swiglu}"]
