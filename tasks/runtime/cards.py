@@ -86,12 +86,11 @@ RATES = {
 
 # Bytes of memory, told from peaks that were measured. A "number" is a token's channel.
 PER_BLOCK_KEPT = 4  # a number and block, with gradient checkpointing
-IN_BLOCK = 228  # a number, while a block is computed again and its gradients are: the chain's freeze, step-cost's peak
+IN_BLOCK = 195  # a number, while a block is computed again and its gradients are: the chain's freeze
 PER_BLOCK = 100  # a number and block without checkpointing: counted, not measured
-FORWARD = 63  # a number, forward alone: the chain's stage source
-FITTED = 86  # a number and layer of a calibration step: the chain's calibrate
+FITTED = 54  # a number and layer of a calibration step: the chain's calibrate
 ENCODED = 3_140  # a pixel of the VAE's encoder: the chain's shards
-DRAWN = 1_480  # a pixel of the VAE's decoder: the chain's evaluate
+DRAWN = 1_160  # a pixel of the VAE's decoder: the chain's evaluate
 MEMORY_SOURCE = "docs/results/sd35-random-chain.json and sd35-step-cost-h100.json"
 
 

@@ -1,6 +1,6 @@
 """What a target needs of a machine, as its kind tells (Target.needs): room on the disk, memory of the card, work."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,15 @@ class Room:
     out: bool = False
     why: str = ""
     change: str = ""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What is fetched from a hub: source; `size` is what we expect of it, None where we do not."""
+
+    what: str
+    source: str
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,19 +59,26 @@ class Work:
 
 @dataclass(frozen=True)
 class Check:
-    """Something that is as it must be, or is not (`problem`, with the remedy); `essential` where nothing works so."""
+    """Something that is as it must be, or is not (`problem`, with the remedy).
+
+    Attributes:
+        known: whether it could be looked at.
+        essential: nothing works with that problem.
+    """
 
     what: str
     found: str
     problem: str = ""
+    known: bool = True
     essential: bool = True
 
 
 @dataclass(frozen=True)
 class Needs:
-    """`checks` are in the order in which they are told."""
+    """All of it, each in the order in which it is told."""
 
+    remotes: tuple[Remote, ...] = ()
     rooms: tuple[Room, ...] = ()
     memories: tuple[Memory, ...] = ()
     works: tuple[Work, ...] = ()
-    checks: tuple[Check, ...] = field(default=())
+    checks: tuple[Check, ...] = ()

@@ -11,11 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from t5lib.utils.errors import T5Error
+from t5lib.download import hub
+from t5lib.utils.errors import SourceError, T5Error
 from tasks.runtime.cards import GIB, MEMORY_SOURCE, RATES, Card
-from tasks.runtime.needs import Check, Memory, Needs, Work
+from tasks.runtime.needs import Check, Memory, Needs, Remote, Room, Work
 
-OK, LITTLE, UNKNOWN, WRONG = "ok", "too little", "unknown", "wrong"
+OK, LITTLE, UNKNOWN, WRONG, MISSING = "ok", "too little", "unknown", "wrong", "missing"
 LONG = 6  # hours of a stage from which on it is said how to make it shorter
 FICLONE = 0x40049409  # Linux: make a file share the blocks of another
 CACHE_TYPES = "reflink,copy"  # DVC's own
@@ -34,10 +35,20 @@ class Item:
     essential: bool = False
 
 
-def items(root: Path, needs: Needs, card: Card | None) -> list[Item]:
-    """All lines. `card`: the one that the work is for; None where there is none."""
-    lines = [_checked(check) for check in needs.checks]
-    lines += _disk(root, needs)
+def items(root: Path, needs: Needs, card: Card | None, *, online: bool = True) -> list[Item]:
+    """All lines.
+
+    Args:
+        card: the one that the work is for; None where there is none.
+        online: ask the hub for sizes and access.
+    """
+    lines, rooms = [], list(needs.rooms)
+    for remote in reversed(needs.remotes):
+        item, size = _remote(remote) if online else (None, remote.size)
+        lines[:0] = [item] if item else []
+        rooms.insert(0, Room(remote.what, size, why="to be fetched" if size else "the hub did not tell"))
+    lines += [_checked(check) for check in needs.checks]
+    lines += _disk(root, rooms)
     lines += [_memory(memory, card) for memory in needs.memories]
     return lines + _hours(needs.works, card)
 
@@ -65,16 +76,37 @@ def table(found: list[Item]) -> str:
     return "\n".join(lines)
 
 
+def _remote(remote: Remote) -> tuple[Item, int | None]:
+    """Whether it can be fetched, and its size."""
+    from huggingface_hub import get_token
+
+    rest = remote.source.removeprefix("hf:")
+    what, page = f"source: {remote.what}", f"https://huggingface.co/{rest.partition('@')[0]}"
+    try:
+        listed = hub.look(rest)
+        gated = "gated" if listed.gated else "open to all"
+        if listed.gated and not get_token():
+            change = f"accept the conditions on {page} and set HF_TOKEN to a read token of that account"
+            return Item(what, _gb(listed.size), "gated, no token", MISSING, change, True), listed.size
+        hub.check_access(rest)
+    except SourceError as error:
+        told = str(error).replace(f"#{rest.partition('#')[2]}", "")  # the names of its files say nothing here
+        size = _gb(remote.size) if remote.size else "?"
+        return Item(what, size, "not within reach", MISSING, told, True), remote.size
+    return Item(what, _gb(listed.size), f"{gated}, {listed.files} files within reach", OK), listed.size
+
+
 def _checked(check: Check) -> Item:
     bad = bool(check.problem)
-    return Item(check.what, "as expected", check.found, WRONG if bad else OK, check.problem, bad and check.essential)
+    verdict = WRONG if bad else OK if check.known else UNKNOWN
+    return Item(check.what, "as expected", check.found, verdict, check.problem, bad and check.essential)
 
 
-def _disk(root: Path, needs: Needs) -> list[Item]:
+def _disk(root: Path, rooms: list[Room]) -> list[Item]:
     """The parts, then their sum beside what is free."""
     free, copied = free_bytes(root), copies(root)
     lines, known, certain = [], 0, 0
-    for room in needs.rooms:
+    for room in rooms:
         if room.size is None:
             lines.append(Item(f"disk: {room.what}", "?", "", UNKNOWN, room.why))
             continue
@@ -83,10 +115,10 @@ def _disk(root: Path, needs: Needs) -> list[Item]:
         lines.append(Item(f"disk: {room.what}", _gb(size), room.why, OK))
     if not lines:
         return []
-    verdict = LITTLE if known > free else UNKNOWN if any(room.size is None for room in needs.rooms) else OK
+    verdict = LITTLE if known > free else UNKNOWN if any(room.size is None for room in rooms) else OK
     change = ""
     if verdict == LITTLE:
-        changes = [room.change for room in needs.rooms if room.change and room.size]
+        changes = [room.change for room in rooms if room.change and room.size]
         changes += [f"{LINKING} (DVC keeps a second copy of all outputs)"] if copied else []
         change = "; or ".join([f"free {_gb(known - free)}", *changes])
     return [*lines, Item("disk: all of it", _gb(known), f"{_gb(free)} free", verdict, change, certain > free)]
@@ -130,7 +162,9 @@ def _memory(memory: Memory, card: Card | None) -> Item:
     change = ""
     if short:
         fitting = next(((words, size) for words, size in memory.smaller if size <= card.memory), None)
-        change = f"set {fitting[0]}: about {_gib(fitting[1])}" if fitting else "no setting makes it fit; take more memory"
+        change = (
+            f"set {fitting[0]}: about {_gib(fitting[1])}" if fitting else "no setting makes it fit; take more memory"
+        )
     return Item(what, need, there, LITTLE if short else OK, change, memory.certain > card.memory)
 
 

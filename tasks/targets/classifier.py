@@ -26,6 +26,8 @@ from t5lib.utils.config import AtLeastOne, NotNegative, Share, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file
 from t5lib.utils.progress import progress
+from tasks.runtime.needs import Needs
+from tasks.targets import classifier_needs
 from tasks.targets.base import Target, check_model, precision
 from tasks.targets.image_shards import check_source, open_labelled, refuse_overlap
 from tasks.targets.linear_head import fit_head
@@ -120,6 +122,11 @@ class ClassifierTarget(Target[TrainConfig]):
         for recipe in recipes:
             if recipe:
                 transform(data, recipe.augment)  # refuses what timm does not understand
+
+    @classmethod
+    def needs(cls, sections: dict[str, Any], root: Path, target: str, *, online: bool = False) -> Needs:
+        """See Target."""
+        return classifier_needs.needs(sections, blank(sections["fetch"]), root, target)
 
     def fetch(self) -> dict[str, Any]:
         model, origin = fetched_model(self.section("fetch"), self.stage.resume_dir() / "source")
