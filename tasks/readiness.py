@@ -7,7 +7,6 @@ Exit status 1 where something essential is missing. docs/long_runs.md says how t
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ def main() -> None:
     parser.add_argument("--card", help=f"the card it is for ({', '.join(cards.CARDS)}); default: the first of this one")
     parser.add_argument("--memory", type=float, metavar="GIB", help="of that card, where it has another size")
     arguments = parser.parse_args()
-    logging.getLogger("t5lib").setLevel(logging.ERROR)  # that a revision is not pinned is told when it is fetched
     try:
         card = cards.named(arguments.card, arguments.memory) if arguments.card else cards.present()
         found = look(Path("."), arguments.target, card)

@@ -81,7 +81,9 @@ RATES = {
         90.8, 5_000 * 64 * 145 * 384 * 12, "H100", "bandwidth", "docs/results/dinov2-fashion-24k.json, seed 1"
     ),
     # pixels, the loading of the encoders included: 40 images are few, and T5 was left out
-    "encode": Rate(6.5, 40 * 1_024**2, "H200", "flops", "docs/results/sd35-random-chain.json, 40 images"),
+    "encode": Rate(
+        6.5, 40 * 1_024**2, "H200", "flops", "docs/results/sd35-random-chain.json; at most: loading included"
+    ),
 }
 
 # Bytes of memory, told from peaks that were measured. A "number" is a token's channel.

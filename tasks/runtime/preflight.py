@@ -18,6 +18,7 @@ from tasks.runtime.needs import Check, Memory, Needs, Remote, Room, Work
 
 OK, LITTLE, UNKNOWN, WRONG, MISSING = "ok", "too little", "unknown", "wrong", "missing"
 LONG = 6  # hours of a stage from which on it is said how to make it shorter
+NAME_IT = "there is no card here; name the one it is for: --card H200"
 FICLONE = 0x40049409  # Linux: make a file share the blocks of another
 CACHE_TYPES = "reflink,copy"  # DVC's own
 LINKING = "dvc config --local cache.type reflink,hardlink,copy"
@@ -42,7 +43,8 @@ def items(root: Path, needs: Needs, card: Card | None, *, online: bool = True) -
         card: the one that the work is for; None where there is none.
         online: ask the hub for sizes and access.
     """
-    lines, rooms = [], list(needs.rooms)
+    lines: list[Item] = []
+    rooms = list(needs.rooms)
     for remote in reversed(needs.remotes):
         item, size = _remote(remote) if online else (None, remote.size)
         lines[:0] = [item] if item else []
@@ -157,7 +159,7 @@ def _reflinks(root: Path) -> bool:
 def _memory(memory: Memory, card: Card | None) -> Item:
     what, need = f"memory: {memory.stage}", _gib(memory.likely)
     if card is None or card.memory is None:
-        return Item(what, need, "no card", UNKNOWN, "name the card it is for: --card H200")
+        return Item(what, need, "no card", UNKNOWN)
     there, short = f"{_gib(card.memory)} on {card.name}", memory.likely > card.memory
     change = ""
     if short:
@@ -170,17 +172,19 @@ def _memory(memory: Memory, card: Card | None) -> Item:
 
 def _hours(works: tuple[Work, ...], card: Card | None) -> list[Item]:
     lines, total, unknown = [], 0.0, False
+    if card is None:
+        return [Item("hours", "?", "no card", UNKNOWN, NAME_IT)]
     for work in works:
         rate = RATES[work.rate]
-        seconds = None if card is None or work.amount is None else rate.on(card, work.amount)
+        seconds = None if work.amount is None else rate.on(card, work.amount)
         unknown |= seconds is None
         if seconds is None:
-            why = "no card" if card is None else "images not counted yet" if work.amount is None else "speed not known"
+            why = "images not counted yet" if work.amount is None else f"speed of {card.name} not known"
             lines.append(Item(f"hours: {work.stage}", "?", why, UNKNOWN))
             continue
         total += seconds
         long = work.change if seconds > LONG * 3600 else ""
-        lines.append(Item(f"hours: {work.stage}", _h(seconds), f"by {rate.source} ({rate.card})", OK, long))
+        lines.append(Item(f"hours: {work.stage}", _h(seconds), f"measured on an {rate.card}: {rate.source}", OK, long))
     if total:
         lines.append(Item("hours: all of it", _h(total), "", UNKNOWN if unknown else OK))
     return lines

@@ -13,10 +13,11 @@ from tasks.runtime import cards
 from tasks.runtime.needs import Check, Memory, Needs, Remote, Room, Work
 from tasks.targets import diffusers_folder, pipeline_checks, training_needs
 from tasks.targets.denoiser_shape import Shape
-from tasks.targets.expected_pipelines import TRANSFORMER, VAE, expected
+from tasks.targets.expected_pipelines import TRANSFORMER, expected
 from tasks.targets.image_count import Images, counted, remote_images
 
 HALF, SINGLE = 2, 4  # bytes of a number
+ABOUT = 3_000  # bytes of a sample's JSON and of what a tar adds to its two files
 PNG = 1.7  # bytes a pixel of a photograph-like picture, about
 FITTED_PROJECTIONS = 6  # of a joint attention: q, k and v of image and text
 LAST_JOINT = 5  # of the layer set "paper"
@@ -76,7 +77,11 @@ def needs(sections: dict[str, Any], root: Path, target: str, *, online: bool) ->
     folder = diffusers_folder.known(source, root)
     configs = folder or (_described(source, root) if online else None)
     train, val = (counted(getattr(sections["shards"], split), split, root) for split in ("train", "val"))
-    checks = [*_checked(configs, source), *_trainable(sections), *_enough(sections, train, val)]
+    checks = [
+        *_checked(configs, source),
+        *training_needs.check_control(sections["finetune"]),
+        *_enough(sections, train, val),
+    ]
     remotes = _remotes(sections, root, target, fetched=folder is not None)
     one = _denoiser(sections, configs, train, val)
     if one is None:
@@ -96,12 +101,12 @@ def _described(source: str, root: Path) -> Path | None:
 
 def _denoiser(sections: dict[str, Any], folder: Path | None, train: Images, val: Images) -> Denoiser | None:
     known = expected(sections["fetch"].source)
-    if folder is None and known is None:
-        return None
     if folder is not None:
         transformer, pixels = read_json(folder / TRANSFORMER), diffusers_folder.pixels_per_latent(folder)
+    elif known is not None:
+        transformer, pixels = known.transformer, known.pixels_per_latent
     else:
-        transformer, pixels = known.transformer, 2 ** (len(known.configs[VAE]["block_out_channels"]) - 1)
+        return None
     text = known.text_parameters if known else _text_parameters(folder)
     sizes = bucket_sizes(sections["shards"].encode.buckets)
     area = max(math.prod(size) for size in sizes)
@@ -140,14 +145,6 @@ def _checked(folder: Path | None, source: str) -> list[Check]:
     return [Check(what, "other than expected", problem, essential=False) for problem in problems]
 
 
-def _trainable(sections: dict[str, Any]) -> list[Check]:
-    """What the stage control, which has no new layers, cannot do."""
-    if sections["finetune"].trainable != "new":
-        return []
-    why = "stage control trains the softmax source by this recipe, and it has nothing new; finetune.trainable: all"
-    return [Check("finetune.trainable", "new", why)]
-
-
 def _enough(sections: dict[str, Any], train: Images, val: Images) -> list[Check]:
     """Images that stages ask for by number."""
     asked = {
@@ -184,7 +181,7 @@ def _rooms(one: Denoiser, made: set[str]) -> tuple[Room, ...]:
             0 if "shards" in made else None if count is None else each * count,
             certain=False,
             out=True,
-            why=f"{each / 1e6:.1f} MB each" + (f", {count:,} of them ({one.train.how})" if count else ""),
+            why=f"{each / 1e6:.2f} MB each" + (f", {count:,} of them ({one.train.how})" if count else ""),
             change=f"fewer images: with 10,000 it is {each / 1e5:,.0f} GB" if count and each * count > 1e11 else "",
         ),
         Room("models", one.saved * len(left), out=True, why=f"{len(left)} of {one.saved / 1e9:.1f} GB"),
@@ -197,7 +194,7 @@ def _encoded_bytes(one: Denoiser) -> int:
     """Of an encoded image, with its caption (t5lib.data.encoding)."""
     channels, (_, text) = one.shape.latents[0], one.tokens(one.area)
     latent = channels * one.area // one.pixels_per_latent**2 * (2 if one.sections["shards"].encode.flip else 1)
-    return HALF * (latent + text * (one.shape.text_width or 0) + one.shape.pooled_width)
+    return HALF * (latent + text * (one.shape.text_width or 0) + one.shape.pooled_width) + ABOUT
 
 
 def _memories(one: Denoiser) -> list[Memory]:

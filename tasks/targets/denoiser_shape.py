@@ -9,6 +9,12 @@ from typing import Any
 CLIP_TOKENS = 77  # of SD3's text, before those of T5
 FREQUENCIES = 256  # of the timestep embedding
 
+# What a config may leave out: diffusers' own values.
+SD3 = {"attention_head_dim": 64, "num_attention_heads": 18, "num_layers": 18, "patch_size": 2, "in_channels": 16}
+SD3 |= {"pooled_projection_dim": 2048, "pos_embed_max_size": 96}
+DIT = {"attention_head_dim": 72, "num_attention_heads": 16, "num_layers": 28, "patch_size": 2, "in_channels": 4}
+DIT |= {"num_embeds_ada_norm": 1000}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -35,6 +41,7 @@ class Shape:
     @classmethod
     def of(cls, config: dict[str, Any]) -> "Shape":
         """Of a transformer's config.json, as diffusers saves it."""
+        config = (SD3 if "joint_attention_dim" in config else DIT) | config
         head, incoming = config["attention_head_dim"], config["in_channels"]
         channels = head * config["num_attention_heads"]
         common: dict[str, Any] = {"channels": channels, "head": head, "blocks": config["num_layers"]}

@@ -66,6 +66,10 @@ class Expected:
     def transformer(self) -> dict[str, Any]:
         return self.configs[TRANSFORMER]
 
+    @property
+    def pixels_per_latent(self) -> int:
+        return 2 ** (len(self.configs[VAE]["block_out_channels"]) - 1)
+
 
 _SD3_CONFIGS: dict[str, dict[str, Any]] = {
     INDEX: {

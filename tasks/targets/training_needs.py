@@ -1,12 +1,15 @@
 """Memory and checkpoints of a training by a recipe, whatever is trained; what of the recipe makes them smaller."""
 
+import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from t5lib.training.trainer import LoopConfig
+from t5lib.utils.errors import T5Error
 from tasks.runtime import cards
-from tasks.runtime.needs import Memory
+from tasks.runtime.needs import Check, Memory
 
 NEW_SHARE = 0.01  # of all parameters: what conversion adds, or adapters have, at the most
 NUMBER = 4  # bytes in single precision
@@ -51,6 +54,14 @@ def memory(
     return Memory(stage, static_bytes(size, recipe, teacher), likely(recipe), smaller)
 
 
+def check_control(recipe: LoopConfig) -> list[Check]:
+    """What the stage control, whose model has no new layers, cannot do; it comes after the fine-tune."""
+    if recipe.trainable != "new":
+        return []
+    why = "set finetune.trainable: all, or lora; stage control trains the softmax source so, and nothing of it is new"
+    return [Check("finetune.trainable", "new", why)]
+
+
 def _trained(size: Size, recipe: LoopConfig) -> float:
     """Numbers that have a gradient."""
     return size.parameters * (NEW_SHARE if recipe.trainable in ("new", "lora") else 1)
@@ -58,27 +69,24 @@ def _trained(size: Size, recipe: LoopConfig) -> float:
 
 def _smaller(stage: str, recipe: LoopConfig) -> Iterator[tuple[str, LoopConfig]]:
     """Changes of the recipe one on top of the other, the mildest first: the words for params.yaml, and the recipe."""
-    section = "freeze.train" if stage == "freeze" else stage
-    changes: dict[str, Any] = {}
+    section, changes = "freeze.train" if stage == "freeze" else stage, dict[str, Any]()
+    for more in _milder(recipe):
+        changes |= more
+        with contextlib.suppress(T5Error):  # such as an odd batch where images are mixed in pairs
+            words = ", ".join(f"{section}.{name}: {json.dumps(value)}" for name, value in changes.items())
+            yield words, dataclasses.replace(recipe, **changes)
 
-    def with_(**more: Any) -> tuple[str, LoopConfig]:
-        changes.update(more)
-        words = ", ".join(f"{section}.{name}: {_yaml(value)}" for name, value in changes.items())
-        return words, dataclasses.replace(recipe, **changes)
 
+def _milder(recipe: LoopConfig) -> Iterator[dict[str, Any]]:
     if not recipe.gradient_checkpointing:
-        yield with_(gradient_checkpointing=True)
+        yield {"gradient_checkpointing": True}
     batch, accumulate = recipe.batch_size, recipe.accumulate
     while batch > 1:
         batch, accumulate = batch // 2, accumulate * 2
-        yield with_(batch_size=batch, accumulate=accumulate)
+        yield {"batch_size": batch, "accumulate": accumulate}
     if recipe.trainable == "all" and recipe.optimizer == "adamw":
-        yield with_(optimizer="adamw8bit")
+        yield {"optimizer": "adamw8bit"}
     if recipe.ema:
-        yield with_(**{"ema": None} | ({"align": 0.0} if getattr(recipe, "teacher", "") == "ema" else {}))
+        yield {"ema": None} | ({"align": 0.0} if getattr(recipe, "teacher", "") == "ema" else {})
     if recipe.trainable == "all":
-        yield with_(trainable="lora")
-
-
-def _yaml(value: Any) -> str:
-    return {True: "true", None: "null"}.get(value, str(value)) if value is True or value is None else str(value)
+        yield {"trainable": "lora"}
