@@ -39,6 +39,7 @@ from t5lib.utils.weights import check_numbers, shards_of
 _FAMILIES = (dit.ADAPTER, sd3.ADAPTER)
 PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TRANSFORMERS = {kind.__name__: kind for family in _FAMILIES for kind in (family.softmax_class, family.converted_class)}
+TRANSFORMERS["Transformer2DModel"] = dit.ADAPTER.softmax_class  # as DiT-XL's repository still calls it
 
 
 def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:

@@ -63,6 +63,26 @@ def check_access(rest: str, token: str | None = None) -> None:
         HfApi().auth_check(repo.name, repo_type=repo.kind, token=token)
 
 
+@dataclass(frozen=True)
+class Listed:
+    """Of a repo's files that a source names: how many, their bytes together; and whether the repo is gated."""
+
+    files: int
+    size: int
+    gated: bool
+
+
+def look(rest: str, token: str | None = None) -> Listed:
+    """What the hub lists, without fetching any of it. Raises SourceError as `fetch` does."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    repo = _parse(rest)
+    info = _info(repo, token)
+    sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings}
+    wanted = list(filter_repo_objects(sizes, allow_patterns=repo.patterns))
+    return Listed(len(wanted), sum(sizes[name] for name in wanted), bool(getattr(info, "gated", False)))
+
+
 def download(rest: str, partial: Path, token: str | None) -> Path:
     """Download the files of a pinned repo into `partial` and check every size, and every checksum that the hub tells.
 

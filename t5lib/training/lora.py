@@ -8,27 +8,32 @@ the transfer left. In a timm model queries, keys and values are one projection, 
 from torch import nn
 
 from t5lib.conversion import ttt_layers
+from t5lib.families import family_of
 from t5lib.utils.errors import T5Error
 
 
 def attach(model: nn.Module, rank: int, alpha: float) -> None:
     """Put an adapter, W + alpha / rank · B A with B = 0 at first, on every projection of every converted attention.
 
+    Of a softmax model, which a converted one is compared with, all attentions get them.
+
     The adapters (parameters with "lora_" in their names) are then all of `model` that has a gradient. A is drawn from
     torch's global generator. Undone by `merge`.
 
     Raises:
-        T5Error: no attention of `model` is converted.
+        T5Error: no attention of `model` has projections that are plain linear layers.
     """
+    attentions = dict(ttt_layers(model)) or {n: model.get_submodule(n) for n in family_of(model).attention_names(model)}
     targets = [
         f"{name}.{part}"
-        for name, layer in ttt_layers(model).items()
+        for name, layer in attentions.items()
         for part, module in layer.named_modules()
         if isinstance(module, nn.Linear) and not part.startswith("mixer.")
     ]
     if not targets:
         raise T5Error(
-            "adapters go on the projections of converted attentions, but this model has none; convert it first"
+            f"adapters go on linear projections of attentions, and this {type(model).__name__} has none; "
+            "train all of it: trainable 'all'"
         )
     from peft import LoraConfig, inject_adapter_in_model  # seconds to import
 

@@ -54,7 +54,8 @@ class LoopConfig:
         clip_norm: bound of the gradient's norm; null for none.
         ema: decay of the averaged weights, which are then the result; null for none.
         trainable: "all"; "new" for the freeze protocol; "lora" for low-rank adapters of the projections around the
-            new layers, merged at the end, everything else frozen (t5lib.training.lora).
+            new layers, merged at the end, everything else frozen (t5lib.training.lora); of a softmax model, around
+            all attentions.
         lora_rank, lora_alpha: width of the adapters, and their factor times lora_rank.
         precision: "fp32" or "bf16" (autocast).
         compile: torch.compile the transformer blocks, each by itself; one compilation serves all that are alike.
@@ -355,7 +356,7 @@ def freeze(model: nn.Module, config: LoopConfig) -> list[nn.Parameter]:
     """Leave only what `config.trainable` names with a gradient; returns the parameters it froze.
 
     Raises:
-        T5Error: "new" or "lora" on a model without converted layers.
+        T5Error: "new" on a model without converted layers.
     """
     if config.trainable == "all":
         return []

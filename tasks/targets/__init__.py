@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from t5lib.utils.config import to_dict
 from t5lib.utils.errors import T5Error
 from tasks.runtime import params
+from tasks.runtime.needs import Needs
 
 if TYPE_CHECKING:
     from tasks.targets.base import Target
@@ -47,6 +48,16 @@ def _kind(settings: dict[str, Any]) -> tuple[str, str]:
     fetch = settings.get("fetch")
     form = fetch.get("format") if isinstance(fetch, dict) else None
     return _KINDS.get(form if isinstance(form, str) else None, _USUAL)
+
+
+def needs(root: Path | str, target: str, settings: dict[str, Any], *, online: bool = False) -> Needs:
+    """See Target.needs; `settings` are those that `resolve` gives.
+
+    Args:
+        online: fetch the configs of what lies on a hub, some kilobytes, to tell its size and to check them.
+    """
+    of_kind = kind(settings)
+    return of_kind.needs(params.checked(settings, of_kind.SECTIONS, target), Path(root), target, online=online)
 
 
 def resolve(root: Path | str, target: str, changes: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:

@@ -7,10 +7,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from t5lib.utils.errors import T5Error
-from tasks.runtime import local_sources, params, readiness
-from tasks.targets import resolve
+from tasks.runtime import cards, local_sources, params, preflight, readiness
+from tasks.targets import needs, resolve
 
 
 def main() -> None:
@@ -23,9 +24,17 @@ def main() -> None:
             params.check_name(".", arguments.name)
         settings = resolve(".", arguments.target, arguments.set)
         (readiness if arguments.ready else local_sources).check(Path("."), arguments.name, settings)
+        if arguments.ready:
+            _refuse_too_small(arguments.name, settings)
         print(json.dumps(settings))
     except T5Error as error:
         sys.exit(str(error))
+
+
+def _refuse_too_small(target: str, settings: dict[str, Any]) -> None:
+    """Raises T5Error where this machine certainly cannot hold what the target's stages make."""
+    needed = needs(".", target, settings)
+    preflight.refuse(target, preflight.items(Path("."), needed, cards.present(), online=False))
 
 
 if __name__ == "__main__":

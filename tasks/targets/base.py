@@ -32,6 +32,7 @@ from t5lib.training.trainer import LoopConfig, TrainReport
 from t5lib.utils.config import AtLeastOne, WholeNumber, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import MODEL_FILES
+from tasks.runtime.needs import Needs
 from tasks.runtime.stage import Stage
 from tasks.runtime.tracking.registry.product import Product
 
@@ -103,6 +104,17 @@ class Target(ABC, Generic[Recipe]):
         Args:
             sections: all of SECTIONS, as settings.
             root: of the repository.
+        """
+
+    @classmethod
+    @abstractmethod
+    def needs(cls, sections: dict[str, Any], root: Path, target: str, *, online: bool = False) -> Needs:
+        """What building the target needs of a machine, from settings and configs alone.
+
+        Args:
+            sections, root: see `check`.
+            target: its name; what its stages have made already is not counted.
+            online: fetch the configs of what lies on a hub and is not here yet.
         """
 
     # Stages that differ altogether; each returns the stage's metrics.

@@ -26,7 +26,9 @@ from t5lib.utils.config import AtLeastOne, Rate, settings, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file, sha256
 from t5lib.utils.progress import progress
+from tasks.runtime.needs import Needs
 from tasks.runtime.tracking.registry.product import Product
+from tasks.targets import classifier_needs
 from tasks.targets.base import Target, check_model, precision
 from tasks.targets.image_shards import ImagesConfig, listed, open_labelled, refuse_overlap, taken
 from tasks.targets.linear_head import fit_head
@@ -120,6 +122,11 @@ class ClassifierTarget(Target[TrainConfig]):
             _refuse_mismatch(train, val, data.num_classes)
         if train and data.workers > train.count:
             raise T5Error(f"data.workers is {data.workers}; expected at most one for each of {train.count} images")
+
+    @classmethod
+    def needs(cls, sections: dict[str, Any], root: Path, target: str, *, online: bool = False) -> Needs:
+        """See Target."""
+        return classifier_needs.needs(sections, blank(sections["fetch"]), root, target)
 
     def fetch(self) -> dict[str, Any]:
         model, origin = fetched_model(self.section("fetch"), self.stage.resume_dir() / "source")

@@ -17,7 +17,7 @@ from t5lib.data.encoders import ImageEncoder, TextEncoder, encoding_pipeline
 from t5lib.data.encoding import EncodingConfig, encode
 from t5lib.data.latents import MANIFEST, LatentSet, LatentShards
 from t5lib.data.shards import ShardSet
-from t5lib.download import check, kept
+from t5lib.download import check, kept, resolve
 from t5lib.evaluation.generation import TextTokens
 from t5lib.families.inputs import Inputs
 from t5lib.report import denoiser as report
@@ -31,11 +31,13 @@ from t5lib.training.trainer import TrainReport, train
 from t5lib.utils.config import BatchSize, Share, Workers, settings, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, sha256, write_json
+from tasks.runtime.needs import Needs
 from tasks.runtime.tracking.registry.product import Product
-from tasks.targets import diffusers_folder, timm_model
+from tasks.targets import denoiser_needs, diffusers_folder, timm_model
 from tasks.targets.base import Target, device, precision
 from tasks.targets.denoiser_checks import check_numbers, check_pipeline
 from tasks.targets.image_shards import ImagesConfig, listed, open_captions, open_labelled, refuse_overlap, taken
+from tasks.targets.pipeline_checks import check_parts, check_weights, described, differences
 from tasks.targets.sample_evaluator import EvaluateConfig, SampleEvaluator
 
 SCHEDULER = "scheduler"  # its folder in what the stage `source` made
@@ -147,10 +149,20 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         if folder is not None:
             check_pipeline(folder, sections, images)
 
+    @classmethod
+    def needs(cls, sections: dict[str, Any], root: Path, target: str, *, online: bool = False) -> Needs:
+        """See Target."""
+        return denoiser_needs.needs(sections, root, target, online=online)
+
     def fetch(self) -> dict[str, Any]:
         """Fetch and check pipeline and scorers. Large files stay where they were downloaded to or lie already."""
         config, out, models = self.section("fetch"), self.stage.out, self.stage.root / "data/models"
-        folder = kept(_pipeline_source(config.source), models)
+        source = resolve(config.source)
+        if configs := described(source, models):
+            _check_configs(configs, source)
+        folder = kept(diffusers_folder.whole(source), models)
+        _check_configs(folder, source)
+        check_weights(folder)
         noted = diffusers_folder.note(folder, config.source, out, self.stage.root)
         features, origin = timm_model.fetched_model(config.features, self.stage.resume_dir() / "features")
         t5lib.save(features, out / "features")
@@ -336,9 +348,12 @@ def _noising(folder: Path, changes: dict[str, Any]) -> Noising:
     return noising_of(diffusers_folder.scheduler(folder), **changes)
 
 
-def _pipeline_source(source: str) -> str:
-    """A hub repo without #FILES means the pipeline's files alone."""
-    return f"{source}#{diffusers_folder.HUB_FILES}" if source.startswith("hf:") and "#" not in source else source
+def _check_configs(folder: Path, source: str) -> None:
+    """Raises T5Error where a pipeline cannot be converted; tells what is other than expected of its repository."""
+    diffusers_folder.transformer_class(folder)
+    check_parts(folder)
+    for difference in differences(folder, source):
+        print(f"fetch: not as expected: {difference}", flush=True)
 
 
 def _kept_file(source: str, models: Path) -> str:

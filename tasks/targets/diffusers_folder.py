@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json, sha256, write_json
+from t5lib.utils.files import read_json, read_object, sha256, write_json
 from t5lib.utils.progress import progress
 from t5lib.utils.weights import shards_of
 
@@ -20,16 +20,25 @@ if TYPE_CHECKING:
 
 NOTE, SCORERS = "pipeline.json", "scorers.json"
 TRANSFORMERS = ("SD3Transformer2DModel", "DiTTransformer2DModel")
-# Of a hub repo: diffusers' own folders in full precision, without single-file checkpoints and half-precision copies;
-# and the licence.
+# The class that DiT-XL's repository names: diffusers loads it as the one that its normalization tells.
+FORMER, FORMER_NORM = "Transformer2DModel", {"ada_norm_zero": "DiTTransformer2DModel"}
+# Of a hub repo: diffusers' own folders in full precision, without single-file checkpoints and half-precision copies,
+# nor the indexes of such copies; and the licence.
+CONFIGS = ("model_index.json", "*/*config.json", "*/model.safetensors.index.json")
 HUB_FILES = ",".join(
     (
-        *("README.md", "LICENSE*"),
-        *("*.json", "*/*.txt", "*/*.model", "*/model.safetensors", "*/model-0*.safetensors"),
+        *("README.md", "LICENSE*", *CONFIGS, "*/diffusion_pytorch_model.safetensors.index.json"),
+        *("*/tokenizer.json", "*/vocab.json", "*/special_tokens_map.json", "*/added_tokens.json"),
+        *("*/*.txt", "*/*.model", "*/model.safetensors", "*/model-0*.safetensors"),
         *("*/diffusion_pytorch_model.safetensors", "*/diffusion_pytorch_model-0*.safetensors"),
         "*/diffusion_pytorch_model.bin",
     )
 )
+
+
+def whole(source: str) -> str:
+    """A hub repo without #FILES means the pipeline's files alone."""
+    return f"{source}#{HUB_FILES}" if source.startswith("hf:") and "#" not in source else source
 
 
 def note(folder: Path, source: str, out: Path, root: Path) -> dict[str, Any]:
@@ -54,15 +63,8 @@ def note(folder: Path, source: str, out: Path, root: Path) -> dict[str, Any]:
 
 def check(folder: Path) -> None:
     """Raises T5Error unless `folder` holds a whole softmax pipeline, all shards, of a kind that can be converted."""
-    if not (folder / "model_index.json").is_file():
-        raise T5Error(f"{folder} is no diffusers pipeline: it has no model_index.json; expected the folder of one")
-    index = read_json(folder / "model_index.json")
-    kind = (index.get("transformer") or [None, None])[1]
-    if kind not in TRANSFORMERS:
-        raise T5Error(
-            f"{folder} is a {index.get('_class_name')}, whose transformer is {kind}; expected "
-            f"{' or '.join(TRANSFORMERS)}"
-        )
+    transformer_class(folder)
+    index = read_object(folder / "model_index.json")
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
     missing = [name for name in parts if not (folder / name).is_dir() or not any((folder / name).iterdir())]
     for index_file in sorted(folder.glob("*/*.index.json")):
@@ -72,6 +74,27 @@ def check(folder: Path) -> None:
             f"{folder} lacks {', '.join(missing)}, which its model_index.json lists; fetch the pipeline again, or "
             "write [null, null] there for what is left out on purpose (text_encoder_3 and tokenizer_3 may be)"
         )
+
+
+def transformer_class(folder: Path) -> str:
+    """diffusers' name of the denoiser's class, one of TRANSFORMERS; weights need not be there.
+
+    Raises:
+        T5Error: `folder` holds no pipeline, or one of a kind that cannot be converted.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise T5Error(f"{folder} is no diffusers pipeline: it has no model_index.json; expected the folder of one")
+    index = read_object(folder / "model_index.json")
+    entry = index.get("transformer")
+    kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+    if kind == FORMER and (folder / "transformer/config.json").is_file():
+        kind = FORMER_NORM.get(read_json(folder / "transformer/config.json").get("norm_type"), kind)
+    if kind not in TRANSFORMERS:
+        raise T5Error(
+            f"{folder} is a {index.get('_class_name')}, whose transformer is {kind}; expected "
+            f"{' or '.join(TRANSFORMERS)}"
+        )
+    return kind
 
 
 def folder_of(fetched: Path, root: Path) -> Path:
@@ -135,7 +158,7 @@ def blank(folder: Path) -> "nn.Module":
     """The softmax denoiser without weights, on the meta device; one for all who ask, so it must not be changed."""
     check(folder)
     config = read_json(folder / "transformer/config.json")
-    return _blank(read_json(folder / "model_index.json")["transformer"][1], json.dumps(config))
+    return _blank(transformer_class(folder), json.dumps(config))
 
 
 @functools.lru_cache(maxsize=4)
@@ -171,7 +194,7 @@ def image_vae(folder: Path) -> "nn.Module | None":
 
 def takes_text(folder: Path) -> bool:
     """Whether it draws from text; else from class numbers."""
-    return "text_encoder" in read_json(folder / "model_index.json")
+    return "text_encoder" in read_object(folder / "model_index.json")
 
 
 def classes(folder: Path) -> int:

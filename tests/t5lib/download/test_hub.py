@@ -10,7 +10,7 @@ import pytest
 from file_server import COMMIT, DATA, NOWHERE, files_in, sha
 
 from t5lib.download import fetch, resolve
-from t5lib.download.hub import check_access
+from t5lib.download.hub import Listed, check_access, look
 from t5lib.utils.errors import SourceError
 
 FILES = {"config.json": b"{}", "model.safetensors": DATA, "unet/a.safetensors": DATA[:500_000]}
@@ -129,6 +129,14 @@ def test_access_is_asked_for_without_fetching_anything(hub, tmp_path):
     hub.status, hub.headers = 403, {"X-Error-Code": "GatedRepo"}
     with pytest.raises(SourceError, match=r"is gated; accept the conditions.*HF_TOKEN"):
         check_access("owner/repo@main")
+
+
+def test_what_a_source_names_is_listed_without_fetching_it(hub):
+    assert look(f"owner/repo@{COMMIT}#*.safetensors") == Listed(files=2, size=len(DATA) + 500_000, gated=False)
+    info = json.loads(hub.content["/api/models/owner/repo/revision/main"]) | {"gated": "manual"}
+    hub.content["/api/models/owner/repo/revision/main"] = json.dumps(info).encode()
+    assert look("owner/repo@main") == Listed(files=3, size=len(DATA) + 500_002, gated=True)
+    assert not [path for _, path, _ in hub.seen if "/resolve/" in path]
 
 
 def test_hf_without_network_can_be_tried_again(hub, tmp_path, monkeypatch):

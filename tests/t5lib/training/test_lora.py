@@ -115,6 +115,17 @@ def test_a_step_that_is_not_finite_leaves_the_model_as_it_was():
     assert same(state(model), before) and plain_again(model)
 
 
-def test_adapters_need_converted_attentions():
-    with pytest.raises(T5Error, match="this model has none; convert it first"):
-        run(tiny_vit(), ADAPTERS)
+def test_a_softmax_model_learns_by_the_same_recipe_so_that_it_can_be_the_control():
+    model = tiny_vit("average_pool", proj_drop_rate=0.1)
+    before = state(model)
+    run(model, ADAPTERS)
+    parts = {f"blocks.{block}.attn.{part}.weight" for block in (0, 1) for part in ("qkv", "proj")}
+    assert learned(model, before).keys() == parts
+
+
+def test_adapters_need_linear_projections():
+    model = half_converted()
+    for name in ("qkv", "proj"):
+        setattr(model.blocks[1].attn, name, nn.Identity())
+    with pytest.raises(T5Error, match="this VisionTransformer has none; train all of it: trainable 'all'"):
+        lora.attach(model, 3, 6.0)

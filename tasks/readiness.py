@@ -1,0 +1,57 @@
+"""Before a long run: does this machine have what a target needs? Nothing is begun, and only configs are fetched.
+
+    python -m tasks.readiness sd35-medium
+    python -m tasks.readiness sd35-medium --card H100
+
+Exit status 1 where something essential is missing. docs/long_runs.md says how to read the table.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from t5lib.utils.errors import T5Error
+from tasks import targets
+from tasks.runtime import cards, preflight, readiness
+from tasks.runtime.preflight import MISSING, Item
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.readiness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("target", help="a section of `targets` in params.yaml, such as sd35-medium")
+    parser.add_argument("--card", help=f"the card it is for ({', '.join(cards.CARDS)}); default: the first of this one")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of that card, where it has another size")
+    arguments = parser.parse_args()
+    try:
+        card = cards.named(arguments.card, arguments.memory) if arguments.card else cards.present()
+        found = look(Path("."), arguments.target, card)
+    except T5Error as error:
+        sys.exit(f"readiness: {error}")
+    print(f"{arguments.target}\n\n{preflight.table(found)}\n\n{preflight.ESTIMATE}")
+    if essential := [item.what for item in found if item.essential]:
+        sys.exit(f"\n'{arguments.target}' cannot be built here yet: {', '.join(dict.fromkeys(essential))}")
+
+
+def look(root: Path, target: str, card: cards.Card | None) -> list[Item]:
+    """Every line of the table; asks the hub."""
+    settings = targets.resolve(root, target)
+    needs = targets.needs(root, target, settings, online=True)
+    remote = tuple(each.source.partition("@")[0] for each in needs.remotes)
+    return _out_of_reach(root, target, settings, remote) + preflight.items(root, needs, card)
+
+
+def _out_of_reach(root: Path, target: str, settings: dict[str, Any], remote: tuple[str, ...]) -> list[Item]:
+    """What the flow would refuse to begin without, but for `remote` sources, which have lines of their own."""
+    try:
+        readiness.check(root, target, settings)
+    except T5Error as error:
+        lines = [line.strip().partition(": ") for line in str(error).splitlines()[1:]]
+        return [Item(what, "", "", MISSING, why, True) for what, _, why in lines if not why.startswith(remote)]
+    return []
+
+
+if __name__ == "__main__":
+    main()
