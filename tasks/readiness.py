@@ -40,7 +40,7 @@ def look(root: Path, target: str, card: cards.Card | None) -> list[Item]:
     settings = targets.resolve(root, target)
     needs = targets.needs(root, target, settings, online=True)
     remote = tuple(each.source.partition("@")[0] for each in needs.remotes)
-    return _out_of_reach(root, target, settings, remote) + preflight.items(root, needs, card)
+    return _out_of_reach(root, target, settings, remote) + preflight.items(root, target, needs, card)
 
 
 def _out_of_reach(root: Path, target: str, settings: dict[str, Any], remote: tuple[str, ...]) -> list[Item]:

@@ -5,6 +5,7 @@ What is certain and does not fit is refused before anything begins; what is esti
 
 import configparser
 import fcntl
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ LONG = 6  # hours of a stage from which on it is said how to make it shorter
 NAME_IT = "there is no card here; name the one it is for: --card H200"
 FICLONE = 0x40049409  # Linux: make a file share the blocks of another
 CACHE_TYPES = "reflink,copy"  # DVC's own
-LINKING = "dvc config --local cache.type reflink,hardlink,copy"
+LINKING = "dvc config --local cache.type hardlink"
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,11 @@ class Item:
     essential: bool = False
 
 
-def items(root: Path, needs: Needs, card: Card | None, *, online: bool = True) -> list[Item]:
+def items(root: Path, target: str, needs: Needs, card: Card | None, *, online: bool = True) -> list[Item]:
     """All lines.
 
     Args:
+        target: its name; what an interrupted run of it left is room that need not be free.
         card: the one that the work is for; None where there is none.
         online: ask the hub for sizes and access.
     """
@@ -50,7 +52,7 @@ def items(root: Path, needs: Needs, card: Card | None, *, online: bool = True) -
         lines[:0] = [item] if item else []
         rooms.insert(0, Room(remote.what, size, why="to be fetched" if size else "the hub did not tell"))
     lines += [_checked(check) for check in needs.checks]
-    lines += _disk(root, rooms)
+    lines += _disk(root, rooms, begun_bytes(root, target, needs))
     lines += [_memory(memory, card) for memory in needs.memories]
     return lines + _hours(needs.works, card)
 
@@ -104,9 +106,9 @@ def _checked(check: Check) -> Item:
     return Item(check.what, "as expected", check.found, verdict, check.problem, bad and check.essential)
 
 
-def _disk(root: Path, rooms: list[Room]) -> list[Item]:
-    """The parts, then their sum beside what is free."""
-    free, copied = free_bytes(root), copies(root)
+def _disk(root: Path, rooms: list[Room], begun: int) -> list[Item]:
+    """The parts, then their sum beside what is free or taken by what was `begun` of it."""
+    free, copied = free_bytes(root) + begun, copies(root)
     lines, known, certain = [], 0, 0
     for room in rooms:
         if room.size is None:
@@ -123,7 +125,8 @@ def _disk(root: Path, rooms: list[Room]) -> list[Item]:
         changes = [room.change for room in rooms if room.change and room.size]
         changes += [f"{LINKING} (DVC keeps a second copy of all outputs)"] if copied else []
         change = "; or ".join([f"free {_gb(known - free)}", *changes])
-    return [*lines, Item("disk: all of it", _gb(known), f"{_gb(free)} free", verdict, change, certain > free)]
+    there = f"{_gb(free)} free" + (f", with {_gb(begun)} of what was begun" if begun else "")
+    return [*lines, Item("disk: all of it", _gb(known), there, verdict, change, certain > free)]
 
 
 def free_bytes(root: Path) -> int:
@@ -132,16 +135,28 @@ def free_bytes(root: Path) -> int:
     return shutil.disk_usage(place if place.exists() else root).free
 
 
+def begun_bytes(root: Path, target: str, needs: Needs) -> int:
+    """What lies on the disk of stages and downloads that are not finished."""
+    places = [root / "data/scratch" / target]
+    for remote in needs.remotes:
+        name = re.sub(r"[^\w.]+", "-", remote.source.partition("@")[0])  # as t5lib.download.kept calls its folder
+        places += [place for kind in ("models", "datasets") for place in root.glob(f"data/{kind}/*{name}*")]
+    files = [file for place in dict.fromkeys(places) for file in place.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
 def copies(root: Path) -> bool:
-    """Whether DVC's cache holds outputs a second time on this disk, as its settings and the file system have it."""
+    """Whether DVC's cache holds outputs a second time on this disk, as its settings and the file system have it.
+
+    Of several kinds of links the first counts: where it cannot be, DVC copies as it commits (seen with DVC 3.67).
+    """
     settings = configparser.ConfigParser()
     settings.read([root / ".dvc/config", root / ".dvc/config.local"])
     if settings.has_option("cache", "dir"):
         return False  # elsewhere
     kinds = settings.get("cache", "type", fallback=CACHE_TYPES)
-    wanted = [kind.strip(" \"'") for kind in kinds.split(",")]
-    first = next((kind for kind in wanted if kind != "reflink" or _reflinks(root)), "copy")
-    return first == "copy"
+    first = kinds.split(",")[0].strip(" \"'")
+    return not _reflinks(root) if first == "reflink" else first == "copy"
 
 
 def _reflinks(root: Path) -> bool:

@@ -34,7 +34,7 @@ def main() -> None:
 def _refuse_too_small(target: str, settings: dict[str, Any]) -> None:
     """Raises T5Error where this machine certainly cannot hold what the target's stages make."""
     needed = needs(".", target, settings)
-    preflight.refuse(target, preflight.items(Path("."), needed, cards.present(), online=False))
+    preflight.refuse(target, preflight.items(Path("."), target, needed, cards.present(), online=False))
 
 
 if __name__ == "__main__":

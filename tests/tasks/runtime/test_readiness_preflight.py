@@ -27,7 +27,7 @@ def disk(monkeypatch, tmp_path):
 
 
 def verdicts(root, needs, card=None, **options):
-    return {item.what: item for item in preflight.items(root, needs, card, **options)}
+    return {item.what: item for item in preflight.items(root, "mine", needs, card, **options)}
 
 
 def test_disk_is_summed_over_stages_and_what_makes_it_smaller_is_named(disk):
@@ -52,12 +52,22 @@ def test_an_estimate_that_does_not_fit_is_told_and_not_refused(disk):
     preflight.refuse("mine", [item])
 
 
+def test_what_an_interrupted_run_left_need_not_be_free_again(disk):
+    needs = Needs(remotes=(Remote("the pipeline", "hf:owner/repo@main#*.json", 100 * 10**9 + 20),))
+    assert verdicts(disk, needs, online=False)["disk: all of it"].essential
+    for place in ("scratch/mine/fetch", "models/.hf-owner-repo-0123-json.incoming", "models/hf-owner-other-0123"):
+        (disk / "data" / place).mkdir(parents=True)
+        (disk / "data" / place / "part").write_bytes(bytes(10))
+    assert verdicts(disk, needs, online=False)["disk: all of it"].verdict == "ok"
+
+
 def test_a_second_copy_depends_on_the_kind_of_the_cache_and_on_the_file_system(tmp_path, monkeypatch):
     (tmp_path / ".dvc").mkdir()
     for text, reflinks, copied in (
         ("", False, True),
         ("", True, False),
-        ("[cache]\ntype = reflink,hardlink,copy\n", False, False),
+        ("[cache]\ntype = hardlink\n", False, False),
+        ("[cache]\ntype = reflink,hardlink,copy\n", False, True),
         ("[cache]\ntype = reflink,copy\n", True, False),
         ("[cache]\ntype = copy\n", True, True),
         ("[cache]\ndir = /elsewhere\n", False, False),
@@ -157,7 +167,7 @@ def test_a_hub_that_cannot_be_reached_leaves_the_size_that_we_expect(disk, monke
 
 def test_the_table_has_a_line_an_item_and_under_it_what_to_change(disk):
     needs = Needs(checks=(Check("configs", "other", "patch_size is 4", essential=False), Check("labels", "there")))
-    lines = preflight.table(preflight.items(disk, needs, cards.named("H200"))).splitlines()
+    lines = preflight.table(preflight.items(disk, "mine", needs, cards.named("H200"))).splitlines()
     assert [line.split() for line in lines] == [
         ["needs", "there", "is", "verdict"],
         ["configs", "as", "expected", "other", "wrong"],

@@ -85,12 +85,14 @@ def test_medium_from_nothing(root, monkeypatch):
     assert rooms["encoded images"] == pytest.approx(140 * 2 * (16 * 128**2 + 333 * 4096 + 2048), rel=0.01)
     assert found.remotes[0].size == 16_300_000_000
     monkeypatch.setattr(preflight, "copies", lambda _: True)
-    items = {item.what: item for item in preflight.items(root, found, cards.named("A6000"), online=False)}
+    items = {
+        item.what: item for item in preflight.items(root, "sd35-medium", found, cards.named("A6000"), online=False)
+    }
     finetune = items["memory: finetune"]
     assert finetune.verdict == "too little" and not finetune.essential  # 44 GiB of it are certain, of 47
     assert finetune.change.startswith("set finetune.batch_size: 1, finetune.accumulate: 16")
     assert "twice" not in items["hours: freeze"].change and "finetune.steps: 1500" in items["hours: finetune"].change
-    small = preflight.items(root, found, cards.named("RTX 4090"), online=False)
+    small = preflight.items(root, "sd35-medium", found, cards.named("RTX 4090"), online=False)
     with pytest.raises(T5Error, match=r"memory: finetune: needs 5\d GiB, there is 23 GiB on RTX 4090"):
         preflight.refuse("sd35-medium", small)
 
