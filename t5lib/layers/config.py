@@ -22,7 +22,7 @@ SCOPES = ("joint", "modality")
 NEIGHBORHOOD_SHARES = ("half", "learned")
 
 # Whole layers under one name: TTTConfig.preset(name), `preset:` in params.yaml, or a value of a layer map.
-_OTHERWISE = {"inner_loss": "dot", "rescale": False, "inherit": "all", "neighborhood_share": "half"}
+_OTHERWISE = {"inner_loss": "dot", "rescale": False, "inherit": "all"}
 _OWN: dict[str, dict[str, Any]] = {
     "t5": {"inner": "swiglu", "key_norm": "instance", "locality": "dwc_qk"},
     "t5+": {"inner": "swiglu", "key_norm": "instance", "locality": "dwc_qk+nat5"},
