@@ -47,7 +47,7 @@ def settings(kind: str, root: Path) -> dict[str, Any]:
         "source": {},
         "diagnose": {"images": 4},
         "convert": {"locality": "dwc_qk"},
-        "calibrate": {"steps": 4, "batch_size": 4, "pool": 2, "reuse": 1, "checkpoint_every": 2},
+        "calibrate": {"steps": 4, "warmup": 1, "batch_size": 4, "pool": 2, "reuse": 1, "checkpoint_every": 2},
         "align": {"steps": 2, "batch_size": 4},
         "freeze": {"ceiling": 5.0, "train": {**TRAINED, "trainable": "new", "ema": None}},
         "finetune": {**TRAINED, "align": 0.5, "ema": 0.9},
