@@ -21,11 +21,8 @@ from t5lib.data.latents import MANIFEST, LatentSet, LatentShards
 from t5lib.data.shards import ShardSet
 from t5lib.download import check, kept
 from t5lib.families.inputs import Inputs
-from t5lib.report import denoiser as report
-from t5lib.report import plots
 from t5lib.report.common import Quality
 from t5lib.report.data import ReportData
-from t5lib.report.sample_grid import sample_grid
 from t5lib.training.denoiser import DenoiserTrainConfig, Denoising, validation_loss
 from t5lib.training.objectives import Noising, noised_batch, noised_inputs, noising_of
 from t5lib.training.trainer import TrainReport, train
@@ -195,6 +192,9 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
 
     def evaluate(self, models: dict[str, str]) -> dict[str, dict[str, Any]]:
         """Every model draws the same prompts from the same noise; writes every image and a picture of some."""
+        from t5lib.report import plots  # Matplotlib takes a second
+        from t5lib.report.sample_grid import sample_grid
+
         config, stage = self.section("evaluate"), self.stage
         self.section("data")  # asked for before resume_dir, which depends on it
         folders = {name: stage.input(made_by) for name, made_by in models.items()}
@@ -280,6 +280,8 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         return validation_loss({"model": model}, batches, noising=noising, precision=precision())["model"]
 
     def quality(self, data: ReportData) -> Quality:
+        from t5lib.report import denoiser as report  # Matplotlib takes a second
+
         return report.quality(data)
 
     def samples(self) -> Path:
