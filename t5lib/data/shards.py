@@ -45,9 +45,7 @@ class Shard:
 
     def __post_init__(self) -> None:
         if list(self.left_out) != sorted({position for position in self.left_out if position < self.end}):
-            raise T5Error(
-                f"left_out is {list(self.left_out)}; expected different positions in order, below {self.end}"
-            )
+            raise T5Error(f"left_out is {list(self.left_out)}; expected different positions in order, below {self.end}")
 
     @property
     def end(self) -> int:
