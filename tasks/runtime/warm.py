@@ -45,7 +45,7 @@ def serving(libraries: Sequence[str], environment: Mapping[str, str]) -> Iterato
     with tempfile.TemporaryDirectory(prefix="t5-") as folder, socket.socket(socket.AF_UNIX) as listener:
         address = str(Path(folder) / "socket")
         listener.bind(address)
-        listener.listen()  # calls wait while the libraries are being imported
+        listener.listen()  # calls wait while the first library is being imported
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(listener.fileno()), *libraries],
             pass_fds=[listener.fileno()],
@@ -63,22 +63,28 @@ def serving(libraries: Sequence[str], environment: Mapping[str, str]) -> Iterato
 
 
 def serve(listener: socket.socket, libraries: Sequence[str]) -> None:
-    """Until standard input ends, fork for everyone who calls; then remove the folder of the socket."""
+    """Until standard input ends, fork for everyone who calls; then remove the folder of the socket.
+
+    Calls are answered from the first library on: the check of settings, which comes first, needs no others.
+    """
     with listener:
-        for library in libraries:
-            with suppress(ImportError):  # the stage that needs it will say so
-                import_module(library)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+        left = list(libraries)
         while True:
-            ready, _, _ = select.select([listener, sys.stdin], [], [])
+            if left:
+                with suppress(ImportError):  # the stage that needs it will say so
+                    import_module(left.pop(0))
+            if not left:
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+            ready, _, _ = select.select([listener, sys.stdin], [], [], 0 if left else None)
             if sys.stdin in ready:  # the flow was killed
                 shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
                 return
-            caller, _ = listener.accept()
-            if os.fork() == 0:
-                listener.close()
-                _work_for(caller)
-            caller.close()
+            if listener in ready:
+                caller, _ = listener.accept()
+                if os.fork() == 0:
+                    listener.close()
+                    _work_for(caller)
+                caller.close()
 
 
 def hand_over(module: str, arguments: Sequence[str]) -> None:

@@ -18,13 +18,11 @@ from t5lib.data.encoding import EncodingConfig, encode
 from t5lib.data.latents import MANIFEST, LatentSet, LatentShards
 from t5lib.data.shards import ShardSet
 from t5lib.download import check, kept, resolve
+from t5lib.evaluation import scores
 from t5lib.evaluation.generation import TextTokens
 from t5lib.families.inputs import Inputs
-from t5lib.report import denoiser as report
-from t5lib.report import plots
 from t5lib.report.common import Quality
 from t5lib.report.data import ReportData
-from t5lib.report.sample_grid import sample_grid
 from t5lib.training.denoiser import DenoiserTrainConfig, Denoising, validation_loss
 from t5lib.training.objectives import Noising, noised_batch, noised_inputs, noising_of
 from t5lib.training.trainer import TrainReport, train
@@ -142,6 +140,7 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
     def check(cls, sections: dict[str, Any], root: Path) -> None:
         """See Target. What a pipeline must be known for is checked as soon as it lies on this machine."""
         fetch = sections["fetch"]
+        _check_limit(sections)
         timm_model.blank(fetch.features)
         folder = diffusers_folder.known(fetch.source, root)
         images = listed(sections["shards"], root)
@@ -200,6 +199,9 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
 
     def evaluate(self, models: dict[str, str]) -> dict[str, dict[str, Any]]:
         """Every model draws the same prompts from the same noise; writes every image and a picture of some."""
+        from t5lib.report import plots  # Matplotlib takes a second
+        from t5lib.report.sample_grid import sample_grid
+
         config, stage = self.section("evaluate"), self.stage
         self.section("data")  # asked for before resume_dir, which depends on it
         folders = {name: stage.input(made_by) for name, made_by in models.items()}
@@ -310,6 +312,8 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         )
 
     def quality(self, data: ReportData) -> Quality:
+        from t5lib.report import denoiser as report  # Matplotlib takes a second
+
         return report.quality(data)
 
     def samples(self) -> Path:
@@ -341,6 +345,17 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         if diffusers_folder.takes_text(folder):
             return open_captions(config, split, self.stage)
         return open_labelled(config, split, diffusers_folder.classes(folder), self.stage)
+
+
+def _check_limit(sections: dict[str, Any]) -> None:
+    """Raises T5Error where shards.limit leaves fewer images than a stage needs."""
+    wanted = {f"{name}.images": sections[name].images for name in ("diagnose", "explain")} | {"evaluate": scores.LEAST}
+    limit = sections["shards"].limit
+    for name, images in wanted.items():
+        if limit is not None and images > limit:
+            raise T5Error(
+                f"shards.limit is {limit}, but {name} needs {images} images; raise the one or lower the other"
+            )
 
 
 def _noising(folder: Path, changes: dict[str, Any]) -> Noising:

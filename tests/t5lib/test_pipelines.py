@@ -320,7 +320,9 @@ def test_a_saved_vit_described_as_a_dit_is_refused(tmp_path):
     described = json.loads((tmp_path / "t5.json").read_text())
     del described["sha256"]
     (tmp_path / "t5.json").write_text(json.dumps(described | {"family": "dit"}))
-    with pytest.raises(T5Error, match=r"t5\.json, made with .*: expected the architecture DiTTransformer2DModel, got 'vit_tiny"):
+    with pytest.raises(
+        T5Error, match=r"t5\.json, made with .*: expected the architecture DiTTransformer2DModel, got 'vit_tiny"
+    ):
         t5lib.load(tmp_path)
 
 

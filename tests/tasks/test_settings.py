@@ -197,9 +197,15 @@ def test_settings_of_a_pipeline_of_the_hub_are_checked_against_it_once_it_is_fet
         targets.checked(good, "x", tmp_path)
 
 
-def test_all_targets_of_the_repository_are_good():
-    for name in params.read(ROOT)["targets"]:
-        targets.resolve(ROOT, name)
+def test_a_limit_that_leaves_too_few_images_for_a_stage_is_refused_before_any_work(tmp_path):
+    for change, message in (
+        ({"shards": {"limit": 31}}, "shards.limit is 31, but diagnose.images needs 32 images"),
+        ({"shards": {"limit": 9}, "diagnose": {"images": 8}}, "shards.limit is 9, but evaluate needs 16 images"),
+    ):
+        settings = params.read_target(ROOT, "sd35-micro")
+        settings |= {section: settings[section] | values for section, values in change.items()}
+        with pytest.raises(T5Error, match=message):
+            targets.checked(settings, "x", tmp_path)
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

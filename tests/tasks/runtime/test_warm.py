@@ -76,6 +76,16 @@ def test_libraries_are_imported_once_and_our_own_code_by_every_stage(folder, var
     assert (folder / "imports").read_text() == "once\n"
 
 
+def test_a_call_is_answered_before_the_last_library_is_imported(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "first.py").write_text("import select, sys; select.select([int(sys.argv[1])], [], [])")  # until it calls
+    (folder / "last.py").write_text("import time; time.sleep(60)")
+    with warm.serving(["first", "last"], environment({"PYTHONPATH": str(folder)})) as given:
+        process = start(folder, environment({**given, "TOLD": "passed on"}), "well")
+        output, _ = process.communicate(timeout=30)
+    assert int(output.split()[0]) != process.pid and process.returncode == 0
+
+
 def test_ctrl_c_reaches_the_work_and_its_last_words_the_reader(folder, variables):
     process = start(folder, variables, "sleep")
     process.stdout.readline()
