@@ -1,10 +1,11 @@
 """The flow `ablate`: an ablation, from the weights to the tables, a Prefect task for every variant.
 
-`python -m flows.ablate smoke`, or in Python `from flows.ablate import ablate; ablate("smoke")`, or a deployment
-(prefect.yaml). Run again, it makes what is missing. A variant that breaks leaves the others their turn.
+    python -m flows.ablate smoke
+
+or in Python `from flows.ablate import ablate; ablate("smoke")`, or a deployment (prefect.yaml). Run again, it makes
+what is missing. A variant that breaks leaves the others their turn.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from prefect.states import Completed, Failed, State
 
 from flows import command, killed, outcome, server
 from flows.process import environment, stream
+from t5lib.utils import command_line
 from t5lib.utils.errors import T5Error
 from tasks import targets
 from tasks.runtime import failures
+from tasks.studies.ablation import names
 
 LIBRARIES = targets.libraries({})  # of classifiers: what ablations compare
 TASK = [sys.executable, "-m", "tasks.studies.ablation"]
@@ -116,11 +119,11 @@ def _plan(root: Path, name: str, variables: Mapping[str, str]) -> dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flows.ablate", description="Run an ablation, to its tables.")
-    names = "an ablation of tasks/studies/ablation, or a file, such as my.yaml"
-    parser.add_argument("name", nargs="?", default="dinov2-fashion", help=names)
+    parser = command_line.parser("flows.ablate", str(__doc__))
+    known = f"an ablation ({', '.join(names())}) or a file, such as my.yaml"
+    parser.add_argument("name", nargs="?", default="dinov2-fashion", help=known)
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the ablation")
-    parser.add_argument("--out", help="where the results go, without ending")
+    parser.add_argument("--out", help="where the results go, without ending (default: docs/results/ablation-NAME)")
     arguments = parser.parse_args()
     files = command.run(
         lambda: LIBRARIES,

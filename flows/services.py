@@ -1,10 +1,12 @@
 """The Prefect server, worker and deployments in the background, and MLflow's pages: `make up`, `down`, `ui`.
 
+    python -m flows.services up --port 4300
+    python -m flows.services down
+
 Process ids and logs are in data/prefect. `up` may be repeated: what runs already is left alone, and so is all that it
 did not make: another server, or a work pool of another kind.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import psutil
 
 from flows import listening, pool
 from flows.process import environment, interrupt_on_signals, stream
+from t5lib.utils import command_line
 from t5lib.utils.errors import T5Error, without_secrets
 from t5lib.utils.files import write_text
 from tasks.runtime import tracking
@@ -170,9 +173,9 @@ def ui(root: Path, port: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flows.services", description=__doc__)
-    parser.add_argument("action", choices=["up", "down", "ui"])
-    parser.add_argument("--port", type=int, default=None, help="default: 4200 for up, 5000 for ui")
+    parser = command_line.parser("flows.services", str(__doc__))
+    parser.add_argument("action", choices=["up", "down", "ui"], help="start all, end all, or show MLflow's pages")
+    parser.add_argument("--port", type=int, help="of the server or the pages (default: 4200 for up, 5000 for ui)")
     arguments = parser.parse_args()
     interrupt_on_signals()
     try:

@@ -1,10 +1,11 @@
 """The flow `t5`: one target, from fetched weights to the report, a Prefect task for every DVC stage.
 
-`python -m flows.t5 dinov2-fashion`, or in Python `from flows.t5 import t5; t5("dinov2-fashion")`, or a deployment
-(prefect.yaml). Without a Prefect server one is started for as long as the flow runs.
+    python -m flows.t5 dinov2-fashion
+
+or in Python `from flows.t5 import t5; t5("dinov2-fashion")`, or a deployment (prefect.yaml). Without a Prefect server
+one is started for as long as the flow runs. Run again, it goes on from where it was.
 """
 
-import argparse
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from flows.process import environment, stream
 from t5lib.utils.errors import T5Error, without_secrets
 from t5lib.utils.files import read_json
 from tasks import targets
-from tasks.runtime import failures, params, processes, tracking
+from tasks.runtime import command_line, failures, params, processes, tracking
 from tasks.runtime.stage import remove_recorded
 from tasks.targets.diffusers_folder import NOTE
 
@@ -227,8 +228,8 @@ def show(root: Path, target: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flows.t5", description="Build one target, from weights to report.")
-    parser.add_argument("target", nargs="?", default="dinov2-fashion", help="a section of `targets` in params.yaml")
+    parser = command_line.parser("flows.t5", str(__doc__))
+    command_line.add_target(parser, default="dinov2-fashion")
     arguments = params.parse_with_changes(parser)
     root, target, name = Path.cwd(), arguments.target, arguments.name
     changes = ["--set", *arguments.set, "--as", name] if arguments.set else []

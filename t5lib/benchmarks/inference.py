@@ -1,6 +1,6 @@
 """Speed of a denoiser in the shape of Stable Diffusion 3.5 Medium, softmax beside converted, with random weights.
 
-    python -m t5lib.benchmarks.inference --out docs/results/sd35-speed.json [--resolutions 1024 2048 512 4096]
+    python -m t5lib.benchmarks.inference --out docs/results/sd35-speed.json --resolutions 1024 2048
 
 Weights do not matter to speed, and the real ones are gated. Everything is compared in one run: the softmax model with
 cuDNN attention first, the paper's 18 attentions converted, all converted, and "rest": all mixing taken out, which no
@@ -9,7 +9,6 @@ precision before it is timed, twice: as a CUDA graph, which is the device's own 
 is slower where Python is. Needs CUDA; written after every resolution, and those that are in the file are not run again.
 """
 
-import argparse
 import copy
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from t5lib.conversion import convert, ttt_layers
 from t5lib.families.inputs import ExampleSize
 from t5lib.families.sd3 import ADAPTER, MEDIUM
 from t5lib.layers.config import TTTConfig
+from t5lib.utils import command_line
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
 from t5lib.utils.markdown import table
@@ -143,10 +143,11 @@ def shallower(blocks: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m t5lib.benchmarks.inference", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--resolutions", type=int, nargs="+", default=[1024, 2048, 512, 4096], help="in this order")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser = command_line.parser("t5lib.benchmarks.inference", str(__doc__))
+    parser.add_argument("--out", type=Path, required=True, help="JSON, written after every resolution")
+    sides = [1024, 2048, 512, 4096]
+    parser.add_argument("--resolutions", type=int, nargs="+", default=sides, help="sides in pixels, in this order")
+    parser.add_argument("--repeats", type=int, default=10, help="timed passes")
     parser.add_argument("--blocks", type=int, default=MEDIUM["num_layers"], help="fewer, where a pass takes seconds")
     args = parser.parse_args()
     if not torch.cuda.is_available():

@@ -1,13 +1,12 @@
 """What a training step of Stable Diffusion 3.5 Medium costs: seconds and memory, softmax beside converted.
 
-    python -m t5lib.benchmarks.training_step --out step_cost.json [--sizes 512 1024 2048] [--layers softmax paper all] …
+    python -m t5lib.benchmarks.training_step --out step_cost.json --sizes 512 1024 --layers softmax all
 
 Real training (t5lib.training.denoiser) of the full shape with random weights, which cost what the real ones do. Cases
 are measured one after another in one process; each is written as soon as it is known. A case whose mixed-precision
 prediction is further from the float32 one than round-off explains is reported without figures.
 """
 
-import argparse
 import contextlib
 import gc
 import importlib.util
@@ -30,6 +29,7 @@ from t5lib.layers.config import TTTConfig
 from t5lib.training.denoiser import DenoiserTrainConfig, Denoising
 from t5lib.training.objectives import Batch, RectifiedFlow
 from t5lib.training.trainer import compiled_blocks, train
+from t5lib.utils import command_line
 from t5lib.utils.config import AtLeastOne, Several, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import write_json
@@ -234,18 +234,22 @@ def _machine(device: torch.device) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser("t5lib.benchmarks.training_step", str(__doc__))
     usual = CostConfig()
     parser.add_argument("--out", type=Path, required=True, help="JSON, written after every case")
     parser.add_argument("--sizes", type=int, nargs="+", default=usual.sizes, help="image sides in pixels")
     parser.add_argument("--layers", nargs="+", default=usual.layers, help="softmax, paper, all")
-    parser.add_argument("--compile", choices=("off", "on", "both"), default="both")
+    parser.add_argument("--compile", choices=("off", "on", "both"), default="both", help="torch.compile")
     parser.add_argument("--optimizers", nargs="+", help="adamw, adamw8bit; the default is those that are installed")
     parser.add_argument("--batch", type=int, default=usual.batch, help="images a step")
-    parser.add_argument("--micro-batch", type=int, help="images a forward pass; fewer need less memory")
-    parser.add_argument("--teacher", choices=("none", "ema", "source"), default=usual.teacher)
+    parser.add_argument(
+        "--micro-batch",
+        type=int,
+        help="images a forward pass; fewer need less memory (default: 4 at 1024 px, as many tokens at others)",
+    )
+    parser.add_argument("--teacher", choices=("none", "ema", "source"), default=usual.teacher, help="of the alignment")
     parser.add_argument("--steps", type=int, default=usual.steps, help="timed steps a case")
-    parser.add_argument("--text-tokens", type=int, default=usual.text_tokens)
+    parser.add_argument("--text-tokens", type=int, default=usual.text_tokens, help="of a caption")
     parser.add_argument("--small", action="store_true", help="a small model instead, to see that all runs")
     given = parser.parse_args(arguments)
     installed: tuple[Literal["adamw", "adamw8bit"], ...] = ("adamw",)

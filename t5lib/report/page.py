@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from t5lib.analysis.summary_text import explanation_reading
 from t5lib.benchmarks.resolution_sweep import break_even_sentence
-from t5lib.report import explanation_plots, plots
+from t5lib.report import explanation_plots, plots, theme
 from t5lib.report.common import RUNS, Quality, conditions, count, decimals, duration, short, significant, speed_tile
 from t5lib.report.data import ReportData
 from t5lib.utils.markdown import table
@@ -27,16 +27,18 @@ def html(data: ReportData, quality: Quality) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(count=count, short=short, number=significant, conditions=conditions)
+    environment.filters.update(
+        count=count, short=short, number=significant, conditions=conditions, variable=theme.variable
+    )
     return environment.get_template("report.html.j2").render(
         data=data,
-        colours=plots,
+        colours={"light": theme.css(dark=False), "dark": theme.css(dark=True)},
         quality=quality,
         headline=headline(data, quality),
         tiles=[*quality.tiles, *([speed_tile(data.benchmark)] if data.benchmark else [])],
-        figures={name: plots.data_uri(figure) for name, figure in (quality.figures | _figures(data)).items()},
-        samples=data.samples and plots.png_uri(data.samples),
-        maps=[plots.png_uri(content) for content in data.maps],
+        figures={name: theme.drawing(plots.svg(figure)) for name, figure in (quality.figures | _figures(data)).items()},
+        samples=data.samples and theme.photograph(data.samples),
+        maps=[theme.photograph(content) for content in data.maps],
         explained=explanation_reading(data.explanation) if data.explanation else [],
         shift_reading=_shift_reading(data),
         calibration_reading=_calibration_reading(data),
@@ -155,7 +157,7 @@ def _softmax_choice(data: ReportData) -> dict[str, Any] | None:
         f"and output fell from {significant(found['model_error'])} to {significant(found['model_error_chosen'])} of "
         "their variance. The table shows what one softmax layer alone would have left."
     )
-    rows = [(layer, significant(error), "chosen" if layer in chosen else "") for error, layer in alone]
+    rows = [(layer, significant(error), layer in chosen) for error, layer in alone]
     return {"text": text, "rows": rows}
 
 

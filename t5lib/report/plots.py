@@ -4,7 +4,6 @@ Figures are drawn at the width at which they are read (about 460 px, a column of
 their text keeps its size.
 """
 
-import base64
 import functools
 import io
 import re
@@ -26,7 +25,9 @@ from t5lib.utils.files import write_bytes
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
-INK, MUTED, RULE = "#1f2328", "#5c6570", "#d9dde2"
+INK, MUTED, RULE, GRID, GROUND = "#1f2328", "#5c6570", "#d9dde2", "#eceff2", "#ffffff"
+# Text on a heat map; not INK and GROUND, which are others on a dark page, where a heat map stays what it is.
+ON_PALE, ON_STRONG = "#1e2227", "#fefefe"
 HEAT = LinearSegmentedColormap.from_list("heat", ["#fdf7ee", "#f5c48b", "#d9620f", "#6d2405"])
 
 _FONTS = ("Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans")
@@ -45,7 +46,7 @@ STYLE: "dict[RcKeyType, Any]" = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "grid.color": "#eceff2",
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
     "text.color": INK,
     "axes.titlecolor": INK,
@@ -62,8 +63,8 @@ STYLE: "dict[RcKeyType, Any]" = {
     "svg.hashsalt": "t5",  # same data, same bytes
     "figure.constrained_layout.w_pad": 0.08,
     "figure.constrained_layout.h_pad": 0.06,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
+    "figure.facecolor": GROUND,
+    "savefig.facecolor": GROUND,
 }
 WIDTH, DPI = 4.9, 200  # inches; dots an inch of PNG files
 
@@ -116,7 +117,7 @@ def shift_ratio_map(
 def _print_cells(axes: Axes, values: Sequence[Sequence[float]]) -> None:
     for row, line in enumerate(values):
         for column, value in enumerate(line):
-            colour = "white" if value > 0.6 else INK
+            colour = ON_STRONG if value > 0.6 else ON_PALE
             text = f"{value:.2f}".removeprefix("0")
             axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
 
@@ -198,7 +199,7 @@ def layer_errors(layers: Sequence[str], before: Sequence[float], after: Sequence
     figure, axes = new_axes(height, "Error of each layer", "error (share of variance, log scale)", "layer")
     rows = range(len(layers))
     axes.hlines(rows, after, before, color=RULE, linewidth=2.5)
-    axes.plot(before, rows, "o", color="white", markeredgecolor=MUTED, label="after conversion")
+    axes.plot(before, rows, "o", color=GROUND, markeredgecolor=MUTED, label="after conversion")
     axes.plot(after, rows, "o", color=T5, label="after calibration")
     axes.set_xscale("log")
     plain_log_ticks(axes.xaxis)
@@ -276,14 +277,9 @@ def save(figure: Figure, path: Path | str) -> None:
     write_bytes(path, _render(figure, Path(path).suffix.removeprefix(".")))
 
 
-def data_uri(figure: Figure) -> str:
-    """`figure` as an SVG that an HTML page carries inside itself, as the src of an img."""
-    return "data:image/svg+xml;base64," + base64.b64encode(_render(figure, "svg")).decode()
-
-
-def png_uri(content: bytes) -> str:
-    """The same for a PNG file's content."""
-    return "data:image/png;base64," + base64.b64encode(content).decode()
+def svg(figure: Figure) -> str:
+    """`figure` as an SVG file's text."""
+    return _render(figure, "svg").decode()
 
 
 @styled

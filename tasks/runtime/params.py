@@ -129,7 +129,9 @@ def checked(settings: dict[str, Any], sections: dict[str, type], where: str) -> 
 def add_changes(parser: argparse.ArgumentParser) -> None:
     """`--set`, for `changed` and tasks.targets.resolve."""
     metavar = "SECTION.NAME=VALUE"
-    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar=metavar, help="settings to replace")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar=metavar, help="settings to replace (default: none)"
+    )
 
 
 def parse_with_changes(parser: argparse.ArgumentParser) -> argparse.Namespace:

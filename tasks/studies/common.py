@@ -27,6 +27,7 @@ import yaml
 
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
+from tasks.runtime import command_line
 from tasks.runtime.params import add_changes as add_changes
 
 J = TypeVar("J")  # a job
@@ -42,12 +43,8 @@ PATIENCE = 20.0  # seconds that an interrupted job may take to save a checkpoint
 
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
-    """The command line of the study `tasks.studies.<name>`; the first line of `doc` describes it."""
-    return argparse.ArgumentParser(prog=f"python -m tasks.studies.{name}", description=doc.splitlines()[0])
-
-
-def add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", help="a section of `targets` in params.yaml, such as dinov2-fashion")
+    """The command line of the study `tasks.studies.<name>`, which `doc` describes, with an example."""
+    return command_line.parser(f"tasks.studies.{name}", doc)
 
 
 def add_jobs(parser: argparse.ArgumentParser) -> None:

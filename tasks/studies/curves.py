@@ -25,6 +25,7 @@ from t5lib.report.score_table import METRICS
 from t5lib.utils import markdown
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json, write_text
+from tasks.runtime import command_line
 from tasks.runtime.stage import Stage
 from tasks.studies import common
 from tasks.studies.common import plus_minus, spread, with_seed, workspace
@@ -358,14 +359,16 @@ def samples(jobs: list[Job]) -> Figure:
 
 def main() -> None:
     parser = common.parser("curves", __doc__)
-    common.add_target(parser)
+    command_line.add_target(parser)
     sets = ["paper", "all"]
     parser.add_argument("--layers", nargs="+", default=sets, help="layer sets, as convert.layers takes them")
     parser.add_argument("--steps", type=int, nargs="+", required=True, help="of the fine-tunes; 0: none")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="each of all arms")
     parser.add_argument("--out", type=Path, required=True, help="where the .json, .md and .png go, without ending")
     parser.add_argument("--work", type=Path, default=Path("data/scratch/curves"), help="where partial work is kept")
-    parser.add_argument("--until", type=float, default=math.inf, metavar="SECONDS", help="begin nothing later")
+    parser.add_argument(
+        "--until", type=float, default=math.inf, metavar="SECONDS", help="begin nothing later (default: no end)"
+    )
     common.add_jobs(parser)
     common.add_changes(parser)
     arguments = parser.parse_args()

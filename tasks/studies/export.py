@@ -1,6 +1,7 @@
 """A target's fine-tuned denoiser as a diffusers pipeline, in a folder or on the hub, with its measured figures.
 
-python -m tasks.studies.export sd35-medium --out sd35-medium-t5 [--dtype bf16] [--push OWNER/NAME [--public]]
+    python -m tasks.studies.export sd35-medium --out sd35-medium-t5
+    python -m tasks.studies.export sd35-medium --out sd35-medium-t5 --dtype fp16 --push me/sd35-medium-t5
 
 The licence of the original weights, in their card and LICENSE files, goes along. A classifier needs no export: the
 folder of its stage `finetune` is what t5lib.load takes.
@@ -12,6 +13,8 @@ from typing import Any
 from t5lib.report.score_table import score_table
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_dir, read_json, write_text
+from tasks import targets
+from tasks.runtime import command_line, params
 from tasks.studies import common
 from tasks.targets import diffusers_folder
 
@@ -31,9 +34,7 @@ def export(target: str, out: Path, *, root: Path = Path("."), model: str = "fine
         if not (made / name).is_dir():
             raise T5Error(f"{made / name} does not exist; run `python -m flows.t5 {target}`")
     if not (made / "fetch" / diffusers_folder.NOTE).is_file():
-        raise T5Error(
-            f"'{target}' is a classifier, whose model folder is its own export: {made / model}, for t5lib.load"
-        )
+        raise _needs_no_export(target, made / model)
     # diffusers takes 15 seconds to import
     import torch
 
@@ -52,6 +53,13 @@ def export(target: str, out: Path, *, root: Path = Path("."), model: str = "fine
         if license:
             license.copy_to(folder)
     return pipe
+
+
+def _needs_no_export(target: str, folder: Path) -> T5Error:
+    return T5Error(
+        f"'{target}' is a classifier, which needs no export: t5lib.load takes {folder}, which "
+        f"`python -m flows.t5 {target}` makes; only diffusers pipelines are exported"
+    )
 
 
 def figures(target: str, made: Path) -> Any:
@@ -99,14 +107,18 @@ def push(pipe: Any, target: str, out: Path, repository: str, private: bool) -> s
 
 def main() -> None:
     parser = common.parser("export", __doc__)
-    common.add_target(parser)
+    command_line.add_target(parser)
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--model", default="finetune", help="the stage whose model is taken (default: finetune)")
+    parser.add_argument("--model", default="finetune", help="the stage whose model is taken")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights")
-    parser.add_argument("--push", metavar="OWNER/NAME", help="also publish it on the Hugging Face hub")
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="also publish it on the Hugging Face hub (default: only the folder)"
+    )
     parser.add_argument("--public", action="store_true", help="publish it for everyone (default: private)")
     arguments = parser.parse_args()
     with common.reported("export"):
+        if not targets.is_pipeline(params.read_target(".", arguments.target)):
+            raise _needs_no_export(arguments.target, Path(f"data/out/{arguments.target}") / arguments.model)
         pipe = export(arguments.target, arguments.out, model=arguments.model, dtype=arguments.dtype)
         print(f'{arguments.out}: t5lib.load_pipeline("{arguments.out}")')
         if arguments.push:

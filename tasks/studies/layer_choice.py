@@ -351,25 +351,36 @@ def main() -> None:
         print(layer_choice_report.table(result))
 
 
+PLAIN_OPTIONS = {
+    "scan_images": "training images kept from calibration, to choose on",
+    "budgets": "wanted costs, spread between softmax and the cheapest map",
+    "verify": "whole models that are measured, at most",
+    "shortlist": "the solver's best maps that are measured before one is chosen",
+    "eval_batch_size": "images a step of scan and comparison",
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = common.parser("layer_choice", __doc__)
     parser.add_argument("model", help="folder of a saved softmax model")
     for name, text in (("train", "to calibrate and choose on"), ("test", "for the last comparison")):
         parser.add_argument(f"--{name}", required=True, help=f"manifest of shards, or decoded images, {text}")
-        parser.add_argument(f"--{name}-images", type=int, default=getattr(Settings, f"{name}_images"))
+        usual = getattr(Settings, f"{name}_images")
+        parser.add_argument(f"--{name}-images", type=int, default=usual, help="at most so many of them")
     parser.add_argument("--resolution", type=int, required=True, help="side of the images in pixels")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of calibration; each chooses anew")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="new layers, as convert.layers names them")
     parser.add_argument("--cost", choices=["time", "flops"], default=Settings.cost, help="what the budgets are of")
-    for name in ("scan-images", "budgets", "verify", "shortlist", "eval-batch-size"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name.replace("-", "_")))
+    for name, text in PLAIN_OPTIONS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Settings, name), help=text)
     parser.add_argument("--batch", type=int, default=8, help="images a timed pass")
     parser.add_argument("--repeats", type=int, default=30, help="timed passes")
     parser.add_argument("--no-graphs", action="store_true", help="time without CUDA graphs")
     parser.add_argument("--steps", type=int, default=CalibrateConfig.steps, help="of calibration, for each kind")
     parser.add_argument("--batch-size", type=int, default=CalibrateConfig.batch_size, help="images a calibration step")
     parser.add_argument("--compile", action="store_true", help="torch.compile the calibration step")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="where all of it runs")
     parser.add_argument("--out", type=Path, required=True, help="where the .json, .md and .png go, without ending")
     parser.add_argument("--work", type=Path, default=Path("data/scratch/plan"), help="where partial work is kept")
     return parser

@@ -14,6 +14,7 @@ import torch
 
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
+from tasks.runtime import command_line
 from tasks.studies import common
 from tasks.targets import resolve
 from tasks.targets.run import run_stage
@@ -65,7 +66,7 @@ def _measured(name: str, target: str, settings: dict[str, Any], root: Path) -> d
 
 def main() -> None:
     parser = common.parser("profile", __doc__)
-    common.add_target(parser)
+    command_line.add_target(parser)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
     parser.add_argument("--work", type=Path, default=Path("data/scratch/profile"), help="where the outputs lie")
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="default: all, in the order of dvc.yaml")

@@ -44,6 +44,11 @@ def libraries(settings: dict[str, Any]) -> tuple[str, ...]:
     return _LIBRARIES[_kind(settings)[0]]
 
 
+def is_pipeline(settings: dict[str, Any]) -> bool:
+    """Whether a target with these settings is of a diffusers pipeline; known without importing diffusers."""
+    return _kind(settings) != _USUAL
+
+
 def _kind(settings: dict[str, Any]) -> tuple[str, str]:
     fetch = settings.get("fetch")
     form = fetch.get("format") if isinstance(fetch, dict) else None

@@ -1,22 +1,24 @@
 """Check a target of params.yaml before any work starts, and print all of its settings with their defaults.
 
-python -m tasks.targets dinov2-fashion
+    python -m tasks.targets dinov2-fashion
+    python -m tasks.targets sd35-medium --ready
+
+What is wrong is told in one message, with exit status 1.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from t5lib.utils.errors import T5Error
-from tasks.runtime import cards, local_sources, params, preflight, readiness
+from tasks.runtime import cards, command_line, local_sources, params, preflight, readiness
 from tasks.targets import needs, resolve
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tasks.targets", description=__doc__.splitlines()[0])
-    parser.add_argument("target", help="a section of `targets` in params.yaml, such as dinov2-fashion")
+    parser = command_line.parser("tasks.targets", str(__doc__))
+    command_line.add_target(parser)
     parser.add_argument("--ready", action="store_true", help="also ask the hub for weights and images")
     arguments = params.parse_with_changes(parser)
     try:

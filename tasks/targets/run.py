@@ -16,7 +16,6 @@ A stage is a module of tasks/ with the sections that it reads and what it does w
 Neither DVC nor Prefect nor MLflow is needed to run one.
 """
 
-import argparse
 import signal
 import sys
 import time
@@ -27,13 +26,18 @@ from typing import Any
 
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import sha256
-from tasks.runtime import local_sources
+from tasks.runtime import command_line, local_sources
 from tasks.runtime.failures import in_words
 from tasks.runtime.params import read_target
 from tasks.runtime.stage import Stage
 from tasks.runtime.tracking import start_stage
 from tasks.runtime.tracking.about import device, flatten
 from tasks.targets import kind, resolve
+
+HOW = (
+    "Its settings are the target's in params.yaml; `python -m tasks.targets TARGET` prints them all, with defaults. "
+    "`python -m flows.t5 TARGET` runs every stage, those that it needs first."
+)
 
 
 def run_stage(
@@ -82,8 +86,9 @@ def _run_alone(stage: Stage, run: Callable[[], dict[str, Any]], track: bool) -> 
 def main(run: Callable[..., dict[str, Any]]) -> None:
     """The command line of the stage `run` is of: one argument, the target. Exit status 1 on error, 130 when stopped."""
     name = Path(run.__code__.co_filename).stem
-    parser = argparse.ArgumentParser(prog=f"python -m tasks.{name}", description=run.__globals__["__doc__"])
-    parser.add_argument("target", help="a section of `targets` in params.yaml, such as dinov2-fashion")
+    command = f"python -m tasks.{name} dinov2-fashion"
+    parser = command_line.parser(f"tasks.{name}", f"{run.__globals__['__doc__']}\n\n    {command}\n\n{HOW}")
+    command_line.add_target(parser)
     target = parser.parse_args().target
     for stop in (signal.SIGINT, signal.SIGTERM):  # also where a background shell made us ignore Ctrl-C
         signal.signal(stop, signal.default_int_handler)

@@ -1,5 +1,6 @@
 """The report tells what the stages measured, in one file that needs nothing else, and says plainly what is missing."""
 
+import base64
 import html
 import json
 import math
@@ -16,6 +17,7 @@ from PIL import Image
 import t5lib
 from t5lib.report import common as report
 from t5lib.report.classifier import standard_error
+from t5lib.report.theme import COLOURS
 from t5lib.utils.errors import T5Error
 from tasks.targets.run import run_stage
 
@@ -82,8 +84,18 @@ def bench_rows() -> list[dict]:
 
 @pytest.fixture
 def root(tmp_path) -> Path:
+    return filled(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[str, str]:
+    """The page and the summary of `filled`, made once."""
+    return build(filled(tmp_path_factory.mktemp("built")))
+
+
+def filled(folder: Path) -> Path:
     """A repository folder with what every stage before the report leaves behind, as numbers from a real run look."""
-    out = tmp_path / "data/out" / TARGET
+    out = folder / "data/out" / TARGET
     scores = {
         "source": (84.5, 100.0),
         "converted": (10.2, 9.8),
@@ -126,7 +138,7 @@ def root(tmp_path) -> Path:
         "checked": {"against": "the same model in float64", "tolerance": 1e-3, "max_relative_error": 3.8e-7},
     }
     write(out / "benchmark/benchmark.json", bench)
-    return tmp_path
+    return folder
 
 
 def build(root: Path) -> tuple[str, str]:
@@ -139,6 +151,13 @@ def build(root: Path) -> tuple[str, str]:
 def remove(root: Path, *stages: str) -> None:
     for stage in stages:
         (root / "data/out" / TARGET / f"{stage}.json").unlink()
+
+
+def contents(page: str) -> dict[str, str]:
+    """Titles by anchor, which are those of the page's sections."""
+    listed = re.findall(r'<a href="#(\w+)">([^<]+)</a>', page)
+    assert listed == re.findall(r'<section id="(\w+)">\s*<h2>([^<]+)</h2>', page)
+    return dict(listed)
 
 
 def text_of(page: str) -> str:
@@ -164,18 +183,40 @@ class Nesting(HTMLParser):
         assert self.open.pop() == tag, f"</{tag}> at line {self.getpos()[0]} closes something else"
 
 
-def test_page_is_self_contained_and_well_nested(root):
-    page, _ = build(root)
+def test_page_is_self_contained_and_well_nested(built):
+    page, _ = built
     parser = Nesting()
     parser.feed(page)
     assert not parser.open
     loaded = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)', page)
-    assert loaded and all(source.startswith("data:") for pair in loaded for source in pair if source)
+    assert loaded and all(source.startswith(("data:", "#")) for pair in loaded for source in pair if source)
     assert "<script" not in page and "@import" not in page
 
 
-def test_page_tells_quality_with_its_uncertainty_cost_and_account(root):
-    text = text_of(build(root)[0])
+def test_contents_list_the_sections_of_the_page(built):
+    listed = contents(built[0])
+    assert len(listed) == 8 and listed["use"] == "Use the model" and listed.keys() >= {"keys", "layers", "speed"}
+
+
+def test_every_table_says_which_cells_are_headers_and_of_what(built):
+    headers = re.findall(r"<th\b[^>]*>", built[0])
+    assert headers and all('scope="col"' in header or 'scope="row"' in header for header in headers)
+
+
+def test_drawings_and_page_turn_dark_with_the_screen(built):
+    page = built[0]
+    drawings = [base64.b64decode(code).decode() for code in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
+    assert len(drawings) == 10
+    for text in (page, *drawings):
+        style, rest = text.split("</style>", 1)
+        assert "(prefers-color-scheme: dark)" in style and all(
+            light in style and dark in style for light, dark in COLOURS.values()
+        )
+        assert [light for light, _ in COLOURS.values() if light in rest] == []
+
+
+def test_page_tells_quality_with_its_uncertainty_cost_and_account(built):
+    text = text_of(built[0])
     assert "gets 85.8 % of 1,000 test images right" in text
     assert "87.7 % (−1.9 ± 1.5 points)" in text
     assert "85.8 % ±1.1 99.5 % 89.4 % 977 k 21.6 M 7 min 46 s" in text, "fine-tune's row counts calibration's time in"
@@ -188,8 +229,8 @@ def test_page_tells_quality_with_its_uncertainty_cost_and_account(root):
     assert "blocks.0.attn.mixer.w1" in text
 
 
-def test_page_says_plainly_when_softmax_is_faster(root):
-    page, summary = build(root)
+def test_page_says_plainly_when_softmax_is_faster(built):
+    page, summary = built
     for text in (text_of(page), summary):
         assert "No gain up to 257 tokens on this device: there the converted model takes 1.25 times as long" in text
     assert "slower than softmax at this size" in page
@@ -204,8 +245,8 @@ def test_page_tells_a_layer_map(root):
     assert "by layer: 0 <code>softmax</code>, 1 <code>swiglu+nat3</code>)" in " ".join(build(root)[0].split())
 
 
-def test_page_tells_what_the_new_layers_do_with_maps_over_images(root):
-    page = build(root)[0]
+def test_page_tells_what_the_new_layers_do_with_maps_over_images(built, root):
+    page = built[0]
     text = text_of(page)
     assert "Converted layers look about as far as the softmax layers: 3.1 patches on average, softmax 3.0" in text
     assert "miss 11 % of the variance, blocks.1.attn most" in text
@@ -217,16 +258,16 @@ def test_page_tells_what_the_new_layers_do_with_maps_over_images(root):
     assert "What the new layers do" in page and "A TTT layer has no attention map" not in page
 
 
-def test_summary_is_a_table_of_equal_rows_and_a_few_lines(root):
-    lines = build(root)[1].splitlines()
+def test_summary_is_a_table_of_equal_rows_and_a_few_lines(built):
+    lines = built[1].splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 8 and {line.count("|") for line in table} == {6}
     assert 4 <= sum(line.startswith("- ") for line in lines) <= 6
     assert "| Fine-tuned (T5) | 85.8\u202f% | 99.5\u202f% | 89.4\u202f% | 7\u202fmin 46\u202fs |" in lines
 
 
-def test_alignment_is_told_where_it_was_done(root):
-    without = text_of(build(root)[0])
+def test_alignment_is_told_where_it_was_done(built, root):
+    without = text_of(built[0])
     assert "Alignment" not in without and "Calibration comes on top" in without
     out = root / "data/out" / TARGET
     write(out / "align.json", {"steps": 50, "seconds": 49.0, "error_before.output": 0.224, "error_after.output": 0.114})
@@ -238,16 +279,16 @@ def test_alignment_is_told_where_it_was_done(root):
     assert "alignment those that align.trainable names" in text_of(page)
 
 
-def test_layers_that_are_softmax_again_are_told_with_what_every_layer_would_have_brought(root):
+def test_layers_that_are_softmax_again_are_told_with_what_every_layer_would_have_brought(built, root):
     path = root / "data/out" / TARGET / "calibrate.json"
     calibrated = json.loads(path.read_text())
-    assert "Softmax is back" not in text_of(build(root)[0])
+    assert "Softmax is back" not in text_of(built[0])
     calibrated |= {"model_error": 0.31, "model_error_chosen": 0.22, "softmax.blocks.1.attn": 1}
     calibrated |= {"model_error_with_softmax.blocks.0.attn": 0.28, "model_error_with_softmax.blocks.1.attn": 0.22}
     write(path, calibrated)
     told = text_of(build(root)[0])
     assert "Softmax is back in blocks.1.attn" in told and "fell from 0.310 to 0.220 of their variance" in told
-    assert "blocks.1.attn 0.220 chosen" in told and "blocks.0.attn 0.280" in told
+    assert "blocks.1.attn chosen 0.220" in told and "blocks.0.attn 0.280" in told
 
 
 def test_the_headline_is_a_score_of_every_model_and_the_speed(root):
@@ -284,6 +325,7 @@ def test_page_without_the_optional_stages_leaves_their_parts_out(root):
     write(path, {"models": kept})
     page, summary = build(root)
     assert "gets 85.8 % of 1,000 test images right; the softmax source 84.5 %" in text_of(page)
+    assert contents(page).keys().isdisjoint({"keys", "layers", "speed", "alignment"})
     for part in ("Speed and cost", "The shift in the keys", "What the new layers do", "Top-5", "Agrees with"):
         assert part not in page
     assert "top-5" not in summary and "tokens" not in summary

@@ -15,7 +15,7 @@ from pathlib import Path
 from t5lib.utils.config import to_dict
 from tasks.runtime.tracking.about import git_commit
 from tasks.studies import common
-from tasks.studies.ablation import definition, runner
+from tasks.studies.ablation import definition, names, runner
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -67,37 +67,41 @@ def _parser() -> argparse.ArgumentParser:
     parser = common.parser("ablation", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(function, description: str, name: str | None = None) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name or function.__name__, help=description, description=description)
+    def command(function, about: str, example: str, name: str | None = None) -> argparse.ArgumentParser:
+        name = name or function.__name__
+        text = f"{about[0].upper()}{about[1:]}.\n\n    python -m tasks.studies.ablation {name} {example}"
+        sub = commands.add_parser(name, help=about, description=text, formatter_class=parser.formatter_class)
         sub.set_defaults(function=function)
         return sub
 
-    sub = _on_device(_named(command(run, "run what is missing and write all results to one file")))
+    about = "run what is missing and write all results to one file"
+    sub = _on_device(_named(command(run, about, "smoke --out smoke.json")))
     sub.add_argument("--out", type=Path, required=True, help="the JSON file for the results; read too, if it is there")
-    sub.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants alone")
-    sub.add_argument(
-        "--until", type=float, default=math.inf, metavar="SECONDS", help="begin no variant after that many seconds"
-    )
-    sub.add_argument("--commit", help="the code's version to record where this is no git clone")
-    _on_device(_named(command(prepare, "fetch the weights, decode the images and make the sources")))
-    _named(command(show, "check an ablation and print all of its settings, as JSON"))
-    sub = command(tables, "write OUT.md and a picture OUT-TABLE.png for every table, from a result file alone")
+    sub.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants alone (default: all)")
+    words = "begin no variant after that many seconds (default: no end)"
+    sub.add_argument("--until", type=float, default=math.inf, metavar="SECONDS", help=words)
+    sub.add_argument("--commit", help="the code's version to record (default: that of this git clone)")
+    _on_device(_named(command(prepare, "fetch the weights, decode the images and make the sources", "smoke")))
+    _named(command(show, "check an ablation and print all of its settings, as JSON", "smoke"))
+    about = "write OUT.md and a picture OUT-TABLE.png for every table, from a result file alone"
+    sub = command(tables, about, "smoke.json --out smoke")
     sub.add_argument("file", type=Path, help="what `run` wrote")
     sub.add_argument("--out", type=Path, required=True, help="where they go, without ending")
-    sub = command(record, "record a result file in MLflow; what is recorded already is not doubled", name="import")
+    about = "record a result file in MLflow; what is recorded already is not doubled"
+    sub = command(record, about, "smoke.json", name="import")
     sub.add_argument("file", type=Path, help="what `run` wrote, here or on another machine")
     return parser
 
 
 def _named(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("name", help="an ablation of tasks/studies/ablation, such as smoke, or a file, such as my.yaml")
+    parser.add_argument("name", help=f"an ablation ({', '.join(names())}) or a file, such as my.yaml")
     common.add_changes(parser)
     return parser
 
 
 def _on_device(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     work = Path("data/scratch/ablation")
-    parser.add_argument("--work", type=Path, default=work, help=f"where partial work is kept (default: {work})")
+    parser.add_argument("--work", type=Path, default=work, help="where partial work is kept")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the ablation")
     common.add_jobs(parser)
     return parser

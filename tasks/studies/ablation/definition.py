@@ -30,9 +30,9 @@ from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_text
 from tasks import targets
 from tasks.runtime import params
+from tasks.studies.ablation import FOLDER, names
 from tasks.studies.common import checksum
 
-FOLDER = Path(__file__).parent  # of the project's own ablations
 PROTOCOLS: tuple[Literal["freeze", "finetune"], ...] = ("freeze", "finetune")
 SOURCE_SECTIONS = ("fetch", "shards", "data", "source")  # what decides about the model that variants start from
 Settings = dict[str, Any]
@@ -327,7 +327,7 @@ def _protocols(tables: dict[str, Table], control: str | None) -> dict[str, tuple
 def _file(root: Path, name: str) -> Path:
     if name.endswith((".yaml", ".yml")):
         return root / name
-    known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    known = names()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
         hint = f"did you mean '{near[0]}'? " if near else ""

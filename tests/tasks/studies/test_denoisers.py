@@ -14,6 +14,7 @@ from t5lib.report.models import KEYS
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
 from tasks.studies import common, curves, seeds
+from tasks.studies import export as export_module
 from tasks.studies.export import export
 from tasks.targets import checked
 
@@ -107,11 +108,19 @@ def test_the_result_is_exported_as_a_pipeline_with_its_figures(over_seeds, root,
         export("other", tmp_path / "other", root=work)
 
 
-def test_a_classifier_is_its_own_export(tmp_path):
+def test_a_classifier_needs_no_export_and_that_is_told(tmp_path, monkeypatch):
     for name in ("fetch", "finetune", "evaluate"):
         (tmp_path / "data/out/tiny" / name).mkdir(parents=True)
-    with pytest.raises(T5Error, match=r"'tiny' is a classifier, .* its own export: .*tiny/finetune"):
+    with pytest.raises(
+        T5Error, match=r"'tiny' is a classifier, which needs no export: .* takes .*tiny/finetune, which"
+    ):
         export("tiny", tmp_path / "out", root=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text("targets: {small: {fetch: {}}}")  # of which nothing is built yet
+    for target, told in (("small", "'small' is a classifier, which needs no export"), ("smal", "mean 'small'")):
+        monkeypatch.setattr("sys.argv", ["export", target, "--out", "out"])
+        with pytest.raises(SystemExit, match=told):
+            export_module.main()
 
 
 def test_curves_of_every_arm_and_seed_are_drawn_once(settings, root, kind, tmp_path, monkeypatch):
