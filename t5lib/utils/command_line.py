@@ -10,11 +10,14 @@ class Help(argparse.HelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = text.strip("\n").split("\n\n")
-        return "\n\n".join(each if each[0] == " " else textwrap.fill(each, width) for each in paragraphs)
+        return "\n\n".join(each if each[0] == " " else "\n".join(self._split_lines(each, width)) for each in paragraphs)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # names are left whole
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        if action.default in (None, False, argparse.SUPPRESS, []) or "default" in text:
+        if action.nargs == 0 or action.default in (None, []) or "default" in text:
             return text
         return f"{text} (default: {_in_words(action.default)})"
 
