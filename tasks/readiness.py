@@ -6,22 +6,19 @@
 Exit status 1 where something essential is missing. docs/long_runs.md says how to read the table.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 from t5lib.utils.errors import T5Error
 from tasks import targets
-from tasks.runtime import cards, preflight, readiness
+from tasks.runtime import cards, command_line, preflight, readiness
 from tasks.runtime.preflight import MISSING, Item
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tasks.readiness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("target", help="a section of `targets` in params.yaml, such as sd35-medium")
+    parser = command_line.parser("tasks.readiness", str(__doc__))
+    command_line.add_target(parser)
     parser.add_argument("--card", help=f"the card it is for ({', '.join(cards.CARDS)}); default: the first of this one")
     parser.add_argument("--memory", type=float, metavar="GIB", help="of that card, where it has another size")
     arguments = parser.parse_args()

@@ -27,6 +27,7 @@ for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):  # nothing here m
 # message it fails with, `seconds` how long it takes.
 TARGET = """
 from t5lib.utils.config import settings
+from tasks.runtime.needs import Needs
 
 @settings
 class Config:
@@ -48,6 +49,10 @@ class ClassifierTarget:
     @classmethod
     def check(cls, sections, root):
         pass
+
+    @classmethod
+    def needs(cls, sections, root, target, *, online=False):
+        return Needs()
 
     def __init__(self, stage):
         self.stage = stage

@@ -191,8 +191,8 @@ def test_a_batch_of_a_denoiser_must_hold_all_that_it_is_called_with():
     model, latents = tiny_denoisers.tiny_sd3(), torch.randn(2, 4, 8, 8)
     whole = {
         "timestep": torch.ones(2),
-        "encoder_hidden_states": torch.randn(2, 3, 6),
-        "pooled_projections": latents[:, 0],
+        "encoder_hidden_states": torch.randn(2, 3, model.config.joint_attention_dim),
+        "pooled_projections": torch.randn(2, model.config.pooled_projection_dim),
     }
     cases = {
         r"lacks timestep, encoder_hidden_states, pooled_projections; .*noised_inputs": latents,
