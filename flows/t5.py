@@ -27,6 +27,7 @@ from t5lib.utils.files import read_json
 from tasks import targets
 from tasks.runtime import command_line, failures, params, processes, tracking
 from tasks.runtime.stage import remove_recorded
+from tasks.runtime.tracking import about
 from tasks.targets.diffusers_folder import NOTE
 
 # What DVC and the loading of pipelines say that a reader of the log need not know.
@@ -119,7 +120,7 @@ def _publish(root: Path, target: str, headlines: dict[str, Any], run_id: str | N
         page = f"{without_secrets(server) if server else 'http://127.0.0.1:5000'}/#/runs/{run_id}"
         places["MLflow run"] = page if server else f"{page} after `make ui`"
     if not summary.is_file():
-        figures = tracking.flatten(headlines)
+        figures = about.flatten(headlines)
         first = ", ".join(f"{name} {value}" for name, value in figures.items())
         outcome.publish(target, outcome.described(figures, places), f"{target} is built: {first}.")
         return

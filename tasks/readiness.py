@@ -20,7 +20,9 @@ def main() -> None:
     parser = command_line.parser("tasks.readiness", str(__doc__))
     command_line.add_target(parser)
     parser.add_argument("--card", help=f"the card it is for ({', '.join(cards.CARDS)}); default: the first of this one")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="of that card, where it has another size")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="of that card (default: what cards of its name have)"
+    )
     arguments = parser.parse_args()
     try:
         card = cards.named(arguments.card, arguments.memory) if arguments.card else cards.present()
