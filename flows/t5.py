@@ -24,8 +24,9 @@ from flows.outcome import StageError
 from flows.process import environment, stream
 from t5lib.utils.errors import T5Error, without_secrets
 from t5lib.utils.files import read_json
+from t5lib.utils.locks import exclusive
 from tasks import targets
-from tasks.runtime import command_line, failures, params, processes, tracking
+from tasks.runtime import command_line, failures, params, tracking
 from tasks.runtime.stage import remove_recorded
 from tasks.runtime.tracking import about
 from tasks.targets.diffusers_folder import NOTE
@@ -74,7 +75,7 @@ def _build(root: Path, target: str) -> dict[str, Any]:
     log = get_run_logger()
     libraries = targets.libraries(params.read_target(root, target))
     killed.sign_and_sweep(log)
-    with processes.exclusive(root / f"data/scratch/{target}/flow.lock", f"target {target}", log.info):
+    with exclusive(root / f"data/scratch/{target}/flow.lock", f"target {target}", log.info):
         return _build_alone(root, target, libraries)
 
 

@@ -1,9 +1,7 @@
-"""Which process works on what: locks that name their holder, and records whose process is gone."""
+"""Which process a record is of, and whether that one is gone."""
 
 import os
 import socket
-
-from t5lib.utils.locks import exclusive as exclusive
 
 
 def identity() -> str:

@@ -14,7 +14,7 @@ import yaml
 from t5lib.utils.config import AnySettings, from_dict, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import link_or_copy, read_json, remove_leftovers, sha256, write_json, write_text
-from tasks.runtime import processes
+from t5lib.utils.locks import exclusive
 from tasks.runtime.tracking.registry.product import Product
 from tasks.runtime.tracking.run import NoRun
 
@@ -190,7 +190,7 @@ class Stage:
     def alone(self) -> AbstractContextManager[None]:
         """Within, no other process makes this stage of this target."""
         lock = self._scratch / f"{self.name}.lock"
-        return processes.exclusive(lock, f"stage {self.name} of {self.target}")
+        return exclusive(lock, f"stage {self.name} of {self.target}")
 
     def begin(self) -> None:
         """Clear what an earlier run left, so that nothing stale is ever taken for a result."""

@@ -71,7 +71,7 @@ def _works(sections: dict[str, Any], model: Any, root: Path, made: set[str]) -> 
     tokens, blocks = _tokens(sections, model), len(model.blocks)
     forward = 2 * _size(model).parameters * tokens + 4 * tokens**2 * model.embed_dim * blocks
     count, calibrate, align = (
-        counted(sections["shards"].train, "train", root).count,
+        counted(sections["shards"], "train", root).count,
         sections["calibrate"],
         sections["align"],
     )

@@ -18,7 +18,6 @@ from t5lib.data.encoding import EncodingConfig, encode
 from t5lib.data.latents import MANIFEST, LatentSet, LatentShards
 from t5lib.data.shards import ShardSet
 from t5lib.download import check, kept, resolve
-from t5lib.evaluation import scores
 from t5lib.evaluation.generation import TextTokens
 from t5lib.families.inputs import Inputs
 from t5lib.report.common import Quality
@@ -140,7 +139,6 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
     def check(cls, sections: dict[str, Any], root: Path) -> None:
         """See Target. What a pipeline must be known for is checked as soon as it lies on this machine."""
         fetch = sections["fetch"]
-        _check_limit(sections)
         timm_model.blank(fetch.features)
         folder = diffusers_folder.known(fetch.source, root)
         images = listed(sections["shards"], root)
@@ -345,17 +343,6 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         if diffusers_folder.takes_text(folder):
             return open_captions(config, split, self.stage)
         return open_labelled(config, split, diffusers_folder.classes(folder), self.stage)
-
-
-def _check_limit(sections: dict[str, Any]) -> None:
-    """Raises T5Error where shards.limit leaves fewer images than a stage needs."""
-    wanted = {f"{name}.images": sections[name].images for name in ("diagnose", "explain")} | {"evaluate": scores.LEAST}
-    limit = sections["shards"].limit
-    for name, images in wanted.items():
-        if limit is not None and images > limit:
-            raise T5Error(
-                f"shards.limit is {limit}, but {name} needs {images} images; raise the one or lower the other"
-            )
 
 
 def _noising(folder: Path, changes: dict[str, Any]) -> Noising:

@@ -1,5 +1,6 @@
 """Settings of a denoiser held against its pipeline and the manifests of its images, where they lie on this machine."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,12 @@ def _check_conditions(folder: Path, config: Any, images: tuple[ShardSet | None, 
 
 
 def check_numbers(sections: dict[str, Any], train: ShardSet | None, val: ShardSet | None) -> None:
-    """Raises T5Error where manifests list fewer images than are asked for, or one of them twice.
+    """Raises T5Error where fewer images are known to be there than are asked for, or one of them is there twice.
 
     Args:
         train, val: what the manifests say; None where they are not known (yet).
     """
+    limit = sections["shards"].limit
     wanted = {
         "diagnose.images": (train, sections["diagnose"].images),
         "explain.images": (val, sections["explain"].images),
@@ -82,9 +84,18 @@ def check_numbers(sections: dict[str, Any], train: ShardSet | None, val: ShardSe
     recipes |= {name: sections[name] for name in ("calibrate", "align") if sections[name].steps}
     wanted |= {f"{name}.batch_size": (train, recipe.batch_size) for name, recipe in recipes.items()}
     for name, (images, number) in wanted.items():
-        if images and number > images.count:
-            raise T5Error(f"{name} is {number}; expected at most {images.count}, as many as {images.name} has images")
-    if val and val.count < LEAST:
-        raise T5Error(f"shards.val lists {val.count} images; expected {LEAST} or more, to score pictures with")
+        most, why = _known(images, limit)
+        if number > most:
+            raise T5Error(f"{name} is {number}; expected at most {most}, {why}")
+    most, why = _known(val, limit)
+    if most < LEAST:
+        raise T5Error(f"shards.val gives {most} images, {why}; expected {LEAST} or more, to score pictures with")
     if train and val:
         refuse_overlap(train, val)
+
+
+def _known(images: ShardSet | None, limit: int | None) -> tuple[float, str]:
+    """How many images there are at most, and how that is known; infinity where it is not."""
+    if limit is not None and (images is None or images.count == limit):
+        return limit, "as many as shards.limit takes"
+    return (images.count, f"as many as {images.name} has") if images else (math.inf, "")

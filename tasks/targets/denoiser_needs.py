@@ -76,7 +76,7 @@ def needs(sections: dict[str, Any], root: Path, target: str, *, online: bool) ->
     source = sections["fetch"].source
     folder = diffusers_folder.known(source, root)
     configs = folder or (_described(source, root) if online else None)
-    train, val = (counted(getattr(sections["shards"], split), split, root) for split in ("train", "val"))
+    train, val = (counted(sections["shards"], split, root) for split in ("train", "val"))
     checks = [
         *_checked(configs, source),
         *training_needs.check_control(sections["finetune"]),

@@ -4,13 +4,13 @@ import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from t5lib.data.checking import tar_files
 from t5lib.data.shards import IMAGE_FIELDS
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
 from tasks.runtime.needs import Remote
+from tasks.targets.image_shards import ImagesConfig
 
 # Published counts of data sets that params.yaml names: (training, validation).
 KNOWN = {"timm/imagenet-1k-wds": {"train": 1_281_167, "val": 50_000}}
@@ -25,7 +25,15 @@ class Images:
     how: str
 
 
-def counted(source: str, split: str, root: Path) -> Images:
+def counted(shards: ImagesConfig, split: str, root: Path) -> Images:
+    """Of "train" or "val", no more than `shards.limit`."""
+    images = _held(getattr(shards, split), split, root)
+    if shards.limit is None or (images.count is not None and images.count <= shards.limit):
+        return images
+    return Images(shards.limit, None, "by shards.limit")
+
+
+def _held(source: str, split: str, root: Path) -> Images:
     """A manifest says it; of tar files the first is counted, and the others taken to be alike."""
     scheme, _, rest = source.partition(":")
     if scheme == "hf":
@@ -42,7 +50,7 @@ def counted(source: str, split: str, root: Path) -> Images:
         return Images(None, None, "not there, or not readable")
 
 
-def remote_images(shards: Any, root: Path, target: str) -> list[Remote]:
+def remote_images(shards: ImagesConfig, root: Path, target: str) -> list[Remote]:
     """Those of the section `shards` that the hub has, unless they were fetched before."""
     if (root / f"data/out/{target}/shards.json").exists():
         return []

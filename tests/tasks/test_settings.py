@@ -199,8 +199,11 @@ def test_settings_of_a_pipeline_of_the_hub_are_checked_against_it_once_it_is_fet
 
 def test_a_limit_that_leaves_too_few_images_for_a_stage_is_refused_before_any_work(tmp_path):
     for change, message in (
-        ({"shards": {"limit": 31}}, "shards.limit is 31, but diagnose.images needs 32 images"),
-        ({"shards": {"limit": 9}, "diagnose": {"images": 8}}, "shards.limit is 9, but evaluate needs 16 images"),
+        ({"shards": {"limit": 31}}, "diagnose.images is 32; expected at most 31, as many as shards.limit takes"),
+        (
+            {"shards": {"limit": 9}, "diagnose": {"images": 8}},
+            "gives 9 images, as many as shards.limit takes; expected 16",
+        ),
     ):
         settings = params.read_target(ROOT, "sd35-micro")
         settings |= {section: settings[section] | values for section, values in change.items()}

@@ -19,6 +19,7 @@ from tasks.targets import pipeline_checks, training_needs
 from tasks.targets.denoiser_shape import Shape
 from tasks.targets.expected_pipelines import PIPELINES
 from tasks.targets.image_count import counted
+from tasks.targets.image_shards import ImagesConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 GIB = cards.GIB
@@ -123,16 +124,21 @@ def test_fewer_images_than_stages_ask_for_are_told(root):
     assert told == [f"set {name}: 7, or give more images" for name in ("diagnose.images", "explain.images")]
 
 
+def images(train: str = "file:train", val: str = "file:val", limit: int | None = None) -> ImagesConfig:
+    return ImagesConfig(train=train, val=val, limit=limit)
+
+
 def test_images_are_counted_without_being_read(root):
     tar(root / "a-0.tar", 30)
     (root / "a-1.tar").write_bytes((root / "a-0.tar").read_bytes())
-    assert counted("file:a-*.tar", "train", root).count == 60
+    assert counted(images("file:a-*.tar"), "train", root).count == 60
+    assert counted(images("file:a-*.tar", limit=50), "train", root).count == 50
     (root / "set.json").write_text('{"count": 12}')
-    assert counted("file:set.json", "train", root).count == 12
-    assert counted("hf:datasets/timm/imagenet-1k-wds@main#*.tar", "val", root).count == 50_000
+    assert counted(images("file:set.json", limit=50), "train", root).count == 12
+    assert counted(images(val="hf:datasets/timm/imagenet-1k-wds@main#*.tar"), "val", root).count == 50_000
     (root / "b-0.tar").write_bytes(b"no tar")
     for source in ("file:b-*.tar", "file:c-*.tar", "hf:datasets/owner/other@main"):
-        assert counted(source, "train", root).count is None
+        assert counted(images(source), "train", root).count is None
 
 
 def test_what_makes_a_training_smaller_is_told_from_the_mildest_on_and_only_where_it_is_allowed():
