@@ -36,11 +36,17 @@ def exclusive(lock: Path, what: str, say: Callable[[str], None] = print) -> Iter
         held.release()
 
 
-def _holder(lock: Path) -> str:
-    try:
-        return lock.read_text(errors="replace").strip() or "another process"
-    except OSError:
-        return "another process"
+def _holder(lock: Path, patience: float = 1.0) -> str:
+    """What the holder wrote; one that has only just begun gets `patience` seconds to write it."""
+    end = time.monotonic() + patience
+    with suppress(OSError):
+        while True:
+            if name := lock.read_text(errors="replace").strip():
+                return name
+            if time.monotonic() > end:
+                break
+            time.sleep(0.01)
+    return "another process"
 
 
 def _command() -> str:
