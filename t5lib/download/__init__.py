@@ -26,6 +26,7 @@ from filelock import FileLock
 
 from t5lib.download import hub, pypi, web
 from t5lib.utils import files
+from t5lib.utils.config import shown
 from t5lib.utils.errors import SourceError
 
 LONGEST_NAME = 1000  # of a member of an archive
@@ -84,7 +85,7 @@ def fetch(
 
 def _destination(folder: Path | str) -> Path:
     """Raises SourceError for what is no folder and cannot become one."""
-    if not str(folder).strip() or not _is_text(str(folder)):
+    if not isinstance(folder, str | Path) or not str(folder).strip() or not _is_text(str(folder)):
         raise SourceError(f"{str(folder)[:200]!r} names no folder; expected one, or the name of a new one")
     if os.path.lexists(folder) and not os.path.isdir(folder):
         raise SourceError(f"{folder} is no folder; expected one, or the name of a new one")
@@ -119,6 +120,9 @@ def check(
     source: str, *, sha256: str | None = None, member: str | None = None, member_sha256: str | None = None
 ) -> None:
     """Raises SourceError for what cannot be right, before any work; the arguments are those of `fetch`."""
+    for name, value in (("source", source), ("sha256", sha256), ("member", member), ("member_sha256", member_sha256)):
+        if not isinstance(value, str) and (value is not None or name == "source"):
+            raise SourceError(f"{name} is {shown(value)}; expected text")
     source, sha256 = _pinned(source, sha256)
     scheme, _, rest = source.partition(":")
     if scheme not in ("pypi", "hf", "https", "http", "file") or not rest or not _is_text(rest):

@@ -191,6 +191,15 @@ def test_a_trace_is_of_its_own_size():
     torch.testing.assert_close(traced(vit_inputs((16, 24))["x"]), expected("vit")[0])
 
 
+@pytest.mark.parametrize("preset", ["t5+", "dit5", "clear", "vit3"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_neighborhoods_and_rivals_are_traced_too(preset):
+    model, images = t5lib.convert(tiny_vit(img_size=48), preset), vit_inputs((48, 48))["x"]
+    traced = torch.jit.trace(model, images, check_trace=False)
+    torch.testing.assert_close(traced(images + 1), model(images + 1))
+
+
 def test_a_batch_of_no_image_gives_no_output():
     no_images = torch.zeros(0, 3, 32, 32)
     assert t5lib.convert(tiny_vit(), TTTConfig(locality="dwc_qk"))(no_images).shape == tiny_vit()(no_images).shape

@@ -16,7 +16,7 @@ def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, *, rows: int, column
     B, H, N, D = q.shape
     visible_rows = window_indices(rows, window, q.device)
     mask = torch.zeros(columns, columns, dtype=torch.bool, device=q.device)
-    mask = mask.scatter(1, window_indices(columns, window, q.device), True).repeat(1, window)
+    mask = mask.scatter(1, window_indices(columns, window, q.device), 1).repeat(1, window)
 
     def rows_in_sight(x: Tensor) -> Tensor:
         """For every row of the grid, the rows of keys or values in its window: (B, H, R·C, D) to (B, H·R, W·C, D)."""

@@ -4,6 +4,7 @@ import os
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from file_server import COMMIT, DATA, files_in, sha, write_wheel
@@ -24,6 +25,10 @@ def test_wrong_hash_is_refused_and_removed(server, tmp_path):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
+        (None, {}, "source is None; expected text"),
+        (Path("x/y.bin"), {}, r"source is .*Path.*; expected text"),
+        ("file:x", {"sha256": 5}, "sha256 is 5; expected text"),
+        ("file:x", {"member": b"y"}, "member is b'y'; expected text"),
         ("ftp://x/y", {}, "expected pypi:NAME==VERSION"),
         ("data/x.bin", {}, "file:PATH"),
         ("http://x/y.bin", {}, "use https, or give the file's sha256"),
@@ -122,6 +127,8 @@ def test_bomb_in_an_archive_is_refused(tmp_path):
     ("place", "message"),
     [
         ("", "names no folder"),
+        (5, "names no folder"),
+        (None, "names no folder"),
         ("a\0b", "names no folder"),
         ("\ud800", "names no folder"),
         ("file", "file is no folder"),
