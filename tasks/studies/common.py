@@ -276,6 +276,8 @@ class _Worker:
             result, problem = future.result()
         except BrokenProcessPool:
             self.process.join()
+            while self.process.exitcode is None:  # the pool waits for it too, and may be told first
+                time.sleep(0.01)
             see = f"; see {self.log}" if self.log else ""
             result, problem = None, f"its process ended with status {self.process.exitcode}{see}"
         except Exception as error:  # the job or its result cannot be sent to another process
