@@ -140,6 +140,7 @@ def _take_over(caller: socket.socket) -> tuple[str, list[str]]:
         os.close(given)
     os.environ.clear()
     os.environ.update(environment)
+    del os.environ[ADDRESS]  # or `tasks`, imported afresh, would hand us over to ourselves
     os.chdir(folder)
     sys.path[0] = folder
     sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]  # as PYTHONUNBUFFERED has it
@@ -154,8 +155,10 @@ def _pass_signals_on(caller: socket.socket) -> None:
 
 
 def _run(module: str, arguments: Sequence[str]) -> int:
-    """The exit status of `python -m module arguments`, done here."""
+    """The exit status of `python -m module arguments`, done here with our own code as it is now in the caller's folder."""
     sys.argv[1:] = arguments
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tasks"]:
+        del sys.modules[name]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         return 0
