@@ -45,7 +45,7 @@ Pixels = Annotated[int, Field(ge=1, le=2**14)]  # side of an image
 Workers = Annotated[int, Field(ge=0, le=1024)]  # processes or threads
 Tokens = Annotated[int, Field(ge=1, le=2**16)]  # of a text
 Repeats = Annotated[int, Field(ge=1, le=10_000)]
-Rate = Annotated[float, Field(ge=0, le=10)]  # of learning: how far a weight moves in a step; or of its decay
+Rate = Annotated[float, Field(ge=0, le=1000)]  # of learning: how far a weight moves in a step; or of its decay
 Weight = Annotated[float, Field(ge=0, le=1e6)]  # of a term of a loss
 Several = Annotated[tuple[T, ...], Strict(False)]  # a list will do, as YAML writes it
 Pair = Annotated[tuple[T, T], Strict(False)]

@@ -155,7 +155,7 @@ def _pass_signals_on(caller: socket.socket) -> None:
 
 
 def _run(module: str, arguments: Sequence[str]) -> int:
-    """The exit status of `python -m module arguments`, done here with our own code as it is now in the caller's folder."""
+    """The exit status of `python -m module arguments`, done here with our own code as the caller's folder has it."""
     sys.argv[1:] = arguments
     for name in [name for name in sys.modules if name.partition(".")[0] == "tasks"]:
         del sys.modules[name]

@@ -17,7 +17,7 @@ def prefect():
 
 @pytest.fixture(scope="session")
 def libraries_loaded():
-    """Flows that find a process which has imported what stages need; with one of its own each takes seven seconds more."""
+    """Flows find a process that has imported what stages need; with one of its own each takes seven seconds more."""
     loading = warm.serving(targets.libraries({}), environment(tracking.DEFAULTS))
     with loading as variables, pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():

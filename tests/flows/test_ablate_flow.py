@@ -13,7 +13,11 @@ from flows import ablate as module
 from flows.ablate import ablate
 from t5lib.utils.errors import T5Error
 
-pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("prefect"), pytest.mark.usefixtures("prefect", "libraries_loaded")]
+pytestmark = [
+    pytest.mark.pipeline,
+    pytest.mark.xdist_group("prefect"),
+    pytest.mark.usefixtures("prefect", "libraries_loaded"),
+]
 
 # What the flow starts: `python -m tasks.studies.ablation`, here one that notes how it was called.
 STAND_IN = """

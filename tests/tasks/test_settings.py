@@ -17,7 +17,6 @@ from tasks.runtime import params
 ROOT = Path(__file__).parents[2]
 NAN, INF, HUGE = math.nan, math.inf, 10**30
 NO_RATE = [NAN, INF, -0.1, "1e-3", 1e30]
-NO_LEARNING_RATE = [*NO_RATE, 11.0]
 NO_SHARE = [NAN, INF, -0.1, 1.5]
 NO_COUNT = [-1, 0.5, "2", HUGE]
 NO_SEED = [-1, 1.5, 2**31, None]
@@ -30,7 +29,7 @@ NO_SIZE, TOO_MANY, TOO_LARGE, NULL = [0, MANY], [MANY], [1e30], [None]
 CLASSIFIER: dict[str, list[Any]] = {
     "freeze.floor": [NAN, INF, -INF, -1, 101, "60", None, True],
     "freeze.train.trainable": ["all", "lora"],
-    **dict.fromkeys(("freeze.train.lr_new", "finetune.lr", "align.lr", "calibrate.lr_inherited"), NO_LEARNING_RATE),
+    **dict.fromkeys(("freeze.train.lr_new", "finetune.lr", "align.lr", "calibrate.lr_inherited"), NO_RATE),
     **dict.fromkeys(("calibrate.lr", "finetune.epochs", "align.block_growth", "convert.key_norm_eps"), NO_POSITIVE),
     **dict.fromkeys(("finetune.weight_decay", "finetune.mixup", "source.l2", "align.output"), NO_RATE),
     **dict.fromkeys(("finetune.min_lr", "finetune.warmup", "finetune.distill"), NO_SHARE),
