@@ -86,9 +86,11 @@ class Denoiser:
 
     @property
     def recipes(self) -> dict[str, Any]:
-        """By stage, the trainings whose measure is the loss of the task."""
+        """Of the stages that train the whole model, or what is new in it, as one."""
+        aligned = {"align": self.sections["align"]} if self.sections["align"].steps else {}
         tuned = dict.fromkeys(("finetune", "control"), self.sections["finetune"])
-        return {"freeze": self.sections["freeze"].train} | (tuned if self.sections["shards"].train else {})
+        frozen = {"freeze": self.sections["freeze"].train}
+        return aligned | frozen | (tuned if self.sections["shards"].train else {})
 
 
 def needs(sections: dict[str, Any], root: Path, target: str, *, online: bool) -> Needs:
@@ -199,7 +201,8 @@ def _rooms(one: Denoiser, made: set[str]) -> tuple[Room, ...]:
     sections = one.sections
     left = [model for model in MODELS if model.made_by not in made]
     sizes = {stage: training_needs.checkpoint_bytes(one.size, recipe) for stage, recipe in one.recipes.items()}
-    largest = max((size for stage, size in sizes.items() if stage not in made), default=0)
+    largest, stage = max(((size, stage) for stage, size in sizes.items() if stage not in made), default=(0, "finetune"))
+    section = {"freeze": "freeze.train", "control": "finetune"}.get(stage, stage)
     drawn = round(PNG * one.drawn_area) * sections["evaluate"].samples * len(one.models)
     samples = [Room("samples", round(PNG * one.area) * one.sample_count, certain=False, out=True, why="about")]
     each = _encoded_bytes(one)
@@ -215,7 +218,7 @@ def _rooms(one: Denoiser, made: set[str]) -> tuple[Room, ...]:
             change=f"fewer images: with 10,000 it is {each / 1e5:,.0f} GB" if count and each * count > 1e11 else "",
         ),
         Room("models", one.saved * len(left), out=True, why=f"{len(left)} of {one.saved / 1e9:.1f} GB"),
-        Room("checkpoints", largest, why="at the most, while it trains", change="finetune.checkpoints_kept: 1"),
+        Room("checkpoints", largest, why="at the most, while it trains", change=f"{section}.checkpoints_kept: 1"),
         Room("drawn pictures", 0 if "evaluate" in made else drawn, certain=False, out=True, why="about"),
     )
 
@@ -230,8 +233,6 @@ def _encoded_bytes(one: Denoiser) -> int:
 def _memories(one: Denoiser) -> list[Memory]:
     sections = one.sections
     training = {stage: recipe for stage, recipe in one.recipes.items() if stage != "control"}
-    if sections["align"].steps:
-        training = {"align": sections["align"]} | training
     found = [_sampling(one) if one.sample_count else _encoding(one)]
     if sections["calibrate"].steps:
         found.append(_calibration(one))
