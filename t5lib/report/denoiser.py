@@ -68,7 +68,7 @@ def _sentences(data: ReportData, main: list[dict[str, Any]]) -> list[str]:
     if data.skipped:
         sentences.append(f"Fine-tune and control were skipped: {data.skipped}.")
     return sentences + [
-        f"{words}, before any fine-tune: {distance['label']} {_text(distance, key)} "
+        f"{words}{'' if data.skipped else ', before any fine-tune'}: {distance['label']} {_text(distance, key)} "
         f"(source {_text(distance, 'source')})."
         for key, words in WITHOUT_LABELS.items()
         if key in evaluated and key != result
