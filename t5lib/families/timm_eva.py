@@ -43,8 +43,8 @@ class TimmEva(TimmAdapter):
     def projections(self, layer: nn.Module) -> list[nn.Module]:
         """See Adapter; biases of queries and values are parameters of the attention itself where it has them."""
         modules = [layer.q_proj, layer.k_proj, layer.v_proj] if layer.qkv is None else [layer.qkv]
-        biases = [] if layer.q_bias is None else [nn.ParameterList([layer.q_bias, layer.v_bias])]
-        return [*modules, layer.q_norm, layer.k_norm, *biases]
+        biases = [bias for name in ("q_bias", "v_bias") if (bias := getattr(layer, name, None)) is not None]
+        return [*modules, layer.q_norm, layer.k_norm, nn.ParameterList(biases)]
 
     def own_arguments(self, model: nn.Module) -> dict[str, Any]:
         return {
