@@ -95,8 +95,8 @@ def t5(
     - `t5 inspect out` — what is in a saved folder, and what it costs to run
     - `t5 generate PIPELINE --prompts FILE --out samples` — images of a diffusion pipeline
 
-    MODEL is any ViT of timm (ViT, DeiT, AugReg, DINOv2, DINOv3, DeiT III, EVA02, SigLIP); diagnose, convert and inspect also take the
-    folder of a diffusers pipeline. Images are your own; labels are not needed.
+    MODEL is any ViT of timm (ViT, DeiT, AugReg, DINOv2, DINOv3, DeiT III, EVA02, SigLIP); diagnose, convert and
+    inspect also take the folder of a diffusers pipeline. Images are your own; labels are not needed.
     """
 
 

@@ -55,15 +55,15 @@ def test_the_shift_after_the_key_norm_is_that_of_keys_normalized_in_the_layers_o
     config = TTTConfig(key_norm="instance_no_mean", key_norm_scope=scope, locality="none")
     inputs = noised_batch(sd3_batch(0, 4), RectifiedFlow(), 0)
     found = t5lib.explain(model, t5lib.convert(model, config), inputs)
-    adapter, tokens, heads = family_of(model), {}, {}
+    adapter, calls, heads = family_of(model), {}, {}
     name = adapter.attention_names(model)[0]
-    handles = adapter.watch(model.get_submodule(name), tokens, heads, name)
+    handles = adapter.watch(model.get_submodule(name), calls, heads, name)
     with torch.no_grad():
         adapter.call(model, inputs)
-        k = adapter.project(model.get_submodule(name), tokens[name])[1]
+        k = adapter.project(model.get_submodule(name), calls[name])[1]
     for handle in handles:
         handle.remove()
-    sizes = [part.shape[1] for part in tokens[name]]
+    sizes = [part.shape[1] for part in calls[name].tokens]
     parts = [k] if scope == "joint" else k.split(sizes, dim=2)
     normed = [part / (part.var(2, keepdim=True, correction=0) + config.key_norm_eps).sqrt() for part in parts]
     assert found.shift_after[0] == pytest.approx(shift_ratio(torch.cat(normed, dim=2)).mean().item(), rel=1e-4)
