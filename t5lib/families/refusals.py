@@ -39,6 +39,7 @@ REASONS = {
 TWINS = {
     "Dinov2WithRegisters": "vit_base_patch14_reg4_dinov2",
     "Dinov2": "vit_base_patch14_dinov2",
+    "DINOv3ViT": "vit_base_patch16_dinov3_qkvb",
     "ViT": "vit_base_patch16_224",
     "DeiT": "deit_base_distilled_patch16_224",
     "Siglip": "vit_base_patch16_siglip_224",
