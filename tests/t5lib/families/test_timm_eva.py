@@ -11,9 +11,12 @@ from tiny_eva import EVAS, tiny_eva
 from torch import nn
 
 import t5lib
+from t5lib.benchmarks.timing import ModelTime
+from t5lib.cli import inspecting
 from t5lib.families import family_of
 from t5lib.layers.config import PRESETS, TTTConfig
 from t5lib.layers.grid import TokenGrid
+from t5lib.planning import cost_model, layer_search
 from t5lib.training.alignment import AlignConfig
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.utils.errors import T5Error
@@ -165,6 +168,29 @@ def test_what_is_not_inherited_starts_as_in_a_fresh_model(inherit):
         ours, theirs = converted.get_parameter(name), fresh.get_parameter(name)
         torch.testing.assert_close(ours.std(), theirs.std(), rtol=0.15, atol=1e-6)
         torch.testing.assert_close(ours.mean(), theirs.mean(), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["dinov3", "mixed"])
+@torch.no_grad()
+def test_a_conversion_is_planned_and_what_was_saved_inspected(kind, tmp_path, monkeypatch):
+    def time_models(models, inputs, config, rules, where):
+        assert all(model(**inputs).isfinite().all() for model in models.values())
+        return {
+            name: ModelTime([1.0 + len(model.blocks)], None, 0.0, torch.float64, None) for name, model in models.items()
+        }
+
+    monkeypatch.setattr(cost_model, "time_models", time_models)
+    model = tiny_eva(kind)
+    found = cost_model.plan(model, 48, "cpu", ("swiglu", "swiglu+nat3"))
+    assert (found.depth, found.prefix, found.timing.tokens) == (
+        2,
+        model.num_prefix_tokens,
+        36 + model.num_prefix_tokens,
+    )
+    mixed = layer_search.hybrid(model, {"swiglu": t5lib.convert(model)}, ["softmax", "swiglu"])
+    t5lib.save(mixed, tmp_path / "saved")
+    seen = inspecting.run(tmp_path / "saved")
+    assert seen["layers"] == {"ttt": [1], "softmax": [0]} and seen["flops"]["equal_tokens"]
 
 
 # The grid and the positions of the forward that runs.
