@@ -11,7 +11,6 @@ The orders, of queries and keys as they are projected:
     rotate, norm, convolve     what t5lib does
     convolve, rotate, norm     the convolution sees channels that mean the same everywhere, the norm what softmax sees
     rotate, paired norm, …     as the first, but both channels that turn together are divided by one deviation
-    no rotation                positions come from the convolution alone
 """
 
 import argparse
@@ -61,8 +60,8 @@ class Settings:
     heads: int = 2
     epochs: int = 8
     batch: int = 64
-    lr: float = 1e-3
-    calibrate: int = 200
+    lr: float = 3e-3
+    calibrate: int = 150
     images: int = 4000
 
 
@@ -109,16 +108,10 @@ class RotatePairedNormConvolve(Ordered):
         return self.convolved(q, centred * torch.rsqrt(shared + self.config.key_norm_eps), grid)
 
 
-class NoRotation(Ordered):
-    def localized(self, q: Tensor, k: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
-        return self.convolved(q, self.normalized(k, grid), grid)
-
-
 ORDERS: dict[str, type[Ordered]] = {
     "rotate, norm, convolve": RotateNormConvolve,
     "convolve, rotate, norm": ConvolveRotateNorm,
     "rotate, paired norm, convolve": RotatePairedNormConvolve,
-    "no rotation": NoRotation,
 }
 
 
