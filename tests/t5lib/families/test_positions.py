@@ -7,8 +7,9 @@ replaced by softmax attention, which must give what the original models give.
 import dataclasses
 
 import pytest
+import timm
 import torch
-from tiny import KINDS, random_images, tiny_vit
+from tiny import KINDS, SMALL, random_images, tiny_vit
 from tiny_denoisers import dit_batch, sd3_batch, tiny_dit, tiny_sd3
 from tiny_eva import EVAS, tiny_eva
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from t5lib.conversion import ttt_layers
 from t5lib.families import family_of
 from t5lib.layers.config import TTTConfig
 from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noised_batch
+from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,15 +99,38 @@ class SoftmaxMixer(nn.Module):
         return (o[0], o[1] if text is not None else None)
 
 
+def mixing_by_softmax(model):
+    """`model` converted, with softmax in the place of its mixers."""
+    converted = t5lib.convert(model)
+    for layer in ttt_layers(converted).values():
+        layer.mixer = SoftmaxMixer()
+    return converted
+
+
 @every_model
 @torch.no_grad()
 def test_a_converted_model_that_mixes_by_softmax_is_the_original_model(make):
     model, inputs = make()
-    converted = t5lib.convert(model)
-    for layer in ttt_layers(converted).values():
-        layer.mixer = SoftmaxMixer()
-    ours, theirs = (family_of(each).call(each, inputs) for each in (converted, model))
+    ours, theirs = (family_of(each).call(each, inputs) for each in (mixing_by_softmax(model), model))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", ["deit", "eva", "vision_transformer"])
+@torch.no_grad()
+def test_so_it_is_with_every_architecture_of_timm_that_converts(module):
+    """Each made small: one block of two heads."""
+    images, converted = random_images(1), 0
+    for name in timm.list_models(module=module):
+        grouped = {"num_kv_heads": 1} if "sapiens2" in name else {}
+        model = timm.create_model(name, **SMALL | {"depth": 1} | grouped).eval()
+        try:
+            ours = mixing_by_softmax(model).forward_features(images)
+        except T5Error:
+            assert module == "vision_transformer"  # some of its attentions are others than timm's Attention
+            continue
+        torch.testing.assert_close(ours, model.forward_features(images), rtol=1e-4, atol=1e-5, msg=name)
+        converted += 1
+    assert converted > 5
 
 
 ROTATING = [kind for kind in EVAS if kind != "eva"]

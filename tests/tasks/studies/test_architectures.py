@@ -1,7 +1,5 @@
 """The list of what converts."""
 
-import timm
-
 from tasks.studies.architectures import families, table
 
 NAMES = ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224", "xcit_nano_12_p16_224"]
@@ -18,9 +16,3 @@ def test_architectures_are_listed_by_the_class_of_their_models_with_a_reason_eac
         "    its attention is linear already",
         "all: 3 of 4",
     ]
-
-
-def test_every_architecture_of_rotary_positions_that_timm_makes_an_eva_converts():
-    names = [name for name in timm.list_models(module="eva") if "gigantic" not in name and "7b" not in name]
-    [(kind, family)] = families(names).items()
-    assert kind == "Eva" and len(family.converted) == len(names) > 40 and not family.refused
