@@ -10,6 +10,7 @@ The orders, of queries and keys as they are projected:
 
     rotate, norm, convolve     what t5lib does
     convolve, rotate, norm     the convolution sees channels that mean the same everywhere, the norm what softmax sees
+    rotate, convolve, norm     tells what of the difference between those two is due to the norm coming last
     rotate, paired norm, …     as the first, but both channels that turn together are divided by one deviation
 """
 
@@ -99,6 +100,12 @@ class ConvolveRotateNorm(Ordered):
         return q, self.normalized(k, grid)
 
 
+class RotateConvolveNorm(Ordered):
+    def localized(self, q: Tensor, k: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
+        q, k = self.convolved(*self.rotated(q, k), grid)
+        return q, self.normalized(k, grid)
+
+
 class RotatePairedNormConvolve(Ordered):
     def localized(self, q: Tensor, k: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
         q, k = self.rotated(q, k)
@@ -111,6 +118,7 @@ class RotatePairedNormConvolve(Ordered):
 ORDERS: dict[str, type[Ordered]] = {
     "rotate, norm, convolve": RotateNormConvolve,
     "convolve, rotate, norm": ConvolveRotateNorm,
+    "rotate, convolve, norm": RotateConvolveNorm,
     "rotate, paired norm, convolve": RotatePairedNormConvolve,
 }
 
