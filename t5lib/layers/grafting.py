@@ -28,22 +28,22 @@ class LocalMixer(Mixer):
         """How far a patch looks in each direction, in patches."""
         return int(self.config.radius)
 
-    def local(self, patches: Tokens, apart: Tokens, grid: TokenGrid) -> Tensor:
+    def local(self, patches: Tokens, apart: tuple[Tensor, Tensor], grid: TokenGrid) -> Tensor:
         """What the patches give, (B, H, rows·columns, D).
 
         Args:
             patches: their q, k and v.
-            apart: q, k and v (B, H, P, D) of the tokens before and after the grid; P may be 0.
+            apart: k and v (B, H, P, D) of the tokens before and after the grid; P may be 0.
         """
         raise NotImplementedError
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
         own = grid.patches
-        apart = tuple(torch.cat([t[:, :, : own.start], t[:, :, own.stop :]], dim=2) for t in (q, k, v))
-        o = self.local((q[:, :, own], k[:, :, own], v[:, :, own]), apart, grid).to(q.dtype)
-        if not apart[0].shape[2]:
+        apart_q, apart_k, apart_v = (torch.cat([t[:, :, : own.start], t[:, :, own.stop :]], dim=2) for t in (q, k, v))
+        o = self.local((q[:, :, own], k[:, :, own], v[:, :, own]), (apart_k, apart_v), grid).to(q.dtype)
+        if not apart_q.shape[2]:
             return o
-        before, after = softmax_attention(apart[0], k, v).tensor_split((own.start,), dim=2)
+        before, after = softmax_attention(apart_q, k, v).tensor_split((own.start,), dim=2)
         return torch.cat([before, o, after], dim=2)
 
 
@@ -55,7 +55,7 @@ class SlidingWindowMixer(LocalMixer):
     it is never larger than the grid. Class, register and text tokens see every token, and every token sees them.
     """
 
-    def local(self, patches: Tokens, apart: Tokens, grid: TokenGrid) -> Tensor:
+    def local(self, patches: Tokens, apart: tuple[Tensor, Tensor], grid: TokenGrid) -> Tensor:
         """One row of patches at a time asks whole rows, of which a mask leaves the window's columns."""
         q, k, v = patches
         rows, columns = (_window(size, self.reach, q.device) for size in (grid.rows, grid.columns))
@@ -68,7 +68,7 @@ class SlidingWindowMixer(LocalMixer):
             return torch.cat([others, near], dim=3).flatten(1, 2)
 
         by_row = q.unflatten(2, (grid.rows, grid.columns)).flatten(1, 2)
-        o = softmax_attention(by_row, in_sight(k, apart[1]), in_sight(v, apart[2]), mask)
+        o = softmax_attention(by_row, in_sight(k, apart[0]), in_sight(v, apart[1]), mask)
         return o.unflatten(1, (-1, grid.rows)).flatten(2, 3)
 
 
@@ -92,13 +92,13 @@ class GatedConvolutionMixer(LocalMixer):
         side = 2 * self.reach + 1
         self.filters = nn.Conv2d(channels, channels, side, padding=self.reach, groups=channels)
 
-    def local(self, patches: Tokens, apart: Tokens, grid: TokenGrid) -> Tensor:
+    def local(self, patches: Tokens, apart: tuple[Tensor, Tensor], grid: TokenGrid) -> Tensor:
         plane = TokenGrid(grid.rows, grid.columns)
         short = (self.q_short, self.k_short, self.v_short)
         q, k, v = (x + convolved(x, conv, plane) for x, conv in zip(patches, short, strict=True))
         product = k * v
         if apart[0].shape[2]:
-            product = product + (apart[1] * apart[2]).mean(2, keepdim=True)
+            product = product + (apart[0] * apart[1]).mean(2, keepdim=True)
         B, H, N, D = product.shape
         image = product.transpose(2, 3).reshape(B, H * D, grid.rows, grid.columns)
         return q * self.filters(image).reshape(B, H, D, N).transpose(2, 3)
