@@ -1,20 +1,50 @@
-"""Two DVC processes that want the same files: wait for the other one, where DVC would advise to delete its lock."""
+"""DVC's list of who uses which file: where it refuses, wait for the other process, or mend what a killed one left."""
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import psutil
 
+from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
 
 HOLDER = re.compile(r"\s*\(PID (?P<pid>\d+)\): (?P<command>.*)")
+TORN = re.compile(r"ERROR: .*Unable to read RWLock-file .* JSON structure is corrupted")
 REFUSAL = re.compile(rf".* is busy, it is being blocked by:|{HOLDER.pattern}|If there are no processes with such PIDs")
+LIST = Path(".dvc/tmp/rwlock")
 
 
-def wait(root: Path, lines: Iterable[str], say: Callable[[str], None]) -> bool:
-    """Where DVC's `lines` say that another process holds what it needs: wait for its end, and return True."""
+def settled(root: Path, lines: Sequence[str], say: Callable[[str], None]) -> bool:
+    """Whether DVC can be asked again: a process that its `lines` name has ended, or its list can be read again."""
+    return _waited(root, lines, say) or (any(map(TORN.match, lines)) and mend(root))
+
+
+def mend(root: Path) -> bool:
+    """Empty the list where a DVC process was killed while it wrote it. False where it is in use, or nobody's fault."""
+    for _ in range(10):  # a living process may be writing it
+        try:
+            if (root / LIST).exists():
+                read_json(root / LIST)
+            return True
+        except T5Error:
+            time.sleep(0.1)
+    if any(_is_dvc(process.pid) and _works_in(process, root) for process in psutil.process_iter()):
+        return False
+    write_json(root / LIST, {})
+    return True
+
+
+def _works_in(process: psutil.Process, root: Path) -> bool:
+    try:
+        return Path(process.cwd()) == root.resolve()
+    except psutil.Error:
+        return False
+
+
+def _waited(root: Path, lines: Iterable[str], say: Callable[[str], None]) -> bool:
+    """Where the lines say that another process holds what is needed: wait for its end, and return True."""
     holders = {int(match["pid"]): match["command"] for match in map(HOLDER.match, lines) if match}
     for pid, command in holders.items():
         if _is_dvc(pid):
@@ -22,7 +52,7 @@ def wait(root: Path, lines: Iterable[str], say: Callable[[str], None]) -> bool:
         while _is_dvc(pid):
             time.sleep(0.5)
     if holders:
-        _forget(root / ".dvc/tmp/rwlock", set(holders))
+        _forget(root / LIST, set(holders))
     return bool(holders)
 
 

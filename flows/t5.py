@@ -159,7 +159,7 @@ def run_stage(root: str, name: str, target: str, variables: dict[str, str]) -> S
 
     repro = ["dvc", "--wait-for-lock", "repro", "-s", f"{name}@{target}"]
     while code := stream(repro, on_line, cwd=Path(root), env=environment(variables)):
-        if not dvc_locks.wait(Path(root), lines, log.info):
+        if not dvc_locks.settled(Path(root), lines, log.info):
             break
         lines.clear()
     remove_recorded(Path(root), target)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from flows import dvc_locks
 from tests.conftest import ROOT, SmallRepo, made_repo
 
 FLOW = ("-c", "from flows.t5 import t5; t5('small')")
@@ -125,8 +126,12 @@ def kill_the_flow(attack: Attack, kills: int) -> list[str]:
 
 
 def kill_a_part(attack: Attack, kills: int, part: str) -> list[str]:
-    """`part` of a plain `dvc repro`, DVC itself or the stage; an orphaned stage is waited for."""
+    """`part` of a plain `dvc repro`, DVC itself or the stage; an orphaned stage is waited for.
+
+    DVC killed while it writes its list of who uses what refuses all that follows; flows mend that, and so is done here.
+    """
     for _ in range(kills):
+        dvc_locks.mend(attack.repo.root)
         attack.start("dvc", "repro", "evaluate@small")
         time.sleep(random.uniform(2, 6))
         for process in attack.alive():
@@ -135,6 +140,7 @@ def kill_a_part(attack: Attack, kills: int, part: str) -> list[str]:
                 break
         if part != "dvc":
             attack.orphans(30)
+    dvc_locks.mend(attack.repo.root)
     while subprocess.run(
         ["dvc", "repro", "evaluate@small"], cwd=attack.repo.root, env=attack.env, capture_output=True
     ).returncode:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -102,6 +103,15 @@ targets:
 """
 
 INPUTS = {"fetch": [], "convert": ["fetch"], "evaluate": ["fetch", "convert"]}
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Operations this small take longer to hand out to threads than to do, all the more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

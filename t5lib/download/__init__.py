@@ -120,9 +120,10 @@ def check(
     source: str, *, sha256: str | None = None, member: str | None = None, member_sha256: str | None = None
 ) -> None:
     """Raises SourceError for what cannot be right, before any work; the arguments are those of `fetch`."""
-    for name, value in (("source", source), ("sha256", sha256), ("member", member), ("member_sha256", member_sha256)):
-        if not isinstance(value, str) and (value is not None or name == "source"):
-            raise SourceError(f"{name} is {shown(value)}; expected text")
+    given = {"source": source, "sha256": sha256, "member": member, "member_sha256": member_sha256}
+    for what, value in given.items():
+        if not isinstance(value, str) and (value is not None or what == "source"):
+            raise SourceError(f"{what} is {shown(value)}; expected text")
     source, sha256 = _pinned(source, sha256)
     scheme, _, rest = source.partition(":")
     if scheme not in ("pypi", "hf", "https", "http", "file") or not rest or not _is_text(rest):

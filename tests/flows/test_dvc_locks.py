@@ -30,7 +30,7 @@ def refusal(pid):
 def test_it_waits_for_the_process_that_dvc_names_and_says_so(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)", "dvc"])
     started, said = time.monotonic(), []
-    assert dvc_locks.wait(tmp_path, refusal(other.pid), said.append)
+    assert dvc_locks.settled(tmp_path, refusal(other.pid), said.append)
     assert time.monotonic() - started > 0.3
     assert said == [f"process {other.pid} (dvc repro fetch@small) works on the same files; waiting until it ends"]
     other.wait()
@@ -40,12 +40,28 @@ def test_a_stranger_with_the_number_of_a_killed_dvc_is_taken_off_its_list(tmp_pa
     mine, other = {"pid": os.getpid(), "cmd": "dvc repro a"}, {"pid": 1, "cmd": "dvc repro b"}
     users = {"write": {"a": mine, "b": other}, "read": {"c": [mine], "d": [mine, other]}}
     rwlock.write_text(json.dumps(users))
-    assert dvc_locks.wait(tmp_path, refusal(os.getpid()), pytest.fail)
+    assert dvc_locks.settled(tmp_path, refusal(os.getpid()), pytest.fail)
     assert json.loads(rwlock.read_text()) == {"write": {"b": other}, "read": {"d": [other]}}
 
 
+def test_a_list_that_a_killed_process_left_half_written_is_emptied(tmp_path, rwlock):
+    torn = "ERROR: failed to reproduce 'fetch@small': Unable to read RWLock-file '.dvc/tmp/rwlock'. JSON structure is "
+    rwlock.write_text('{"write": {')
+    assert dvc_locks.settled(tmp_path, [f"{torn}corrupted: Expecting value: line 1 column 1 (char 0)"], pytest.fail)
+    assert json.loads(rwlock.read_text()) == {}
+
+
+def test_a_list_that_a_living_process_may_be_writing_stays(tmp_path, rwlock):
+    rwlock.write_text("")
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "dvc"], cwd=tmp_path)
+    assert not dvc_locks.mend(tmp_path)
+    other.kill()
+    other.wait()
+    assert rwlock.read_text() == "" and dvc_locks.mend(tmp_path)
+
+
 def test_other_failures_are_not_waited_for(tmp_path):
-    assert not dvc_locks.wait(tmp_path, ["ERROR: failed to reproduce 'x'"], pytest.fail)
+    assert not dvc_locks.settled(tmp_path, ["ERROR: failed to reproduce 'x'"], pytest.fail)
 
 
 def test_none_of_dvcs_advice_is_shown():

@@ -20,15 +20,7 @@ from tasks.targets.run import run_stage
 TRAINING_METRICS = {"top1", "loss", "steps", "seconds", "samples_per_second"}
 
 
-pytestmark = pytest.mark.xdist_group("model-stages")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # operations this small take longer to hand out than to do
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.xdist_group("model-stages"), pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

@@ -19,19 +19,10 @@ from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
 from tasks.studies import layer_choice as task
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("swiglu", "two_layer")
 PRICES = {"swiglu": 1.0, "two_layer": 1.5}
-
-
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 7}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # operations this small take longer to hand out than to do
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,7 @@ from tasks.studies.ablation.runner import why_stopped
 RESULTS = Path(__file__).parents[4] / "docs/results"
 
 
-pytestmark = pytest.mark.xdist_group("ablation")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.xdist_group("ablation"), pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
