@@ -245,9 +245,9 @@ def _add(layer: _LayerSums, name: str, adapter: Adapter, theirs: _Trace, ours: _
     if not isinstance(converted, TTTLayer):
         layer.add_shift("shift_before", adapter.project(converted, ours.calls[name])[1])
         return
-    call = ours.calls[name]
-    image, *text = call.tokens
-    mixer, grid = converted.mixer, ours.grid.with_suffix(text[0].shape[1] if text else 0)
+    mixer, call = converted.mixer, ours.calls[name]
+    image, *text = call.tokens[: 1 if mixer.config.text == "exact" else None]  # what the inner model is fitted on
+    grid = ours.grid.with_suffix(text[0].shape[1] if text else 0)
     q, k, _ = adapter.project(converted, call.of(mixer.prepare(image, ours.grid), *text))
     layer.add_shift("shift_before", k)
     layer.add_shift("shift_after", mixer.normalized(mixer.rescaled(q, k)[1], grid))

@@ -88,7 +88,8 @@ def kinds_of(attentions: list[str], converted: dict[str, TTTLayer]) -> list[dict
     for index, name in enumerate(attentions):
         if name in converted:
             kinds.setdefault(converted[name].mixer.config, []).append(index)
-    return [{"layers": layers, **{n: getattr(config, n) for n in SHOWN}} for config, layers in kinds.items()]
+    names = (*SHOWN, "text")
+    return [{"layers": layers, **{n: getattr(config, n) for n in names}} for config, layers in kinds.items()]
 
 
 def _flops(family: Adapter, description: dict[str, Any], config: TTTConfig) -> dict[str, int | None]:

@@ -79,6 +79,10 @@ class Adapter(ABC):
     def blocks(self, model: nn.Module) -> nn.Sequential | nn.ModuleList:
         """The blocks, in the container that the model's forward iterates."""
 
+    def sees_text(self, attention: nn.Module) -> bool:
+        """Whether the softmax attention is over the image's tokens and text."""
+        return False
+
     def block_name(self, attention: str) -> str:
         """The name of the block that the attention of that name is in."""
         return attention.rpartition(".")[0]

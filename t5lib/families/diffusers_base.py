@@ -102,6 +102,9 @@ class DiffusersAdapter(Adapter):
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         return model.transformer_blocks
 
+    def sees_text(self, attention: nn.Module) -> bool:
+        return attention.add_k_proj is not None
+
     def block_tokens(self, output: Any) -> Tensor:
         """The image's come after the text's."""
         return output[-1] if isinstance(output, tuple) else output

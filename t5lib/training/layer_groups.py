@@ -84,6 +84,11 @@ def _check_maps(mixer: Mixer) -> None:
             f"'{settings.key_norm}', locality '{settings.locality}' and rescale {settings.rescale}; set them to "
             "'none', 'none' and false, or use objective 'output'"
         )
+    if settings.text == "exact":
+        raise T5Error(
+            "calibrate: objective 'attention' compares one map over image and text, and with text 'exact' there are "
+            "two; use objective 'output'"
+        )
 
 
 @dataclass(frozen=True)
