@@ -1,4 +1,6 @@
-"""Stage `finetune`: all weights of the aligned model, trained a little."""
+"""Stage `finetune`: all weights of the aligned model, trained a little; skipped where there are no real images."""
+
+from typing import Any
 
 import t5lib
 from t5lib.training.trainer import LoopConfig
@@ -8,9 +10,20 @@ from tasks.targets.run import main
 READS = ("finetune", "data")
 
 
-def run(target: Target) -> dict[str, float]:
+def run(target: Target) -> dict[str, Any]:
     """Start from the aligned model, once the freeze gate is passed (dvc.yaml makes that a dependency)."""
-    return train_stage(target, "align", target.section("finetune"))
+    return tune_stage(target, "align")
+
+
+def tune_stage(target: Target, start: str) -> dict[str, Any]:
+    """Train the model of stage `start` by the section `finetune`, or pass it on as it is where there are no images to
+    learn from; the metrics then hold the reason as "skipped"."""
+    recipe = target.section("finetune")
+    if reason := target.nothing_to_tune_on():
+        print(f"{target.stage.name} is skipped: {reason}; the model of {start} is passed on as it is", flush=True)
+        t5lib.save(target.load(start), target.stage.out)
+        return {"steps": 0, "seconds": 0.0, "skipped": reason}
+    return train_stage(target, start, recipe)
 
 
 def train_stage(target: Target, start: str, recipe: LoopConfig, gate: object | None = None) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Stage `shards`: the training and validation images, opened, checked and, for a denoiser, encoded."""
+"""Stage `shards`: the images, opened and checked; for a denoiser encoded, and drawn by its teacher where it says so."""
 
 from typing import Any
 

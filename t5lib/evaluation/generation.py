@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 TextTokens = Annotated[int, Field(ge=1, le=512)]  # of the T5 encoder: diffusers' SD3 pipelines take no more
+Guidance = Annotated[float, Field(ge=0, le=1000)]
 RECIPE = "t5"  # the key of a PNG's text
 
 
@@ -46,7 +47,7 @@ class GenerateConfig:
     """
 
     steps: Repeats = 28
-    guidance: Annotated[float, Field(ge=0, le=1000)] = 7.0
+    guidance: Guidance = 7.0
     size: Pair[Pixels] | None = None
     max_sequence_length: TextTokens | None = None
     batch_size: BatchSize = 4

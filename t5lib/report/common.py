@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from t5lib.benchmarks.resolution_sweep import cost_ratios
-from t5lib.report.models import MODELS, SOFTMAX, T5, T5_LIGHT
+from t5lib.report.models import MODELS, SOFTMAX, T5, T5_LIGHT, final
 
 if TYPE_CHECKING:  # Matplotlib takes a second to import, and stages read this module for the types alone
     from matplotlib.figure import Figure
@@ -57,7 +57,7 @@ def base_rows(metrics: dict[str, dict[str, Any]], evaluated: dict[str, Any]) -> 
     Args:
         metrics: by stage; evaluated: the models that have scores.
     """
-    numbers, rows = metrics["convert"], []
+    numbers, result, rows = metrics["convert"], final(evaluated), []
     for model in (model for model in MODELS if model.key in evaluated):
         times: list[float | None] = [metrics[stage].get("seconds") for stage in model.trained_by if stage in metrics]
         known = [seconds for seconds in times if seconds is not None]
@@ -68,7 +68,7 @@ def base_rows(metrics: dict[str, dict[str, Any]], evaluated: dict[str, Any]) -> 
                 "what": model.what,
                 "colour": model.colour,
                 "softmax": model.softmax,
-                "final": model.key == "finetuned",
+                "final": model.key == result,
                 "new": 0 if model.softmax else numbers["new"],
                 "inherited": numbers["inherited"] + (numbers["dropped"] if model.softmax else 0),
                 "time": duration(sum(known)) if known and len(known) == len(times) else "–",

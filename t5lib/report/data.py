@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from t5lib.report.models import final
 from t5lib.utils.errors import T5Error
 
 REQUIRED = ("convert", "calibrate", "finetune", "evaluate")  # stages that a report cannot do without
@@ -46,10 +47,15 @@ class ReportData:
             raise T5Error(
                 f"the report of '{self.target}' needs the metrics of {', '.join(absent)}; run these stages first"
             )
-        absent = [key for key in ("source", "finetuned") if key not in self.evaluated]
-        if absent:
-            raise T5Error(f"evaluate measured {', '.join(self.evaluated)}; the report also needs {', '.join(absent)}")
+        if "source" not in self.evaluated:
+            raise T5Error(f"evaluate measured {', '.join(self.evaluated)}; the report also needs source")
+        final(self.evaluated)
 
     @property
     def evaluated(self) -> dict[str, dict[str, Any]]:
         return self.metrics["evaluate"]["models"]
+
+    @property
+    def skipped(self) -> str | None:
+        """Why there is neither fine-tune nor control; None where there is."""
+        return self.metrics["finetune"].get("skipped")

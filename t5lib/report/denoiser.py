@@ -4,27 +4,28 @@ from typing import Any
 
 from t5lib.report.common import Quality, base_rows, count, percent, tile
 from t5lib.report.data import ReportData
-from t5lib.report.models import WITHOUT_LABELS
+from t5lib.report.models import WITHOUT_LABELS, final
 from t5lib.report.score_table import score_table
 
+REAL = "real images"  # what pictures are compared with, unless the scores name something else
 MAIN = ("loss", "fid", "fd_dinov2", "retrieval_r1")  # of the scores, those in the main table and the headline
 
 
 def quality(data: ReportData) -> Quality:
     """What the page and the summary say about `data`'s models."""
-    scores, tuned = score_table(data.evaluated), data.evaluated["finetuned"]
+    scores, result = score_table(data.evaluated), data.evaluated[final(data.evaluated)]
     main = [row for row in scores["rows"] if row["metric"] in MAIN]
     rows = base_rows(data.metrics, data.evaluated)
     measured = (
-        f"{count(tuned['generated'])} images a model, the same prompts and noise for all, beside "
-        f"{count(tuned['real'])} real ones; features: {tuned['extractor']}"
+        f"{count(result['generated'])} images a model, the same prompts and noise for all, beside "
+        f"{count(result['real'])} {result.get('reference', 'real ones')}; features: {result['extractor']}"
     )
     return Quality(
         columns=tuple(f"{row['label']}\n({row['better']} is better)" for row in main),
         rows=[row | {"cells": [(_text(score, row["key"]), "") for score in main]} for row in rows],
         note=f"{measured}. Distances from few images are too large, and compare only with each other. One seed.",
         caveat=f"{measured}; one seed.",
-        sentences=_sentences(data.evaluated, main),
+        sentences=_sentences(data, main),
         tiles=_tiles(data.evaluated, main),
         figures={},
         headline=_headline(_distance(main), [row["key"] for row in rows]),
@@ -40,7 +41,7 @@ def _text(score: dict[str, Any], model: str) -> str:
 
 
 def _distance(main: list[dict[str, Any]]) -> dict[str, Any]:
-    """The distance to real images, which every denoiser's evaluation has."""
+    """The distance to real images, or what stands for them, which every denoiser's evaluation has."""
     return next(row for row in main if row["metric"] in ("fid", "fd_dinov2"))
 
 
@@ -49,31 +50,36 @@ def _headline(score: dict[str, Any], models: list[str]) -> dict[str, dict[str, f
     return {score["metric"]: {model: value for model, value in values.items() if value is not None}}
 
 
-def _sentences(evaluated: dict[str, Any], main: list[dict[str, Any]]) -> list[str]:
+def _sentences(data: ReportData, main: list[dict[str, Any]]) -> list[str]:
+    evaluated, result = data.evaluated, final(data.evaluated)
     against = "control" if "control" in evaluated else "source"
     other = "the softmax original, fine-tuned with the same budget," if against == "control" else "the softmax source"
-    distance = _distance(main)
+    distance, reference = _distance(main), evaluated[result].get("reference", REAL)
     sentences = [
-        f"Fine-tuned, the converted model has an {distance['label']} of {_text(distance, 'finetuned')} to real images; "
-        f"{other} {_text(distance, against)} (lower is better)."
+        f"{WITHOUT_LABELS.get(result, 'Fine-tuned')}, the converted model has an {distance['label']} of "
+        f"{_text(distance, result)} to {reference}; {other} {_text(distance, against)} (lower is better)."
     ]
-    if "retrieval_r1" in evaluated["finetuned"]:
-        found = [percent(100 * evaluated[name]["retrieval_r1"]) for name in ("finetuned", against)]
+    if "retrieval_r1" in evaluated[result]:
+        found = [percent(100 * evaluated[name]["retrieval_r1"]) for name in (result, against)]
+        nearest = "real picture" if reference == REAL else "sample of the source"
         sentences.append(
-            f"In {found[0]} of its images the nearest real picture shows what was asked for; {other} {found[1]}."
+            f"In {found[0]} of its images the nearest {nearest} shows what was asked for; {other} {found[1]}."
         )
+    if data.skipped:
+        sentences.append(f"Fine-tune and control were skipped: {data.skipped}.")
     return sentences + [
         f"{words}, before any fine-tune: {distance['label']} {_text(distance, key)} "
         f"(source {_text(distance, 'source')})."
         for key, words in WITHOUT_LABELS.items()
-        if key in evaluated
+        if key in evaluated and key != result
     ]
 
 
 def _tiles(evaluated: dict[str, Any], main: list[dict[str, Any]]) -> list[dict[str, str]]:
-    against = "control" if "control" in evaluated else "source"
+    against, result = "control" if "control" in evaluated else "source", final(evaluated)
+    made = WITHOUT_LABELS.get(result, "fine-tuned").lower()
     return [
-        tile(_text(row, "finetuned"), f"{row['label']}, T5 fine-tuned", f"{against} {_text(row, against)}")
+        tile(_text(row, result), f"{row['label']}, T5 {made}", f"{against} {_text(row, against)}")
         for row in main
         if row["metric"] != "loss"
     ]

@@ -1,6 +1,9 @@
 """The models that a target's stages make, and how each is shown: the one list of them."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
+
+from t5lib.utils.errors import T5Error
 
 # Blue against vermilion stays apart for every common colour blindness (Okabe and Ito); blue is always softmax.
 SOFTMAX, T5, T5_LIGHT, T5_PALE = "#0b63a5", "#cf4f08", "#e8963f", "#f0c08a"
@@ -42,4 +45,17 @@ MODELS = (
     Model("control", "control", "Control", "softmax, fine-tuned with the same budget", SOFTMAX, ("control",)),
 )
 KEYS = tuple(model.key for model in MODELS)
+RESULTS = ("finetuned", "aligned", "calibrated")  # the first of them that was evaluated is the result of it all
 OF_STAGE = {model.made_by: model for model in MODELS}
+
+
+def final(evaluated: Collection[str]) -> str:
+    """The key of the model that is the result, by the keys of those that were evaluated.
+
+    Raises:
+        T5Error: none of RESULTS was.
+    """
+    for key in RESULTS:
+        if key in evaluated:
+            return key
+    raise T5Error(f"evaluate measured {', '.join(evaluated)}; expected one of {', '.join(RESULTS)} among them")

@@ -31,7 +31,7 @@ def score_table(scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
     Args:
         scores: model to its scores, such as the dictionaries above put together; models in any order, those of ORDER
-            first; a score may be missing.
+            first; a score may be missing, and a model that has none is left out.
 
     Returns:
         {"models": [name, …], "rows": [{"metric", "label", "better": "lower" or "higher", "digits",
@@ -39,6 +39,7 @@ def score_table(scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
         some model has, in the order of METRICS.
     """
     models = [name for name in ORDER if name in scores] + [name for name in scores if name not in ORDER]
+    models = [name for name in models if scores[name].keys() & METRICS.keys()]
     rows = []
     for metric, (label, better, digits) in METRICS.items():
         values = {name: _number(scores[name].get(metric)) for name in models}

@@ -19,9 +19,10 @@ SOURCES = (
     ("fetch", "clip", "CLIP", "download it, or leave fetch.clip out"),
     ("shards", "train", "training images", "put them there"),
     ("shards", "val", "validation images", "put them there"),
+    ("shards", "samples.prompts", "prompts", "write them, one a line"),
     ("evaluate", "cutouts", "cutouts", "make them, or leave evaluate.cutouts out"),
 )
-IMAGES = ("shards", "evaluate")
+IMAGES = ("train", "val", "cutouts")
 MADE = "data/out"  # what stages make: a source there may come to be
 CAPTIONED = " as tar files with <key>.jpg and <key>.txt (img2dataset with output_format=webdataset writes such)"
 
@@ -40,11 +41,11 @@ def check(
         source = _setting(settings.get(section), name)
         if not source or (root / f"{MADE}/{target}/{section}.json").exists():
             continue
-        if section == "shards" and "encode" in settings["shards"]:
+        if name in ("train", "val") and "encode" in settings["shards"]:
             remedy += CAPTIONED
         own = f"name yours: params.yaml, targets.{target}.{section}.{name}"
         local = source.startswith("file:")
-        if local and (problem := _problem(root, source, images=section in IMAGES)):
+        if local and (problem := _problem(root, source, images=name in IMAGES)):
             missing.append(f"  {what}: {source} {problem}; {remedy}, or {own}")
         elif not local and elsewhere and (problem := elsewhere(source, own)):
             missing.append(f"  {what}: {problem}")

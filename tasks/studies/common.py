@@ -143,8 +143,8 @@ def measured_on(models: dict[str, dict[str, Any]]) -> str:
     if "generated" not in score:
         return f"Scores on {score['n']:,} validation images"
     return (
-        f"{score['generated']:,} images a model, the same prompts and noise for all, beside {score['real']:,} real "
-        f"ones; features: {score['extractor']}"
+        f"{score['generated']:,} images a model, the same prompts and noise for all, beside {score['real']:,} "
+        f"{score.get('reference', 'real ones')}; features: {score['extractor']}"
     )
 
 

@@ -149,6 +149,11 @@ def run(
 def _check_kind(target: str, settings: dict[str, Any]) -> None:
     from tasks.targets.denoiser import DenoiserTarget  # diffusers takes 15 seconds to import
 
+    if issubclass(kind(settings), DenoiserTarget) and not (settings["shards"]["train"] and settings["shards"]["val"]):
+        raise T5Error(
+            f"'{target}' has no images to fine-tune on, or none to compare with, and these curves are of fine-tunes; "
+            "name some in shards.train and shards.val"
+        )
     if not issubclass(kind(settings), DenoiserTarget):
         raise T5Error(
             f"'{target}' is a classifier, and these curves are of denoisers; `python -m tasks.studies.seeds` and "

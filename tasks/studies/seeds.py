@@ -7,6 +7,7 @@ sets all the target's seeds: head, source, new weights, calibration, order of im
 run again.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over seeds: of every model's scores, of the gaps, and of the stages' seconds."""
     scores = [{name: _numbers(score) for name, score in run["models"].items()} for run in runs]
     summary: dict[str, Any] = {"scores": {name: _spreads([each[name] for each in scores]) for name in scores[0]}}
-    for ours, theirs in GAPS:
+    for ours, theirs in _gaps(scores[0]):
         gaps = [
             {metric: each[ours][metric] - each[theirs][metric] for metric in each[ours] if metric in each[theirs]}
             for each in scores
@@ -108,6 +109,11 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
         {stage: metrics["seconds"] for stage, metrics in run["stages"].items() if "seconds" in metrics} for run in runs
     ]
     return summary | {"seconds": _spreads(seconds)}
+
+
+def _gaps(scores: Collection[str]) -> list[tuple[str, str]]:
+    """Those of GAPS whose models have scores."""
+    return [gap for gap in GAPS if all(model in scores for model in gap)]
 
 
 def _numbers(score: dict[str, Any]) -> dict[str, float]:
@@ -127,7 +133,9 @@ def table(result: dict[str, Any]) -> str:
     scores = summary["scores"]
     metrics = [metric for metric in SCORES if any(metric in score for score in scores.values())]
     rows = [[name, *_cells(score, metrics)] for name, score in scores.items()]
-    rows += [[f"{ours} − {theirs}", *_cells(summary[f"{ours}_minus_{theirs}"], metrics)] for ours, theirs in GAPS]
+    rows += [
+        [f"{ours} − {theirs}", *_cells(summary[f"{ours}_minus_{theirs}"], metrics)] for ours, theirs in _gaps(scores)
+    ]
     main = next(metric for metric in DRAWN if metric in metrics)
     heading, _, digits = SCORES[main]
     each = [

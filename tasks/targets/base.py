@@ -168,6 +168,10 @@ class Target(ABC, Generic[Recipe]):
             T5Error: it is not, with what to do.
         """
 
+    def nothing_to_tune_on(self) -> str | None:
+        """Why the stages finetune and control have no images to learn from, in words; None where they have some."""
+        return None
+
     @abstractmethod
     def product(self, scores: dict[str, Any]) -> Product:
         """The fine-tuned model as MLflow registers it, with the `scores` that `evaluate` found for it."""

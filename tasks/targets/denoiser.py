@@ -13,12 +13,9 @@ from torch import nn
 
 import t5lib
 from t5lib.data.batches import Batches
-from t5lib.data.encoders import ImageEncoder, TextEncoder, encoding_pipeline
-from t5lib.data.encoding import EncodingConfig, encode
+from t5lib.data.encoding import encode
 from t5lib.data.latents import MANIFEST, LatentSet, LatentShards
-from t5lib.data.shards import ShardSet
 from t5lib.download import check, kept, resolve
-from t5lib.evaluation.generation import TextTokens
 from t5lib.families.inputs import Inputs
 from t5lib.report.common import Quality
 from t5lib.report.data import ReportData
@@ -32,13 +29,13 @@ from tasks.runtime.needs import Needs
 from tasks.runtime.tracking.registry.product import Product
 from tasks.targets import denoiser_needs, diffusers_folder, timm_model
 from tasks.targets.base import Target, device, precision
-from tasks.targets.denoiser_checks import check_numbers, check_pipeline
-from tasks.targets.image_shards import ImagesConfig, listed, open_captions, open_labelled, refuse_overlap, taken
+from tasks.targets.denoiser_checks import check_numbers, check_pipeline, check_samples
+from tasks.targets.denoiser_images import ORIGINS, ShardsConfig, encoders, gathered, only_samples, origins
+from tasks.targets.image_shards import listed, taken
 from tasks.targets.pipeline_checks import check_parts, check_weights, described, differences
 from tasks.targets.sample_evaluator import EvaluateConfig, SampleEvaluator
 
 SCHEDULER = "scheduler"  # its folder in what the stage `source` made
-SPLITS = ("train", "val")
 DISTANCES = ("fid", "fd_dinov2")  # to real images: the score of a denoiser
 KEPT = "held-out.json"  # the loss of a stage's model on the validation images
 
@@ -66,23 +63,6 @@ class FetchConfig:
         for source in (self.source, self.inception, self.clip):
             if source is not None:
                 check(source)
-
-
-@settings
-class ShardsConfig(ImagesConfig):
-    """Images whose tar files hold <key>.jpg (.png, .webp) and <key>.txt or .json, as img2dataset writes them, and how
-    they are encoded. Captioned ones are named by file: alone; those of a class-conditional denoiser are as classifiers
-    have them (tasks/targets/classifier.py).
-
-    Attributes:
-        encode: sizes, mirror images, threads.
-        dtype: of the encoders.
-        max_sequence_length: tokens of the T5 encoder's text.
-    """
-
-    encode: EncodingConfig
-    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
-    max_sequence_length: TextTokens = 256
 
 
 @settings
@@ -143,6 +123,7 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         folder = diffusers_folder.known(fetch.source, root)
         images = listed(sections["shards"], root)
         check_numbers(sections, *images)
+        check_samples(sections["shards"], root, folder)
         if folder is not None:
             check_pipeline(folder, sections, images)
 
@@ -170,20 +151,23 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         return {"source": config.source, "files": len(noted["files"]), "bytes": size, "features": origin}
 
     def shards(self) -> dict[str, int]:
-        """Write train/ and val/ (t5lib.data.encoding), and images-*.json, the manifests of what was encoded."""
-        config = self.section("shards")
+        """Write train/ and val/ (t5lib.data.encoding); images-*.json, the manifests of what was encoded; samples/, what
+        the softmax model drew of it; and origins.json."""
+        config, stage = self.section("shards"), self.stage
         self.section("data")
-        folder = diffusers_folder.folder_of(self.stage.input("fetch"), self.stage.root)
-        sets = {split: self._images(config, split, folder) for split in SPLITS}
-        refuse_overlap(sets["train"], sets["val"])
-        images, text = _encoders(folder, config)
-        work = self.stage.resume_dir()
+        folder = diffusers_folder.folder_of(stage.input("fetch"), stage.root)
+        sets = gathered(config, stage, folder)
+        images, text = encoders(folder, config)
+        work = stage.resume_dir()
         for split, shards in sets.items():
             encode(shards, work / split, images=images, text=text, config=config.encode)
         for split, shards in sets.items():
-            self.stage.publish(split)
-            shards.write(self.stage.out / f"images-{split}.json", root=self.stage.root)
-        return taken(sets, config)
+            stage.publish(split)
+            shards.write(stage.out / f"images-{split}.json", root=stage.root)
+        made_of = origins(config, sets)
+        write_json(stage.out / ORIGINS, made_of)
+        samples = {f"{split}_samples": each["samples"] for split, each in made_of.items() if each["samples"]}
+        return taken(sets, config) | samples
 
     def source(self) -> dict[str, float]:
         """The pipeline's transformer in single precision, and its noise schedule beside it."""
@@ -212,6 +196,15 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         plots.save(sample_grid(few, evaluator.prompts[: config.shown]), stage.out / "samples.png")
         stage.artifact(stage.out / "samples.png")
         return scores
+
+    def nothing_to_tune_on(self) -> str | None:
+        """See Target."""
+        if not only_samples(self.stage.input("shards"), "train"):
+            return None
+        return (
+            "shards.train names no images, and a model would learn nothing new from a fine-tune on samples of its own "
+            "teacher"
+        )
 
     def sample_evaluator(self, config: EvaluateConfig) -> SampleEvaluator:
         """What draws and scores, the same for all models of the target."""
@@ -339,11 +332,6 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         """Of the scheduler that the stage `source` kept, with the changes in the section `data`."""
         return _noising((source or self.stage.input("source")) / SCHEDULER, self.section("data").objective)
 
-    def _images(self, config: ShardsConfig, split: str, folder: Path) -> ShardSet:
-        if diffusers_folder.takes_text(folder):
-            return open_captions(config, split, self.stage)
-        return open_labelled(config, split, diffusers_folder.classes(folder), self.stage)
-
 
 def _noising(folder: Path, changes: dict[str, Any]) -> Noising:
     """Of the scheduler in `folder`."""
@@ -363,16 +351,3 @@ def _kept_file(source: str, models: Path) -> str:
     place = kept(source, models)
     files = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else [place]
     return str((files[0] if len(files) == 1 else place).resolve())
-
-
-def _encoders(folder: Path, config: ShardsConfig) -> tuple[ImageEncoder, TextEncoder | None]:
-    options: dict[str, Any] = {"dtype": config.dtype, "device": str(device())}
-    image_options = options | {
-        "channels": diffusers_folder.image_channels(folder),
-        "patch": diffusers_folder.patch(folder),
-    }
-    if not diffusers_folder.takes_text(folder):
-        return ImageEncoder(diffusers_folder.image_vae(folder), **image_options), None
-    parts = encoding_pipeline(folder, config.dtype)
-    text = TextEncoder(parts, max_sequence_length=config.max_sequence_length, **options)
-    return ImageEncoder(parts.vae, **image_options), text

@@ -14,8 +14,9 @@ from t5lib.families import family_of
 from t5lib.families.inputs import ExampleSize
 from t5lib.training.objectives import noising_of
 from t5lib.utils.errors import T5Error
-from tasks.targets import diffusers_folder
+from tasks.targets import diffusers_folder, teacher_samples
 from tasks.targets.base import check_model, named
+from tasks.targets.denoiser_images import ShardsConfig
 from tasks.targets.image_shards import refuse_overlap
 
 
@@ -58,7 +59,8 @@ def _check_sizes(folder: Path, sizes: tuple[tuple[int, int], ...]) -> None:
 def _check_conditions(folder: Path, config: Any, images: tuple[ShardSet | None, ...]) -> None:
     """Raises T5Error unless images come with what the pipeline draws from."""
     if diffusers_folder.takes_text(folder):
-        if remote := [source for source in (config.train, config.val) if not source.startswith("file:")]:
+        sources = [source for source in (config.train, config.val) if source]
+        if remote := [source for source in sources if not source.startswith("file:")]:
             raise T5Error(f"'{remote[0][:200]}' is no source of captioned images; expected file:FOLDER or file:PATTERN")
         return
     most = diffusers_folder.classes(folder)
@@ -75,27 +77,38 @@ def check_numbers(sections: dict[str, Any], train: ShardSet | None, val: ShardSe
     Args:
         train, val: what the manifests say; None where they are not known (yet).
     """
-    limit = sections["shards"].limit
-    wanted = {
-        "diagnose.images": (train, sections["diagnose"].images),
-        "explain.images": (val, sections["explain"].images),
-    }
-    recipes = {"freeze.train": sections["freeze"].train, "finetune": sections["finetune"]}
+    shards = sections["shards"]
+    wanted = {"diagnose.images": ("train", sections["diagnose"].images)}
+    wanted |= {"explain.images": ("val", sections["explain"].images)}
+    recipes = {"freeze.train": sections["freeze"].train}
+    recipes |= {"finetune": sections["finetune"]} if shards.train else {}
     recipes |= {name: sections[name] for name in ("calibrate", "align") if sections[name].steps}
-    wanted |= {f"{name}.batch_size": (train, recipe.batch_size) for name, recipe in recipes.items()}
-    for name, (images, number) in wanted.items():
-        most, why = _known(images, limit)
+    wanted |= {f"{name}.batch_size": ("train", recipe.batch_size) for name, recipe in recipes.items()}
+    known = {split: _known(images, shards, split) for split, images in (("train", train), ("val", val))}
+    for name, (split, number) in wanted.items():
+        most, why = known[split]
         if number > most:
             raise T5Error(f"{name} is {number}; expected at most {most}, {why}")
-    most, why = _known(val, limit)
+    most, why = known["val"]
     if most < LEAST:
         raise T5Error(f"shards.val gives {most} images, {why}; expected {LEAST} or more, to score pictures with")
     if train and val:
         refuse_overlap(train, val)
 
 
-def _known(images: ShardSet | None, limit: int | None) -> tuple[float, str]:
-    """How many images there are at most, and how that is known; infinity where it is not."""
+def check_samples(shards: ShardsConfig, root: Path, folder: Path | None) -> None:
+    """Raises T5Error where the samples that are asked for cannot be drawn by the pipeline in `folder`."""
+    if shards.samples:
+        with named("shards.samples"):
+            teacher_samples.check_samples(shards.samples, root, folder, bucket_sizes(shards.encode.buckets))
+
+
+def _known(images: ShardSet | None, shards: ShardsConfig, split: str) -> tuple[float, str]:
+    """How many images and samples there are at most, and how that is known; infinity where it is not."""
+    limit, drawn = shards.limit, shards.drawn(split)
+    if getattr(shards, split) is None:
+        return drawn, "as many as shards.samples draws"
+    more = f" with {drawn} samples" if drawn else ""
     if limit is not None and (images is None or images.count == limit):
-        return limit, "as many as shards.limit takes"
-    return (images.count, f"as many as {images.name} has") if images else (math.inf, "")
+        return limit + drawn, f"as many as shards.limit takes{more}"
+    return (images.count + drawn, f"as many as {images.name} has{more}") if images else (math.inf, "")

@@ -12,9 +12,11 @@ from t5lib.utils.files import read_json
 from tasks.runtime import cards
 from tasks.runtime.needs import Check, Memory, Needs, Remote, Room, Work
 from tasks.targets import diffusers_folder, pipeline_checks, training_needs
+from tasks.targets.denoiser_images import ShardsConfig
 from tasks.targets.denoiser_shape import Shape
 from tasks.targets.expected_pipelines import TRANSFORMER, expected
 from tasks.targets.image_count import Images, counted, remote_images
+from tasks.targets.teacher_samples import SPLITS
 
 HALF, SINGLE = 2, 4  # bytes of a number
 ABOUT = 3_000  # bytes of a sample's JSON and of what a tar adds to its two files
@@ -70,16 +72,36 @@ class Denoiser:
     def flops(self, area: int) -> int:
         return self.shape.flops(*self.tokens(area))
 
+    @property
+    def sample_count(self) -> int:
+        """How many the softmax model draws to learn from."""
+        return sum(self.sections["shards"].drawn(split) for split in SPLITS)
+
+    @property
+    def models(self) -> list[str]:
+        """Stages whose models are evaluated."""
+        left_out = set() if self.sections["align"].steps else {"align"}
+        left_out |= set() if self.sections["shards"].train else {"finetune", "control"}
+        return [model.made_by for model in MODELS if model.made_by not in left_out]
+
+    @property
+    def recipes(self) -> dict[str, Any]:
+        """Of the stages that train the whole model, or what is new in it, as one."""
+        aligned = {"align": self.sections["align"]} if self.sections["align"].steps else {}
+        tuned = dict.fromkeys(("finetune", "control"), self.sections["finetune"])
+        frozen = {"freeze": self.sections["freeze"].train}
+        return aligned | frozen | (tuned if self.sections["shards"].train else {})
+
 
 def needs(sections: dict[str, Any], root: Path, target: str, *, online: bool) -> Needs:
     """See Target."""
     source = sections["fetch"].source
     folder = diffusers_folder.known(source, root)
     configs = folder or (_described(source, root) if online else None)
-    train, val = (counted(sections["shards"], split, root) for split in ("train", "val"))
+    train, val = (_all_of(sections["shards"], split, root) for split in SPLITS)
     checks = [
         *_checked(configs, source),
-        *training_needs.check_control(sections["finetune"]),
+        *(training_needs.check_control(sections["finetune"]) if sections["shards"].train else ()),
         *_enough(sections, train, val),
     ]
     remotes = _remotes(sections, root, target, fetched=folder is not None)
@@ -89,6 +111,15 @@ def needs(sections: dict[str, Any], root: Path, target: str, *, online: bool) ->
         return Needs(remotes, checks=(*checks, unknown))
     made = {stage.stem for stage in root.glob(f"data/out/{target}/*.json")}
     return Needs(remotes, _rooms(one, made), tuple(_memories(one)), tuple(_works(one, made)), tuple(checks))
+
+
+def _all_of(shards: ShardsConfig, split: str, root: Path) -> Images:
+    """Images and samples together."""
+    held, drawn = counted(shards, split, root), shards.drawn(split)
+    if not drawn:
+        return held
+    how = f"{drawn:,} samples" + (f"; images {held.how}" if held.count != 0 else "")
+    return Images(None if held.count is None else held.count + drawn, None, how)
 
 
 def _described(source: str, root: Path) -> Path | None:
@@ -169,13 +200,15 @@ def _remotes(sections: dict[str, Any], root: Path, target: str, *, fetched: bool
 def _rooms(one: Denoiser, made: set[str]) -> tuple[Room, ...]:
     sections = one.sections
     left = [model for model in MODELS if model.made_by not in made]
-    recipes = {"freeze": sections["freeze"].train, "finetune": sections["finetune"], "control": sections["finetune"]}
-    sizes = {stage: training_needs.checkpoint_bytes(one.size, recipe) for stage, recipe in recipes.items()}
-    largest = max((size for stage, size in sizes.items() if stage not in made), default=0)
-    drawn = round(PNG * one.drawn_area) * sections["evaluate"].samples * len(MODELS)
+    sizes = {stage: training_needs.checkpoint_bytes(one.size, recipe) for stage, recipe in one.recipes.items()}
+    largest, stage = max(((size, stage) for stage, size in sizes.items() if stage not in made), default=(0, "finetune"))
+    section = {"freeze": "freeze.train", "control": "finetune"}.get(stage, stage)
+    drawn = round(PNG * one.drawn_area) * sections["evaluate"].samples * len(one.models)
+    samples = [Room("samples", round(PNG * one.area) * one.sample_count, certain=False, out=True, why="about")]
     each = _encoded_bytes(one)
     count = None if one.train.count is None or one.val.count is None else one.train.count + one.val.count
     return (
+        *(samples if one.sample_count and "shards" not in made else ()),
         Room(
             "encoded images",
             0 if "shards" in made else None if count is None else each * count,
@@ -185,7 +218,7 @@ def _rooms(one: Denoiser, made: set[str]) -> tuple[Room, ...]:
             change=f"fewer images: with 10,000 it is {each / 1e5:,.0f} GB" if count and each * count > 1e11 else "",
         ),
         Room("models", one.saved * len(left), out=True, why=f"{len(left)} of {one.saved / 1e9:.1f} GB"),
-        Room("checkpoints", largest, why="at the most, while it trains", change="finetune.checkpoints_kept: 1"),
+        Room("checkpoints", largest, why="at the most, while it trains", change=f"{section}.checkpoints_kept: 1"),
         Room("drawn pictures", 0 if "evaluate" in made else drawn, certain=False, out=True, why="about"),
     )
 
@@ -199,16 +232,14 @@ def _encoded_bytes(one: Denoiser) -> int:
 
 def _memories(one: Denoiser) -> list[Memory]:
     sections = one.sections
-    training = {"freeze": sections["freeze"].train, "finetune": sections["finetune"]}
-    if sections["align"].steps:
-        training = {"align": sections["align"]} | training
-    found = [_encoding(one)]
+    training = {stage: recipe for stage, recipe in one.recipes.items() if stage != "control"}
+    found = [_sampling(one) if one.sample_count else _encoding(one)]
     if sections["calibrate"].steps:
         found.append(_calibration(one))
     for stage, recipe in training.items():
         teacher = stage == "align" or bool(getattr(recipe, "align", 0) and getattr(recipe, "teacher", "") in TEACHERS)
         found.append(training_needs.memory(stage, one.size, recipe, one.shape.blocks, one.numbers, teacher))
-    return [*found, _drawing(one)]
+    return [*found, _evaluation(one)]
 
 
 def _encoding(one: Denoiser) -> Memory:
@@ -233,15 +264,25 @@ def _calibration(one: Denoiser) -> Memory:
     return Memory("calibrate", certain, likely(config.batch_size), _fewer("calibrate", config.batch_size, likely))
 
 
-def _drawing(one: Denoiser) -> Memory:
+def _sampling(one: Denoiser) -> Memory:
+    """The softmax pipeline in bf16; afterwards its encoders take less."""
+    return _drawing(one, "shards", one.sections["shards"].samples, "shards.samples", one.saved // 2, one.area)
+
+
+def _evaluation(one: Denoiser) -> Memory:
     """The pipeline in bf16, beside it the next model in single precision, from which its held-out loss is taken."""
-    sampling, text = one.sections["evaluate"].sampling, HALF * one.text_parameters
+    sampling, models = one.sections["evaluate"].sampling, one.saved * 3 // 2
+    return _drawing(one, "evaluate", sampling, "evaluate.sampling", models, one.drawn_area)
+
+
+def _drawing(one: Denoiser, stage: str, sampling: Any, section: str, models: int, area: int) -> Memory:
+    text = HALF * one.text_parameters
 
     def likely(images: int) -> int:
-        return one.saved * 3 // 2 + text + cards.DRAWN * one.drawn_area * images
+        return models + text + cards.DRAWN * area * images
 
-    smaller = _fewer("evaluate.sampling", sampling.batch_size, likely)
-    return Memory("evaluate", one.saved + text, likely(sampling.batch_size), smaller)
+    certain = min(models, one.saved) + text
+    return Memory(stage, certain, likely(sampling.batch_size), _fewer(section, sampling.batch_size, likely))
 
 
 def _fewer(section: str, batch: int, likely: Any) -> tuple[tuple[str, int], ...]:
@@ -257,25 +298,33 @@ def _works(one: Denoiser, made: set[str]) -> list[Work]:
     sections, calibrate, forward = one.sections, one.sections["calibrate"], one.flops(one.area)
     count = None if one.train.count is None or one.val.count is None else one.train.count + one.val.count
     sampling, samples = sections["evaluate"].sampling, sections["evaluate"].samples
-    passes = sampling.steps * (2 if sampling.guidance > 1 else 1)
-    models = len(MODELS) - (0 if sections["align"].steps else 1)
     flips = 2 if sections["shards"].encode.flip else 1
     fit = "fit compiled" if calibrate.compile else "fit"
+    tuned = one.recipes.get("finetune")
     works = [
+        Work("shards", "draw", _drawn(one, sections["shards"].samples, one.sample_count, one.area)),
         Work("shards", "encode", None if count is None else float(count * one.area * flips)),
         Work("calibrate", fit, float(calibrate.steps * one.numbers(calibrate.batch_size) * one.layers)),
         Work("align", "train", _trained(sections["align"], forward, teacher=True)),
         Work("freeze", "train", _trained(sections["freeze"].train, forward)),
-        Work("finetune", "train", _trained(sections["finetune"], forward), _shorter(sections["finetune"])),
-        Work("control", "train", _trained(sections["finetune"], forward), _shorter(sections["finetune"])),
+        *(
+            Work(stage, "train", _trained(tuned, forward), _shorter(tuned))
+            for stage in ("finetune", "control")
+            if tuned
+        ),
         Work(
             "evaluate",
             "draw",
-            float(models * samples * passes * one.flops(one.drawn_area)),
+            _drawn(one, sampling, samples * len(one.models), one.drawn_area),
             f"evaluate.samples: {max(16, samples // 4)} is four times as fast",
         ),
     ]
     return [work for work in works if work.amount != 0 and work.stage not in made]
+
+
+def _drawn(one: Denoiser, sampling: Any, images: int, area: int) -> float:
+    """FLOPs of drawing so many images."""
+    return float(images * sampling.steps * (2 if sampling.guidance > 1 else 1) * one.flops(area)) if images else 0.0
 
 
 def _trained(recipe: Any, forward: int, teacher: bool = False) -> float:

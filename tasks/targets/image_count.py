@@ -27,7 +27,10 @@ class Images:
 
 def counted(shards: ImagesConfig, split: str, root: Path) -> Images:
     """Of "train" or "val", no more than `shards.limit`."""
-    images = _held(getattr(shards, split), split, root)
+    source = getattr(shards, split)
+    if source is None:
+        return Images(0, 0, "none are named")
+    images = _held(source, split, root)
     if shards.limit is None or (images.count is not None and images.count <= shards.limit):
         return images
     return Images(shards.limit, None, "by shards.limit")
@@ -55,7 +58,7 @@ def remote_images(shards: ImagesConfig, root: Path, target: str) -> list[Remote]
     if (root / f"data/out/{target}/shards.json").exists():
         return []
     splits = {"training images": shards.train, "validation images": shards.val}
-    return [Remote(what, source) for what, source in splits.items() if source.startswith("hf:")]
+    return [Remote(what, source) for what, source in splits.items() if source and source.startswith("hf:")]
 
 
 def _like_the_first(tars: list[Path]) -> Images:

@@ -67,7 +67,9 @@ def listed(config: ImagesConfig, root: Path) -> tuple[ShardSet | None, ShardSet 
     return train, val
 
 
-def _manifest(source: str, root: Path, limit: int | None) -> ShardSet | None:
+def _manifest(source: str | None, root: Path, limit: int | None) -> ShardSet | None:
+    if source is None:
+        return None
     place = root / Path(source.removeprefix("file:")).expanduser()
     if not source.startswith("file:") or place.suffix != ".json" or not place.is_file():
         return None

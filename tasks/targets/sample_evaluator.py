@@ -20,8 +20,10 @@ from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
 from tasks.targets import diffusers_folder, real_images
 from tasks.targets.base import device
+from tasks.targets.denoiser_images import only_samples
 
 REAL = "real images"  # the row of a table that says what can be reached
+SAMPLES = "samples of the source"  # what stands for them where there are none
 REFERENCES = 20  # pictures of each name that generated ones are compared with
 
 
@@ -58,7 +60,8 @@ class Drawn:
 
 
 class SampleEvaluator:
-    """One for all models of a target: prompts, noise and real images are the same.
+    """One for all models of a target: prompts, noise and real images are the same. Where the stage `shards` had the
+    source draw the validation images, those stand for real ones, and the scores say so under "reference".
 
     Args:
         config: the section `evaluate`.
@@ -85,6 +88,7 @@ class SampleEvaluator:
         size = config.sampling.size or diffusers_folder.image_size(self.folder)
         images: dict[str, Any] = {"size": size, "channels": self.channels}
         validation = real_images.read(shards / "images-val.json", **images, most=config.samples)
+        self._reference = SAMPLES if only_samples(shards, "val") else REAL
         if len(validation) < scores.LEAST:
             raise T5Error(f"evaluate: shards.val holds {len(validation)} images; expected at least {scores.LEAST}")
         self.asked = [validation[number % len(validation)] for number in range(config.samples)]
@@ -116,7 +120,7 @@ class SampleEvaluator:
         return Drawn(loss, read_images([job.path for job in jobs], channels=self.channels))
 
     def scores(self, drawn: dict[str, Drawn]) -> dict[str, dict[str, Any]]:
-        """What applies (t5lib.evaluation.scores.METRICS) to each model and to real images; "source" must be there."""
+        """What applies (t5lib.report.score_table.METRICS) to each model and to real images; "source" must be there."""
         held_out = real_images.stacked(list({id(image): image for image in self.asked}.values()))
         pictures = {name: each.images for name, each in drawn.items()}
         found = scores.fidelity(pictures, held_out, self._extractor, device=device())
@@ -124,7 +128,9 @@ class SampleEvaluator:
             found[name] = {"loss": each.loss, **found[name], **self._following(each.images)}
             if name != "source":
                 found[name] |= scores.distance_to(each.images, drawn["source"].images, self._dinov2)
-        found[REAL] = self._following(real_images.stacked(self.asked))
+        if self._reference != REAL:
+            found = {name: {**each, "reference": self._reference} for name, each in found.items()}
+        found[self._reference] = self._following(real_images.stacked(self.asked))
         return found
 
     def _following(self, pictures: Tensor) -> dict[str, Any]:

@@ -18,6 +18,7 @@ COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 TRAINED = {"steps": 3, "batch_size": 4, "lr": 1e-4, "lr_new": 1e-3, "checkpoint_every": 1}
 VIT = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 1, "num_classes": 0}
 IMAGES = 24  # of each split, beside one that cannot be read
+PROMPTS = 20
 UNREADABLE = {"bad.png": b"", "bad.txt": b"a square", "bad.cls": b"0"}
 
 
@@ -57,10 +58,19 @@ def settings(kind: str, root: Path) -> dict[str, Any]:
     }
 
 
+def from_samples(kind: str, root: Path, **changes: Any) -> dict[str, Any]:
+    """The section `shards` without images: the softmax model draws them. `changes` are of the section `samples`."""
+    prompts = {"prompts": f"file:{root}/prompts.txt"} if kind == "sd3" else {}
+    shards = {name: value for name, value in settings(kind, root)["shards"].items() if name not in ("train", "val")}
+    sampling = {"count": 24, "val": 16, "steps": 2, "batch_size": 8}
+    return shards | {"samples": prompts | sampling | changes}
+
+
 def write(root: Path, kind: str) -> None:
     """The pipeline, the model whose features score its pictures, and the images."""
     pipeline = tiny_sd3_pipeline(t5=False) if kind == "sd3" else tiny_dit_pipeline()
     pipeline.save_pretrained(root / kind)
+    (root / "prompts.txt").write_text("".join(f"one square on {number}\n" for number in range(PROMPTS)))
     torch.manual_seed(0)
     save_file(timm.create_model("vit_tiny_patch16_224", **VIT).state_dict(), root / "vit.safetensors")
     for split, first in (("train", 0), ("val", IMAGES)):

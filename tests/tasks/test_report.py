@@ -333,7 +333,7 @@ def test_page_without_the_optional_stages_leaves_their_parts_out(root):
 
 def test_evaluation_without_the_converted_model_is_refused(root):
     write(root / "data/out" / TARGET / "evaluate.json", {"models": {"source": evaluated(84.5, 100.0)}})
-    with pytest.raises(T5Error, match=r"evaluate measured source; the report also needs finetuned"):
+    with pytest.raises(T5Error, match=r"evaluate measured source; expected one of finetuned, aligned, calibrated"):
         build(root)
 
 

@@ -15,13 +15,15 @@ def data_sets(shards: Path, sources: dict[str, Any]) -> dict[str, dict[str, str]
     """What mlflow.entities.Dataset takes, by context, for every manifest in the output of the stage `shards`.
 
     Args:
-        sources: of each split, "train" and "val": where its images came from.
+        sources: of each split, "train" and "val": where its images came from; of "samples": by what settings those
+            were drawn that a split without images consists of.
     """
     found = {}
     for split, context in CONTEXTS.items():
         for manifest in (shards / f"{split}.json", shards / f"images-{split}.json"):
             if manifest.is_file():
-                found[context] = _entry(manifest, without_secrets(str(sources.get(split))))
+                source = sources.get(split) or sources.get("samples")
+                found[context] = _entry(manifest, without_secrets(str(source)))
     return found
 
 

@@ -97,8 +97,10 @@ def test_images_of_this_machine_that_cannot_be_used_are_told_before_the_first_st
 
 def test_every_target_of_ours_names_its_sources_where_they_are_looked_for():
     for target in params.read()["targets"].values():
-        named = {(section, name) for section, name, _, _ in local_sources.SOURCES if target.get(section, {}).get(name)}
-        assert {("fetch", "source"), ("shards", "train"), ("shards", "val")} <= named
+        settings = local_sources.SOURCES
+        named = {(section, name) for section, name, *_ in settings if local_sources._setting(target.get(section), name)}
+        images = {("shards", "train"), ("shards", "val")}
+        assert {("fetch", "source")} <= named and (images <= named or ("shards", "samples.prompts") in named)
 
 
 def test_a_full_disk_is_told_before_anything_starts(tmp_path, monkeypatch):

@@ -109,6 +109,25 @@ def test_what_stages_have_made_already_is_not_needed_again(root):
     assert {work.stage for work in found.works} == {"calibrate", "freeze", "control"}
 
 
+def test_without_images_the_samples_are_drawn_and_nothing_is_fine_tuned(root):
+    (root / "data/prompts").mkdir(parents=True)
+    (root / "data/prompts/plain.txt").write_text("a cat\na dog\n")
+    found = needs(root, "sd35-medium-samples")
+    rooms = {room.what: room.size for room in found.rooms}
+    assert rooms["samples"] == pytest.approx(1.7 * 2400 * 1024**2, rel=0.05)
+    assert rooms["encoded images"] == pytest.approx(2400 * 2 * (16 * 128**2 + 333 * 4096 + 2048), rel=0.01)
+    assert not {"finetune", "control"} & {work.stage for work in found.works}
+    drawing, encoding = (work for work in found.works if work.stage == "shards")
+    assert drawing.amount == pytest.approx(2400 * 28 * 2 * cards.MEDIUM_FLOPS, rel=0.05) and encoding.rate == "encode"
+    assert [memory.stage for memory in found.memories] == ["shards", "calibrate", "align", "freeze", "evaluate"]
+    images = needs(root, "sd35-medium", ["shards.limit=100"])
+    assert "samples" not in {room.what for room in images.rooms}
+    changes = [next(room.change for room in each.rooms if room.what == "checkpoints") for each in (found, images)]
+    assert changes == ["align.checkpoints_kept: 1", "finetune.checkpoints_kept: 1"]
+    both = needs(root, "sd35-medium", ["shards.limit=100", "shards.samples.prompts=file:data/prompts/plain.txt"])
+    assert "2,000 samples; images by shards.limit" in next(room.why for room in both.rooms if "encoded" in room.what)
+
+
 def test_a_recipe_that_control_cannot_follow_is_told_before_the_fine_tune(root):
     for changes, problems in (([], 0), (["finetune.trainable=lora"], 0), (["finetune.trainable=new"], 1)):
         told = [check for check in needs(root, "sd35-medium", changes).checks if check.problem]
