@@ -19,14 +19,15 @@ def convert(model: nn.Module, config: TTTConfig | str | None = None, *, inplace:
     carries `t5_config` and `t5_report`, a ConversionReport (t5lib.families.replacement).
 
     Args:
-        model: a timm VisionTransformer whose attention is timm's Attention, or diffusers' SD3Transformer2DModel or
-            DiTTransformer2DModel; not changed unless `inplace`, which makes no second copy of the weights.
+        model: a timm VisionTransformer whose attention is timm's Attention, a timm Eva (with rotary positions or
+            without), or diffusers' SD3Transformer2DModel or DiTTransformer2DModel; not changed unless `inplace`, which
+            makes no second copy of the weights.
         config: what the new layers are, or the name of a preset such as "t5+"; the default is the method's (swiglu,
             instance key norm, dwc_qk, all layers).
 
     Raises:
         T5Error: a part of the model cannot be converted (named), a layer index does not exist, or a neighborhood is
-            larger than the grid of a model whose images have one size.
+            larger than the grid of a model whose images have one size, or text is to be exact where there is none.
     """
     adapter = family_of(model)
     config = TTTConfig.preset(config) if isinstance(config, str) else checked(config, TTTConfig)

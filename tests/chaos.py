@@ -92,7 +92,8 @@ class Attack:
         if repeated > kills:  # a kill may cost the one step that was being noted
             problems.append(f"{repeated} steps done twice in {kills} kills")
         left = [str(path) for path in data.rglob(".*") if path.is_relative_to(data / "out")]
-        left += [str(path) for path in (data / "scratch").rglob("*") if path.is_file() and path.suffix != ".lock"]
+        scratch = [path for path in (data / "scratch").rglob("*") if path.is_file()]
+        left += [str(path) for path in scratch if path.suffix not in (".lock", ".log")]  # .log: all that a stage said
         problems += [f"left behind: {path}" for path in left]
         for name, table in (
             ("mlflow/mlflow.db", "runs"),

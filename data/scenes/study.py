@@ -5,8 +5,9 @@
     python data/scenes/study.py tune    … --folds 0 --trials usual half most        # recipes, from one calibration
     python data/scenes/study.py arms    … --folds 1 2 3 4 --arms t5 t5-last+-auto   # what the tables hold
 
-`weights`: the state dict of timm's vit_small_patch14_dinov2 (t5lib.weights.dinov2_onnx reads it). Several processes may
-work in one WORK folder at once, each on arms, trials or folds of its own. Results are written as they come.
+`weights`: the state dict of timm's vit_small_patch14_dinov2 (t5lib.weights.dinov2_onnx reads it). With `--decoder`, the
+state dict of t5lib.weights.focus_decoder, heat maps are compared too. Several processes may work in one WORK folder at
+once, each on arms, trials or folds of its own. Results are written as they come.
 
 A fold's models are fitted on the scenes of the other folds, without labels, at 518 px. They are measured on the fold's
 own scenes at 518 px, at 1,036 px and on a part of 700 × 1,036 px. Recipes were chosen on fold 0, which no table holds.
@@ -29,11 +30,13 @@ from views import PATCH, Scenes, Size
 
 import t5lib
 from t5lib.evaluation.dense import DenseSums, Probe, ProbeConfig, compare, fit_probe, gather_features
+from t5lib.evaluation.focus import compare_focus
 from t5lib.layers.config import TTTConfig
 from t5lib.training.alignment import AlignConfig, align
 from t5lib.training.calibration import CalibrateConfig, calibrate
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file, read_json, write_json
+from t5lib.weights.focus_decoder import FocusDecoder
 
 FITTED = 518  # pixels; the size of images that models are fitted on
 PROBE = ProbeConfig(l2=1e-3)
@@ -94,6 +97,10 @@ class Study:
         self.scenes = Scenes(Composed.read(options.scenes), self.device)
         self.weights = {name: tensor.float() for name, tensor in load_file(options.weights).items()}
         self.source = self.softmax()
+        self.decoder = FocusDecoder().to(self.device).eval() if options.decoder else None
+        if self.decoder:
+            decoder = load_file(options.decoder)
+            self.decoder.load_state_dict({name: each.float() if each.ndim else each for name, each in decoder.items()})
 
     def softmax(self) -> nn.Module:
         model = timm.create_model("vit_small_patch14_dinov2", img_size=FITTED, num_classes=0, dynamic_img_size=True)
@@ -141,6 +148,21 @@ class Study:
             )
         return sums
 
+    def focus(self, student: nn.Module, fold: int) -> dict[str, dict[str, float]] | None:
+        """By size, how far heat maps are from the source's."""
+        if self.decoder is None:
+            return None
+        return {
+            size.name: compare_focus(
+                self.source,
+                student,
+                self.decoder,
+                self.scenes.measured(fold, size, self.at_once(size)),
+                self.precision,
+            )
+            for size in self.scenes.sizes()
+        }
+
     def write(self, name: str, record: dict[str, Any], sums: dict[str, dict[str, DenseSums]]) -> None:
         """`record` and what was measured, by stage and size, as JSON; the sums themselves beside it."""
         record["measured"] = {
@@ -183,7 +205,8 @@ def prepare(study: Study) -> None:
             "source": study.measure(study.source, fold, own_probes=False),
             "mirrored": study.measure(mirrored(study.source), fold, own_probes=False),
         }
-        study.write(f"source-{fold}", {"fold": fold, "seconds": time.monotonic() - begun}, sums)
+        focus = study.focus(mirrored(study.source), fold)
+        study.write(f"source-{fold}", {"fold": fold, "seconds": time.monotonic() - begun, "focus": focus}, sums)
 
 
 def mirrored(model: nn.Module) -> nn.Module:
@@ -295,7 +318,7 @@ def arms(study: Study) -> None:
             record["aligned"] = aligned(study, student, fold, study.recipe(), options.align)
             loss = record["aligned"]["loss"]
             print(name, record["aligned"]["steps"], "steps, loss", loss[:4], "…", loss[-4:], flush=True)
-            sums["aligned"] = study.measure(student, fold)
+            sums["aligned"], record["focus"] = study.measure(student, fold), study.focus(student, fold)
             study.write(name, record, sums)
             if options.pictures:
                 save_maps(study, student, name, fold)
@@ -334,7 +357,7 @@ def _kept(record: dict[str, Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("prepare", "tune", "choose", "arms"))
-    for name in ("scenes", "work", "weights"):
+    for name in ("scenes", "work", "weights", "decoder"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--folds", type=int, nargs="+", default=[0])
     parser.add_argument("--trials", nargs="+", default=list(TRIALS), choices=list(TRIALS))

@@ -21,6 +21,7 @@ def implicit_attention(
     x: Tensor,
     grid: TokenGrid,
     *,
+    rope: Tensor | None = None,
     queries: Tensor | list[int] | None = None,
     probes: int = 4,
     seed: int = 0,
@@ -36,9 +37,10 @@ def implicit_attention(
     Cost: a pass of the layer, forward and backward, for each query and probe, in chunks of bounded memory.
 
     Args:
-        attention: a timm Attention or a TTTAttention with any mixer.
+        attention: an attention of timm, with or without rotary positions, or a TTTAttention with any mixer.
         x: (B, N, C), the layer's input.
         grid: where x's tokens lie.
+        rope: the rotary table that the layer is called with (t5lib.families.base.AttentionCall), if any.
         queries: the tokens i, as indices into N (prefix tokens first); all of them by default.
         probes: directions, 1 to D.
         seed: of the directions.
@@ -50,7 +52,7 @@ def implicit_attention(
         T5Error: another kind of layer, or `queries` or `probes` out of range.
     """
     with torch.no_grad():
-        q, k, v = projected(attention, x, grid)
+        q, k, v = projected(attention, x, grid, rope)
     queries = _checked(queries, q.shape[2]).to(x.device)
     if not isinstance(attention, TTTAttention):
         scores = (q[:, :, queries] * attention.scale @ k.mT).to(_wide(q))
@@ -67,8 +69,10 @@ def implicit_attention(
     return (squares / probes).sqrt()
 
 
-def projected(attention: nn.Module, x: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (B, H, N, D) that a timm Attention or a TTTAttention makes of its input (B, N, C).
+def projected(
+    attention: nn.Module, x: Tensor, grid: TokenGrid, rope: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (B, H, N, D) that an attention of timm or a TTTAttention makes of its input (B, N, C).
 
     Raises:
         T5Error: it is neither.
@@ -76,8 +80,10 @@ def projected(attention: nn.Module, x: Tensor, grid: TokenGrid) -> tuple[Tensor,
     if isinstance(attention, TTTAttention):
         x = attention.mixer.prepare(x, grid)
     elif not all(hasattr(attention, name) for name in ("qkv", "q_norm", "k_norm", "scale")):
-        raise T5Error(f"{type(attention).__name__} is neither timm's Attention nor a TTTAttention; pass such a layer")
-    return project(attention, x)
+        raise T5Error(
+            f"{type(attention).__name__} is neither an attention of timm nor a TTTAttention; pass such a layer"
+        )
+    return project(attention, x, rope)
 
 
 def attention_distance(weights: Tensor, queries: list[int], grid: TokenGrid) -> Tensor:

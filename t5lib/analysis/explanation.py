@@ -14,7 +14,7 @@ from t5lib.analysis.attention_maps import attention_distance, implicit_attention
 from t5lib.analysis.key_shift import shift_ratio
 from t5lib.analysis.similarity import CKA, RelativeError
 from t5lib.families import family_of
-from t5lib.families.base import Adapter, Tokens
+from t5lib.families.base import Adapter, AttentionCall
 from t5lib.families.inputs import Inputs, check_finite, count, first, parts, placed
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.grid import TokenGrid, grid_scope
@@ -187,11 +187,11 @@ class _LayerSums:
 
 
 class _Trace:
-    """One run of a model: of every attention its tokens and merged heads, and the image tokens its block gives."""
+    """One run of a model: of every attention its call and merged heads, and the image tokens its block gives."""
 
     def __init__(self, adapter: Adapter, model: nn.Module, names: Sequence[str], inputs: Inputs):
         self.model, self.grid = model, adapter.grid(model, inputs)
-        self.tokens: dict[str, Tokens] = {}
+        self.calls: dict[str, AttentionCall] = {}
         self.heads: dict[str, Tensor] = {}
         self.blocks: dict[str, Tensor] = {}
 
@@ -203,7 +203,7 @@ class _Trace:
 
         hooks = []
         for name in names:
-            hooks += adapter.watch(model.get_submodule(name), self.tokens, self.heads, name)
+            hooks += adapter.watch(model.get_submodule(name), self.calls, self.heads, name)
             hooks.append(
                 model.get_submodule(adapter.block_name(name)).register_forward_hook(of_this_thread(keep(name)))
             )
@@ -238,28 +238,29 @@ def _measure(
 def _add(layer: _LayerSums, name: str, adapter: Adapter, theirs: _Trace, ours: _Trace) -> None:
     """Count a run of both models in."""
     softmax, converted = (trace.model.get_submodule(name) for trace in (theirs, ours))
-    layer.add_shift("shift_softmax", adapter.project(softmax, theirs.tokens[name])[1])
-    layer.layer_error.add(_heads_of(adapter, converted, theirs.tokens[name], theirs.grid), theirs.heads[name])
+    layer.add_shift("shift_softmax", adapter.project(softmax, theirs.calls[name])[1])
+    layer.layer_error.add(_heads_of(adapter, converted, theirs.calls[name], theirs.grid), theirs.heads[name])
     layer.block_error.add(ours.blocks[name], theirs.blocks[name])
     layer.cka.add(ours.blocks[name].flatten(0, 1), theirs.blocks[name].flatten(0, 1))
     if not isinstance(converted, TTTLayer):
-        layer.add_shift("shift_before", adapter.project(converted, ours.tokens[name])[1])
+        layer.add_shift("shift_before", adapter.project(converted, ours.calls[name])[1])
         return
-    image, *text = ours.tokens[name]
-    mixer, grid = converted.mixer, ours.grid.with_suffix(text[0].shape[1] if text else 0)
-    q, k, _ = adapter.project(converted, (mixer.prepare(image, ours.grid), *text))
+    mixer, call = converted.mixer, ours.calls[name]
+    image, *text = call.tokens[: 1 if mixer.config.text == "exact" else None]  # what the inner model is fitted on
+    grid = ours.grid.with_suffix(text[0].shape[1] if text else 0)
+    q, k, _ = adapter.project(converted, call.of(mixer.prepare(image, ours.grid), *text))
     layer.add_shift("shift_before", k)
     layer.add_shift("shift_after", mixer.normalized(mixer.rescaled(q, k)[1], grid))
     layer.add_shift("shift_fitted", mixer.localized(q, k, grid)[1])
 
 
-def _heads_of(adapter: Adapter, attention: nn.Module, tokens: Tokens, grid: TokenGrid) -> Tensor:
-    """The merged heads that `attention` makes of other tokens than those it got."""
+def _heads_of(adapter: Adapter, attention: nn.Module, call: AttentionCall, grid: TokenGrid) -> Tensor:
+    """The merged heads that `attention` makes of another call than its own."""
     heads: dict[str, Tensor] = {}
     hooks = adapter.watch(attention, {}, heads, "it")
     try:
         with grid_scope(grid):
-            adapter.call_attention(attention, tokens)
+            adapter.call_attention(attention, call)
     finally:
         for hook in hooks:
             hook.remove()
@@ -286,8 +287,9 @@ def _look(
     for index, name in enumerate(names):
         asked, both = spread + list(shown.values()) * (index in pictured), []
         for (model, trace), distance in zip(sides, distances, strict=True):
-            attention, [x] = model.get_submodule(name), trace.tokens[name]
-            weights = implicit_attention(attention, x, grid, queries=asked, probes=probes)
+            call = trace.calls[name]
+            [x], attention = call.tokens, model.get_submodule(name)
+            weights = implicit_attention(attention, x, grid, rope=call.rope, queries=asked, probes=probes)
             distance.append(attention_distance(weights[:, :, : len(spread)], spread, grid).mean().item())
             both.append(over_patches(weights[:MAP_IMAGES, :, len(spread) :], grid.num_prefix_tokens).mean(1))
         if index in pictured:
@@ -307,7 +309,7 @@ def _shown(model: nn.Module, grid: TokenGrid) -> dict[str, int]:
     """The queries that are pictured, by name."""
     centre = grid.num_prefix_tokens + (grid.rows // 2) * grid.columns + grid.columns // 2
     shown = {"centre": centre, "corner": grid.num_prefix_tokens}
-    return shown | ({"class token": 0} if getattr(model, "has_class_token", False) else {})
+    return shown | ({"class token": 0} if getattr(model, "cls_token", None) is not None else {})
 
 
 def _maps(layer: int, shown: dict[str, int], grid: TokenGrid, softmax: Tensor, converted: Tensor) -> list[AttentionMap]:

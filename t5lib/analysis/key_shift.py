@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from t5lib.families import family_of
-from t5lib.families.base import Adapter, Tokens
+from t5lib.families.base import Adapter, AttentionCall
 from t5lib.families.inputs import Inputs, check_finite, count, parts, placed
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
@@ -83,7 +83,7 @@ def shift_ratio(k: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _shift_ratios(model: nn.Module, adapter: Adapter, inputs: Inputs) -> tuple[tuple[float, ...], ...]:
-    """Keys are read as the attention sees them: after the pretrained key norm, with those of text where there are."""
+    """Keys are read as softmax sees them: after the pretrained key norm and rotation, with text's if there are any."""
     sums, hooks = {}, []
     for name in adapter.attention_names(model):
         sums[name] = torch.zeros(())
@@ -101,11 +101,11 @@ def _shift_ratios(model: nn.Module, adapter: Adapter, inputs: Inputs) -> tuple[t
 
 def _adder(attention: nn.Module, adapter: Adapter, sums: dict[str, Tensor], name: str) -> list:
     """Hooks that add the shift ratios of the images that `attention` sees to sums[name], (H,)."""
-    tokens: dict[str, Tokens] = {}
+    calls: dict[str, AttentionCall] = {}
 
     def add(*_: Any) -> None:
-        seen = tokens.pop(name)
-        ratios = shift_ratio(adapter.project(attention, seen)[1])
-        sums[name] = sums[name].to(ratios.device) + ratios * len(seen[0])
+        call = calls.pop(name)
+        ratios = shift_ratio(adapter.project(attention, call)[1])
+        sums[name] = sums[name].to(ratios.device) + ratios * len(call.tokens[0])
 
-    return [*adapter.watch(attention, tokens, {}, name), attention.register_forward_hook(of_this_thread(add))]
+    return [*adapter.watch(attention, calls, {}, name), attention.register_forward_hook(of_this_thread(add))]

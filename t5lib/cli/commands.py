@@ -95,8 +95,8 @@ def t5(
     - `t5 inspect out` — what is in a saved folder, and what it costs to run
     - `t5 generate PIPELINE --prompts FILE --out samples` — images of a diffusion pipeline
 
-    MODEL is any ViT of timm (ViT, DeiT, AugReg, DINOv2, DeiT III, SigLIP); diagnose, convert and inspect also take the
-    folder of a diffusers pipeline. Images are your own; labels are not needed.
+    MODEL is any ViT of timm (ViT, DeiT, AugReg, DINOv2, DINOv3, DeiT III, EVA02, SigLIP); diagnose, convert and
+    inspect also take the folder of a diffusers pipeline. Images are your own; labels are not needed.
     """
 
 
@@ -171,7 +171,7 @@ def convert(
         typer.Option(
             metavar="NAME",
             help="A whole layer: t5 (default), t5+, t5-last, t5-last+, dit5, or a rival: hedgehog, lolcats, performer, "
-            "lit, clear, vit3.",
+            "lit, clear, vit3, graft-swa, graft-conv.",
             rich_help_panel=LAYER,
         ),
     ] = None,
@@ -195,8 +195,9 @@ def convert(
     locality: Annotated[
         str | None,
         typer.Option(
-            help="3 x 3 convolutions: dwc_qk (default, on queries and keys), dwc_v, cpe or none; with +nat3 or +nat5 "
-            "a part of the output is attention over a 3 x 3 or 5 x 5 neighborhood.",
+            help="3 x 3 convolutions: dwc_qk (default, on queries and keys), dwc_v, dconv_v (of kernels that every "
+            "token makes), cpe or none; with +nat3 or +nat5 a part of the output is attention over a 3 x 3 or 5 x 5 "
+            "neighborhood.",
             rich_help_panel=LAYER,
         ),
     ] = None,
@@ -222,6 +223,13 @@ def convert(
         str | None,
         typer.Option(
             help="Part of the output that is neighborhood attention: half (default) or learned.", rich_help_panel=LAYER
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="In attentions over image and text: linear (default) or exact, softmax wherever text takes part.",
+            rich_help_panel=LAYER,
         ),
     ] = None,
     inherit: Annotated[
@@ -285,6 +293,7 @@ def convert(
         layers=parse_layers(layers),
         softmax_layers=softmax_layers,
         neighborhood_share=neighborhood_share,
+        text=text,
         inherit=inherit,
         preset=preset,
     )

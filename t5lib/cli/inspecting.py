@@ -10,9 +10,10 @@ import torch
 import t5lib
 from t5lib.benchmarks.resolution_sweep import count_flops
 from t5lib.checkpoint import read_description
+from t5lib.cli.models import timm_adapter
 from t5lib.cli.screen import facts, notes, ranges
 from t5lib.conversion import new_parameters, ttt_layers
-from t5lib.families.timm_vit import ADAPTER
+from t5lib.families.base import Adapter
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.config import to_dict
@@ -30,8 +31,9 @@ def run(folder: Path) -> dict[str, Any]:
     """
     with notes.status(f"reading {folder}"):
         description = read_description(folder)
+        family = timm_adapter(description, folder)
         model = t5lib.load(folder)
-        config, attentions = getattr(model, "t5_config", None), ADAPTER.attention_names(model)
+        config, attentions = getattr(model, "t5_config", None), family.attention_names(model)
         converted = ttt_layers(model)
         new = sum(parameter.numel() for parameter in new_parameters(model).values())
         total = sum(parameter.numel() for parameter in model.parameters())
@@ -52,7 +54,7 @@ def run(folder: Path) -> dict[str, Any]:
             "parameters": {"total": total, "inherited": total - new, "new": new},
             "file_bytes": (folder / "model.safetensors").stat().st_size,
             "dtype": " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in model.parameters()})),
-            "flops": _flops(description, config or TTTConfig()),
+            "flops": _flops(family, description, config or TTTConfig()),
             "versions": description.get("versions"),
         }
 
@@ -86,10 +88,11 @@ def kinds_of(attentions: list[str], converted: dict[str, TTTLayer]) -> list[dict
     for index, name in enumerate(attentions):
         if name in converted:
             kinds.setdefault(converted[name].mixer.config, []).append(index)
-    return [{"layers": layers, **{n: getattr(config, n) for n in SHOWN}} for config, layers in kinds.items()]
+    names = (*SHOWN, "text")
+    return [{"layers": layers, **{n: getattr(config, n) for n in names}} for config, layers in kinds.items()]
 
 
-def _flops(description: dict[str, Any], config: TTTConfig) -> dict[str, int | None]:
+def _flops(family: Adapter, description: dict[str, Any], config: TTTConfig) -> dict[str, int | None]:
     """FLOPs of one image of the model's own size (one multiply-add counts as 2), as softmax model and with TTT layers.
 
     `equal_tokens` is where both cost the same. Every part of either cost is a polynomial of degree 2 at most in the
@@ -97,12 +100,12 @@ def _flops(description: dict[str, Any], config: TTTConfig) -> dict[str, int | No
     """
     architecture, arguments = description["architecture"], description["model_args"] | {"dynamic_img_size": True}
     with torch.device("meta"):
-        softmax = ADAPTER.build(architecture, arguments, None)
+        softmax = family.build(architecture, arguments, None)
         try:
             t5 = t5lib.convert(softmax, config)
         except T5Error:  # a softmax model can be saved without being convertible
             t5 = None
-        counts = {"softmax": _counts(softmax), "t5": t5 and _counts(t5)}
+        counts = {"softmax": _counts(family, softmax), "t5": t5 and _counts(family, t5)}
     if t5 is None:
         return {"softmax": counts["softmax"][0], "t5": None, "equal_tokens": None}
     patches = [softmax.patch_embed.num_patches * factor**2 for factor in FACTORS]
@@ -113,10 +116,10 @@ def _flops(description: dict[str, Any], config: TTTConfig) -> dict[str, int | No
     return {"softmax": counts["softmax"][0], "t5": counts["t5"][0], "equal_tokens": equal}
 
 
-def _counts(model: torch.nn.Module) -> list[int]:
+def _counts(family: Adapter, model: torch.nn.Module) -> list[int]:
     height, width = model.patch_embed.img_size
     images = (torch.zeros(1, model.in_chans, factor * height, factor * width) for factor in FACTORS)
-    return [count_flops(model, ADAPTER.inputs(each)) for each in images]
+    return [count_flops(model, family.inputs(each)) for each in images]
 
 
 def attention_counts(ttt: list[int], softmax: list[int]) -> str:

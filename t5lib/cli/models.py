@@ -4,6 +4,7 @@ import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,7 +16,8 @@ import t5lib
 from t5lib.checkpoint import read_description
 from t5lib.cli.arguments import Source
 from t5lib.cli.screen import note
-from t5lib.families.timm_vit import ADAPTER
+from t5lib.families import adapter, family_of
+from t5lib.families.base import Adapter
 from t5lib.utils.devices import usable_device
 from t5lib.utils.errors import SourceError, T5Error
 from t5lib.weights.timm_vit import load_weights
@@ -38,13 +40,26 @@ def outline(source: Source) -> nn.Module:
     with torch.device("meta"):
         if source.folder:
             description = read_description(source.folder)
-            model = ADAPTER.build(description["architecture"], description["model_args"], None)
+            model = timm_adapter(description, source.folder).build(
+                description["architecture"], description["model_args"], None
+            )
         else:
             _check_name(source)
             model = timm.create_model(source.name, pretrained=False)
-        ADAPTER.check_convertible(model)
+        family_of(model).check_convertible(model)
         _check_size(source, model)
     return model
+
+
+def timm_adapter(description: dict[str, Any], folder: Path) -> Adapter:
+    """Of the model in `folder`, which t5.json describes so. Raises T5Error when it is none of timm's."""
+    family = adapter(description.get("family", "timm_vit"))  # folders of the first versions do not name it
+    if family.package != "timm":
+        raise T5Error(
+            f"{folder} holds a {description['architecture']} of {family.package}, and this command takes models of "
+            "timm: save the pipeline that it belongs to, or use t5lib in Python (docs/diffusion.md)"
+        )
+    return family
 
 
 def load(source: Source, device: torch.device) -> nn.Module:

@@ -63,7 +63,7 @@ def show(found: dict[str, Any]) -> None:
         ("attention", attention_counts(**found["layers"])),
     ]
     for kind in found["kinds"]:
-        settings = ", ".join(f"{shown} {kind[name]}" for name, shown in SHOWN.items())
+        settings = ", ".join(f"{shown} {kind[name]}" for name, shown in (SHOWN | {"text": "text"}).items())
         rows.append((f"layers {ranges(kind['layers'])}", settings))
     rows += [
         ("parameters", parameter_counts(**found["parameters"])),

@@ -19,8 +19,8 @@ from t5lib.cli.converting import CHECKPOINT_EVERY, FEW_IMAGES
 from t5lib.cli.images import CalibrationImages, ImageReader
 from t5lib.cli.screen import console, counted, facts, note, notes, say, table
 from t5lib.conversion import convert
+from t5lib.families import family_of
 from t5lib.families.inputs import ExampleSize
-from t5lib.families.timm_vit import ADAPTER
 from t5lib.layers.config import SOFTMAX, TTTConfig
 from t5lib.layers.layer_map import format_layers
 from t5lib.planning.cost_model import Plan, PlanConfig, Timing, plan, settings_of
@@ -72,9 +72,8 @@ def run(request: Request) -> None:
     for kind in request.kinds:
         TTTConfig().named(kind)
     recipe = CalibrateConfig(seed=request.seed, checkpoint_every=CHECKPOINT_EVERY, **request.calibrate)
-    ADAPTER.at_resolution(
-        models.outline(request.source), ExampleSize(request.resolution)
-    )  # refuses before weights are fetched
+    outline = models.outline(request.source)
+    family_of(outline).at_resolution(outline, ExampleSize(request.resolution))  # refuses before weights are fetched
     softmax = _load(request, place)
     note("timing; compiling on a GPU takes minutes" if place.type == "cuda" else "timing; leave the machine idle")
     found = plan(softmax, request.resolution, place, request.kinds, PlanConfig(batch=request.batch), on_timing=_tell)

@@ -11,6 +11,7 @@ from t5lib.utils.errors import T5Error
 # Looked up by name, so that nothing is imported that the model at hand does not need.
 _CLASSES = {
     ("timm", "VisionTransformer"): "timm_vit",
+    ("timm", "Eva"): "timm_eva",
     ("diffusers", "SD3Transformer2DModel"): "sd3",
     ("diffusers", "DiTTransformer2DModel"): "dit",
 }

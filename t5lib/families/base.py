@@ -3,6 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,6 +16,24 @@ from t5lib.layers.grid import TokenGrid, carry_grid, drop_grid
 from t5lib.utils.errors import T5Error
 
 Tokens = tuple[Tensor, ...]  # the image's (B, N, C), and in a joint attention the text's (B, T, C)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What an attention is called with: q, k and v follow from all of it, and from nothing else.
+
+    Attributes:
+        tokens: the image's (B, N, C), and in a joint attention the text's (B, T, C).
+        rope: the rotary table of the image's patches, sines then cosines, (rows·columns, 2·D), or a table a head
+            (H, rows·columns, 2·D); one for all images. None where the attention is given no positions.
+    """
+
+    tokens: Tokens
+    rope: Tensor | None = None
+
+    def of(self, *tokens: Tensor) -> "AttentionCall":
+        """This call with other tokens in the same places."""
+        return replace(self, tokens=tokens)
 
 
 class Adapter(ABC):
@@ -59,6 +78,10 @@ class Adapter(ABC):
     @abstractmethod
     def blocks(self, model: nn.Module) -> nn.Sequential | nn.ModuleList:
         """The blocks, in the container that the model's forward iterates."""
+
+    def sees_text(self, attention: nn.Module) -> bool:
+        """Whether the softmax attention is over the image's tokens and text."""
+        return False
 
     def block_name(self, attention: str) -> str:
         """The name of the block that the attention of that name is in."""
@@ -141,7 +164,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def watch(
-        self, attention: nn.Module, inputs: dict[str, Tokens], outputs: dict[str, Tensor], name: str
+        self, attention: nn.Module, calls: dict[str, AttentionCall], outputs: dict[str, Tensor], name: str
     ) -> list[RemovableHandle]:
         """While the model runs, keep what `attention` gets and gives, under `name`.
 
@@ -149,7 +172,7 @@ class Adapter(ABC):
         calls, the heads are what that module gets; where it is not, make them again from q, k and v.
 
         Args:
-            inputs: gets its tokens.
+            calls: gets its tokens and positions.
             outputs: gets the merged heads (B, N, H·D), of a joint attention (B, N + T, H·D) unless it drops the text,
                 as they are before output projections.
 
@@ -158,8 +181,11 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def project(self, attention: nn.Module, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of a softmax attention or a TTTLayer, each (B, H, N + T, D), the image's tokens first."""
+    def project(self, attention: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of a softmax attention or a TTTLayer, each (B, H, N + T, D), the image's tokens first.
+
+        They are what softmax sees: normed and rotated, with as many heads of keys and values as of queries.
+        """
 
     @abstractmethod
     def projections(self, layer: nn.Module) -> list[nn.Module]:
@@ -169,9 +195,9 @@ class Adapter(ABC):
         fitted, so they must be the model's own: where it keeps them packed in one, return an nn.Linear that shares it.
         """
 
-    def call_attention(self, attention: nn.Module, tokens: Tokens) -> None:
+    def call_attention(self, attention: nn.Module, call: AttentionCall) -> None:
         """Run a softmax attention or a TTTLayer by itself; what it gives is read by `watch`."""
-        attention(*tokens)
+        attention(*call.tokens)
 
     # Calling a model.
 

@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from t5lib.families.base import Adapter, Tokens, check_multiple
+from t5lib.families.base import Adapter, AttentionCall, check_multiple
 from t5lib.families.diffusers_attention import IMAGE, TEXT, DiffusersTTTAttention, check_attention, project
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.families.replacement import chosen_layers, replace_attentions
@@ -102,6 +102,9 @@ class DiffusersAdapter(Adapter):
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         return model.transformer_blocks
 
+    def sees_text(self, attention: nn.Module) -> bool:
+        return attention.add_k_proj is not None
+
     def block_tokens(self, output: Any) -> Tensor:
         """The image's come after the text's."""
         return output[-1] if isinstance(output, tuple) else output
@@ -149,13 +152,13 @@ class DiffusersAdapter(Adapter):
         model._internal_dict = FrozenDict(config)
 
     def watch(
-        self, attention: nn.Module, inputs: dict[str, Tokens], outputs: dict[str, Tensor], name: str
+        self, attention: nn.Module, calls: dict[str, AttentionCall], outputs: dict[str, Tensor], name: str
     ) -> list[RemovableHandle]:
         heads: dict[str, Tensor] = {}
 
         def keep_input(_module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
             tokens = (*arguments, named.get("hidden_states"), named.get("encoder_hidden_states"))
-            inputs[name] = tuple(part for part in tokens if part is not None)
+            calls[name] = AttentionCall(tuple(part for part in tokens if part is not None))
 
         def keep_heads(part: str):
             def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -176,12 +179,11 @@ class DiffusersAdapter(Adapter):
             handles.append(attention.to_add_out.register_forward_pre_hook(of_this_thread(keep_heads("text"))))
         return handles
 
-    def project(self, attention: nn.Module, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """See Adapter; with the pretrained q and k norms."""
-        image = project(attention, tokens[0], IMAGE)
-        if len(tokens) == 1:
+    def project(self, attention: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        image = project(attention, call.tokens[0], IMAGE)
+        if len(call.tokens) == 1:
             return image
-        text = project(attention, tokens[1], TEXT)
+        text = project(attention, call.tokens[1], TEXT)
         q, k, v = (torch.cat(both, dim=2) for both in zip(image, text, strict=True))
         return q, k, v
 

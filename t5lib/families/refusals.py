@@ -6,10 +6,14 @@ from typing import Any
 from torch import nn
 
 CONVERTIBLE = (
-    "a timm VisionTransformer (ViT, DeiT, AugReg, DINOv2, DeiT III, SigLIP …), nor diffusers' SD3Transformer2DModel or "
-    "DiTTransformer2DModel"
+    "a timm VisionTransformer (ViT, DeiT, AugReg, DINOv2, DeiT III, SigLIP …) or Eva (DINOv3, Perception Encoder, "
+    "EVA02, RoPE-ViT …), nor diffusers' SD3Transformer2DModel or DiTTransformer2DModel"
 )
-ROTARY = "it rotates queries and keys by their positions (rotary embedding), which is not supported yet"
+ROTARY = (
+    "it rotates queries and keys by their positions (rotary embedding), which is supported in timm's Eva family alone "
+    "so far"
+)
+PACKING = "it packs images of several sizes into one sequence and masks what pads it, and a TTT layer takes no mask"
 WINDOWS = "it attends within windows, whose cost is linear already"
 RELATIVE = "it adds a bias of relative positions to the softmax map, and a TTT layer has no such map"
 POOLING = "it pools tokens on the way, so that attention has fewer keys than queries or another grid in every stage"
@@ -21,7 +25,9 @@ OTHER = "it is another attention than softmax over the tokens of an image"
 
 # Beginnings of the names of classes, of models and of attentions.
 REASONS = {
-    **dict.fromkeys(("Eva", "AttentionRope", "NaFlexVit", "Flux", "HunyuanDiT", "Lumina", "QwenImage", "Wan"), ROTARY),
+    **dict.fromkeys(("EvaAttention", "AttentionRope", "Qwen3Vit", "DeepseekVit"), ROTARY),
+    **dict.fromkeys(("Flux", "HunyuanDiT", "Lumina", "QwenImage", "Wan"), ROTARY),
+    "NaFlexVit": PACKING,
     **dict.fromkeys(("Swin", "VisionTransformerSAM", "MaxxVit", "DaVit", "Twins", "Nest", "WindowAttention"), WINDOWS),
     **dict.fromkeys(("VisionTransformerRelPos", "RelPosAttention", "Beit", "Levit"), RELATIVE),
     **dict.fromkeys(("MultiScaleVit", "PoolingVision", "PyramidVision", "Hiera"), POOLING),
@@ -33,6 +39,7 @@ REASONS = {
 TWINS = {
     "Dinov2WithRegisters": "vit_base_patch14_reg4_dinov2",
     "Dinov2": "vit_base_patch14_dinov2",
+    "DINOv3ViT": "vit_base_patch16_dinov3_qkvb",
     "ViT": "vit_base_patch16_224",
     "DeiT": "deit_base_distilled_patch16_224",
     "Siglip": "vit_base_patch16_siglip_224",

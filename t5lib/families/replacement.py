@@ -1,5 +1,6 @@
 """Attentions out, new layers in: the part of a conversion that is the same for every family, with its account."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,7 @@ def chosen_layers(adapter: Adapter, model: nn.Module, config: TTTConfig) -> dict
 
     Raises:
         T5Error: a part of the model cannot be converted (named), a layer index does not exist, or a neighborhood is
-            larger than the grid of a model whose images have one size.
+            larger than the grid of a model whose images have one size, or text is to be exact where there is none.
     """
     adapter.check_convertible(model)
     names = adapter.attention_names(model)
@@ -63,7 +64,23 @@ def chosen_layers(adapter: Adapter, model: nn.Module, config: TTTConfig) -> dict
     if fixed := adapter.fixed_grid(model):
         for own in chosen.values():
             check_window(own, fixed)
-    return chosen
+    return _with_text_where_it_is(adapter, model, chosen)
+
+
+def _with_text_where_it_is(adapter: Adapter, model: nn.Module, chosen: dict[str, TTTConfig]) -> dict[str, TTTConfig]:
+    """`chosen`, with `text: exact` for those alone that see text, the others have no use for its weights.
+
+    Raises:
+        T5Error: none of them does.
+    """
+    exact = [name for name, own in chosen.items() if own.text == "exact"]
+    without = [name for name in exact if not adapter.sees_text(model.get_submodule(name))]
+    if exact and len(without) == len(exact):
+        raise T5Error(
+            f"text is 'exact', but none of the attentions to convert sees text ({', '.join(exact[:3])} …); leave it at "
+            "'linear', or convert joint attentions"
+        )
+    return chosen | {name: dataclasses.replace(chosen[name], text="linear") for name in without}
 
 
 def check_untied(model: nn.Module) -> None:

@@ -3,12 +3,14 @@
 Shapes: B images, N tokens, C channels, H heads, D head width.
 """
 
+import torch
 from torch import Tensor, nn
 
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid, current_grid
 from t5lib.layers.mixers import Mixer
+from t5lib.layers.rotary import rotated
 from t5lib.utils.config import shown
 from t5lib.utils.errors import T5Error
 
@@ -66,28 +68,37 @@ class TTTLayer(nn.Module):
 
 
 class TTTAttention(TTTLayer):
-    """Takes over the projections of a timm `Attention` and mixes tokens with a Mixer.
+    """Takes over the parts of a timm `Attention` and mixes tokens with a Mixer.
 
     Parameters keep their names (`qkv`, `q_norm`, `k_norm`, `norm`, `gate`, `proj`); all new ones are under `mixer`.
-    The modules of `attention` are shared, not copied.
+    The parts of `attention` are shared, not copied.
 
     Args:
         attention: the timm.layers.Attention to replace.
         config: of this layer.
         num_prefix_tokens: of the model.
+
+    Attributes:
+        softmax_class, softmax: the class of `attention` and its plain values, for who reverts it.
     """
 
-    inherited = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
+    inherited: tuple[str, ...] = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
 
     def __init__(self, attention: nn.Module, config: TTTConfig, num_prefix_tokens: int):
         super().__init__()
         self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
         self.num_prefix_tokens = num_prefix_tokens
-        self.softmax = {name: getattr(attention, name) for name in ("scale", "fused_attn")}  # for who reverts it
-        for name in self.inherited:
-            setattr(self, name, getattr(attention, name, None))
-        self.add_mixer(config, self.qkv)
+        self.softmax_class = type(attention)
+        own = {name: value for name, value in vars(attention).items() if name[0] != "_" and name != "training"}
+        self.softmax = {name: value for name, value in own.items() if name not in self.inherited}
+        share_parts(attention, self, self.inherited)
+        self.add_mixer(config, self.query_projection)
         self.train(attention.training)
+
+    @property
+    def query_projection(self) -> nn.Linear:
+        """What makes the queries, perhaps with keys and values beside them."""
+        return self.qkv
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, grid: TokenGrid | None = None
@@ -97,10 +108,16 @@ class TTTAttention(TTTLayer):
         Raises:
             T5Error: a mask is given (a linear layer has no map to mask), or the tokens do not fit the grid.
         """
+        return self.mixed(x, None, attn_mask, is_causal, grid)
+
+    def mixed(
+        self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool, grid: TokenGrid | None
+    ) -> Tensor:
+        """`forward` with the rotary table (`t5lib.layers.rotary`), if any."""
         if attn_mask is not None or is_causal:
             raise T5Error("a TTT layer sees all tokens: attn_mask and is_causal are not supported; call without them")
         grid = self.grid(grid)
-        q, k, v = project(self, self.mixer.prepare(x, grid))
+        q, k, v = project(self, self.mixer.prepare(x, grid), rope)
         return self.merge(self.mixer(q, k, v, grid), x)
 
     def merge(self, o: Tensor, x: Tensor) -> Tensor:
@@ -111,8 +128,69 @@ class TTTAttention(TTTLayer):
         return self.proj_drop(self.proj(o))
 
 
-def project(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, N, C) to q, k, v, each (B, H, N, D), with the pretrained q and k norms of a timm or TTT attention."""
+class RotaryTTTAttention(TTTAttention):
+    """As TTTAttention, in the place of a timm `EvaAttention` or `AttentionRope`, which takes rotary positions.
+
+    Queries and keys are turned as they were for softmax, and everything else comes after it: key norm, convolution,
+    inner model (docs/method.md). The table is an argument of every call; the layer keeps none.
+    """
+
+    inherited = ("q_bias", "k_bias", "v_bias", "qkv", "q_proj", "k_proj", "v_proj", *TTTAttention.inherited[1:])
+
+    def __init__(self, attention: nn.Module, config: TTTConfig, num_prefix_tokens: int):
+        super().__init__(attention, config, num_prefix_tokens)
+        self.rotate_half = attention.rotate_half
+
+    @property
+    def query_projection(self) -> nn.Linear:
+        return self.q_proj if self.qkv is None else self.qkv
+
+    def forward(  # type: ignore[override]  # as the softmax attentions are called, which differ too
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        grid: TokenGrid | None = None,
+    ) -> Tensor:
+        """As TTTAttention's. `rope`: the rotary table of the patches (`t5lib.layers.rotary`), None for no rotation."""
+        return self.mixed(x, rope, attn_mask, is_causal, grid)
+
+
+def share_parts(source: nn.Module, target: nn.Module, names: tuple[str, ...]) -> None:
+    """Let `target` have the modules, parameters and buffers of `source` called `names`; None where it has none."""
+    for name in names:
+        if source._buffers.get(name) is None:
+            setattr(target, name, getattr(source, name, None))
+        else:
+            listed = name not in source._non_persistent_buffers_set
+            target.register_buffer(name, source._buffers[name], persistent=listed)
+
+
+def project(attention: nn.Module, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, N, C) to q, k, v, each (B, H, N, D), with the pretrained q and k norms of an attention of timm or ours.
+
+    Args:
+        rope: the rotary table that the attention is called with; q and k are turned by it.
+    """
+    q, k, v = _heads(attention, x)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    if rope is not None:
+        prefix, half = attention.num_prefix_tokens, attention.rotate_half
+        q, k = (rotated(t, rope, prefix, half).type_as(v) for t in (q, k))
+    queries_of_a_key = q.shape[1] // k.shape[1]
+    if queries_of_a_key > 1:
+        k, v = (t.repeat_interleave(queries_of_a_key, dim=1) for t in (k, v))
+    return q, k, v
+
+
+def _heads(attention: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v as they are projected, with the heads that each has."""
+    if attention.qkv is None:
+        parts = (getattr(attention, name)(x) for name in ("q_proj", "k_proj", "v_proj"))
+        return tuple(part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for part in parts)
+    qkv = attention.qkv(x)
+    if getattr(attention, "q_bias", None) is not None:
+        qkv = qkv + torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
     heads = (3, attention.num_heads, attention.head_dim)
-    q, k, v = attention.qkv(x).unflatten(-1, heads).permute(2, 0, 3, 1, 4).unbind(0)
-    return attention.q_norm(q), attention.k_norm(k), v
+    return qkv.unflatten(-1, heads).permute(2, 0, 3, 1, 4).unbind(0)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from t5lib.layers.config import TTTConfig
+from t5lib.layers.dynamic_convolution import shifted
+from t5lib.layers.grafting import GatedConvolutionMixer, SlidingWindowMixer
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.mixers import Mixer
 
@@ -188,6 +190,8 @@ BASELINE_MIXERS: dict[str, type[Mixer]] = {
     "relu_linear": ReluLinearMixer,
     "clear": ClearMixer,
     "vit3": ViT3Mixer,
+    "swa": SlidingWindowMixer,
+    "gated_conv": GatedConvolutionMixer,
 }
 
 
@@ -201,10 +205,3 @@ def orthogonal_directions(width: int) -> Tensor:
 def bounded(gradient: Tensor, dim: int) -> Tensor:
     """`gradient` with its length along `dim` bent below 1."""
     return gradient / (1 + gradient.norm(dim=dim, keepdim=True))
-
-
-def shifted(x: Tensor) -> list[Tensor]:
-    """The nine neighbours of every place of x (B, layers, rows, columns, D), row by row, 0 beyond the border."""
-    rows, columns = x.shape[2:4]
-    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
-    return [padded[:, :, i : i + rows, j : j + columns] for i in range(3) for j in range(3)]

@@ -12,13 +12,15 @@ from t5lib.utils.config import Choice, Several, WholeNumber, one_of, settings, s
 from t5lib.utils.errors import T5Error
 
 SOFTMAX = "softmax"  # in a layer map: leave this attention as it is
-BASELINES = ("hedgehog", "performer", "relu_linear", "clear", "vit3")
+BASELINES = ("hedgehog", "performer", "relu_linear", "clear", "vit3", "swa", "gated_conv")
 INNERS = (*INNER_WEIGHTS, *BASELINES)
-CONVOLUTIONS = ("none", "cpe", "dwc_v", "dwc_qk")
+CONVOLUTIONS = ("none", "cpe", "dwc_v", "dwc_qk", "dconv_v")
 NEIGHBORHOODS = {"": None, "nat3": 3, "nat5": 5}
 LOCALITIES = tuple(f"{base}+{nat}" if nat else base for base in CONVOLUTIONS for nat in NEIGHBORHOODS)
 INHERITANCE = ("all", "attention", "mlp")
 SCOPES = ("joint", "modality")
+TEXTS = ("linear", "exact")
+LARGEST_FILTER = 32  # radius in patches
 NEIGHBORHOOD_SHARES = ("half", "learned")
 
 # Whole layers under one name: TTTConfig.preset(name), `preset:` in params.yaml, or a value of a layer map.
@@ -46,6 +48,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "lit": {"inner": "relu_linear", "key_norm": "none", "locality": "dwc_v", "inherit": "mlp"},
     "clear": {"inner": "clear", "key_norm": "none", "locality": "none"},
     "vit3": {"inner": "vit3", "key_norm": "none", "locality": "cpe"},
+    "graft-swa": {"inner": "swa", "key_norm": "none", "locality": "none", "radius": 4.0},
+    "graft-conv": {"inner": "gated_conv", "key_norm": "none", "locality": "none", "radius": 3.0},
 }
 PRESETS: dict[str, dict[str, Any]] = {name: _OTHERWISE | own for name, own in _OWN.items()}
 
@@ -68,12 +72,17 @@ class TTTConfig:
         key_norm_eps: added to the variance.
         key_norm_scope: where text and image form one sequence, "joint" takes statistics over all tokens, "modality"
             over the image's and the text's apart. Elsewhere both are the same.
+        text: of an attention over image and text. "linear": both are tokens of the inner model. "exact": the text's
+            queries attend by softmax to all tokens, and image queries take a learned share of softmax attention to
+            the text (t5lib.layers.mixers); only the image is the inner model's. Attentions without text ignore it.
         locality: a depthwise 3×3 convolution over the grid, x + conv(x): "dwc_qk" on q and the normalized k, "cpe" on
-            the layer's input, "dwc_v" of v, added to the output; or "none". With "+nat3" or "+nat5" a part of the
+            the layer's input, "dwc_v" of v, added to the output; "dconv_v", the same with kernels that each token
+            makes (t5lib/layers/dynamic_convolution.py); or "none". With "+nat3" or "+nat5" a part of the
             output is softmax attention over a 3×3 or 5×5 neighborhood.
         neighborhood_share: which part, "half" or "learned" a channel (from a half on).
         rescale: learned scale and offset a channel on q and k before the key norm (released DiT variant).
-        radius: of the circular windows of inner "clear", in patches.
+        radius: how far local baselines look, in patches: the radius of the circles of inner "clear"; the squares of
+            "swa" and the filters of "gated_conv" are 2·radius + 1 a side.
         inherit: "all" pretrained weights; "attention" (MLPs start afresh) or "mlp" (attention projections do).
         layers: which attentions to convert: None for all, indices, a map such as {"0-5": "softmax",
             "6-11": "swiglu+nat5"}, whose values are "softmax", an inner model or a preset, or one of LAYER_SETS:
@@ -90,6 +99,7 @@ class TTTConfig:
     key_norm: Annotated[str, Choice(KEY_NORMS)] = "instance"
     key_norm_eps: Annotated[float, Field(ge=1e-12, le=1e6)] = 1.0
     key_norm_scope: Annotated[str, Choice(SCOPES)] = "joint"
+    text: Annotated[str, Choice(TEXTS)] = "linear"
     locality: Annotated[str, Choice(LOCALITIES)] = "dwc_qk"
     neighborhood_share: Annotated[str, Choice(NEIGHBORHOOD_SHARES)] = "half"
     rescale: bool = False
@@ -109,6 +119,11 @@ class TTTConfig:
             raise T5Error(
                 f"layers is {shown(self.layers)} and softmax_layers {self.softmax_layers}; 'auto' needs to know how "
                 "many attentions are to be softmax (such as 2), and with other layers it is 0"
+            )
+        if self.inner == "gated_conv" and self.radius > LARGEST_FILTER:
+            raise T5Error(
+                f"radius is {self.radius:g}, and inner 'gated_conv' has a weight for every place within it; expected "
+                f"at most {LARGEST_FILTER}, such as 3"
             )
         if isinstance(self.layers, dict):
             list(self._entries(self.layers))  # a slip in a map must show at once

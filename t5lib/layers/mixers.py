@@ -1,7 +1,7 @@
 """Token mixers: what stands between the pretrained q, k, v projections and the output projection of a new layer.
 
 A mixer holds every parameter that conversion adds. Its steps, each as TTTConfig says: rescale q and k, key norm,
-convolution, mixing (a TTT inner model or a rival), convolved values, neighborhood attention.
+convolution, mixing (a TTT inner model or a rival), convolved values, neighborhood attention, exact text.
 
 Shapes: B images, H heads, N image tokens, T text tokens, D head width. Several layers can be run as one mixer of
 `layers`·H heads, heads of a layer side by side (t5lib.calibrate): nothing here mixes heads.
@@ -10,9 +10,12 @@ Shapes: B images, H heads, N image tokens, T text tokens, D head width. Several 
 import t5kernels
 import torch
 from t5kernels import RmsNorms, key_norm, neighborhood_attention
+from t5kernels.precision import autocast_dtype
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from t5lib.layers.config import TTTConfig
+from t5lib.layers.dynamic_convolution import DynamicConvolution
 from t5lib.layers.grid import TokenGrid
 from t5lib.utils.errors import T5Error
 
@@ -39,6 +42,10 @@ class Mixer(nn.Module):
         convolved = {"dwc_qk": ("q_conv", "k_conv"), "dwc_v": ("v_conv",), "cpe": ("x_conv",)}
         for name in convolved.get(config.convolution, ()):
             setattr(self, name, nn.Conv2d(channels, channels, 3, padding=1, groups=channels))
+        if config.convolution == "dconv_v":
+            self.v_dconv = DynamicConvolution(self.num_heads, head_dim)
+        if config.text == "exact":
+            self.text_weight = nn.Parameter(torch.zeros(self.num_heads, 1, 1))
         if config.window and config.neighborhood_share == "learned":
             self.near_share = nn.Parameter(torch.zeros(self.num_heads, 1, head_dim))  # a half, by its sigmoid
 
@@ -82,10 +89,14 @@ class Mixer(nn.Module):
         Raises:
             T5Error: the image's tokens do not fit the grid.
         """
+        if text is not None and self.config.text == "exact":
+            return self._with_exact_text(self.joint(image, None, grid)[0], image, text)
         self._check(grid, image[0].shape[2])
         o, text_o = self.attend(image, text, grid, **norms)
         if self.config.convolution == "dwc_v":
             o = o + convolved(image[2], self.v_conv, grid)
+        elif self.config.convolution == "dconv_v":
+            o = o + self.v_dconv(image[2], grid)
         window = self.config.window
         return self._with_neighborhood(o, *image, grid, window) if window else o, text_o
 
@@ -134,6 +145,23 @@ class Mixer(nn.Module):
         if self.config.locality != "none":
             grid.check(num_tokens)
 
+    def _with_exact_text(self, o: Tensor, image: Tokens, text: Tokens) -> tuple[Tensor, Tensor]:
+        """Softmax attention wherever text takes part; the cost, T·(N + T) and N·T, is linear in N.
+
+        A part of `o`, what image tokens make of the image, gives way to softmax attention to the text. Softmax over all
+        tokens would take that part by the sums of exp(q·k) over text and image; a TTT layer has no such sum. Here the
+        part is T·w / (N + T·w), with w = exp(text_weight) of a head, how much a text token weighs beside one of the
+        image: 1 at first, so the text has at first the part that it has of the tokens.
+
+        Source: after the hybrid attention of MM-EDiT (arXiv 2503.16726), whose image attention is linear with a
+        normalizer and so shares one with the text's.
+        """
+        (q, k, v), (text_q, text_k, text_v) = image, text
+        text_o = softmax_attention(text_q, torch.cat((k, text_k), dim=2), torch.cat((v, text_v), dim=2))
+        of_text = softmax_attention(q, text_k, text_v).to(o.dtype)
+        weight = text_k.shape[2] * self.text_weight.exp()
+        return torch.lerp(o, of_text, (weight / (weight + q.shape[2])).to(o.dtype)), text_o
+
     def _with_neighborhood(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, window: int) -> Tensor:
         """A part of `o` gives way to neighborhood attention of the projections as they come, on the grid alone."""
         check_window(self.config, grid)
@@ -144,6 +172,12 @@ class Mixer(nn.Module):
         share = torch.sigmoid(self.near_share).to(o.dtype) if learned else 0.5
         mixed = torch.lerp(o[:, :, own], near.to(o.dtype), share)
         return torch.cat([o[:, :, : own.start], mixed, o[:, :, own.stop :]], dim=2)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What queries (B, H, Q, D) make of keys and values (B, H, N, D), in q's dtype; `mask` as PyTorch's op takes it."""
+    dtype = autocast_dtype(q)
+    return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask).to(q.dtype)
 
 
 def check_window(config: TTTConfig, grid: TokenGrid) -> None:

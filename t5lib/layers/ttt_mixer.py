@@ -30,7 +30,8 @@ class TTTMixer(Mixer):
 
     @property
     def takes_norms(self) -> bool:
-        return not self.config.rescale and not self.config.window  # both want normalized q and k themselves
+        own = self.config  # all three want normalized q and k themselves
+        return not own.rescale and not own.window and own.text == "linear"
 
     def attend(
         self, image: Tokens, text: Tokens | None, grid: TokenGrid, norms: RmsNorms | None = None

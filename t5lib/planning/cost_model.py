@@ -22,8 +22,8 @@ from torch import nn
 from t5lib.benchmarks.resolution_sweep import break_even_tokens
 from t5lib.benchmarks.timing import Rules, TimingConfig, describe_device, time_models
 from t5lib.conversion import convert
+from t5lib.families import family_of
 from t5lib.families.inputs import ExampleSize
-from t5lib.families.timm_vit import ADAPTER
 from t5lib.layers.config import SOFTMAX, TTTConfig
 from t5lib.layers.layer_map import format_layers
 from t5lib.utils.config import AtLeastOne, Positive, Several, one_of, settings
@@ -231,13 +231,14 @@ def plan(
             (t5lib.benchmarks.resolution_sweep.check_output), or times too noisy to tell a block's.
     """
     config, device = config or PlanConfig(), torch.device(device)
-    ADAPTER.check_convertible(model)
+    family = family_of(model)
+    family.check_convertible(model)
     rules, layers = Rules.of(config, device), {kind: settings_of(kind) for kind in kinds}
     if not layers:
         raise T5Error("kinds is empty; expected values of a layer map, such as 'swiglu'")
     timings = []
     for side in _sides(model, resolution, layers, config):
-        sized = ADAPTER.at_resolution(model, ExampleSize(side)).to(device, torch.float32)
+        sized = family.at_resolution(model, ExampleSize(side)).to(device, torch.float32)
         timings.append(_time(sized, side, layers, config, rules))
         if on_timing:
             on_timing(timings[-1])
@@ -272,11 +273,12 @@ def verify(
     """
     rules = Rules.of(plan.config, torch.device(device))
     size = ExampleSize(plan.resolution, plan.config.batch)
-    sized = ADAPTER.at_resolution(model, size).to(device, torch.float32)
+    family = family_of(model)
+    sized = family.at_resolution(model, size).to(device, torch.float32)
     predicted = [plan.milliseconds(assignment) for assignment in assignments]
     models = {str(index): _assembled(sized, assignment) for index, assignment in enumerate(assignments)}
     where = f"at {plan.resolution} px"
-    times = time_models(models, ADAPTER.example_inputs(sized, size), plan.config, rules, where)
+    times = time_models(models, family.example_inputs(sized, size), plan.config, rules, where)
     return [
         {
             "layers": format_layers(list(assignment)),
@@ -321,7 +323,8 @@ def _time(model: nn.Module, side: int, kinds: dict[str, TTTConfig], config: Plan
     models = {WITHOUT_BLOCKS: _shortened(model, 0), SOFTMAX: _shortened(model, chain)}
     for kind, layer in kinds.items():
         models[kind] = convert(_shortened(model, chain), layer, inplace=True)
-    inputs = ADAPTER.example_inputs(model, ExampleSize(side, config.batch))
+    family = family_of(model)
+    inputs = family.example_inputs(model, ExampleSize(side, config.batch))
     times = time_models(models, inputs, config, rules, f"at {side} px")
     ms = {name: time.ms for name, time in times.items()}
     rest = ms.pop(WITHOUT_BLOCKS)
@@ -333,7 +336,7 @@ def _time(model: nn.Module, side: int, kinds: dict[str, TTTConfig], config: Plan
         )
     return Timing(
         resolution=side,
-        tokens=ADAPTER.num_tokens(model, inputs),
+        tokens=family.num_tokens(model, inputs),
         rest_ms=rest,
         block_ms=block_ms,
         ms_runs={name: time.ms_runs for name, time in times.items()},

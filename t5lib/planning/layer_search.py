@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from t5lib.conversion import convert
+from t5lib.families import family_of
 from t5lib.families.inputs import count as images_in
 from t5lib.families.inputs import placed
-from t5lib.families.timm_vit import ADAPTER
 from t5lib.layers.attention import TTTAttention
 from t5lib.layers.config import SOFTMAX, TTTConfig
 from t5lib.layers.layer_map import format_layers
@@ -297,20 +297,21 @@ def measure(
         T5Error: no images, labels with some batches alone, or what `hybrid` refuses.
     """
     one_of(precision, ("fp32", "bf16"), "precision")
+    family = family_of(softmax)
     switch, different = _Switch(softmax, calibrated), dict.fromkeys(tuple(a) for a in assignments)
     parts: dict[tuple[str, ...], list[Judged]] = {assignment: [] for assignment in different}
     device, done, kind = next(softmax.parameters()).device, 0, ""
     for batch in batches:
-        inputs = placed(ADAPTER.inputs(batch), device)
+        inputs = placed(family.inputs(batch), device)
         labels = batch[1].to(device) if isinstance(batch, tuple | list) and len(batch) > 1 else None
         before, kind = kind, COSINE if not softmax.num_classes else KL if labels is None else CROSS_ENTROPY
         if before not in ("", kind):
             raise T5Error("some batches have labels and others have none; pass all of them with labels, or all without")
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            reference = ADAPTER.call(switch((SOFTMAX,) * len(switch.names)), inputs).flatten(1).double()
+            reference = family.call(switch((SOFTMAX,) * len(switch.names)), inputs).flatten(1).double()
             for assignment, found in parts.items():
                 found.append(
-                    _judged(kind, ADAPTER.call(switch(assignment), inputs).flatten(1).double(), reference, labels)
+                    _judged(kind, family.call(switch(assignment), inputs).flatten(1).double(), reference, labels)
                 )
         done += images_in(inputs)
         if on_batch:
@@ -349,7 +350,7 @@ class _Switch:
         self.names = _check(softmax, calibrated, [])
         self.model = copy.deepcopy(softmax).eval()
         self.layers = {(SOFTMAX, name): self.model.get_submodule(name) for name in self.names}
-        ADAPTER.carry_grid(self.model)
+        family_of(self.model).carry_grid(self.model)
         for kind, model in calibrated.items():
             for name in self.names:
                 layer = copy.deepcopy(model.get_submodule(name)).eval()
@@ -369,8 +370,9 @@ def _only(layer: int, kind: str, depth: int) -> list[str]:
 
 def _check(softmax: nn.Module, calibrated: Mapping[str, nn.Module], assignment: Assignment) -> list[str]:
     """Names of the attentions, once all models fit each other; an empty assignment stands for any."""
-    ADAPTER.check_convertible(softmax)
-    names = ADAPTER.attention_names(softmax)
+    family = family_of(softmax)
+    family.check_convertible(softmax)
+    names = family.attention_names(softmax)
     if assignment and len(assignment) != len(names):
         raise T5Error(f"the assignment names {len(assignment)} layers; this model has {len(names)}")
     for kind in {*assignment} - {SOFTMAX}:

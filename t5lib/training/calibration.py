@@ -22,13 +22,12 @@ from t5lib.conversion import ttt_layers
 from t5lib.data.batches import Batches, open_batches
 from t5lib.data.sampler import shuffled
 from t5lib.families import family_of
-from t5lib.families.base import Adapter
+from t5lib.families.base import Adapter, AttentionCall
 from t5lib.families.inputs import Inputs, check_finite, count, joined_by_size, placed
 from t5lib.layers.attention import TTTLayer
-from t5lib.layers.grid import TokenGrid
 from t5lib.layers.layer_map import AUTO
 from t5lib.training import checkpoints
-from t5lib.training.layer_groups import CalibrateConfig, Example, LayerGroup, Seen, check_fit
+from t5lib.training.layer_groups import CalibrateConfig, Example, LayerGroup, Places, Seen, check_fit
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.training.pair import check_pair, dtypes
 from t5lib.training.softmax_layers import SoftmaxChoice, put_softmax_back
@@ -146,7 +145,7 @@ class _Fit(Work):
         seen = Seen(self.family.grid(self.teacher, inputs))
         hooks = []
         for name, source in self.sources.items():
-            hooks += self.family.watch(source, seen.inputs, seen.outputs, name)
+            hooks += self.family.watch(source, seen.calls, seen.outputs, name)
         try:
             with self.autocast():
                 self.family.call(self.teacher, inputs)
@@ -163,13 +162,13 @@ class _Fit(Work):
 
     def step(self) -> dict[str, float]:
         """One optimizer step; tells the mean loss now and then, since reading a number waits for the device."""
-        grid, batch = next(self.drawn)
+        places, batch = next(self.drawn)
         step, steps = self.done.step, self.config.steps
         factor = warmed_up(step, self.config.warmup) * cosine(step / steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         with self.autocast():
-            losses = torch.cat([g.loss(grid, *part) for g, part in zip(self.groups, batch, strict=True)])
+            losses = torch.cat([g.loss(places, *part) for g, part in zip(self.groups, batch, strict=True)])
         losses.sum().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -178,7 +177,7 @@ class _Fit(Work):
         self._check_finite(losses.detach(), step + 1)
         return {"loss": losses.mean().item(), "lr": self.optimizer.param_groups[0]["lr"]}
 
-    def _draws(self) -> Iterator[tuple[TokenGrid, list[Example]]]:
+    def _draws(self) -> Iterator[tuple[Places, list[Example]]]:
         """What each step learns from. Steps that were done before an interruption are passed over."""
         while True:
             step = self.first
@@ -188,14 +187,14 @@ class _Fit(Work):
                 step += 1
             self.batches, self.first = self.batches + self.config.pool, step
 
-    def _pool(self) -> Iterator[tuple[TokenGrid, list[Example]]]:
+    def _pool(self) -> Iterator[tuple[Places, list[Example]]]:
         """The steps of a few batches, those of one size together, each image `reuse` times in random order."""
         for inputs in joined_by_size([next(self.source) for _ in range(self.config.pool)]):
             seen = self.see(inputs)
             pool = self.examples(seen)
             orders = shuffled(count(inputs), self.config.reuse, self.config.seed, self.first)
             for chosen in (part for order in orders for part in order.split(self.config.batch_size)):
-                yield seen.grid, [tuple(part[chosen] for part in parts) for parts in pool]
+                yield seen.places, [tuple(part[chosen] for part in parts) for parts in pool]
 
     def _check_finite(self, losses: Tensor, step: int) -> None:
         if not losses.isfinite().all():
@@ -210,7 +209,7 @@ class _Fit(Work):
     def errors(self, seen: Seen) -> dict[str, float]:
         """Squared error over variance of every layer, whatever the objective."""
         with self.autocast():
-            parts = [g.error(seen.grid, *part) for g, part in zip(self.groups, self.examples(seen), strict=True)]
+            parts = [g.error(seen.places, *part) for g, part in zip(self.groups, self.examples(seen), strict=True)]
         names = [name for group in self.groups for name in group.layers]
         by_name = dict(zip(names, torch.cat(parts).tolist(), strict=True))
         return {name: by_name[name] for name in self.layers}
@@ -259,7 +258,7 @@ class _Fit(Work):
         kinds: dict[tuple, dict[str, TTTLayer]] = {}
         for name, layer in self.layers.items():
             kinds.setdefault(seen.kind_of(name, layer), {})[name] = layer
-        parts = [len(seen.inputs[next(iter(layers))]) for layers in kinds.values()]
+        parts = [len(seen.calls[next(iter(layers))].tokens) for layers in kinds.values()]
         return [
             LayerGroup(self.family, layers, self.sources, count, self.config, self.device)
             for layers, count in zip(kinds.values(), parts, strict=True)
@@ -286,7 +285,7 @@ class _Fit(Work):
     def _sizes(self, attention: nn.Module) -> tuple[int, int, int]:
         """Heads, their width, and channels of the input."""
         first = self.family.projections(attention)[0]
-        q = self.family.project(attention, (first.weight.new_zeros(1, 1, first.in_features),))[0]
+        q = self.family.project(attention, AttentionCall((first.weight.new_zeros(1, 1, first.in_features),)))[0]
         return q.shape[1], q.shape[3], first.in_features
 
 

@@ -5,13 +5,14 @@ width, C channels.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from t5lib.families.base import Adapter
+from t5lib.families.base import Adapter, AttentionCall
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid
@@ -83,6 +84,24 @@ def _check_maps(mixer: Mixer) -> None:
             f"'{settings.key_norm}', locality '{settings.locality}' and rescale {settings.rescale}; set them to "
             "'none', 'none' and false, or use objective 'output'"
         )
+    if settings.text == "exact":
+        raise T5Error(
+            "calibrate: objective 'attention' compares one map over image and text, and with text 'exact' there are "
+            "two; use objective 'output'"
+        )
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of images of one size lie.
+
+    Attributes:
+        grid: of the image's tokens.
+        ropes: for each attention, by name, the rotary table it is called with, or None.
+    """
+
+    grid: TokenGrid
+    ropes: dict[str, Tensor | None]
 
 
 class Seen:
@@ -91,12 +110,16 @@ class Seen:
 
     def __init__(self, grid: TokenGrid):
         self.grid = grid
-        self.inputs: dict[str, tuple[Tensor, ...]] = {}
+        self.calls: dict[str, AttentionCall] = {}
         self.outputs: dict[str, Tensor] = {}
+
+    @property
+    def places(self) -> Places:
+        return Places(self.grid, {name: call.rope for name, call in self.calls.items()})
 
     def kind_of(self, name: str, layer: TTTLayer) -> tuple:
         """Layers for which this is equal can be fitted as one mixer, at any size of the image."""
-        tokens, output = self.inputs[name], self.outputs[name]
+        tokens, output = self.calls[name].tokens, self.outputs[name]
         drops_text = output.shape[1] < sum(part.shape[1] for part in tokens)
         channels = tuple(part.shape[2] for part in tokens)
         return layer.mixer.config, layer.num_heads, layer.head_dim, channels, drops_text
@@ -140,20 +163,21 @@ class LayerGroup:
     def examples(self, seen: Seen) -> Example:
         """All that a run of the teacher gives to learn from."""
         target = torch.stack([seen.outputs[name] for name in self.layers], dim=1)
-        tokens = zip(*(seen.inputs[name] for name in self.layers), strict=True)
+        tokens = zip(*(seen.calls[name].tokens for name in self.layers), strict=True)
         x = tuple(torch.stack(part, dim=1).to(target.dtype) for part in tokens)  # autocast would, every step
-        known = self._project(x, seen.grid) if self.projected else x
+        known = self._project(x, seen.places) if self.projected else x
         if self.objective == "output":
             return *known, target
-        maps = [self.family.project(self.sources[name], seen.inputs[name])[:2] for name in self.layers]
+        maps = [self.family.project(self.sources[name], seen.calls[name])[:2] for name in self.layers]
         return *known, target, *(torch.cat(part, dim=1) for part in zip(*maps, strict=True))
 
-    def error(self, grid: TokenGrid, *example: Tensor) -> Tensor:
+    def error(self, places: Places, *example: Tensor) -> Tensor:
         """Squared error of each layer's heads over the variance of its target, (L,).
 
         Image and text have a variance each, and count as many times as they have tokens.
         """
-        (q, k, v), (target, *_) = self._split(example, grid)
+        grid = places.grid
+        (q, k, v), (target, *_) = self._split(example, places)
         o = self.mixer(q, k, v, self._layout(q, grid))
         B, _, N, D = o.shape
         o = o.view(B, len(self.layers), -1, N, D).transpose(2, 3).flatten(3).float()
@@ -164,28 +188,28 @@ class LayerGroup:
             return error
         return torch.lerp(error, _relative_error(o[:, :, image:], target[:, :, image:]), 1 - image / tokens)
 
-    def _attention_loss(self, grid: TokenGrid, *example: Tensor) -> Tensor:
+    def _attention_loss(self, places: Places, *example: Tensor) -> Tensor:
         """Cross-entropy from the teacher's softmax map to the mixer's map, mean over heads and queries, (L,)."""
-        (q, k, _), (_, teacher_q, teacher_k) = self._split(example, grid)
+        (q, k, _), (_, teacher_q, teacher_k) = self._split(example, places)
         wanted = (teacher_q.float() * teacher_q.shape[-1] ** -0.5 @ teacher_k.float().mT).softmax(-1)
         ours = self.mixer.attention_map(q, k).float().clamp_min(1e-8)
         return -(wanted * ours.log()).sum(-1).unflatten(1, (len(self.layers), -1)).mean(dim=(0, 2, 3))
 
-    def _split(self, example: Example, grid: TokenGrid) -> tuple[Example, Example]:
+    def _split(self, example: Example, places: Places) -> tuple[Example, Example]:
         """The layers' q, k, v, and what is to be matched."""
         if self.projected:
             return example[:3], example[3:]
-        return self._project(example[: self.parts], grid), example[self.parts :]
+        return self._project(example[: self.parts], places), example[self.parts :]
 
-    def _project(self, x: tuple[Tensor, ...], grid: TokenGrid) -> Example:
+    def _project(self, x: tuple[Tensor, ...], places: Places) -> Example:
         """x (B, L, N, C), and perhaps the text's (B, L, T, C), to q, k, v, each (B, L·H, N + T, D)."""
         image, *text = x
         together = image.transpose(1, 2).flatten(2)  # the layers' channels side by side, as the stacked mixer has them
-        prepared = self.mixer.prepare(together, grid).unflatten(2, (len(self.layers), -1))
-        made = [
-            self.family.project(layer, (prepared[:, :, index], *(part[:, index] for part in text)))
-            for index, layer in enumerate(self.layers.values())
-        ]
+        prepared = self.mixer.prepare(together, places.grid).unflatten(2, (len(self.layers), -1))
+        made = []
+        for index, (name, layer) in enumerate(self.layers.items()):
+            tokens = (prepared[:, :, index], *(part[:, index] for part in text))
+            made.append(self.family.project(layer, AttentionCall(tokens, places.ropes[name])))
         return tuple(torch.cat(part, dim=1) for part in zip(*made, strict=True))
 
     def _layout(self, q: Tensor, grid: TokenGrid) -> TokenGrid:

@@ -9,7 +9,7 @@ matrices of the linear layers and the two parts of the position table do not, an
     pos_embed (1, 1 + 37·37, 384)       nodes /backbone/embeddings/Concat_6 (1, 1, 384), the class token's row, and
                                         Reshape_1 (1, 1369, 384), the patches' rows
 
-Whatever else the file holds (the decoder of its own task) is left out.
+The decoder of the file's own task, a heat map of what a photograph is about, is read by t5lib.weights.focus_decoder.
 """
 
 from pathlib import Path
@@ -43,7 +43,7 @@ def read(path: Path | str) -> dict[str, Tensor]:
     Raises:
         T5Error: not an ONNX file, a tensor is missing or of another shape, or there are more layers.
     """
-    weights = _Weights(path)
+    weights = OnnxTensors(path)
     state = {
         "cls_token": weights.take("backbone.embeddings.cls_token", 1, 1, WIDTH),
         "pos_embed": torch.cat(
@@ -67,7 +67,7 @@ def read(path: Path | str) -> dict[str, Tensor]:
     return state
 
 
-def _block(weights: "_Weights", layer: str) -> dict[str, Tensor]:
+def _block(weights: "OnnxTensors", layer: str) -> dict[str, Tensor]:
     dotted = f"backbone.{layer.replace('/', '.')}"
     block = {ours: weights.take(f"{dotted}.{theirs}", WIDTH) for ours, theirs in _VECTORS.items()}
     for ours, (theirs, inputs, outputs) in _LINEAR.items():
@@ -77,7 +77,7 @@ def _block(weights: "_Weights", layer: str) -> dict[str, Tensor]:
     return block
 
 
-class _Weights:
+class OnnxTensors:
     """The file's tensors, under their own names and under the name of the node that has them for its only constant."""
 
     def __init__(self, path: Path | str):

@@ -22,7 +22,7 @@ def load_weights(architecture: str, path: Path | str, *, which: str | None = Non
     Args:
         path: a .safetensors file or one of torch.save (opened without running any code in it), the index of a sharded
             checkpoint, or a folder with one of them. Names may be timm's, those of the original code where timm knows
-            them, or those of transformers (ViT, DeiT, DINOv2, SigLIP); wrappers' prefixes are taken off.
+            them, or those of transformers (ViT, DeiT, DINOv2, DINOv3, SigLIP); wrappers' prefixes are taken off.
         which: "ema" or "model", for a file that holds both; None takes the moving average where there is one.
         arguments: of timm.create_model, such as img_size, to which positions are resampled. num_classes is that of
             the weights; with another one the head is a fresh one. SigLIP of transformers has act_layer="gelu_tanh".

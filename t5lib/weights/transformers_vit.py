@@ -1,6 +1,6 @@
 """Vision transformers in the naming of transformers, as state dicts for their twins in timm.
 
-transformers (ViT, DeiT, DINOv2, SigLIP), before its version 5 and since      timm                      i: block
+transformers (ViT, DeiT, DINOv2, DINOv3, SigLIP), before its version 5 and since  timm                  i: block
 embeddings.{cls_token,distillation_token,position_embeddings}                 {cls_token,dist_token,pos_embed}
 embeddings.{mask_token,register_tokens}                                       DINOv2's own names, which timm knows
 embeddings.{patch_embeddings.projection,patch_embedding}.*                    patch_embed.proj.*
@@ -12,6 +12,8 @@ embeddings.{patch_embeddings.projection,patch_embedding}.*                    pa
 {layernorm,post_layernorm}.*, {classifier,cls_classifier}.*                   norm.*, head.*
 head.{probe,attention,layernorm,mlp} of SigLIP                                attn_pool.{latent,q and kv,norm,mlp}
 
+DINOv3's become the names of Meta's own files, which timm knows.
+
 What a classifier does not use, poolers and towers for text, is left out.
 """
 
@@ -20,7 +22,7 @@ import re
 import torch
 from torch import Tensor
 
-_BLOCK = re.compile(r"(?:encoder\.layers?|layers)\.(\d+)\.(.+)\.(weight|bias|lambda1)")
+_BLOCK = re.compile(r"(?:encoder\.layers?|layers|layer)\.(\d+)\.(.+)\.(weight|bias|lambda1)")
 _PROJECTION = re.compile(r"(?:attention\.attention|attention|self_attn)\.(query|key|value|[qkv]_proj)")
 _IN_BLOCK = {
     **dict.fromkeys(("attention.output.dense", "attention.o_proj", "self_attn.out_proj"), "attn.proj"),
@@ -32,7 +34,12 @@ _IN_BLOCK = {
     "layer_scale2": "ls2",
     "mlp.weights_in": "mlp.w12",
     "mlp.weights_out": "mlp.w3",
+    "mlp.gate_proj": "mlp.w1",
+    "mlp.up_proj": "mlp.w2",
+    "mlp.down_proj": "mlp.w3",
 }
+_WITHOUT_GATE = {"mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2"}
+_DINOV3 = "embeddings.patch_embeddings.weight"  # those of other models are in a module `projection`
 _OUTSIDE = {
     "embeddings.cls_token": "cls_token",
     "embeddings.distillation_token": "dist_token",
@@ -44,6 +51,7 @@ _OUTSIDE = {
 }
 _MODULES = {
     **dict.fromkeys(("embeddings.patch_embeddings.projection", "embeddings.patch_embedding"), "patch_embed.proj"),
+    "embeddings.patch_embeddings": "patch_embed.proj",
     **dict.fromkeys(("layernorm", "post_layernorm"), "norm"),
     **dict.fromkeys(("classifier", "cls_classifier"), "head"),
     "distillation_classifier": "head_dist",
@@ -52,7 +60,7 @@ _MODULES = {
     "head.mlp.fc1": "attn_pool.mlp.fc1",
     "head.mlp.fc2": "attn_pool.mlp.fc2",
 }
-_TOWERS = ("vision_model.", "vit.", "deit.", "dinov2.", "dinov2_with_registers.")
+_TOWERS = ("vision_model.", "vit.", "deit.", "dinov2.", "dinov2_with_registers.", "model.")
 _UNUSED = ("pooler.", "text_model.", "logit_scale", "logit_bias")
 
 
@@ -65,6 +73,7 @@ def to_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Their names to timm's, as told above; tensors are shared but for q, k and v. Unknown names stay."""
     ours: dict[str, Tensor] = {}
     stacked: dict[str, dict[str, Tensor]] = {}
+    in_block = _IN_BLOCK if any(".gate_proj." in name for name in weights) else _IN_BLOCK | _WITHOUT_GATE
     for name, value in weights.items():
         bare = name
         for tower in _TOWERS:
@@ -77,10 +86,15 @@ def to_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             stacked.setdefault(f"blocks.{block[1]}.attn.qkv.{block[3]}", {})[projection[1][0]] = value
         elif block:
             kind = "gamma" if block[3] == "lambda1" else block[3]
-            ours[f"blocks.{block[1]}.{_IN_BLOCK.get(block[2], block[2])}.{kind}"] = value
+            ours[f"blocks.{block[1]}.{in_block.get(block[2], block[2])}.{kind}"] = value
         else:
             ours |= _outside(bare, value)
+    for parts in stacked.values():
+        if parts.keys() == {"q", "v"}:  # DINOv3's keys have no bias
+            parts["k"] = torch.zeros_like(parts["q"])
     ours |= {name: torch.cat([parts[t] for t in "qkv"]) for name, parts in stacked.items() if len(parts) == 3}
+    if _DINOV3 in weights and "register_tokens" in ours:
+        ours["storage_tokens"] = ours.pop("register_tokens")
     return ours
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from t5lib.utils.errors import T5Error
+from t5lib.weights.focus_decoder import FocusDecoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FOLDER = Path(__file__).parents[2] / "data/scenes"
@@ -213,13 +214,15 @@ def test_the_study_goes_from_scenes_to_measures_and_maps(composed, tmp_path, mon
     """With a small model, few steps and small scenes: that every part of it runs."""
     monkeypatch.syspath_prepend(str(FOLDER))
     study = script("study")
-    small = {"patch_size": study.PATCH, "embed_dim": 24, "depth": 4, "num_heads": 2, "no_embed_class": False}
+    small = {"patch_size": study.PATCH, "embed_dim": 384, "depth": 4, "num_heads": 6, "mlp_ratio": 0.1}
     monkeypatch.setattr(study.timm, "create_model", lambda name, **options: VisionTransformer(**small, **options))
     weights = study.timm.create_model("", img_size=study.FITTED, num_classes=0).state_dict()
     save_file(weights, tmp_path / "dino.safetensors")
+    save_file(FocusDecoder().state_dict(), tmp_path / "decoder.safetensors")
 
     def run(*words):
         files = ["--scenes", str(composed.folder), "--weights", str(tmp_path / "dino.safetensors")]
+        files += ["--decoder", str(tmp_path / "decoder.safetensors")]
         given = [*files, "--work", str(tmp_path / "work"), "--folds", "1", "--batch", "4", *words[1:]]
         monkeypatch.setattr(sys, "argv", ["study", words[0], *given])
         study.main()
@@ -229,6 +232,7 @@ def test_the_study_goes_from_scenes_to_measures_and_maps(composed, tmp_path, mon
     record = json.loads((tmp_path / "work/arm-t5-last-auto-1-0.json").read_text())
     assert set(record["measured"]) == {"calibrated", "aligned"}
     assert set(record["measured"]["aligned"]) == {"56", "112", "70x112"}
+    assert set(record["focus"]) == {"56", "112", "70x112"}
     assert record["aligned"]["steps"] == 2 and len(record["calibrated"]["softmax"]["layers"]) == 2
     with np.load(tmp_path / "work/maps-arm-t5-last-auto-1-0.npz") as maps:
         assert maps["source"].shape == maps["student"].shape == maps["truth"].shape

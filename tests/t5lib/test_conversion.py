@@ -202,7 +202,7 @@ KINDS_REFUSED = {
     "resnet18": ({}, "ResNet is not a timm VisionTransformer.*: it has no attention"),
     "swin_tiny_patch4_window7_224": ({}, "SwinTransformer is not .*: it attends within windows"),
     "samvit_base_patch16": ({"depth": 1}, "VisionTransformerSAM is not .*: it attends within windows"),
-    "eva02_tiny_patch14_224": ({"depth": 1}, r"Eva is not .*\(rotary embedding\), which is not supported yet"),
+    "qwen3_vit_88m_enc": ({"depth": 1}, r"Qwen3VitEncoder is not .*\(rotary embedding\), which is supported in timm's"),
     "vit_relpos_small_patch16_224": ({"depth": 1}, "VisionTransformerRelPos is not .*bias of relative positions"),
     "beit_base_patch16_224": (
         {"depth": 1, "embed_dim": 64, "num_heads": 2},

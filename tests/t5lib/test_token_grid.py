@@ -191,7 +191,7 @@ def test_a_trace_is_of_its_own_size():
     torch.testing.assert_close(traced(vit_inputs((16, 24))["x"]), expected("vit")[0])
 
 
-@pytest.mark.parametrize("preset", ["t5+", "dit5", "clear", "vit3"])
+@pytest.mark.parametrize("preset", ["t5+", "dit5", "clear", "vit3", "graft-swa", "graft-conv"])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @torch.no_grad()
 def test_neighborhoods_and_rivals_are_traced_too(preset):

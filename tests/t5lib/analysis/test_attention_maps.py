@@ -119,7 +119,7 @@ def test_what_cannot_be_asked_is_refused():
     for probes in (0, WIDTH + 1):
         with pytest.raises(T5Error, match=f"probes is {probes}; expected 1 to the head width, 16"):
             t5lib.implicit_attention(attention, x, GRID, probes=probes)
-    with pytest.raises(T5Error, match="Linear is neither timm's Attention nor a TTTAttention"):
+    with pytest.raises(T5Error, match="Linear is neither an attention of timm nor a TTTAttention"):
         t5lib.implicit_attention(nn.Linear(32, 32), x, GRID)
 
 

@@ -48,22 +48,24 @@ def test_latents_that_were_not_noised_are_refused():
         t5lib.diagnose(tiny_dit(), dit_batch(0))
 
 
-@pytest.mark.parametrize("scope", ["joint", "modality"])
-def test_the_shift_after_the_key_norm_is_that_of_keys_normalized_in_the_layers_own_scope(scope):
+@pytest.mark.parametrize(("scope", "text"), [("joint", "linear"), ("modality", "linear"), ("joint", "exact")])
+def test_the_shift_after_the_key_norm_is_that_of_keys_normalized_in_the_layers_own_scope(scope, text):
     """Without the mean taken off, what each part is divided by decides about the shift of the whole."""
     model = tiny_sd3()
-    config = TTTConfig(key_norm="instance_no_mean", key_norm_scope=scope, locality="none")
+    config = TTTConfig(key_norm="instance_no_mean", key_norm_scope=scope, text=text, locality="none")
     inputs = noised_batch(sd3_batch(0, 4), RectifiedFlow(), 0)
     found = t5lib.explain(model, t5lib.convert(model, config), inputs)
-    adapter, tokens, heads = family_of(model), {}, {}
+    adapter, calls, heads = family_of(model), {}, {}
     name = adapter.attention_names(model)[0]
-    handles = adapter.watch(model.get_submodule(name), tokens, heads, name)
+    handles = adapter.watch(model.get_submodule(name), calls, heads, name)
     with torch.no_grad():
         adapter.call(model, inputs)
-        k = adapter.project(model.get_submodule(name), tokens[name])[1]
+        k = adapter.project(model.get_submodule(name), calls[name])[1]
     for handle in handles:
         handle.remove()
-    sizes = [part.shape[1] for part in tokens[name]]
+    sizes = [part.shape[1] for part in calls[name].tokens]
+    if text == "exact":
+        k = k[:, :, : sizes[0]]  # the inner model is fitted on the image alone
     parts = [k] if scope == "joint" else k.split(sizes, dim=2)
     normed = [part / (part.var(2, keepdim=True, correction=0) + config.key_norm_eps).sqrt() for part in parts]
     assert found.shift_after[0] == pytest.approx(shift_ratio(torch.cat(normed, dim=2)).mean().item(), rel=1e-4)

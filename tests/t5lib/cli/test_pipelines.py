@@ -77,3 +77,14 @@ def test_what_cannot_be_done_with_a_pipeline_is_told_and_nothing_is_replaced(sof
     assert "cannot be read" in refused("inspect", tmp_path / "out")
     (tmp_path / "out/transformer/diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     assert "cannot be read" in refused("inspect", tmp_path / "out")
+
+
+def test_exact_text_is_asked_for_and_shown_where_there_is_text(softmax, tmp_path):
+    tiny_sd3_pipeline().save_pretrained(tmp_path / "sd3")
+    assert run("convert", tmp_path / "sd3", tmp_path / "out", "--text", "exact").exit_code == 0
+    kinds = json.loads(run("inspect", tmp_path / "out", "--json").stdout)["kinds"]
+    assert {tuple(kind["layers"]): kind["text"] for kind in kinds} == {(0, 1, 2): "exact", (3, 4): "linear"}
+    assert "text exact" in words(run("inspect", tmp_path / "out").stdout)
+    assert "none of the attentions to convert sees text" in refused(
+        "convert", softmax, tmp_path / "none", "--text", "exact"
+    )

@@ -113,7 +113,7 @@ def test_watching_an_attention_tells_what_its_processor_takes_and_gives():
     q, k, v = dit.ADAPTER.project(attention, inside["x"])
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(outside["x"], expected)
-    torch.testing.assert_close(attention.to_out[0](outside["x"]), attention(*inside["x"]))
+    torch.testing.assert_close(attention.to_out[0](outside["x"]), attention(*inside["x"].tokens))
     assert len(handles) == 3
 
 

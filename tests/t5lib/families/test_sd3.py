@@ -234,11 +234,11 @@ def test_watching_an_attention_tells_what_its_processor_takes_and_gives(name):
     inside, outside = {}, {}
     handles = sd3.ADAPTER.watch(attention, inside, outside, name)
     run(model)
-    tokens, heads = inside[name], outside[name]
+    tokens, heads = inside[name].tokens, outside[name]
     text = 0 if name.endswith("2") else tokens[1].shape[1]
     image, N = tokens[0], tokens[0].shape[1]
     assert len(tokens) == (1 if name.endswith("2") else 2) and N == 4 * 6
-    q, k, v = sd3.ADAPTER.project(attention, tokens)
+    q, k, v = sd3.ADAPTER.project(attention, inside[name])
     assert q.shape == (2, HEADS, N + text, HEAD_DIM)
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     dropped = attention.to_add_out is None and text
@@ -262,9 +262,9 @@ def test_a_layers_mixer_takes_the_tokens_of_a_softmax_model_on_the_grid_of_its_i
         run(model, height=6, width=10, text=5)
         for handle in handles:
             handle.remove()
-        tokens, grid = inside[name], TokenGrid(3, 5)
+        tokens, grid = inside[name].tokens, TokenGrid(3, 5)
         whole = grid.with_suffix(tokens[1].shape[1] if len(tokens) > 1 else 0)
-        o = layer.mixer(*sd3.ADAPTER.project(layer, tokens), whole).transpose(1, 2).flatten(2)
+        o = layer.mixer(*sd3.ADAPTER.project(layer, inside[name]), whole).transpose(1, 2).flatten(2)
         expected = layer(*tokens, grid=grid)
         expected = expected if isinstance(expected, tuple) else (expected,)
         torch.testing.assert_close(layer.to_out[0](o[:, :15]), expected[0])

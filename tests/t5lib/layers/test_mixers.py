@@ -26,7 +26,7 @@ def tokens(grid, seed=0):
 
 
 @by_grid
-@pytest.mark.parametrize("locality", ["none", "dwc_qk", "dwc_v"])
+@pytest.mark.parametrize("locality", ["none", "dwc_qk", "dwc_v", "dconv_v"])
 def test_it_compiles_as_one_graph_also_when_the_grid_changes(locality, grid):
     mix = mixer(locality=locality)
     torch._dynamo.reset()

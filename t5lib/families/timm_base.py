@@ -1,0 +1,268 @@
+"""What the adapters of timm's families share: a PatchEmbed, `patch_embed`, and `blocks` with an attention `attn`."""
+
+import copy
+import functools
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from timm.models.vision_transformer import init_weights_vit_timm
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from t5lib.families.base import Adapter, AttentionCall, check_multiple
+from t5lib.families.inputs import ExampleSize, Inputs
+from t5lib.families.refusals import reason
+from t5lib.families.replacement import chosen_layers, replace_attentions
+from t5lib.families.timm_creation import create
+from t5lib.layers.attention import TTTAttention, project, share_parts
+from t5lib.layers.config import TTTConfig
+from t5lib.layers.grid import TokenGrid, one_pass, tell_grid
+from t5lib.utils.errors import T5Error
+from t5lib.utils.threads import of_this_thread
+
+# Methods of timm's models that call their blocks.
+FORWARDS = ("forward", "forward_features", "forward_intermediates")
+
+
+class TimmAdapter(Adapter):
+    """What timm's families share. A subclass says which models and attentions it takes, and what they are made of."""
+
+    package = "timm"
+    input_name = "x"
+    features = "norm"
+    has_attention_maps = True
+    model_class: ClassVar[type[nn.Module]]
+    attention_classes: ClassVar[tuple[type[nn.Module], ...]]
+    layer_class: ClassVar[type[TTTAttention]]
+
+    def check_convertible(self, model: nn.Module) -> None:
+        if not isinstance(model, self.model_class):
+            raise T5Error(f"{type(model).__name__} is not a timm {self.model_class.__name__}; pass such a model")
+        for index, block in enumerate(model.blocks):
+            attention = getattr(block, "attn", None)
+            if isinstance(attention, TTTAttention):
+                raise T5Error(f"blocks.{index}.attn is converted already; call t5lib.revert first")
+            if type(attention) not in self.attention_classes:
+                present = type(attention).__name__ if attention is not None else type(block).__name__
+                known = " or ".join(kind.__name__ for kind in self.attention_classes)
+                raise T5Error(f"blocks.{index} uses {present}; only timm's {known} can be converted: {reason(present)}")
+        if not isinstance(model.patch_drop, nn.Identity | None):
+            raise T5Error("patch_drop_rate is set: dropped patches leave holes in the grid; build the model with 0")
+        if getattr(model.patch_embed, "dynamic_feat_size", None) is None:
+            raise T5Error(f"patch_embed is {type(model.patch_embed).__name__}, which does not tell its token grid")
+
+    def attention_names(self, model: nn.Module) -> list[str]:
+        return [f"blocks.{index}.attn" for index in range(len(model.blocks))]
+
+    def layer_sets(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """The paper converts all."""
+        everything = tuple(range(len(model.blocks)))
+        return {"all": everything, "paper": everything}
+
+    def blocks(self, model: nn.Module) -> nn.Sequential:
+        return model.blocks
+
+    def grid(self, model: nn.Module, inputs: Inputs) -> TokenGrid:
+        size = inputs[self.input_name].shape[-2:]
+        _check_size(model.patch_embed, tuple(size))
+        rows, columns = model.patch_embed.dynamic_feat_size(size)
+        return TokenGrid(rows, columns, model.num_prefix_tokens)
+
+    def fixed_grid(self, model: nn.Module) -> TokenGrid | None:
+        if not getattr(model.patch_embed, "strict_img_size", False):
+            return None
+        rows, columns = model.patch_embed.grid_size
+        return TokenGrid(rows, columns, model.num_prefix_tokens)
+
+    def embedding(self, model: nn.Module) -> nn.Module:
+        return model.patch_embed
+
+    @staticmethod
+    def announce(embedding: nn.Module, arguments: tuple[Tensor, ...], _output: Tensor) -> None:
+        tell_grid(embedding, *embedding.dynamic_feat_size(arguments[0].shape[-2:]))
+
+    def carry_grid(self, model: nn.Module) -> None:
+        super().carry_grid(model)
+        model.__class__ = _in_passes(type(model))  # type: ignore[arg-type]  # classes can be hashed
+
+    def drop_grid(self, model: nn.Module) -> None:
+        super().drop_grid(model)
+        model.__class__ = getattr(type(model), "softmax_class", type(model))
+
+    def new_layer(self, model: nn.Module, attention: nn.Module, config: TTTConfig) -> TTTAttention:
+        return self.layer_class(attention, config, model.num_prefix_tokens)
+
+    def softmax_attention(self, layer: TTTAttention) -> nn.Module:
+        attention = nn.Module.__new__(layer.softmax_class)
+        nn.Module.__init__(attention)
+        for name, value in layer.softmax.items():
+            setattr(attention, name, value)
+        share_parts(layer, attention, layer.inherited)
+        return attention.train(layer.training)
+
+    def reset_left_out(self, model: nn.Module, name: str, inherit: str) -> list[str]:
+        """See Adapter; timm's random initialization is the fresh start."""
+        if inherit == "all":
+            return []
+        root = name if inherit == "mlp" else f"{name.rpartition('.')[0]}.mlp"
+        part = model.get_submodule(root)
+        names = [f"{root}.{parameter}" for parameter, _ in part.named_parameters()]
+        place = next(part.parameters()).device
+        start = place if place.type == "meta" else torch.device("cpu")  # drawn there, it is repeatable anywhere
+        for module in part.modules():
+            for parameter, value in list(module.named_parameters(recurse=False)):
+                setattr(module, parameter, nn.Parameter(torch.empty_like(value, device=start)))
+        for full, module in part.named_modules(prefix=root):
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            init_weights_vit_timm(module, full)
+        part.to(place)
+        return names
+
+    def watch(
+        self, attention: nn.Module, calls: dict[str, AttentionCall], outputs: dict[str, Tensor], name: str
+    ) -> list[RemovableHandle]:
+        """See Adapter; heads are taken before the pretrained norm and gate."""
+
+        def keep_call(_module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+            calls[name] = self.call_of(*arguments, **named)
+
+        def keep_output(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            outputs[name] = arguments[0]
+
+        return [
+            attention.register_forward_pre_hook(of_this_thread(keep_call), with_kwargs=True),
+            attention.norm.register_forward_pre_hook(of_this_thread(keep_output)),
+        ]
+
+    def call_of(self, x: Tensor, *_others: Any, **_named: Any) -> AttentionCall:
+        """What of the arguments of an attention matters."""
+        return AttentionCall((x,))
+
+    def project(self, attention: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        [x] = call.tokens
+        return project(attention, x, call.rope)
+
+    def inputs(self, batch: Any) -> Inputs:
+        """See Adapter; also what the processors of transformers give, {"pixel_values": …}, with or without labels."""
+        if isinstance(batch, Mapping) and "pixel_values" in batch and not set(batch) - {"pixel_values", "labels"}:
+            batch = batch["pixel_values"]
+        return super().inputs(batch)
+
+    def in_channels(self, model: nn.Module) -> int:
+        return model.in_chans
+
+    def call(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        return model(**inputs)
+
+    def checkpoint_gradients(self, model: nn.Module, on: bool) -> None:
+        model.set_grad_checkpointing(on)
+
+    def num_tokens(self, model: nn.Module, inputs: Inputs) -> int:
+        grid = self.grid(model, inputs)
+        return grid.num_prefix_tokens + grid.rows * grid.columns
+
+    def check_resolution(self, model: nn.Module, size: ExampleSize) -> None:
+        check_multiple(size.resolution, model.patch_embed.patch_size[0], "the patch size")
+
+    def at_resolution(self, model: nn.Module, size: ExampleSize) -> nn.Module:
+        self.check_resolution(model, size)
+        model = copy.deepcopy(model).eval()
+        model.set_input_size(img_size=(size.resolution, size.resolution))
+        return model
+
+    def example_inputs(self, model: nn.Module, size: ExampleSize) -> Inputs:
+        shape = (size.batch, self.in_channels(model), size.resolution, size.resolution)
+        return {self.input_name: torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+
+    def describe(self, model: nn.Module) -> tuple[str, dict[str, Any]]:
+        """timm's architecture name, and the arguments of timm.create_model.
+
+        Raises:
+            T5Error: `model` was not made by timm.create_model.
+        """
+        architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+        if not architecture:
+            raise T5Error(f"this {type(model).__name__} was not made by timm.create_model; make it so, then save it")
+        architecture = architecture.removeprefix("t5_").removesuffix("+")  # t5lib.weights.timm_registry's names
+        asked = getattr(model, "_model_args", {})  # what timm.create_model was told (timm 1.0.31 and later keep it)
+        present = {
+            "img_size": list(model.patch_embed.img_size),
+            "patch_size": list(model.patch_embed.patch_size),
+            "in_chans": model.in_chans,
+            "num_classes": model.num_classes,
+            "global_pool": model.global_pool,
+            "embed_dim": model.embed_dim,
+            "depth": len(model.blocks),
+            "num_heads": model.blocks[0].attn.num_heads,
+            "dynamic_img_size": model.dynamic_img_size,
+            "dynamic_img_pad": model.patch_embed.dynamic_img_pad,
+        }
+        return architecture, asked | present | self.own_arguments(model)
+
+    @abstractmethod
+    def own_arguments(self, model: nn.Module) -> dict[str, Any]:
+        """Arguments of timm.create_model that this family alone has, as `model` is now."""
+
+    def build(self, architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> nn.Module:
+        model = create(architecture, arguments)
+        if config:
+            replace_attentions(self, model, config, chosen_layers(self, model, config))
+        return model
+
+    def skeleton(self, architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> nn.Module:
+        with torch.device("meta"):
+            return self.build(architecture, arguments, config)
+
+    def fresh(self, model: nn.Module, seed: int) -> nn.Module:
+        """A copy with timm's random initialization, since models may have been changed after they were created."""
+        architecture, arguments = self.describe(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            twin = self.build(architecture, arguments, None)
+        model = copy.deepcopy(model)
+        try:
+            model.load_state_dict(twin.state_dict())
+        except RuntimeError as error:
+            raise T5Error(
+                f"no random control: timm's {architecture} with {arguments} is another model than this one, "
+                f"which was changed after it was created: {error}"
+            ) from None
+        return model
+
+
+@functools.cache
+def _in_passes(kind: Any) -> Any:
+    """The class `kind` of models, under its name, with every way to the blocks a pass (t5lib.layers.grid)."""
+    ways = {name: one_pass(getattr(kind, name), "patch_embed", "blocks") for name in FORWARDS}
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), ways | names | {"softmax_class": kind, "__reduce_ex__": _reduced})
+
+
+def _reduced(model: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """How a model whose class cannot be imported is copied and pickled: by the class it was made of."""
+    kind = type(model).softmax_class
+    return _unfilled, (kind,), *object.__reduce_ex__(model, max(protocol, 2))[2:]
+
+
+def _unfilled(kind: type) -> nn.Module:
+    """A model of `kind` in passes before its state is restored."""
+    made = _in_passes(kind)
+    return made.__new__(made)
+
+
+def _check_size(patch_embed: nn.Module, size: tuple[int, ...]) -> None:
+    """Raises T5Error unless images of `size`, (height, width) in pixels, can be cut into patches."""
+    height, width = size
+    if getattr(patch_embed, "strict_img_size", False):
+        if size != tuple(patch_embed.img_size):
+            own = "×".join(map(str, patch_embed.img_size))
+            raise T5Error(
+                f"images are {height}×{width} px, the model takes {own}; resize them, or call "
+                f"model.set_input_size(img_size=({height}, {width})) before converting"
+            )
+    elif not getattr(patch_embed, "dynamic_img_pad", False):
+        for side, patch in zip(size, patch_embed.feat_ratio(as_scalar=False), strict=True):
+            check_multiple(side, patch, "the patch size")
