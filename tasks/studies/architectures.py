@@ -70,8 +70,13 @@ def _reason(message: str) -> str:
     return message.removesuffix("; only these can be converted so far").rpartition(": ")[2]
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=["*"], help="of architectures, with * for anything")
+    parser.add_argument("names", nargs="*", default=["*"], help="of architectures, with * for anything; default: all")
+    arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    print(table(families(timm.list_models(parser.parse_args().names))))
+    print(table(families(timm.list_models(arguments.names))))
+
+
+if __name__ == "__main__":
+    main()

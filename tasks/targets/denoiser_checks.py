@@ -63,11 +63,12 @@ def _check_conditions(folder: Path, config: Any, images: tuple[ShardSet | None, 
         if remote := [source for source in sources if not source.startswith("file:")]:
             raise T5Error(f"'{remote[0][:200]}' is no source of captioned images; expected file:FOLDER or file:PATTERN")
         return
-    most = diffusers_folder.classes(folder)
+    own = diffusers_folder.classes(folder)  # the label after the last one is that of no class
     for each in filter(None, images):
-        if not 1 <= len(each.classes) <= most:
+        if len(each.classes) != own:
             raise T5Error(
-                f"{each.name} lists {len(each.classes)} classes; expected 1 to {most}, as many as the denoiser has"
+                f"{each.name} lists {len(each.classes)} classes; expected {own}, those of the denoiser in its order, "
+                "also where some have no image"
             )
 
 
