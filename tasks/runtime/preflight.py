@@ -195,11 +195,11 @@ def _hours(works: tuple[Work, ...], card: Card | None) -> list[Item]:
         unknown |= seconds is None
         if seconds is None:
             why = "images not counted yet" if work.amount is None else f"speed of {card.name} not known"
-            lines.append(Item(f"hours: {work.stage}", "?", why, UNKNOWN))
+            lines.append(Item(_name(work), "?", why, UNKNOWN))
             continue
         total += seconds
         long = work.change if seconds > LONG * 3600 else ""
-        lines.append(Item(f"hours: {work.stage}", _h(seconds), f"measured on an {rate.card}: {rate.source}", OK, long))
+        lines.append(Item(_name(work), _h(seconds), f"measured on an {rate.card}: {rate.source}", OK, long))
     if total:
         lines.append(Item("hours: all of it", _h(total), "", UNKNOWN if unknown else OK))
     return lines
@@ -217,6 +217,11 @@ def _gb(size: int) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size < 10 * GIB else f"{size / GIB:.0f} GiB"
+
+
+def _name(work: Work) -> str:
+    """Two works of one stage are told apart: the softmax model's samples are drawn, then encoded."""
+    return "hours: shards, drawing" if (work.stage, work.rate) == ("shards", "draw") else f"hours: {work.stage}"
 
 
 def _h(seconds: float) -> str:
