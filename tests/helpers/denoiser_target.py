@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from tiny_denoisers import CLASSES
 from tiny_pipelines import SIDE, tiny_dit_pipeline, tiny_sd3_pipeline
 
+STAGES = ("fetch", "shards", "source", "diagnose", "convert", "calibrate", "align", "freeze", "finetune")
+STAGES += ("control", "evaluate", "explain", "benchmark", "report")
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 TRAINED = {"steps": 3, "batch_size": 4, "lr": 1e-4, "lr_new": 1e-3, "checkpoint_every": 1}
 VIT = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 1, "num_classes": 0}

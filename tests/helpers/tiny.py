@@ -21,11 +21,16 @@ KINDS = {
 
 
 def tiny_vit(kind: str = "augreg", *, seed: int = 0, **changes) -> nn.Module:
-    """A model in eval mode whose every parameter is random, also those that timm starts at zero or one."""
+    """A model of timm's VisionTransformer family, as `tiny_timm` makes it."""
     name, special = KINDS[kind]
+    return tiny_timm(name, seed, **special | changes)
+
+
+def tiny_timm(name: str, seed: int, **changes) -> nn.Module:
+    """A model in eval mode whose every parameter is random, also those that timm starts at zero or one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = timm.create_model(name, **(SMALL | special | changes)).eval()
+        model = timm.create_model(name, **(SMALL | changes)).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)

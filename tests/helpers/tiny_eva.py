@@ -1,8 +1,6 @@
 """Tiny models of timm's Eva family, one of everything that sets its attentions apart."""
 
-import timm
-import torch
-from tiny import SMALL
+from tiny import tiny_timm
 from torch import nn
 
 SEPARATE = {"qkv_fused": False, "attn_type": "rope"}
@@ -26,12 +24,6 @@ EVAS = {
 
 
 def tiny_eva(kind: str = "dinov3", *, seed: int = 0, **changes) -> nn.Module:
-    """A model in eval mode whose every parameter is random, also those that timm starts at zero or one."""
+    """A model of the family, as `tiny_timm` makes it."""
     name, special = EVAS[kind]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = timm.create_model(name, **(SMALL | special | changes)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return tiny_timm(name, seed, **special | changes)

@@ -18,8 +18,6 @@ from tasks.runtime import local_sources
 from tasks.targets.run import run_stage
 from tasks.targets.teacher_samples import SamplesConfig, read_prompts, wanted
 
-NAMES = ("fetch", "shards", "source", "diagnose", "convert", "calibrate", "align", "freeze", "finetune")
-NAMES += ("control", "evaluate", "explain", "benchmark", "report")
 OUT = Path("data/out/tiny")
 KINDS = [pytest.param(kind, marks=pytest.mark.xdist_group(f"{kind}-samples")) for kind in ("sd3", "dit")]
 
@@ -41,12 +39,9 @@ def settings(kind: str, root: Path, **changes) -> dict:
 
 
 @pytest.fixture(scope="module")
-def built(root, kind) -> dict[str, dict]:
+def built(root, kind, one_thread) -> dict[str, dict]:
     """The metrics of every stage, run in order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield {name: run_stage(name, "tiny", params=settings(kind, root), root=root) for name in NAMES}
-    torch.set_num_threads(before)
+    return {name: run_stage(name, "tiny", params=settings(kind, root), root=root) for name in denoiser_target.STAGES}
 
 
 def shards(root: Path, target: str, section: dict, kind: str) -> dict:

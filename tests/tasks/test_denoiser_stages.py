@@ -24,10 +24,6 @@ from tasks.targets.denoiser import DenoiserTarget, FreezeConfig
 from tasks.targets.diffusers_folder import check
 from tasks.targets.run import run_stage
 
-NAMES = ("fetch", "shards", "source", "diagnose", "convert", "calibrate", "align", "freeze", "finetune")
-NAMES += ("control", "evaluate", "explain", "benchmark", "report")
-
-
 KINDS = [pytest.param(kind, marks=pytest.mark.xdist_group(f"{kind}-stages")) for kind in ("sd3", "dit")]
 
 
@@ -48,12 +44,9 @@ def stage(root: Path, kind: str, name: str, **changes) -> dict:
 
 
 @pytest.fixture(scope="module")
-def built(root, kind) -> dict[str, dict]:
+def built(root, kind, one_thread) -> dict[str, dict]:
     """The metrics of every stage, run in order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield {name: stage(root, kind, name) for name in NAMES}
-    torch.set_num_threads(before)
+    return {name: stage(root, kind, name) for name in denoiser_target.STAGES}
 
 
 def made(root: Path, name: str):
