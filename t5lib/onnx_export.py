@@ -1,4 +1,4 @@
-"""A model as an ONNX file, for machines without PyTorch. No file is left that ONNX Runtime reads otherwise than torch."""
+"""A model as an ONNX file, for machines without PyTorch. No file is left that gives other numbers than its model."""
 
 import copy
 import logging
@@ -182,14 +182,14 @@ def _compared(family: Adapter, model: nn.Module, inputs: Inputs, file: Path, dyn
             reason = str(error).strip().partition("\n")[0]
             raise T5Error(f"ONNX Runtime cannot run the export on images {shape} ({reason}); {advice}") from error
         scale = expected.abs().max().item()
-        error = (output - expected).abs().max().item() if output.shape == expected.shape else float("inf")
-        if not error <= TOLERANCES[expected.dtype] * scale:
+        away = (output - expected).abs().max().item() if output.shape == expected.shape else float("inf")
+        if not away <= TOLERANCES[expected.dtype] * scale:
             raise T5Error(
-                f"on images {shape} ONNX Runtime is {error:.2g} away from the model, whose largest output is "
+                f"on images {shape} ONNX Runtime is {away:.2g} away from the model, whose largest output is "
                 f"{scale:.2g}; no file is written; {advice}"
             )
         checked.append(shape)
-        worst, largest = max(worst, error), max(largest, scale)
+        worst, largest = max(worst, away), max(largest, scale)
     shapes = {node.name: list(node.shape) for node in session.get_inputs()}
     return {"inputs": shapes, "checked": checked, "max_error": worst, "largest_output": largest}
 

@@ -1,7 +1,7 @@
 """The `t5` command: diagnose, convert and inspect any model, outside the pipeline; images from a pipeline's prompts.
 
-`commands`, `exporting` and `generating` are all that is imported for `t5 --help`; what needs torch and timm is imported when a
-command has checked its arguments.
+`commands`, `exporting` and `generating` are all that is imported for `t5 --help`; what needs torch and timm is imported
+when a command has checked its arguments.
 """
 
 from t5lib.cli.commands import app

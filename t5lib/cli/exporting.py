@@ -31,9 +31,7 @@ def export(
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Images that are checked, and timed, at once.")] = 1,
     speed: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Also time it beside the softmax model's export, and write the times as JSON."
-        ),
+        typer.Option(metavar="FILE", help="Also time it beside the softmax model's export; the times, as JSON."),
     ] = None,
     repeats: Annotated[int, typer.Option(metavar="N", min=1, help="With --speed: timed passes of each.")] = 9,
 ) -> None:
