@@ -20,7 +20,7 @@ def convert(model: nn.Module, config: TTTConfig | str | None = None, *, inplace:
 
     Args:
         model: a timm VisionTransformer whose attention is timm's Attention, a timm Eva (with rotary positions or
-            without), or diffusers' SD3Transformer2DModel or DiTTransformer2DModel; not changed unless `inplace`, which
+            without), a timm Beit or VisionTransformerRelPos (with `drop_position_bias`), or diffusers' SD3Transformer2DModel or DiTTransformer2DModel; not changed unless `inplace`, which
             makes no second copy of the weights.
         config: what the new layers are, or the name of a preset such as "t5+"; the default is the method's (swiglu,
             instance key norm, dwc_qk, all layers).
@@ -57,6 +57,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         attention = adapter.softmax_attention(layer)
         carry_hooks(layer, attention)
         model.set_submodule(name, attention)
+    for name in model.t5_report.dropped:
+        model.get_parameter(name).requires_grad_(True)
     adapter.drop_grid(model)
     adapter.unmark(model)
     return model

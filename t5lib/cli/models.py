@@ -47,8 +47,18 @@ def outline(source: Source) -> nn.Module:
             _check_name(source)
             model = timm.create_model(source.name, pretrained=False)
         family_of(model).check_convertible(model)
+        _check_vit(model, source.name)
         _check_size(source, model)
     return model
+
+
+def _check_vit(model: nn.Module, name: str) -> None:
+    """Raises T5Error unless its patch embedding and blocks are where the commands look for them."""
+    if not all(hasattr(model, part) for part in ("patch_embed", "blocks", "num_classes")):
+        raise T5Error(
+            f"{name} is a {type(model).__name__}, whose patch embedding is not where that of a plain ViT is, and the "
+            "commands take plain ViTs alone; use t5lib in Python: t5lib.convert, t5lib.calibrate, t5lib.save"
+        )
 
 
 def timm_adapter(description: dict[str, Any], folder: Path) -> Adapter:

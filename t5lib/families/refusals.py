@@ -21,20 +21,41 @@ LINEAR = "its attention is linear already"
 PARALLEL = "it computes attention and MLP from one projection or in parallel, where a TTT layer has no place"
 CROSS = "it attends to text in attentions of their own beside those over the image, which is not supported yet"
 DIFFERENCE = "it subtracts one softmax map from another, which a TTT layer has no counterpart for"
+HEADS = "it mixes the softmax maps of its heads, which a TTT layer has no counterpart for"
+SCALES = "it attends to tokens of two scales, and a TTT layer has one grid"
+HYBRID = "it is a convolutional network with attention of its own kind in a few stages, where tokens are few"
+CHANNELS = "its attention weighs channels and mixes no tokens"
 OTHER = "it is another attention than softmax over the tokens of an image"
+NONE = "it has no attention"
 
-# Beginnings of the names of classes, of models and of attentions.
+PLAIN = "take a plain transformer for the task, such as ViT, DeiT, DINOv2, DINOv3, SigLIP or EVA02"
+REMEDIES = {
+    ROTARY: "take one of those, such as DINOv3 or EVA02",
+    PACKING: "call the model with images of one size",
+    WINDOWS: f"a conversion would gain little: keep it, or {PLAIN}",
+    LINEAR: f"a conversion would gain little: keep it, or {PLAIN}",
+    HYBRID: f"a conversion would gain little: keep it, or {PLAIN}",
+    CHANNELS: "there is nothing to convert",
+    NONE: "there is nothing to convert",
+}
+
+# Beginnings of the names of classes, of models and of attentions; the first that fits counts.
 REASONS = {
-    **dict.fromkeys(("EvaAttention", "AttentionRope", "Qwen3Vit", "DeepseekVit"), ROTARY),
+    **dict.fromkeys(("EvaAttention", "AttentionRope", "Gemma4Vit"), ROTARY),
     **dict.fromkeys(("Flux", "HunyuanDiT", "Lumina", "QwenImage", "Wan"), ROTARY),
-    "NaFlexVit": PACKING,
     **dict.fromkeys(("Swin", "VisionTransformerSAM", "MaxxVit", "DaVit", "Twins", "Nest", "WindowAttention"), WINDOWS),
-    **dict.fromkeys(("VisionTransformerRelPos", "RelPosAttention", "Beit", "Levit"), RELATIVE),
-    **dict.fromkeys(("MultiScaleVit", "PoolingVision", "PyramidVision", "Hiera"), POOLING),
-    **dict.fromkeys(("Xcit", "EfficientVit", "Sana", "MobileVitV2"), LINEAR),
+    **dict.fromkeys(("GlobalContextVit", "Hiera", "TinyVit", "EfficientVitMsra", "VOLO"), WINDOWS),
+    **dict.fromkeys(("VisionTransformerRelPos", "RelPosAttention", "Beit", "ConVit"), RELATIVE),
+    **dict.fromkeys(("MultiScaleVit", "PoolingVision", "PyramidVision", "Levit", "NextViT"), POOLING),
+    **dict.fromkeys(("Xcit", "EfficientVit", "Sana", "MobileVitV2", "CoaT", "SwiftFormer", "EdgeNeXt"), LINEAR),
     **dict.fromkeys(("Parallel", "DiffParallel"), PARALLEL),
     **dict.fromkeys(("PixArt", "UNet", "Transformer2DModel"), CROSS),
+    **dict.fromkeys(("CrossVit", "TNT"), SCALES),
+    **dict.fromkeys(("ByobNet", "CPUBone", "CSATv2", "EfficientFormer", "FastVit", "LowFormer"), HYBRID),
+    **dict.fromkeys(("MetaFormer", "MobileNetV", "Visformer"), HYBRID),
+    **dict.fromkeys(("ResNet", "SplitAttn", "SelectiveKernel"), CHANNELS),
     "DiffAttention": DIFFERENCE,
+    **dict.fromkeys(("Cait", "TalkingHead"), HEADS),
 }
 TWINS = {
     "Dinov2WithRegisters": "vit_base_patch14_reg4_dinov2",
@@ -46,9 +67,26 @@ TWINS = {
 }
 
 
+KNOWN = tuple(dict.fromkeys((*REASONS.values(), PACKING, OTHER, NONE)))
+
+
+def attends(model: nn.Module) -> bool:
+    """Whether a part of it is an attention, by the names of classes."""
+    return any(name in type(part).__name__ for part in model.modules() for name in ("Attn", "Attention"))
+
+
 def reason(kind: str) -> str:
     """Why the model or attention of the class called `kind` is not converted."""
     return next((why for start, why in REASONS.items() if kind.startswith(start)), OTHER)
+
+
+def advice(kind: str) -> str:
+    """The reason, and what to do instead."""
+    return with_remedy(reason(kind))
+
+
+def with_remedy(why: str) -> str:
+    return f"{why}; {REMEDIES.get(why, PLAIN)}"
 
 
 def of_model(model: Any, convertible: Callable[[nn.Module], bool]) -> str:
@@ -64,9 +102,7 @@ def of_model(model: Any, convertible: Callable[[nn.Module], bool]) -> str:
             return f"{kind} wraps a {type(part).__name__}; pass that: {where}"
     if type(model).__module__.startswith("transformers."):
         return _twin(kind)
-    attends = any(name in type(part).__name__ for part in model.modules() for name in ("Attn", "Attention"))
-    why = reason(kind) if attends else "it has no attention"
-    return f"{kind} is not {CONVERTIBLE}: {why}; only these can be converted so far"
+    return f"{kind} is not {CONVERTIBLE}: {with_remedy(reason(kind) if attends(model) else NONE)}"
 
 
 def _no_module(model: Any) -> str:
