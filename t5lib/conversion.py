@@ -19,9 +19,9 @@ def convert(model: nn.Module, config: TTTConfig | str | None = None, *, inplace:
     carries `t5_config` and `t5_report`, a ConversionReport (t5lib.families.replacement).
 
     Args:
-        model: a timm VisionTransformer whose attention is timm's Attention, a timm Eva (with rotary positions or
-            without), a timm Beit or VisionTransformerRelPos (with `drop_position_bias`), or diffusers' SD3Transformer2DModel or DiTTransformer2DModel; not changed unless `inplace`, which
-            makes no second copy of the weights.
+        model: of a family that converts (t5lib.families; README lists them): models of timm, or diffusers'
+            SD3Transformer2DModel or DiTTransformer2DModel; not changed unless `inplace`, which makes no second copy of
+            the weights.
         config: what the new layers are, or the name of a preset such as "t5+"; the default is the method's (swiglu,
             instance key norm, dwc_qk, all layers).
 

@@ -130,7 +130,7 @@ def _run(family: Adapter, model: nn.Module) -> None:
 class _Unfilled(TorchFunctionMode):
     """New weights stay as they are: on the meta device they have no values, and to draw none takes the most time."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         return args[0] if func in FILLED else func(*args, **(kwargs or {}))
 
 
@@ -223,7 +223,8 @@ def _short(verdict: Verdict) -> str:
     """The reason of a verdict without what is special to this one."""
     if verdict.result == NOT_MADE:
         return "its library makes none without further arguments"
-    return next((why for why in refusals.KNOWN if why in verdict.reason), verdict.reason)
+    known = (why for why in refusals.KNOWN if why in verdict.reason)
+    return next(known, verdict.reason.partition(":")[0].replace(verdict.kind, "it"))
 
 
 def main() -> None:
@@ -233,7 +234,7 @@ def main() -> None:
         "--library", choices=CATALOGUES, nargs="+", default=list(CATALOGUES), help="which to go through"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("docs/results/coverage"), help="name of the files; .md and .json are added"
+        "--out", type=Path, default=Path("docs/results/coverage"), help="files; .md and .json are added"
     )
     arguments = parser.parse_args()
     found = verdicts(arguments.library, arguments.only)

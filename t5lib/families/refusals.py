@@ -25,6 +25,9 @@ HEADS = "it mixes the softmax maps of its heads, which a TTT layer has no counte
 SCALES = "it attends to tokens of two scales, and a TTT layer has one grid"
 HYBRID = "it is a convolutional network with attention of its own kind in a few stages, where tokens are few"
 CHANNELS = "its attention weighs channels and mixes no tokens"
+VIDEO = "its tokens lie in time too, and a TTT layer needs a grid of rows and columns"
+SOUND = "its tokens are no image, and a TTT layer needs a grid of rows and columns"
+UNKNOWN = "t5lib does not know yet where its attentions are, or what they are given besides tokens"
 OTHER = "it is another attention than softmax over the tokens of an image"
 NONE = "it has no attention"
 
@@ -35,6 +38,7 @@ REMEDIES = {
     WINDOWS: f"a conversion would gain little: keep it, or {PLAIN}",
     LINEAR: f"a conversion would gain little: keep it, or {PLAIN}",
     HYBRID: f"a conversion would gain little: keep it, or {PLAIN}",
+    UNKNOWN: "CONTRIBUTING.md says how a family of models is added",
     CHANNELS: "there is nothing to convert",
     NONE: "there is nothing to convert",
 }
@@ -67,17 +71,20 @@ TWINS = {
 }
 
 
-KNOWN = tuple(dict.fromkeys((*REASONS.values(), PACKING, OTHER, NONE)))
+ENDINGS = {"3DModel": VIDEO, "1DModel": SOUND, "AudioDiTModel": SOUND}
+KNOWN = tuple(dict.fromkeys((*REASONS.values(), *ENDINGS.values(), PACKING, UNKNOWN, OTHER, NONE)))
 
 
 def attends(model: nn.Module) -> bool:
-    """Whether a part of it is an attention, by the names of classes."""
-    return any(name in type(part).__name__ for part in model.modules() for name in ("Attn", "Attention"))
+    """Whether a part of it is an attention, by its class's name or its own."""
+    names = (f"{name.rpartition('.')[2]} {type(part).__name__}".lower() for name, part in model.named_modules())
+    return any("attn" in name or "attention" in name for name in names)
 
 
-def reason(kind: str) -> str:
+def reason(kind: str, otherwise: str = OTHER) -> str:
     """Why the model or attention of the class called `kind` is not converted."""
-    return next((why for start, why in REASONS.items() if kind.startswith(start)), OTHER)
+    by_ending = next((why for end, why in ENDINGS.items() if kind.endswith(end)), otherwise)
+    return next((why for start, why in REASONS.items() if kind.startswith(start)), by_ending)
 
 
 def advice(kind: str) -> str:
@@ -102,7 +109,8 @@ def of_model(model: Any, convertible: Callable[[nn.Module], bool]) -> str:
             return f"{kind} wraps a {type(part).__name__}; pass that: {where}"
     if type(model).__module__.startswith("transformers."):
         return _twin(kind)
-    return f"{kind} is not {CONVERTIBLE}: {with_remedy(reason(kind) if attends(model) else NONE)}"
+    otherwise = UNKNOWN if type(model).__module__.startswith(("transformers.", "diffusers.")) else OTHER
+    return f"{kind} is not {CONVERTIBLE}: {with_remedy(reason(kind, otherwise) if attends(model) else NONE)}"
 
 
 def _no_module(model: Any) -> str:

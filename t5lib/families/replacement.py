@@ -78,7 +78,8 @@ def _check_position_bias(adapter: Adapter, model: nn.Module, config: TTTConfig, 
     biased = [name for name in chosen if adapter.position_bias(model, name)]
     if biased and not config.drop_position_bias:
         raise T5Error(
-            f"{biased[0]}: {RELATIVE}; leave it out by TTTConfig(drop_position_bias=True), which calibration makes up for"
+            f"{biased[0]}: {RELATIVE}; leave it out by TTTConfig(drop_position_bias=True), and calibration makes up "
+            "for it"
         )
     if config.drop_position_bias and not biased:
         raise T5Error(

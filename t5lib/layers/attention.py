@@ -180,7 +180,7 @@ class UnbiasedTTTAttention(TTTAttention):
     def forward(  # type: ignore[override]  # as the softmax attentions are called
         self, x: Tensor, shared_bias: Tensor | None = None, grid: TokenGrid | None = None, **shared: Tensor | None
     ) -> Tensor:
-        """As TTTAttention's. The bias that all layers of a model share comes in by position or name, and is left out."""
+        """As TTTAttention's. A bias that layers share comes in by position or by name, and is left out."""
         return self.mixed(x, None, None, False, grid)
 
     def merge(self, o: Tensor, x: Tensor) -> Tensor:
