@@ -29,6 +29,7 @@ from t5lib.families.replacement import chosen_layers, replace_attentions
 from t5lib.layers.config import TTTConfig
 from t5lib.utils import command_line
 from t5lib.utils.errors import T5Error
+from t5lib.utils.extras import extras_named
 from t5lib.utils.files import write_json, write_text
 from t5lib.utils.markdown import table
 from t5lib.utils.progress import progress
@@ -151,8 +152,9 @@ def timm_models() -> dict[str, Make]:
 
 def transformers_models() -> dict[str, Make]:
     """Vision models that transformers has under `AutoModel…`, with their default configurations."""
-    import transformers
-    from transformers.models.auto import modeling_auto
+    with extras_named():
+        import transformers
+        from transformers.models.auto import modeling_auto
 
     found: dict[str, Make] = {}
     for task in TASKS:
@@ -165,8 +167,9 @@ def transformers_models() -> dict[str, Make]:
 
 def diffusers_models() -> dict[str, Make]:
     """The transformers of diffusers, with their default arguments."""
-    import diffusers
-    from diffusers.models import transformers as package
+    with extras_named():
+        import diffusers
+        from diffusers.models import transformers as package
 
     kinds = [kind for _, kind in inspect.getmembers(package, inspect.isclass)]
     return {kind.__name__: kind for kind in kinds if issubclass(kind, diffusers.ModelMixin)}
