@@ -1,7 +1,8 @@
 """Which models convert: every architecture of timm, transformers' vision models and diffusers' transformers, tried.
 
-    python -m t5lib.families.coverage                                  # all of them, into docs/results/coverage.*
-    python -m t5lib.families.coverage --only 'vit_*' --out vits        # those with such names
+    python -m t5lib.families.coverage --only vit_* --library timm --out vits
+
+Without options it takes all and writes docs/results/coverage.md and coverage.json, in some twenty minutes on two cores.
 
 Models are made on the meta device at their own size, without weights, and converted. Those that convert also run once,
 with one block, so that shapes are known to fit; that values are right is what tests/t5lib/families/test_positions.py
