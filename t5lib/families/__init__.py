@@ -8,12 +8,14 @@ from t5lib.families import refusals
 from t5lib.families.base import Adapter
 from t5lib.utils.errors import T5Error
 
+_TRANSFORMERS = ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "DINOv3ViT", "Siglip", "CLIP", "ViTMAE", "DepthAnything")
 # Looked up by name, so that nothing is imported that the model at hand does not need.
 _CLASSES = {
     ("timm", "VisionTransformer"): "timm_vit",
     ("timm", "Eva"): "timm_eva",
     ("diffusers", "SD3Transformer2DModel"): "sd3",
     ("diffusers", "DiTTransformer2DModel"): "dit",
+    **{("transformers", f"{kind}PreTrainedModel"): "transformers_vit" for kind in _TRANSFORMERS},
 }
 
 

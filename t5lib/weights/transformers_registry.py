@@ -1,0 +1,45 @@
+"""Converted models known to transformers' Auto classes, and so to its pipelines, by their folder or repository.
+
+    import t5lib.weights.transformers_registry    # registers them
+
+    model = AutoModelForImageClassification.from_pretrained("out")    # of save_pretrained or push_to_hub
+    pipe = pipeline("image-feature-extraction", model="out")
+"""
+
+from typing import Any
+
+from transformers import AutoConfig, AutoImageProcessor
+from transformers.models.auto import configuration_auto, image_processing_auto, modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from t5lib.families.transformers_models import converted_class, converted_config
+
+MODEL_TYPES = (
+    *("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "siglip", "siglip_vision_model", "clip"),
+    *("clip_vision_model", "vit_mae", "depth_anything"),
+)
+AUTOS = [
+    each
+    for each in vars(modeling_auto).values()
+    if isinstance(each, type) and issubclass(each, _BaseAutoModelClass) and each._model_mapping is not None
+]
+
+
+def _register(model_type: str) -> None:
+    own = configuration_auto.CONFIG_MAPPING[model_type]
+    config = converted_config(own)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    for auto in AUTOS:
+        if kinds := auto._model_mapping.get(own, None):
+            auto.register(config, _converted(kinds), exist_ok=True)
+    if processors := image_processing_auto.IMAGE_PROCESSOR_MAPPING.get(own, None):
+        AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)
+
+
+def _converted(kinds: Any) -> Any:
+    """Where a configuration stands for several classes, the first that its config.json names is taken."""
+    return tuple(map(converted_class, kinds)) if isinstance(kinds, tuple) else converted_class(kinds)
+
+
+for _model_type in MODEL_TYPES:
+    _register(_model_type)
