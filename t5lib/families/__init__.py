@@ -8,14 +8,21 @@ from t5lib.families import refusals
 from t5lib.families.base import Adapter
 from t5lib.utils.errors import T5Error
 
-_TRANSFORMERS = ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "DINOv3ViT", "Siglip", "CLIP", "ViTMAE", "DepthAnything")
 # Looked up by name, so that nothing is imported that the model at hand does not need.
 _CLASSES = {
     ("timm", "VisionTransformer"): "timm_vit",
     ("timm", "Eva"): "timm_eva",
     ("diffusers", "SD3Transformer2DModel"): "sd3",
     ("diffusers", "DiTTransformer2DModel"): "dit",
-    **{("transformers", f"{kind}PreTrainedModel"): "transformers_vit" for kind in _TRANSFORMERS},
+    ("transformers", "ViTPreTrainedModel"): "transformers_vit",
+    ("transformers", "DeiTPreTrainedModel"): "transformers_vit",
+    ("transformers", "ViTMAEPreTrainedModel"): "transformers_vit",
+    ("transformers", "Dinov2PreTrainedModel"): "transformers_vit",
+    ("transformers", "Dinov2WithRegistersPreTrainedModel"): "transformers_vit",
+    ("transformers", "DINOv3ViTPreTrainedModel"): "transformers_vit",
+    ("transformers", "SiglipPreTrainedModel"): "transformers_vit",
+    ("transformers", "CLIPPreTrainedModel"): "transformers_vit",
+    ("transformers", "DepthAnythingPreTrainedModel"): "transformers_vit",
 }
 
 

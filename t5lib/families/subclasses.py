@@ -32,5 +32,4 @@ def _reduced(each: Any, protocol: int) -> tuple[Any, ...]:
 
 def _unfilled(make: Callable[[type], type], kind: type) -> Any:
     """An object of the class made of `kind` before its state is restored."""
-    made = make(kind)
-    return made.__new__(made)
+    return object.__new__(make(kind))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.import_utils import is_tracing
 
 from t5lib.families.base import AttentionCall
 from t5lib.layers.attention import TTTLayer, share_parts
@@ -15,6 +16,10 @@ from t5lib.layers.grid import TokenGrid
 from t5lib.layers.rotary import rotated
 from t5lib.utils.errors import T5Error
 
+MASK = (
+    "an attention_mask is given, and a TTT layer sees all tokens; call the model without it, with images of one size "
+    "in a batch"
+)
 Positions = tuple[Tensor, Tensor]  # cosines and sines of the patches, each (rows·columns, D)
 
 
@@ -63,11 +68,8 @@ class TransformersTTTAttention(TTTLayer):
         Raises:
             T5Error: a mask is given, or the tokens do not fit the grid.
         """
-        if attention_mask is not None:
-            raise T5Error(
-                "an attention_mask is given, and a TTT layer sees all tokens; call the model without it, with images "
-                "of one size in a batch"
-            )
+        if attention_mask is not None and not is_tracing():  # then transformers makes one that hides nothing
+            raise T5Error(MASK)
         grid = self.grid(grid)
         x = self.mixer.prepare(hidden_states, grid)
         o = self.mixer(*project(self, AttentionCall((x,), rope_of(position_embeddings))), grid)
@@ -75,7 +77,7 @@ class TransformersTTTAttention(TTTLayer):
 
     def softmax_attention(self) -> nn.Module:
         """The attention that this layer stands for, with its present parts (shared)."""
-        attention = self.softmax_class.__new__(self.softmax_class)
+        attention = nn.Module.__new__(self.softmax_class)
         modules = {name: getattr(self, name) for name in self.order}
         attention.__dict__.update(self.softmax, config=self.config, _modules=modules)
         return attention.train(self.training)

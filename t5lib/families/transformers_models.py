@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -18,6 +17,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from t5lib.families import family_of
 from t5lib.families.replacement import convert_as_told
 from t5lib.families.subclasses import softmax_class, subclass
+from t5lib.families.transformers_attention import MASK
 from t5lib.families.transformers_towers import names_of, tower_of
 from t5lib.layers.grid import on_current_grid, one_pass
 from t5lib.utils.errors import T5Error
@@ -48,6 +48,19 @@ class ConvertedModel:
         _check_loaded(model, info, f"{source[0] if source else 'the checkpoint'}")
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(self, *destination: Any, **options: Any) -> None:
+        """As transformers' own.
+
+        Raises:
+            T5Error: this is a part of a converted model whose configuration does not tell the new layers.
+        """
+        if not getattr(self.config, "t5_config", None):
+            raise T5Error(
+                f"this {type(self).__name__} is a part of a converted model, and only the whole model's config.json "
+                "tells the new layers; save that, or convert this part by itself"
+            )
+        super().save_pretrained(*destination, **options)  # type: ignore[misc]  # of the model beside it
+
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **options: Any
     ) -> None:
@@ -61,7 +74,7 @@ def converted_class(kind: Any) -> type:
     """Of the converted models of transformers' class `kind`."""
     attributes: dict[str, Any] = {"config_class": converted_config(kind.config_class)}
     if names := names_of(kind):
-        attributes["forward"] = _without_maps(one_pass(kind.forward, names.patches, names.blocks))
+        attributes["forward"] = _of_whole_images(one_pass(kind.forward, names.patches, names.blocks))
     return subclass(kind, converted_class, attributes, ConvertedModel)
 
 
@@ -77,8 +90,9 @@ def converted_config(kind: Any) -> type[PreTrainedConfig]:
 
 def mark_config(model: PreTrainedModel, told: dict[str, Any]) -> None:
     """Let the configuration of `model` tell its new layers, as plain values. One that other models may share stays."""
-    if type(model.config) is softmax_class(type(model.config)):
-        _set_config(model, _of_class(model.config, converted_config(type(model.config))))
+    kind: Any = type(model.config)
+    if kind is softmax_class(kind):
+        _set_config(model, _of_class(model.config, converted_config(kind)))
     model.config.t5_config = told
 
 
@@ -104,16 +118,18 @@ def on_its_grid(checkpointing: Callable) -> Callable:
     return run
 
 
-def _without_maps(forward: Callable) -> Callable:
-    """The `forward` of a tower, but that it refuses to give softmax maps."""
+def _of_whole_images(forward: Callable) -> Callable:
+    """The `forward` of a tower, but that it refuses masks of tokens, and to give softmax maps."""
 
     @functools.wraps(forward)
-    def run(tower: PreTrainedModel, *args: Any, **options: Any) -> Tensor:
+    def run(tower: PreTrainedModel, *args: Any, **options: Any) -> Any:
         if options.get("output_attentions", getattr(tower.config, "output_attentions", False)):
             raise T5Error(
                 "output_attentions is set, and a TTT layer has no softmax map to give; leave it out, or look at "
                 "t5lib.explain, or give the model its attentions back: t5lib.revert(model)"
             )
+        if options.get("attention_mask") is not None:
+            raise T5Error(MASK)
         return forward(tower, *args, **options)
 
     return run
@@ -124,7 +140,7 @@ def _of_class(config: PreTrainedConfig, kind: type[PreTrainedConfig]) -> PreTrai
     config = copy.copy(config)
     config.__class__ = kind
     if "model_type" in vars(config):  # as configurations have it that were read from a file
-        config.model_type = kind.model_type
+        vars(config)["model_type"] = kind.model_type
     return config
 
 
@@ -152,4 +168,3 @@ def _check_loaded(model: Any, info: dict[str, Any], source: str) -> None:
             f"the weights in {source} are not those of the {type(model).__name__} in its config.json: missing or of "
             f"another shape {missing[:3]}, unknown {unknown[:3]}; save or fetch it again"
         )
-

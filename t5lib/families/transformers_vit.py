@@ -1,4 +1,4 @@
-"""Vision transformers of transformers: ViT, DeiT, DINOv2, DINOv3, SigLIP, CLIP, ViTMAE, and models that hold one of them."""
+"""Vision transformers of transformers: ViT, DeiT, DINOv2, DINOv3, SigLIP, CLIP, ViTMAE, and models that hold one."""
 
 import copy
 import inspect
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from t5lib.families.base import Adapter, AttentionCall, check_multiple
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.families.refusals import reason
-from t5lib.families.replacement import replace_attentions, chosen_layers, restarted
+from t5lib.families.replacement import chosen_layers, replace_attentions, restarted
 from t5lib.families.subclasses import softmax_class
 from t5lib.families.transformers_attention import TransformersTTTAttention, positions_of, project, rope_of
 from t5lib.families.transformers_mae import check_unmasked, keep_order, masks, ordered_noise
@@ -41,8 +41,8 @@ class TransformersVit(Adapter):
         tower = tower_of(model)
         if tower is None:
             raise T5Error(
-                f"{type(model).__name__} holds no vision tower whose attentions can be converted ({', '.join(TOWERS)}): "
-                "text is converted nowhere; pass the vision model"
+                f"{type(model).__name__} is, or holds, none of the vision towers whose attentions can be converted "
+                f"({', '.join(TOWERS)}); text is converted nowhere: pass the vision model, or the whole model"
             )
         if "forward" in vars(tower.module):
             raise T5Error(
@@ -192,10 +192,9 @@ class TransformersVit(Adapter):
         return options
 
     def checkpoint_gradients(self, model: nn.Module, on: bool) -> None:
-        if on:
-            model.gradient_checkpointing_enable()
-        else:
-            model.gradient_checkpointing_disable()
+        switch = "enable" if on else "disable"
+        new, old = f"activation_checkpointing_{switch}", f"gradient_checkpointing_{switch}"  # old: before 5.23
+        getattr(model, new if hasattr(model, new) else old)()
 
     def num_tokens(self, model: nn.Module, inputs: Inputs) -> int:
         grid = self.grid(model, inputs)
@@ -227,11 +226,12 @@ class TransformersVit(Adapter):
         return kind.__name__, {"config": plain_config(model.config).to_dict(), **options}
 
     def build(self, architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> nn.Module:
-        kind = getattr(transformers, architecture, None)
+        kind: Any = getattr(transformers, architecture, None)
         if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
             raise T5Error(f"transformers {transformers.__version__} knows no model '{architecture}'; update it")
+        config_class: Any = kind.config_class
         options = {name: arguments[name] for name in OPTIONS if name in arguments}
-        model = kind(kind.config_class.from_dict(arguments["config"]), **options).eval()
+        model = kind(config_class.from_dict(arguments["config"]), **options).eval()
         if config:
             replace_attentions(self, model, config, chosen_layers(self, model, config))
         return model

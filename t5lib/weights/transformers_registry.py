@@ -1,15 +1,15 @@
 """Converted models known to transformers' Auto classes, and so to its pipelines, by their folder or repository.
 
-    import t5lib.weights.transformers_registry    # registers them
+import t5lib.weights.transformers_registry    # registers them
 
-    model = AutoModelForImageClassification.from_pretrained("out")    # of save_pretrained or push_to_hub
-    pipe = pipeline("image-feature-extraction", model="out")
+model = AutoModelForImageClassification.from_pretrained("out")    # of save_pretrained or push_to_hub
+pipe = pipeline("image-feature-extraction", model="out")
 """
 
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor
-from transformers.models.auto import configuration_auto, image_processing_auto, modeling_auto
+from transformers import AutoConfig
+from transformers.models.auto import configuration_auto, modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from t5lib.families.transformers_models import converted_class, converted_config
@@ -26,14 +26,12 @@ AUTOS = [
 
 
 def _register(model_type: str) -> None:
-    own = configuration_auto.CONFIG_MAPPING[model_type]
+    own: Any = configuration_auto.CONFIG_MAPPING[model_type]
     config = converted_config(own)
     AutoConfig.register(config.model_type, config, exist_ok=True)
     for auto in AUTOS:
         if kinds := auto._model_mapping.get(own, None):
             auto.register(config, _converted(kinds), exist_ok=True)
-    if processors := image_processing_auto.IMAGE_PROCESSOR_MAPPING.get(own, None):
-        AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)
 
 
 def _converted(kinds: Any) -> Any:

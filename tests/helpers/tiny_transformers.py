@@ -11,7 +11,7 @@ DUAL = {"vision_config": SMALL, "text_config": {**SMALL, **TEXT, "pad_token_id":
 DEPTH = {"backbone_config": {"model_type": "dinov2", **SMALL, "reshape_hidden_states": False}, "patch_size": 8}
 DEPTH["backbone_config"]["out_features"] = ["stage1", "stage2"]
 DEPTH |= {"reassemble_hidden_size": 32, "reassemble_factors": [1, 0.5], "neck_hidden_sizes": [8, 8]}
-DEPTH |= {"fusion_hidden_size": 8, "head_hidden_size": 8}
+DEPTH |= {"fusion_hidden_size": 8, "head_hidden_size": 8, "depth_estimation_type": "metric"}
 
 # The class, and what its configuration is told; labels where it is a classifier.
 KINDS = {
