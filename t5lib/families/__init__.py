@@ -16,12 +16,15 @@ _CLASSES = {
     ("diffusers", "DiTTransformer2DModel"): "dit",
     ("transformers", "ViTPreTrainedModel"): "transformers_vit",
     ("transformers", "DeiTPreTrainedModel"): "transformers_vit",
+    ("transformers", "ViTMSNPreTrainedModel"): "transformers_vit",
     ("transformers", "ViTMAEPreTrainedModel"): "transformers_vit",
+    ("transformers", "IJepaPreTrainedModel"): "transformers_vit",
     ("transformers", "Dinov2PreTrainedModel"): "transformers_vit",
     ("transformers", "Dinov2WithRegistersPreTrainedModel"): "transformers_vit",
     ("transformers", "DINOv3ViTPreTrainedModel"): "transformers_vit",
     ("transformers", "SiglipPreTrainedModel"): "transformers_vit",
     ("transformers", "CLIPPreTrainedModel"): "transformers_vit",
+    ("transformers", "MetaClip2PreTrainedModel"): "transformers_vit",
     ("transformers", "DepthAnythingPreTrainedModel"): "transformers_vit",
 }
 

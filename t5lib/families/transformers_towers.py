@@ -32,15 +32,15 @@ _DINOV2 = Names("embeddings.patch_embeddings.projection", "encoder.layer")
 _DINOV3 = Names("embeddings.patch_embeddings", "model.layer")
 _CLIP = Names("embeddings.patch_embedding", "encoder.layers", "self_attn", "out_proj")
 TOWERS = {
-    **dict.fromkeys(("ViTModel", "DeiTModel", "ViTMAEModel"), _VIT),
+    **dict.fromkeys(("ViTModel", "DeiTModel", "ViTMSNModel", "ViTMAEModel", "IJepaModel"), _VIT),
     **dict.fromkeys(("Dinov2Model", "Dinov2Backbone"), _DINOV2),
     **dict.fromkeys(("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"), _DINOV2),
     **dict.fromkeys(("DINOv3ViTModel", "DINOv3ViTBackbone"), _DINOV3),
-    **dict.fromkeys(("SiglipVisionModel", "CLIPVisionModel"), _CLIP),
+    **dict.fromkeys(("SiglipVisionModel", "CLIPVisionModel", "MetaClip2VisionModel"), _CLIP),
 }
 ATTENTIONS = {
-    *("ViTAttention", "DeiTAttention", "ViTMAEAttention", "Dinov2Attention", "Dinov2WithRegistersAttention"),
-    *("DINOv3ViTAttention", "SiglipAttention", "CLIPAttention"),
+    *("ViTAttention", "DeiTAttention", "ViTMSNAttention", "ViTMAEAttention", "IJepaAttention", "Dinov2Attention"),
+    *("Dinov2WithRegistersAttention", "DINOv3ViTAttention", "SiglipAttention", "CLIPAttention", "MetaClip2Attention"),
 }
 PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")  # of embeddings, before the patches
 

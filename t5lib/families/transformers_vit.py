@@ -261,8 +261,8 @@ def _check_attention(attention: nn.Module, name: str, tower: Tower) -> None:
         raise T5Error(f"{name} is {kind}, which cannot be converted: {reason(kind)}")
     if not all(hasattr(attention, part) for part in ("q_proj", "k_proj", "v_proj", tower.names.output)):
         raise T5Error(
-            f"{name}, a {kind}, has other parts than t5lib knows in transformers {transformers.__version__}; use a "
-            "version that t5lib was tested with: pip install 'transformers>=5.23'"
+            f"{name}, a {kind}, has other parts in transformers {transformers.__version__} than t5lib knows; DINOv2 "
+            "needs 5.18 or newer: pip install -U transformers"
         )
 
 

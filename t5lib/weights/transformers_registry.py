@@ -15,8 +15,8 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from t5lib.families.transformers_models import converted_class, converted_config
 
 MODEL_TYPES = (
-    *("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "siglip", "siglip_vision_model", "clip"),
-    *("clip_vision_model", "vit_mae", "depth_anything"),
+    *("vit", "deit", "vit_msn", "vit_mae", "ijepa", "dinov2", "dinov2_with_registers", "dinov3_vit", "depth_anything"),
+    *("siglip", "siglip_vision_model", "clip", "clip_vision_model", "metaclip_2", "metaclip_2_vision_model"),
 )
 AUTOS = [
     each

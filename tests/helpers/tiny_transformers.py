@@ -33,6 +33,9 @@ KINDS = {
     "clip_projection": ("CLIPVisionModelWithProjection", {"projection_dim": 16}),
     "clip_classifier": ("CLIPForImageClassification", {**DUAL, "projection_dim": 16, "num_labels": 7}),
     "clip_dual": ("CLIPModel", {**DUAL, "projection_dim": 16}),
+    "metaclip2": ("MetaClip2VisionModelWithProjection", {"projection_dim": 16}),
+    "msn": ("ViTMSNModel", {}),
+    "ijepa": ("IJepaModel", {}),  # no prefix, and positions for the patches alone
     "mae": ("ViTMAEModel", {"mask_ratio": 0.0}),
     "depth_anything": ("DepthAnythingForDepthEstimation", DEPTH),
 }
