@@ -7,6 +7,7 @@ from torch import nn
 from t5lib.families import refusals
 from t5lib.families.base import Adapter
 from t5lib.utils.errors import T5Error
+from t5lib.utils.extras import extras_named
 
 # Looked up by name, so that nothing is imported that the model at hand does not need.
 _CLASSES = {
@@ -46,7 +47,8 @@ def _family_name(model: nn.Module) -> str | None:
 
 
 def adapter(name: str) -> Adapter:
-    """The adapter of the family called `name`. Raises T5Error when there is none."""
+    """The adapter of the family called `name`. Raises T5Error when there is none, or its library is not installed."""
     if name not in _CLASSES.values():
         raise T5Error(f"unknown model family '{name}'; known: {', '.join(_CLASSES.values())}. Is this t5lib too old?")
-    return import_module(f"t5lib.families.{name}").ADAPTER
+    with extras_named():
+        return import_module(f"t5lib.families.{name}").ADAPTER

@@ -89,7 +89,8 @@ def project(attention: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, 
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     q, k, v = (each(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for each in projections)
     if call.rope is not None:
-        prefix = x.shape[1] - call.rope.shape[-2]
+        known = getattr(attention, "num_prefix_tokens", None)  # of a layer; when sizes are free, it must be a number
+        prefix = x.shape[1] - call.rope.shape[-2] if known is None else known
         q, k = (rotated(t, call.rope, prefix, half=True) for t in (q, k))
     return q, k, v
 

@@ -18,7 +18,14 @@ from t5lib.families.replacement import chosen_layers, replace_attentions, restar
 from t5lib.families.subclasses import softmax_class
 from t5lib.families.transformers_attention import TransformersTTTAttention, positions_of, project, rope_of
 from t5lib.families.transformers_mae import check_unmasked, keep_order, masks, ordered_noise
-from t5lib.families.transformers_models import converted_class, mark_config, on_its_grid, plain_config, unmark_config
+from t5lib.families.transformers_models import (
+    ConvertedModel,
+    converted_class,
+    mark_config,
+    on_its_grid,
+    plain_config,
+    unmark_config,
+)
 from t5lib.families.transformers_towers import ATTENTIONS, TOWERS, Tower, tower_of
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, tell_grid
@@ -186,7 +193,7 @@ class TransformersVit(Adapter):
         asked = inspect.signature(tower.module.forward).parameters
         if "interpolate_pos_encoding" in asked and tuple(images.shape[-2:]) != _own_size(tower):
             options["interpolate_pos_encoding"] = True
-        if masks(tower.module):
+        if masks(tower.module) and not isinstance(tower.module, ConvertedModel):  # those see to it themselves
             grid = self.grid(model, inputs)
             options["noise"] = ordered_noise(len(images), grid.rows * grid.columns, images.device)
         return options

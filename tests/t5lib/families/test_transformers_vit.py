@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tiny_transformers import KINDS, SMALL, tiny_transformer
 from torch import Tensor, nn
 
 import t5lib
-from t5lib.families import family_of
+from t5lib.families import adapter, family_of
 from t5lib.families.inputs import ExampleSize
 from t5lib.families.transformers_vit import ADAPTER
 from t5lib.layers.config import PRESETS, TTTConfig
@@ -332,6 +333,21 @@ def test_what_cannot_be_converted_is_refused_with_the_reason_and_the_remedy():
         with torch.device("meta"):
             model = kind(kind.config_class(**settings))
         refused(model, match)
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "t5lib.families.transformers_vit")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(T5Error, match=r"transformers is not installed; pip install 't5-ttt\[transformers\]'"):
+        adapter("transformers_vit")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_rotary_positions_are_exported_for_images_of_any_size(tmp_path):
+    model = t5lib.convert(tiny_transformer("dinov3", num_hidden_layers=1))
+    made = t5lib.export_onnx(model, tmp_path / "model.onnx", random_images(2), dynamic_size=True)
+    assert {shape[2:] for shape in made.checked} == {(32, 32), (64, 64), (32, 64)}
 
 
 def test_models_that_were_changed_are_refused_by_name():
