@@ -21,9 +21,9 @@ def check_unmasked(embeddings: nn.Module) -> None:
     """Raises T5Error if patches are hidden."""
     if share := embeddings.config.mask_ratio:
         raise T5Error(
-            f"config.mask_ratio is {share}: the patches that are left lie on no grid, which a TTT layer needs; for a "
-            "model that sees whole images set model.config.mask_ratio = 0, also before a conversion. Pretrain with "
-            "softmax, then convert the encoder"
+            f"config.mask_ratio is {share}: the patches that are left lie on no grid, which a TTT layer needs; set "
+            "model.config.mask_ratio = 0 for a model that sees whole images. To pretrain, use the softmax model and "
+            "convert it afterwards"
         )
 
 

@@ -49,7 +49,7 @@ class TransformersVit(Adapter):
         if tower is None:
             raise T5Error(
                 f"{type(model).__name__} is, or holds, none of the vision towers whose attentions can be converted "
-                f"({', '.join(TOWERS)}); text is converted nowhere: pass the vision model, or the whole model"
+                f"({', '.join(TOWERS)}); pass such a model, since attentions over text alone are not converted"
             )
         if "forward" in vars(tower.module):
             raise T5Error(
@@ -180,7 +180,7 @@ class TransformersVit(Adapter):
         """See Adapter: logits, depth, image embeddings, tokens, or a backbone's last feature map; the image features of
         a model of images and text. Images of another size than the model's are welcome."""
         options = self._options(model, inputs)
-        if model.main_input_name != self.input_name:
+        if hasattr(model, "get_image_features"):
             return model.get_image_features(**inputs, **options).pooler_output
         outputs = model(**inputs, **options, return_dict=True)
         first = next(value for name, value in outputs.items() if name != "loss")
@@ -200,8 +200,8 @@ class TransformersVit(Adapter):
 
     def checkpoint_gradients(self, model: nn.Module, on: bool) -> None:
         switch = "enable" if on else "disable"
-        new, old = f"activation_checkpointing_{switch}", f"gradient_checkpointing_{switch}"  # old: before 5.23
-        getattr(model, new if hasattr(model, new) else old)()
+        new, old = f"activation_checkpointing_{switch}", f"gradient_checkpointing_{switch}"
+        getattr(model, new if hasattr(model, new) else old)()  # new is what transformers calls it since 5.23 or before
 
     def num_tokens(self, model: nn.Module, inputs: Inputs) -> int:
         grid = self.grid(model, inputs)

@@ -142,12 +142,13 @@ def test_so_it_is_with_every_architecture_of_timm_that_converts(module):
 
 
 ROTATING = [kind for kind in EVAS if kind != "eva"]
+ROTARY = {**{kind: eva(kind) for kind in ROTATING}, "transformers dinov3": transformer("dinov3")}
 
 
-@pytest.mark.parametrize("kind", ROTATING)
+@pytest.mark.parametrize("make", ROTARY.values(), ids=ROTARY)
 @torch.no_grad()
-def test_the_attentions_of_rotary_models_are_told_their_positions_and_differ_without(kind):
-    model, inputs = eva(kind)()
+def test_the_attentions_of_rotary_models_are_told_their_positions_and_differ_without(make):
+    model, inputs = make()
     calls, heads = watched(model, inputs)
     for name, call in calls.items():
         forgotten = dataclasses.replace(call, rope=None)
