@@ -201,7 +201,7 @@ class TransformersVit(Adapter):
     def checkpoint_gradients(self, model: nn.Module, on: bool) -> None:
         switch = "enable" if on else "disable"
         new, old = f"activation_checkpointing_{switch}", f"gradient_checkpointing_{switch}"
-        getattr(model, new if hasattr(model, new) else old)()  # new is what transformers calls it since 5.23 or before
+        getattr(model, new if hasattr(model, new) else old)()  # by the version of transformers
 
     def num_tokens(self, model: nn.Module, inputs: Inputs) -> int:
         grid = self.grid(model, inputs)
