@@ -22,6 +22,18 @@ _CLASSES = {
     ("timm", "VisionTransformerRelPos"): "timm_relative",
     ("diffusers", "SD3Transformer2DModel"): "sd3",
     ("diffusers", "DiTTransformer2DModel"): "dit",
+    ("transformers", "ViTPreTrainedModel"): "transformers_vit",
+    ("transformers", "DeiTPreTrainedModel"): "transformers_vit",
+    ("transformers", "ViTMSNPreTrainedModel"): "transformers_vit",
+    ("transformers", "ViTMAEPreTrainedModel"): "transformers_vit",
+    ("transformers", "IJepaPreTrainedModel"): "transformers_vit",
+    ("transformers", "Dinov2PreTrainedModel"): "transformers_vit",
+    ("transformers", "Dinov2WithRegistersPreTrainedModel"): "transformers_vit",
+    ("transformers", "DINOv3ViTPreTrainedModel"): "transformers_vit",
+    ("transformers", "SiglipPreTrainedModel"): "transformers_vit",
+    ("transformers", "CLIPPreTrainedModel"): "transformers_vit",
+    ("transformers", "MetaClip2PreTrainedModel"): "transformers_vit",
+    ("transformers", "DepthAnythingPreTrainedModel"): "transformers_vit",
 }
 
 
@@ -42,7 +54,7 @@ def _family_name(model: nn.Module) -> str | None:
 
 
 def adapter(name: str) -> Adapter:
-    """The adapter of the family called `name`. Raises T5Error when there is none."""
+    """The adapter of the family called `name`. Raises T5Error when there is none, or its library is not installed."""
     if name not in _CLASSES.values():
         raise T5Error(f"unknown model family '{name}'; known: {', '.join(_CLASSES.values())}. Is this t5lib too old?")
     with extras_named():

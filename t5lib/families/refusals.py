@@ -7,15 +7,18 @@ from torch import nn
 
 CONVERTIBLE = (
     "a timm VisionTransformer (ViT, DeiT, AugReg, DINOv2, DeiT III, SigLIP …) or Eva (DINOv3, Perception Encoder, "
-    "EVA02, RoPE-ViT …), nor diffusers' SD3Transformer2DModel or DiTTransformer2DModel"
+    "EVA02, RoPE-ViT …), nor transformers' ViT, DeiT, DINOv2, DINOv3, SigLIP, CLIP, ViTMAE or Depth Anything, nor "
+    "diffusers' SD3Transformer2DModel or DiTTransformer2DModel"
 )
-ROTARY = (
-    "it rotates queries and keys by their positions (rotary embedding), which is supported in timm's Eva family alone "
-    "so far"
-)
+ROTARY = "it rotates queries and keys by their positions (rotary embedding), in a way that t5lib does not know yet"
 PACKING = "it packs images of several sizes into one sequence and masks what pads it, and a TTT layer takes no mask"
+NAFLEX = "it packs images of several sizes into one sequence and masks what pads it (NaFlex); a TTT layer takes no mask"
 WINDOWS = "it attends within windows, whose cost is linear already"
 RELATIVE = "it adds a bias of relative positions to the softmax map, and a TTT layer has no such map"
+WINDOWED = (
+    "it attends within windows in most blocks, whose cost is linear already, and adds a bias of relative positions to "
+    "all its softmax maps, which a TTT layer has no counterpart for"
+)
 POOLING = "it pools tokens on the way, so that attention has fewer keys than queries or another grid in every stage"
 LINEAR = "its attention is linear already"
 PARALLEL = "it computes attention and MLP from one projection or in parallel, where a TTT layer has no place"
@@ -25,6 +28,7 @@ HEADS = "it mixes the softmax maps of its heads, which a TTT layer has no counte
 SCALES = "it attends to tokens of two scales, and a TTT layer has one grid"
 HYBRID = "it is a convolutional network with attention of its own kind in a few stages, where tokens are few"
 CHANNELS = "its attention weighs channels and mixes no tokens"
+LATENTS = "it attends from a few latents to the image, whose cost is linear already"
 VIDEO = "its tokens lie in time too, and a TTT layer needs a grid of rows and columns"
 SOUND = "its tokens are no image, and a TTT layer needs a grid of rows and columns"
 UNKNOWN = "t5lib does not know yet where its attentions are, or what they are given besides tokens"
@@ -33,8 +37,9 @@ NONE = "it has no attention"
 
 PLAIN = "take a plain transformer for the task, such as ViT, DeiT, DINOv2, DINOv3, SigLIP or EVA02"
 REMEDIES = {
-    ROTARY: "take one of those, such as DINOv3 or EVA02",
+    ROTARY: "take a family whose rotation it knows, such as DINOv3 or EVA02",
     PACKING: "call the model with images of one size",
+    NAFLEX: "a SigLIP 2 of fixed size, such as google/siglip2-base-patch16-224, is a SiglipModel and converts",
     WINDOWS: f"a conversion would gain little: keep it, or {PLAIN}",
     LINEAR: f"a conversion would gain little: keep it, or {PLAIN}",
     HYBRID: f"a conversion would gain little: keep it, or {PLAIN}",
@@ -47,10 +52,15 @@ REMEDIES = {
 REASONS = {
     **dict.fromkeys(("EvaAttention", "AttentionRope", "Gemma4Vit"), ROTARY),
     **dict.fromkeys(("Flux", "HunyuanDiT", "Lumina", "QwenImage", "Wan"), ROTARY),
+    "Siglip2": NAFLEX,
+    "Sam": WINDOWED,
+    "Perceiver": LATENTS,
+    **dict.fromkeys(("Vivit", "VideoMAE", "VideoPrism", "Timesformer", "VJEPA"), VIDEO),
     **dict.fromkeys(("Swin", "VisionTransformerSAM", "MaxxVit", "DaVit", "Twins", "Nest", "WindowAttention"), WINDOWS),
     **dict.fromkeys(("GlobalContextVit", "Hiera", "TinyVit", "EfficientVitMsra", "VOLO"), WINDOWS),
-    **dict.fromkeys(("VisionTransformerRelPos", "RelPosAttention", "Beit", "ConVit"), RELATIVE),
+    **dict.fromkeys(("VisionTransformerRelPos", "RelPosAttention", "Beit", "Data2VecVision", "ConVit"), RELATIVE),
     **dict.fromkeys(("MultiScaleVit", "PoolingVision", "PyramidVision", "Levit", "NextViT"), POOLING),
+    **dict.fromkeys(("Pvt", "Segformer"), POOLING),
     **dict.fromkeys(("Xcit", "EfficientVit", "Sana", "MobileVitV2", "CoaT", "SwiftFormer", "EdgeNeXt"), LINEAR),
     **dict.fromkeys(("Parallel", "DiffParallel"), PARALLEL),
     **dict.fromkeys(("PixArt", "UNet", "Transformer2DModel"), CROSS),
@@ -60,14 +70,6 @@ REASONS = {
     **dict.fromkeys(("ResNet", "SplitAttn", "SelectiveKernel"), CHANNELS),
     "DiffAttention": DIFFERENCE,
     **dict.fromkeys(("Cait", "TalkingHead"), HEADS),
-}
-TWINS = {
-    "Dinov2WithRegisters": "vit_base_patch14_reg4_dinov2",
-    "Dinov2": "vit_base_patch14_dinov2",
-    "DINOv3ViT": "vit_base_patch16_dinov3_qkvb",
-    "ViT": "vit_base_patch16_224",
-    "DeiT": "deit_base_distilled_patch16_224",
-    "Siglip": "vit_base_patch16_siglip_224",
 }
 
 
@@ -107,8 +109,6 @@ def of_model(model: Any, convertible: Callable[[nn.Module], bool]) -> str:
         if convertible(part):
             where = f"model.{name}" if name.replace(".", "").isidentifier() else f"model.get_submodule({name!r})"
             return f"{kind} wraps a {type(part).__name__}; pass that: {where}"
-    if type(model).__module__.startswith("transformers."):
-        return _twin(kind)
     otherwise = UNKNOWN if type(model).__module__.startswith(("transformers.", "diffusers.")) else OTHER
     return f"{kind} is not {CONVERTIBLE}: {with_remedy(reason(kind, otherwise) if attends(model) else NONE)}"
 
@@ -121,13 +121,3 @@ def _no_module(model: Any) -> str:
     if isinstance(getattr(model, "transformer", None), nn.Module):
         return f"expected a model, got a {type(model).__name__}; call t5lib.convert_pipeline(pipe) instead"
     return f"expected a model, got a {type(model).__name__}; pass a torch.nn.Module"
-
-
-def _twin(kind: str) -> str:
-    twin = next((name for start, name in TWINS.items() if kind.startswith(start)), None)
-    if not twin:
-        return f"{kind} of transformers is not {CONVERTIBLE}; use a model of timm or diffusers with the same weights"
-    return (
-        f"{kind} of transformers is not converted, but its twin in timm is, with the very same weights: "
-        f"model = t5lib.load_weights({twin!r}, 'model.safetensors'), with the name that fits its size"
-    )

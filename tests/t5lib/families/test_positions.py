@@ -13,6 +13,8 @@ from tiny import KINDS, SMALL, random_images, tiny_vit
 from tiny_denoisers import dit_batch, sd3_batch, tiny_dit, tiny_sd3
 from tiny_encoders import ENCODERS, tiny_encoder
 from tiny_eva import EVAS, tiny_eva
+from tiny_transformers import KINDS as TRANSFORMERS
+from tiny_transformers import tiny_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,10 +40,16 @@ def encoder(kind):
     return lambda: (tiny_encoder(kind), {"x": random_images(2, 32, 48)})
 
 
+def transformer(kind):
+    square = kind == "vit_pretraining"  # its head puts patches together to a square image
+    return lambda: (tiny_transformer(kind), {"pixel_values": random_images(2, 24, 24 if square else 40)})
+
+
 MODELS = {
     **{f"vit {kind}": vit(kind) for kind in KINDS},
     **{f"eva {kind}": eva(kind) for kind in EVAS},
     **{f"encoder {kind}": encoder(kind) for kind in ENCODERS},
+    **{f"transformers {kind}": transformer(kind) for kind in TRANSFORMERS},
     "sd3": lambda: (tiny_sd3(), noised_batch(sd3_batch(0), RectifiedFlow(), 0)),
     "dit": lambda: (tiny_dit(), noised_batch(dit_batch(0), NoiseAndVariance(), 0)),
 }
@@ -142,12 +150,13 @@ def test_so_it_is_with_every_architecture_of_timm_that_converts(module):
 
 
 ROTATING = [kind for kind in EVAS if kind != "eva"]
+ROTARY = {**{kind: eva(kind) for kind in ROTATING}, "transformers dinov3": transformer("dinov3")}
 
 
-@pytest.mark.parametrize("kind", ROTATING)
+@pytest.mark.parametrize("make", ROTARY.values(), ids=ROTARY)
 @torch.no_grad()
-def test_the_attentions_of_rotary_models_are_told_their_positions_and_differ_without(kind):
-    model, inputs = eva(kind)()
+def test_the_attentions_of_rotary_models_are_told_their_positions_and_differ_without(make):
+    model, inputs = make()
     calls, heads = watched(model, inputs)
     for name, call in calls.items():
         forgotten = dataclasses.replace(call, rope=None)
