@@ -31,6 +31,7 @@ CHANNELS = "its attention weighs channels and mixes no tokens"
 LATENTS = "it attends from a few latents to the image, whose cost is linear already"
 VIDEO = "its tokens lie in time too, and a TTT layer needs a grid of rows and columns"
 SOUND = "its tokens are no image, and a TTT layer needs a grid of rows and columns"
+MULTIHEAD = "its attention is torch's MultiheadAttention, which t5lib does not take apart yet"
 UNKNOWN = "t5lib does not know yet where its attentions are, or what they are given besides tokens"
 OTHER = "it is another attention than softmax over the tokens of an image"
 NONE = "it has no attention"
@@ -43,6 +44,7 @@ REMEDIES = {
     WINDOWS: f"a conversion would gain little: keep it, or {PLAIN}",
     LINEAR: f"a conversion would gain little: keep it, or {PLAIN}",
     HYBRID: f"a conversion would gain little: keep it, or {PLAIN}",
+    MULTIHEAD: "take the model from timm, which has open_clip's weights, too (vit_base_patch16_clip_224.openai)",
     UNKNOWN: "CONTRIBUTING.md says how a family of models is added",
     CHANNELS: "there is nothing to convert",
     NONE: "there is nothing to convert",
@@ -74,7 +76,7 @@ REASONS = {
 
 
 ENDINGS = {"3DModel": VIDEO, "1DModel": SOUND, "AudioDiTModel": SOUND}
-KNOWN = tuple(dict.fromkeys((*REASONS.values(), *ENDINGS.values(), PACKING, UNKNOWN, OTHER, NONE)))
+KNOWN = tuple(dict.fromkeys((*REASONS.values(), *ENDINGS.values(), PACKING, MULTIHEAD, UNKNOWN, OTHER, NONE)))
 
 
 def attends(model: nn.Module) -> bool:
@@ -110,6 +112,8 @@ def of_model(model: Any, convertible: Callable[[nn.Module], bool]) -> str:
             where = f"model.{name}" if name.replace(".", "").isidentifier() else f"model.get_submodule({name!r})"
             return f"{kind} wraps a {type(part).__name__}; pass that: {where}"
     otherwise = UNKNOWN if type(model).__module__.startswith(("transformers.", "diffusers.")) else OTHER
+    if any(isinstance(part, nn.MultiheadAttention) for part in model.modules()):
+        otherwise = MULTIHEAD
     return f"{kind} is not {CONVERTIBLE}: {with_remedy(reason(kind, otherwise) if attends(model) else NONE)}"
 
 

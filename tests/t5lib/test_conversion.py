@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+import torchvision
 from timm.layers import Attention, AttentionRope
 from tiny import KINDS, random_images, tiny_vit
 from torch import nn
@@ -202,7 +203,7 @@ KINDS_REFUSED = {
     "resnet18": ({}, "ResNet is not a timm VisionTransformer.*: it has no attention; there is nothing to convert"),
     "swin_tiny_patch4_window7_224": ({}, "SwinTransformer is not .*: it attends within windows.*; .* gain little"),
     "samvit_base_patch16": ({"depth": 1}, "VisionTransformerSAM is not .*: it attends within windows"),
-    "gemma4_vit_167m": ({}, r"Gemma4VitClassifier is not .*\(rotary embedding\).*; take a family whose rotation it knows"),
+    "gemma4_vit_167m": ({}, r"Gemma4VitClassifier is not .*\(rotary embedding\).*; take a family whose rotation"),
     "pit_ti_224": ({}, "PoolingVisionTransformer is not .*: it pools tokens on the way"),
     "xcit_nano_12_p16_224": ({}, "Xcit is not .*: its attention is linear already"),
     "cait_xxs24_224": ({}, "Cait is not .*: it mixes the softmax maps of its heads.*; take a plain transformer"),
@@ -210,6 +211,12 @@ KINDS_REFUSED = {
     "resnest14d": ({}, "ResNet is not .*: its attention weighs channels and mixes no tokens; there is nothing to"),
     "fastvit_sa12": ({}, "FastVit is not .*: it is a convolutional network with attention of its own kind"),
 }
+
+
+def test_attention_of_torch_itself_is_told_with_where_such_models_are():
+    with torch.device("meta"):
+        model = torchvision.models.vit_b_32()
+    not_converted(lambda: model, r"is torch's MultiheadAttention.*; take the model from timm, which has open_clip's")
 
 
 @pytest.mark.parametrize("name", KINDS_REFUSED)
