@@ -27,7 +27,8 @@ def convert(model: nn.Module, config: TTTConfig | str | None = None, *, inplace:
 
     Raises:
         T5Error: a part of the model cannot be converted (named), a layer index does not exist, or a neighborhood is
-            larger than the grid of a model whose images have one size, or text is to be exact where there is none.
+            larger than the grid of a model whose images have one size, or text is to be exact where there is none; or
+            attentions have a position bias that the config does not drop.
     """
     adapter = family_of(model)
     config = TTTConfig.preset(config) if isinstance(config, str) else checked(config, TTTConfig)
