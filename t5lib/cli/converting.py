@@ -120,14 +120,11 @@ def _advice(error: float) -> str:
 def _print_account(model: nn.Module, request: Request, *, fitted_along: bool) -> None:
     account, family = model.t5_report, family_of(model)
     names = family.attention_names(model)
-    layers = [names.index(name) for name in account.layers]
+    layers, total = [names.index(name) for name in account.layers], len(names)
     inherited, new, dropped, reset = (account.numbers[name] for name in ("inherited", "new", "dropped", "reset"))
     facts(
         [
-            (
-                "converted",
-                f"{len(layers)} of {len(names)} attention layers ({ranges(layers)}) of {request.source.name}",
-            ),
+            ("converted", f"{len(layers)} of {total} attention layers ({ranges(layers)}) of {request.source.name}"),
             ("inherited", f"{inherited:,} numbers, " + ("q, k, v fitted along" if fitted_along else "as they were")),
             ("new", f"{new:,} numbers ({100 * new / (inherited + new):.1f}%)"),
             ("dropped", f"{dropped:,} numbers"),
