@@ -29,7 +29,10 @@ def load(folder: Path) -> nn.Module:
         T5Error: transformers does not know it, or weights are missing or of other shapes.
     """
     kind, _ = _described(folder)
-    model, info = kind.from_pretrained(folder, output_loading_info=True)
+    try:
+        model, info = kind.from_pretrained(folder, output_loading_info=True)
+    except OSError as error:
+        raise T5Error(f"{folder} holds no weights that can be read ({_first_line(error)}); save it again") from error
     if info["missing_keys"]:
         raise T5Error(
             f"{folder} lacks weights of its {kind.__name__}, such as {min(info['missing_keys'])}; save it again with "
@@ -45,11 +48,11 @@ def reader(folder: Path) -> ImageReader:
         T5Error: there is none, or it makes images of several sizes.
     """
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(folder)
+        processor: Any = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise T5Error(
-            f"{folder} does not tell how its model wants images ({str(error).partition(chr(10))[0]}); save the image "
-            f"processor there, too: AutoImageProcessor.from_pretrained(NAME).save_pretrained({str(folder)!r})"
+            f"{folder} does not tell how its model wants images ({_first_line(error)}); save the image processor "
+            f"there, too: AutoImageProcessor.from_pretrained(NAME).save_pretrained({str(folder)!r})"
         ) from error
     sizes: set[tuple[int, ...]] = set()
 
@@ -68,9 +71,9 @@ def reader(folder: Path) -> ImageReader:
 
 def _described(folder: Path) -> tuple[Any, Any]:
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
-        raise T5Error(f"{folder}: {str(error).partition(chr(10))[0]}") from error
+        raise T5Error(f"{folder} is no model that transformers can make: {_first_line(error)}") from error
     [name, *_] = config.architectures or [""]
     if not hasattr(transformers, name):
         raise T5Error(
@@ -78,3 +81,7 @@ def _described(folder: Path) -> tuple[Any, Any]:
             "know; save the model again with save_pretrained, or update transformers"
         )
     return getattr(transformers, name), config
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

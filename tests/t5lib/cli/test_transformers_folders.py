@@ -77,6 +77,8 @@ def test_a_folder_must_hold_all_weights_and_say_how_images_are_prepared(folder, 
     assert "lacks weights of its ViTForImageClassification, such as classifier.bias" in refused(
         "convert", tmp_path / "broken", tmp_path / "out"
     )
+    (tmp_path / "broken/model.safetensors").unlink()
+    assert "holds no weights that can be read" in refused("convert", tmp_path / "broken", tmp_path / "out")
     tiny_transformer("vit").save_pretrained(tmp_path / "bare")
     convert = ("convert", tmp_path / "bare", tmp_path / "out", "--calibrate", photos, "--steps", 2)
     result = run(*convert)
