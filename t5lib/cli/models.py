@@ -20,6 +20,7 @@ from t5lib.cli.images import ImageReader
 from t5lib.cli.screen import note
 from t5lib.families import adapter, family_of
 from t5lib.families.base import Adapter
+from t5lib.families.timm_base import check_plain_vit
 from t5lib.utils.devices import usable_device
 from t5lib.utils.errors import SourceError, T5Error
 from t5lib.utils.extras import extras_named
@@ -53,18 +54,9 @@ def outline(source: Source) -> nn.Module:
             model = timm.create_model(source.name, pretrained=False)
         family_of(model).check_convertible(model)
         if not source.of_transformers:
-            _check_vit(model, source.name)
+            check_plain_vit(model)
             _check_size(source, model)
     return model
-
-
-def _check_vit(model: nn.Module, name: str) -> None:
-    """Raises T5Error unless its patch embedding and blocks are where the commands look for them."""
-    if not all(hasattr(model, part) for part in ("patch_embed", "blocks", "num_classes")):
-        raise T5Error(
-            f"{name} is a {type(model).__name__}, whose patch embedding is not where that of a plain ViT is, and the "
-            "commands take plain ViTs alone; use t5lib in Python: t5lib.convert, t5lib.calibrate, t5lib.save"
-        )
 
 
 def timm_adapter(description: dict[str, Any], folder: Path) -> Adapter:

@@ -252,6 +252,15 @@ def _in_passes(kind: Any) -> type:
     return subclass(kind, _in_passes, ways)
 
 
+def check_plain_vit(model: nn.Module) -> None:
+    """Raises T5Error unless what commands and targets ask of a ViT is where timm's VisionTransformer has it."""
+    if not all(hasattr(model, part) for part in ("patch_embed", "blocks", "num_classes")):
+        raise T5Error(
+            f"{type(model).__name__} has its patch embedding or its blocks elsewhere than timm's ViTs, and commands, "
+            "plans and targets take those alone; use t5lib in Python: t5lib.convert, t5lib.calibrate, t5lib.save"
+        )
+
+
 def _embedding_name(kind: type) -> str:
     return EMBEDDINGS.get(kind.__name__, "patch_embed")
 

@@ -10,6 +10,7 @@ from tiny import random_images
 from tiny_encoders import ENCODERS, tiny_encoder
 
 import t5lib
+from t5lib.planning.cost_model import plan
 from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,6 +61,8 @@ def test_packed_images_are_refused_by_name():
         t5lib.convert(tiny_encoder("naflex"))(packed)
 
 
-def test_the_commands_say_that_such_models_are_for_python(tmp_path):
+def test_commands_and_plans_say_that_such_models_are_for_python(tmp_path):
     told = refused("convert", "naflexvit_base_patch16_gap", tmp_path / "out", "--no-pretrained")
-    assert "naflexvit_base_patch16_gap is a NaFlexVit" in told and "use t5lib in Python" in told
+    assert "NaFlexVit has its patch embedding or its blocks elsewhere" in told and "use t5lib in Python" in told
+    with pytest.raises(T5Error, match="Qwen3VitClassifier has its patch embedding or its blocks elsewhere"):
+        plan(tiny_encoder("qwen3"), 64)

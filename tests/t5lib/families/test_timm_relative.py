@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from command_line import refused, run, words
 from tiny import random_images, tiny_timm
 
 import t5lib
@@ -129,3 +130,13 @@ def test_softmax_that_calibration_puts_back_has_its_bias(kind):
     dropped = converted.t5_report.dropped
     assert all(name.startswith(f"{layer}.") for name in dropped) and bool(dropped) == (kind == "relative")
     assert all(p.requires_grad for name, p in converted.named_parameters() if name not in dropped)
+
+
+def test_the_command_has_the_option_and_tells_what_it_drops(tmp_path):
+    command = ("convert", "test_vit_relpos", tmp_path / "out", "--no-pretrained")
+    assert "TTTConfig(drop_position_bias=True)" in refused(*command)
+    result = run(*command, "--drop-position-bias")
+    assert result.exit_code == 0, result.output
+    loaded = t5lib.load(tmp_path / "out")
+    assert loaded.t5_config.drop_position_bias and loaded.t5_report.numbers["dropped"] > 0
+    assert f"dropped {loaded.t5_report.numbers['dropped']:,} numbers" in words(result.stdout)
