@@ -16,8 +16,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +78,11 @@ def verdicts(libraries: Sequence[str], pattern: str = "*") -> list[Verdict]:
     with progress("architectures", len(names)) as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for done, (library, name) in enumerate(names, start=1):
-            found.append(judged(library, name, known[library][name]))
+            try:
+                found.append(judged(library, name, known[library][name]))
+            except Exception as error:
+                error.add_note(f"while {name} of {library} was tried")
+                raise
             bar.advance(done)
     return found
 
@@ -148,7 +154,7 @@ def _without_values() -> Iterator[None]:
 def timm_models() -> dict[str, Make]:
     import timm
 
-    return {name: lambda name=name: timm.create_model(name) for name in timm.list_models()}
+    return {name: partial(timm.create_model, name) for name in timm.list_models()}
 
 
 def transformers_models() -> dict[str, Make]:
@@ -162,8 +168,12 @@ def transformers_models() -> dict[str, Make]:
         for names in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values():
             for name in [names] if isinstance(names, str) else names:
                 kind = getattr(transformers, name)
-                found[name] = lambda kind=kind: kind(kind.config_class())
+                found[name] = partial(_with_defaults, kind)
     return found
+
+
+def _with_defaults(kind: Any) -> nn.Module:
+    return kind(kind.config_class())
 
 
 def diffusers_models() -> dict[str, Make]:

@@ -33,7 +33,7 @@ class TimmAdapter(Adapter):
 
     package = "timm"
     input_name = "x"
-    features = "norm"
+    features: ClassVar[str | None] = "norm"
     has_attention_maps = True
     model_classes: ClassVar[tuple[type[nn.Module], ...]]
     attention_classes: ClassVar[tuple[type[nn.Module], ...]]

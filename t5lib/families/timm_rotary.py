@@ -5,7 +5,7 @@ frequencies), and each block to its attention.
 """
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -21,7 +21,7 @@ from t5lib.layers.attention import RotaryTTTAttention
 class TimmRotary(TimmAdapter):
     """Models whose attentions are EvaAttention or AttentionRope, called with the rotary table or without."""
 
-    attention_classes = (EvaAttention, AttentionRope)
+    attention_classes: ClassVar[tuple[type[nn.Module], ...]] = (EvaAttention, AttentionRope)
     layer_class = RotaryTTTAttention
 
     def call_of(self, x: Tensor, rope: Tensor | None = None, *_others: Any, **_named: Any) -> AttentionCall:

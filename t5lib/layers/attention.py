@@ -122,7 +122,7 @@ class TTTAttention(TTTLayer):
 
     def softmax_attention(self) -> nn.Module:
         """The attention that this layer stands for, with its present parts (shared)."""
-        attention = self.softmax_class.__new__(self.softmax_class)
+        attention = nn.Module.__new__(self.softmax_class)
         nn.Module.__init__(attention)
         for name, value in self.softmax.items():
             setattr(attention, name, value)
