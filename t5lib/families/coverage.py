@@ -4,9 +4,9 @@
 
 Without options it takes all and writes docs/results/coverage.md and coverage.json, in some twenty minutes on two cores.
 
-Models are made on the meta device at their own size, without weights, and converted. Those that convert also run once,
-with one block, so that shapes are known to fit; that values are right is what tests/t5lib/families/test_positions.py
-holds. A model that needs `drop_position_bias` is counted apart. Anything but a T5Error ends the run.
+Models are made on the meta device at their own size, without weights, and converted. Those that convert also run once
+there, so that shapes are known to fit; that values are right is what tests/t5lib/families/test_positions.py holds. A
+model that needs `drop_position_bias` is counted apart. Anything but a T5Error ends the run.
 """
 
 import fnmatch
@@ -120,10 +120,7 @@ def _refusal(model: nn.Module, config: TTTConfig) -> str | None:
 
 @torch.no_grad()
 def _run(family: Adapter, model: nn.Module) -> None:
-    """A forward of the first block alone."""
-    blocks = family.blocks(model)
-    if isinstance(blocks, nn.Sequential | nn.ModuleList):
-        del blocks[1:]
+    """A forward at a size that the model takes; shapes alone are computed."""
     for resolution in RESOLUTIONS:
         size = ExampleSize(resolution)
         try:
