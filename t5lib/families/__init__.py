@@ -14,6 +14,7 @@ _CLASSES = {
     ("timm", "Eva"): "timm_eva",
     ("diffusers", "SD3Transformer2DModel"): "sd3",
     ("diffusers", "DiTTransformer2DModel"): "dit",
+    ("diffusers", "FluxTransformer2DModel"): "flux",
 }
 
 

@@ -88,12 +88,6 @@ class T5SD3Transformer2DModel(ConvertedModel, SD3Transformer2DModel):  # type: i
         )
         ADAPTER.convert_as_told(self, t5_config)
 
-    def _load_ip_adapter_weights(self, *_: Any, **__: Any) -> None:
-        raise T5Error(
-            "an IP-Adapter adds an attention to every softmax attention, and those are converted; load it into the "
-            "softmax pipeline (t5lib.revert of the transformer)"
-        )
-
 
 class SD3(DiffusersAdapter):
     """Stable Diffusion 3 and 3.5."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import count
 
 import torch
-from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
 HEADS, HEAD_DIM, CHANNELS, SIDE, TEXT, CLASSES = 2, 8, 4, 8, 3, 5
@@ -55,7 +55,26 @@ def tiny_dit(*, seed: int = 0, learned_variance: bool = True, **changes) -> DiTT
         return _randomized(DiTTransformer2DModel(**settings | changes))
 
 
+def tiny_flux(*, seed: int = 0, guidance: bool = True, **changes) -> FluxTransformer2DModel:
+    """As Flux.1-dev is, with two joint and two single blocks; `guidance=False`: as schnell."""
+    settings = {
+        "in_channels": 4 * CHANNELS,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": HEAD_DIM,
+        "num_attention_heads": HEADS,
+        "joint_attention_dim": CAPTION,
+        "pooled_projection_dim": POOLED,
+        "guidance_embeds": guidance,
+        "axes_dims_rope": (2, 2, 4),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _randomized(FluxTransformer2DModel(**settings | changes))
+
+
 def sd3_batch(number: int, size: int = 4, height: int = SIDE, width: int = SIDE) -> dict[str, Tensor]:
+    """Also Flux's."""
     generator = torch.Generator().manual_seed(number)
     return {
         "latents": torch.randn(size, CHANNELS, height, width, generator=generator),

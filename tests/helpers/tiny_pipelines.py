@@ -9,11 +9,19 @@ from diffusers import (
     DDPMScheduler,
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     StableDiffusion3Pipeline,
 )
-from tiny_denoisers import CHANNELS, tiny_dit, tiny_sd3
+from tiny_denoisers import CHANNELS, tiny_dit, tiny_flux, tiny_sd3
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 from transformers import T5TokenizerFast as T5Tokenizer
 
 SIDE = 16  # pixels of an image: the latents' 8 times the VAE's 2
@@ -37,6 +45,24 @@ def tiny_sd3_pipeline(seed: int = 0, t5: bool = True) -> StableDiffusion3Pipelin
         )
 
 
+def tiny_flux_pipeline(seed: int = 0, guidance: bool = True) -> FluxPipeline:
+    """All parts of Flux.1-dev's pipeline; `guidance=False`: as schnell's."""
+    shift = {"shift": 3.0, "use_dynamic_shifting": True} if guidance else {"shift": 1.0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return FluxPipeline(
+            transformer=tiny_flux(
+                seed=seed, guidance=guidance, joint_attention_dim=2 * WIDTH, pooled_projection_dim=WIDTH
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(**shift),
+            vae=tiny_vae(),
+            text_encoder=_clip(CLIPTextModel),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=_t5(),
+            tokenizer_2=_t5_tokenizer(),
+        )
+
+
 def tiny_dit_pipeline(seed: int = 0, vae: bool = False, learned_variance: bool = True) -> DiTPipeline:
     """Without a VAE the latents are pixels, here 8 × 8 of one channel."""
     channels = {} if vae else {"in_channels": 1, "out_channels": 2 if learned_variance else 1}
@@ -54,7 +80,7 @@ def tiny_vae() -> AutoencoderKL:
     return AutoencoderKL(latent_channels=CHANNELS, sample_size=SIDE, shift_factor=0.06, **sizes, **blocks).eval()
 
 
-def _clip() -> nn.Module:
+def _clip(kind: type[nn.Module] = CLIPTextModelWithProjection) -> nn.Module:
     config = CLIPTextConfig(
         hidden_size=WIDTH,
         projection_dim=WIDTH,
@@ -65,7 +91,7 @@ def _clip() -> nn.Module:
         bos_token_id=None,
         eos_token_id=clip_tokenizer().eos_token_id,
     )
-    return CLIPTextModelWithProjection(config).eval()
+    return kind(config).eval()
 
 
 def clip_tokenizer() -> CLIPTokenizer:
