@@ -120,7 +120,7 @@ class DiffusersTTTAttention(TTTLayer):
         return o
 
 
-def check_attention(attention: nn.Module, name: str, kind: type, processors: tuple[type, ...]) -> None:
+def check_attention(attention: nn.Module, name: str, kind: type[nn.Module], processors: tuple[type, ...]) -> None:
     """Raises T5Error unless `attention`, called `name`, is one of diffusers' class `kind` with plain softmax."""
     if isinstance(attention, TTTLayer):
         raise T5Error(f"{name} is converted already; call t5lib.revert first")
@@ -131,7 +131,7 @@ def check_attention(attention: nn.Module, name: str, kind: type, processors: tup
     if hasattr(attention, "_hf_hook"):
         raise T5Error(f"{name} is offloaded part by part; convert first, then turn offloading on")
     if type(attention.processor) not in processors:
-        expected = " or ".join(kind.__name__ for kind in processors)
+        expected = " or ".join(each.__name__ for each in processors)
         raise T5Error(
             f"{name} has the processor {type(attention.processor).__name__}, whose attention a TTT layer has no "
             f"counterpart for; expected {expected}: take adapters (IP-Adapter, PAG, …) off first"

@@ -6,6 +6,7 @@ Shapes: B latents, N image tokens, T text tokens, C channels, H heads, D head wi
 import copy
 import re
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -74,9 +75,12 @@ def check_loaded(model: ModelMixin, info: dict[str, Any], source: str) -> None:
 class DiffusersAdapter(Adapter):
     """What the denoisers of diffusers share: a PatchEmbed called `pos_embed`, blocks in `transformer_blocks`.
 
-    A subclass says where the attentions are. Its models are of diffusers' class `softmax_class`; converted ones are of
-    `converted_class`, a subclass of it whose config.json tells the layers. Attentions are of `attention_class`, with one
-    of the `processors` that are plain softmax; `mlps` are the names of a block's MLPs.
+    A subclass says where the attentions are.
+
+    Attributes:
+        softmax_class: of the models, diffusers' own; converted_class: a subclass whose config.json tells the layers.
+        attention_class, processors: of attentions that are plain softmax; layer_class: of those that take their place.
+        mlps: names of a block's MLPs.
     """
 
     package = "diffusers"
@@ -109,7 +113,7 @@ class DiffusersAdapter(Adapter):
     def check_blocks(self, model: nn.Module) -> None:
         """Raises T5Error when a block is of a kind that is not known."""
 
-    def blocks(self, model: nn.Module) -> nn.ModuleList:
+    def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         return model.transformer_blocks
 
     def sees_text(self, attention: nn.Module) -> bool:
@@ -188,7 +192,9 @@ class DiffusersAdapter(Adapter):
             handles.append(attention.to_add_out.register_forward_pre_hook(of_this_thread(keep_heads("text"))))
         return handles
 
-    def call_of(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_others: Any) -> AttentionCall:
+    def call_of(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_others: Any
+    ) -> AttentionCall:
         """What of the arguments of an attention matters."""
         text = () if encoder_hidden_states is None else (encoder_hidden_states,)
         return AttentionCall((hidden_states, *text))

@@ -63,16 +63,15 @@ def grid_of(ids: Tensor | None) -> tuple[int, int]:
     if ids is None:
         raise T5Error("a converted Flux is called without img_ids, which tell its grid; pass them as the pipeline does")
     own = (ids[0] if ids.ndim == 3 else ids).cpu()
-    columns = int((own[:, 1] == 0).sum())  # ids in half precision are whole numbers as far as the first row goes
+    columns = int((own[:, 1] == 0).cumprod(0).sum())  # 1 and more are not 0 in any precision
     grid = TokenGrid(len(own) // max(columns, 1), columns)
     expected = image_ids(grid).to(own.dtype)
     if not torch.equal(own, expected):
         at = next((i for i, (a, b) in enumerate(zip(own, expected, strict=False)) if not a.equal(b)), len(expected))
-        came = own[at].tolist() if at < len(own) else "none"
         raise T5Error(
-            f"img_ids are not those of one image row by row: the id of token {at} is {came}. A converted Flux draws one "
-            "image and sees no others beside it (Kontext, several references); use the softmax pipeline for those "
-            "(t5lib.revert of the transformer)"
+            f"img_ids are not those of one image row by row: the id of token {at} is {own[at].tolist()}. A converted "
+            "Flux draws one image and sees no others beside it (Kontext, several references); use the softmax pipeline "
+            "for those (t5lib.revert of the transformer)"
         )
     return grid.rows, grid.columns
 
@@ -199,14 +198,14 @@ class Flux(PackedLatentsAdapter):
 
     def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
         """See Adapter; also that guidance is there where the model is told it, and only there."""
-        if model.config.guidance_embeds != ("guidance" in inputs):
+        told = model.config.guidance_embeds
+        if told and "guidance" not in inputs:
             raise T5Error(
-                "this Flux is told how strongly to follow the prompt (guidance_embeds), and the batch has no 'guidance'; "
+                "this Flux is told how strongly to follow its prompt (guidance_embeds); the batch lacks 'guidance': "
                 f"noise it by RectifiedFlow(guidance={GUIDANCE}), or noising_of(scheduler, guidance={GUIDANCE})"
-                if model.config.guidance_embeds
-                else "this Flux is not told how strongly to follow the prompt (guidance_embeds is false), and the batch "
-                "has 'guidance'; leave it out"
             )
+        if not told and "guidance" in inputs:
+            raise T5Error("this Flux takes no guidance (guidance_embeds), and the batch holds 'guidance'; leave it out")
         super().check_inputs(model, inputs)
 
     def example_conditions(self, model: nn.Module, size: ExampleSize, generator: torch.Generator) -> Inputs:

@@ -1,8 +1,8 @@
 """What the families of diffusers share whose models take packed latents: 2 × 2 of them are one token.
 
-Their forward is called with tokens and does not see the size of the image; an argument beside them says it. The library
-calls them with latents (B, C, h, w), as it calls all denoisers: `PackedLatentsAdapter.call` packs them, and unpacks what
-the model gives.
+Their forward is called with tokens and does not see the size of the image; an argument beside them says it. The
+library calls them with latents (B, C, h, w), as it calls all denoisers: `PackedLatentsAdapter.call` packs them, and
+unpacks what the model gives.
 
 Shapes: B latents of C channels, h × w; N image tokens, T text tokens, D head width.
 """
@@ -30,8 +30,8 @@ STEPS = 1000  # the library counts noise levels in so many steps; these models t
 class RotaryJointTTTAttention(DiffusersTTTAttention):
     """In the place of a joint attention with rotary positions, over image and text apart or over one sequence of both.
 
-    In one sequence the text comes first. Queries and keys are turned as they were for softmax, and everything else comes
-    after it (docs/method.md). A subclass says how its model hands on the angles.
+    In one sequence the text comes first. Queries and keys are turned as they were for softmax, and everything else
+    comes after it (docs/method.md). A subclass says how its model hands on the angles.
     """
 
     @staticmethod
@@ -116,8 +116,9 @@ class PackedLatentsAdapter(DiffusersAdapter):
         return self.layer_class.call_of(hidden_states, encoder_hidden_states, angles, current_grid())
 
     def call_attention(self, attention: nn.Module, call: AttentionCall) -> None:
-        image, text = call.tokens
-        angles = self.layer_class.angles(call.rope, image.shape[1])
+        (image, text), table = call.tokens, call.rope
+        assert table is not None
+        angles = self.layer_class.angles(table, image.shape[1])
         if self.is_joined(attention):
             attention(torch.cat((text, image), dim=1), image_rotary_emb=angles)
         else:
