@@ -37,6 +37,7 @@ from t5lib.utils.files import as_path, read_json, read_text, refuse_endless
 from t5lib.utils.weights import check_numbers, shards_of
 
 _FAMILIES = (dit.ADAPTER, flux.ADAPTER, sd3.ADAPTER)
+EXPECTED = "Stable Diffusion 3, DiT and Flux.1"
 PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TRANSFORMERS = {kind.__name__: kind for family in _FAMILIES for kind in (family.softmax_class, family.converted_class)}
 TRANSFORMERS["Transformer2DModel"] = dit.ADAPTER.softmax_class  # as DiT-XL's repository still calls it
@@ -204,7 +205,7 @@ def convert_pipeline(
         T5Error: the pipeline has no transformer, it cannot be converted, or offloading is on.
     """
     if getattr(pipe, "transformer", None) is None:
-        raise T5Error(f"{type(pipe).__name__} has no transformer to convert; expected Stable Diffusion 3 or a DiT")
+        raise T5Error(f"{type(pipe).__name__} has no transformer to convert; expected one of {EXPECTED}")
     if getattr(pipe, "_all_hooks", None):
         raise T5Error(
             "this pipeline is offloaded; call pipe.remove_all_hooks(), convert, then turn offloading on again"

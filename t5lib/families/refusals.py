@@ -7,11 +7,11 @@ from torch import nn
 
 CONVERTIBLE = (
     "a timm VisionTransformer (ViT, DeiT, AugReg, DINOv2, DeiT III, SigLIP …) or Eva (DINOv3, Perception Encoder, "
-    "EVA02, RoPE-ViT …), nor diffusers' SD3Transformer2DModel or DiTTransformer2DModel"
+    "EVA02, RoPE-ViT …), nor diffusers' SD3Transformer2DModel, DiTTransformer2DModel or FluxTransformer2DModel"
 )
 ROTARY = (
-    "it rotates queries and keys by their positions (rotary embedding), which is supported in timm's Eva family alone "
-    "so far"
+    "it rotates queries and keys by their positions (rotary embedding), which is supported in timm's Eva family and in "
+    "diffusers' Flux.1 alone so far"
 )
 PACKING = "it packs images of several sizes into one sequence and masks what pads it, and a TTT layer takes no mask"
 WINDOWS = "it attends within windows, whose cost is linear already"

@@ -135,12 +135,13 @@ def test_so_it_is_with_every_architecture_of_timm_that_converts(module):
 
 
 ROTATING = [kind for kind in EVAS if kind != "eva"]
+ROTARY_MODELS = ["flux", *(f"eva {kind}" for kind in ROTATING)]
 
 
-@pytest.mark.parametrize("kind", ROTATING)
+@pytest.mark.parametrize("name", ROTARY_MODELS)
 @torch.no_grad()
-def test_the_attentions_of_rotary_models_are_told_their_positions_and_differ_without(kind):
-    model, inputs = eva(kind)()
+def test_the_attentions_of_rotary_models_are_told_their_positions_and_differ_without(name):
+    model, inputs = MODELS[name]()
     calls, heads = watched(model, inputs)
     for name, call in calls.items():
         forgotten = dataclasses.replace(call, rope=None)
