@@ -178,6 +178,7 @@ EXTRA = {
     "TimmEva": TIMM | {"call_of"},
     "SD3": DIFFUSERS,
     "DiT": DIFFUSERS | {"holds", "restore_class"},
+    "PixArt": DIFFUSERS,
     "Flux": DIFFUSERS | {"attention_class", "layer_class", "mlps", "is_joined", "places"},
     "DenoiserTarget": {"sample_evaluator"},
 }

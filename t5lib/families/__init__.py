@@ -15,6 +15,7 @@ _CLASSES = {
     ("diffusers", "SD3Transformer2DModel"): "sd3",
     ("diffusers", "DiTTransformer2DModel"): "dit",
     ("diffusers", "FluxTransformer2DModel"): "flux",
+    ("diffusers", "PixArtTransformer2DModel"): "pixart",
 }
 
 

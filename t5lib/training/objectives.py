@@ -2,7 +2,8 @@
 
 Shapes: B images, C latent channels of h × w, L text tokens of D channels, P channels of the pooled text. A batch is a
 dictionary with "latents" (B, C, h, w) and what the model is conditioned on: "labels" (B,), or "prompt_embeds" (B, L, D)
-and "pooled" (B, P). Captions and labels are dropped, for guidance, where batches are made.
+with "pooled" (B, P) or "prompt_mask" (B, L), where the model takes them. Captions and labels are dropped, for guidance,
+where batches are made.
 """
 
 import functools
@@ -24,7 +25,12 @@ from t5lib.utils.errors import T5Error
 
 Batch = dict[str, Tensor]
 LOOKED_AT = 2  # what tells the noise of a calibration, or of a look at a model, from that of a training
-CONDITIONS = {"labels": "class_labels", "prompt_embeds": "encoder_hidden_states", "pooled": "pooled_projections"}
+CONDITIONS = {
+    "labels": "class_labels",
+    "prompt_embeds": "encoder_hidden_states",
+    "pooled": "pooled_projections",
+    "prompt_mask": "encoder_attention_mask",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,8 +268,11 @@ def _clean_and_noise(batch: Batch, generator: torch.Generator) -> tuple[Tensor, 
 def _conditions(batch: Batch) -> dict[str, Tensor]:
     """Keyword arguments of the model; in float32, as the latents are (autocast narrows what it wants to)."""
     given = {name: batch[name] for name in CONDITIONS if name in batch}
-    if list(given) not in (["labels"], ["prompt_embeds", "pooled"]):
-        raise T5Error(f"a batch must hold 'labels', or 'prompt_embeds' and 'pooled'; got {sorted(batch)}")
+    if ("labels" in given) == ("prompt_embeds" in given) or ("labels" in given and len(given) > 1):
+        raise T5Error(
+            "a batch must hold 'labels', or 'prompt_embeds' with 'pooled' or 'prompt_mask' where the model takes them; "
+            f"got {sorted(batch)}"
+        )
     return {CONDITIONS[name]: t.float() if t.is_floating_point() else t for name, t in given.items()}
 
 

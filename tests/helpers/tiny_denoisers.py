@@ -4,7 +4,12 @@ from collections.abc import Iterator
 from itertools import count
 
 import torch
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from torch import Tensor, nn
 
 HEADS, HEAD_DIM, CHANNELS, SIDE, TEXT, CLASSES = 2, 8, 4, 8, 3, 5
@@ -73,6 +78,24 @@ def tiny_flux(*, seed: int = 0, guidance: bool = True, **changes) -> FluxTransfo
         return _randomized(FluxTransformer2DModel(**settings | changes))
 
 
+def tiny_pixart(*, seed: int = 0, **changes) -> PixArtTransformer2DModel:
+    """As PixArt-Σ is."""
+    settings = {
+        "sample_size": SIDE,
+        "in_channels": CHANNELS,
+        "out_channels": 2 * CHANNELS,
+        "num_layers": 2,
+        "attention_head_dim": HEAD_DIM,
+        "num_attention_heads": HEADS,
+        "cross_attention_dim": HEADS * HEAD_DIM,
+        "caption_channels": CAPTION,
+        "use_additional_conditions": False,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _randomized(PixArtTransformer2DModel(**settings | changes))
+
+
 def sd3_batch(number: int, size: int = 4, height: int = SIDE, width: int = SIDE) -> dict[str, Tensor]:
     """Also Flux's."""
     generator = torch.Generator().manual_seed(number)
@@ -93,6 +116,14 @@ def dit_batch(number: int, size: int = 4) -> dict[str, Tensor]:
 
 def sd3_batches(start: int) -> Iterator[dict[str, Tensor]]:
     return (sd3_batch(number) for number in count(start))
+
+
+def pixart_batch(number: int, size: int = 4, height: int = SIDE, width: int = SIDE) -> dict[str, Tensor]:
+    """The last token of every text pads it."""
+    batch = sd3_batch(number, size, height, width)
+    mask = torch.ones(size, TEXT, dtype=torch.long)
+    mask[:, -1] = 0
+    return {"latents": batch["latents"], "prompt_embeds": batch["prompt_embeds"], "prompt_mask": mask}
 
 
 def dit_batches(start: int) -> Iterator[dict[str, Tensor]]:

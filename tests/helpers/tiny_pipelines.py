@@ -8,11 +8,13 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DiTPipeline,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
 )
-from tiny_denoisers import CHANNELS, tiny_dit, tiny_flux, tiny_sd3
+from tiny_denoisers import CHANNELS, tiny_dit, tiny_flux, tiny_pixart, tiny_sd3
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -60,6 +62,19 @@ def tiny_flux_pipeline(seed: int = 0, guidance: bool = True) -> FluxPipeline:
             tokenizer=clip_tokenizer(),
             text_encoder_2=_t5(),
             tokenizer_2=_t5_tokenizer(),
+        )
+
+
+def tiny_pixart_pipeline(seed: int = 0) -> PixArtSigmaPipeline:
+    """All parts of PixArt-Σ's pipeline."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PixArtSigmaPipeline(
+            transformer=tiny_pixart(seed=seed, caption_channels=2 * WIDTH),
+            scheduler=DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02),
+            vae=tiny_vae(),
+            text_encoder=_t5(),
+            tokenizer=_t5_tokenizer(),
         )
 
 

@@ -7,7 +7,7 @@ from itertools import count
 
 import pytest
 import torch
-from tiny_denoisers import sd3_batch, tiny_flux
+from tiny_denoisers import pixart_batch, sd3_batch, tiny_flux, tiny_pixart
 from torch import Tensor, nn
 
 import t5lib
@@ -17,7 +17,7 @@ from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.layers.config import TTTConfig
 from t5lib.training.alignment import AlignConfig
 from t5lib.training.calibration import CalibrateConfig
-from t5lib.training.objectives import Noising, RectifiedFlow, noised_batch, noised_inputs
+from t5lib.training.objectives import NoiseAndVariance, Noising, RectifiedFlow, noised_batch, noised_inputs
 from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,6 +47,7 @@ class Kind:
 KINDS = {
     "flux dev": Kind(tiny_flux, sd3_batch, RectifiedFlow(guidance=3.5)),
     "flux schnell": Kind(lambda: tiny_flux(guidance=False), sd3_batch, RectifiedFlow(shift=1.0)),
+    "pixart": Kind(tiny_pixart, pixart_batch, NoiseAndVariance(), joint=False),
 }
 ONE_OF_EACH = [name for name in KINDS if name != "flux schnell"]
 
@@ -192,7 +193,8 @@ def test_blocks_compile_as_one_graph_each(one):
     converted, inputs = t5lib.convert(one.make()), one.inputs()
     expected = run(converted, inputs)
     torch._dynamo.reset()
-    converted.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for block in family_of(converted).blocks(converted):
+        block.compile(fullgraph=True, backend="eager")
     torch.testing.assert_close(run(converted, inputs), expected)
 
 
