@@ -7,7 +7,8 @@ from torch import nn
 
 CONVERTIBLE = (
     "a timm VisionTransformer (ViT, DeiT, AugReg, DINOv2, DeiT III, SigLIP …) or Eva (DINOv3, Perception Encoder, "
-    "EVA02, RoPE-ViT …), nor diffusers' SD3Transformer2DModel, DiTTransformer2DModel or FluxTransformer2DModel"
+    "EVA02, RoPE-ViT …), nor diffusers' SD3Transformer2DModel, DiTTransformer2DModel, FluxTransformer2DModel "
+    "or PixArtTransformer2DModel"
 )
 ROTARY = (
     "it rotates queries and keys by their positions (rotary embedding), which is supported in timm's Eva family and in "

@@ -234,7 +234,7 @@ def test_objective_follows_from_the_pipelines_scheduler():
     [
         ({"labels": torch.zeros(1)}, r"'latents' \(B, C, h, w\), got None among \['labels'\]"),
         ({"latents": torch.zeros(4, 8, 8)}, r"got \(4, 8, 8\)"),
-        ({"latents": torch.zeros(1, 4, 8, 8)}, "must hold 'labels', or 'prompt_embeds' and 'pooled'"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "must hold 'labels', or 'prompt_embeds' with 'pooled'"),
         ({"latents": torch.zeros(1, 4, 8, 8), "pooled": torch.zeros(1, 2)}, r"got \['latents', 'pooled'\]"),
     ],
     ids=["no latents", "one image", "no condition", "half a condition"],
