@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import nn
 
 from t5lib.conversion import convert
-from t5lib.families import dit, flux, pixart, sd3  # also the classes that saved pipelines name
+from t5lib.families import dit, flux, pixart, qwen_image, sd3  # also the classes that saved pipelines name
 from t5lib.families.diffusers_base import check_loaded
 from t5lib.layers.config import TTTConfig
 from t5lib.model_card import Figures, License, model_card
@@ -36,8 +36,8 @@ from t5lib.utils.errors import T5Error
 from t5lib.utils.files import as_path, read_json, read_text, refuse_endless
 from t5lib.utils.weights import check_numbers, shards_of
 
-_FAMILIES = (dit.ADAPTER, flux.ADAPTER, pixart.ADAPTER, sd3.ADAPTER)
-EXPECTED = "Stable Diffusion 3, DiT, Flux.1 and PixArt"
+_FAMILIES = (dit.ADAPTER, flux.ADAPTER, pixart.ADAPTER, qwen_image.ADAPTER, sd3.ADAPTER)
+EXPECTED = "Stable Diffusion 3, DiT, Flux.1, PixArt and Qwen-Image"
 PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TRANSFORMERS = {kind.__name__: kind for family in _FAMILIES for kind in (family.softmax_class, family.converted_class)}
 TRANSFORMERS["Transformer2DModel"] = Transformer2DModel  # as repositories still call DiT-XL and PixArt; it makes those

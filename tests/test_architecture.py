@@ -179,6 +179,7 @@ EXTRA = {
     "SD3": DIFFUSERS,
     "DiT": DIFFUSERS | {"holds", "restore_class"},
     "PixArt": DIFFUSERS,
+    "QwenImage": DIFFUSERS | {"layer_class", "mlps", "places"},
     "Flux": DIFFUSERS | {"attention_class", "layer_class", "mlps", "is_joined", "places"},
     "DenoiserTarget": {"sample_evaluator"},
 }

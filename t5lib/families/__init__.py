@@ -16,6 +16,7 @@ _CLASSES = {
     ("diffusers", "DiTTransformer2DModel"): "dit",
     ("diffusers", "FluxTransformer2DModel"): "flux",
     ("diffusers", "PixArtTransformer2DModel"): "pixart",
+    ("diffusers", "QwenImageTransformer2DModel"): "qwen_image",
 }
 
 

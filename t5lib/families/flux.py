@@ -27,6 +27,7 @@ from t5lib.families.base import AttentionCall
 from t5lib.families.diffusers_base import ConvertedModel
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.families.packed_latents import (
+    GUIDANCE,
     PackedLatentsAdapter,
     RotaryJointTTTAttention,
     image_and_text,
@@ -40,7 +41,6 @@ from t5lib.utils.threads import of_this_thread
 __all__ = ["ADAPTER", "DEV", "ModelMixin", "T5FluxTransformer2DModel"]
 
 DEV: dict[str, Any] = {"guidance_embeds": True}  # arguments of FluxTransformer2DModel as Flux.1-dev has them
-GUIDANCE = 3.5  # the pipeline's default
 BLOCKS = {"transformer_blocks": FluxTransformerBlock, "single_transformer_blocks": FluxSingleTransformerBlock}
 
 
@@ -195,18 +195,6 @@ class Flux(PackedLatentsAdapter):
             outputs[name] = torch.cat(image_and_text(output, current_grid()), dim=1)
 
         return [attention.register_forward_hook(of_this_thread(keep), with_kwargs=True)]
-
-    def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
-        """See Adapter; also that guidance is there where the model is told it, and only there."""
-        told = model.config.guidance_embeds
-        if told and "guidance" not in inputs:
-            raise T5Error(
-                "this Flux is told how strongly to follow its prompt (guidance_embeds); the batch lacks 'guidance': "
-                f"noise it by RectifiedFlow(guidance={GUIDANCE}), or noising_of(scheduler, guidance={GUIDANCE})"
-            )
-        if not told and "guidance" in inputs:
-            raise T5Error("this Flux takes no guidance (guidance_embeds), and the batch holds 'guidance'; leave it out")
-        super().check_inputs(model, inputs)
 
     def example_conditions(self, model: nn.Module, size: ExampleSize, generator: torch.Generator) -> Inputs:
         def normal(*shape: int) -> Tensor:

@@ -22,8 +22,10 @@ from t5lib.families.diffusers_attention import DiffusersTTTAttention
 from t5lib.families.diffusers_base import DiffusersAdapter
 from t5lib.families.inputs import Inputs
 from t5lib.layers.grid import TokenGrid, carry_grid, current_grid, drop_grid, grid_scope, one_pass, tell_grid
+from t5lib.utils.errors import T5Error
 
 SIDE = 2  # latents that a token is wide
+GUIDANCE = 3.5  # the default of pipelines whose model is told it
 STEPS = 1000  # the library counts noise levels in so many steps; these models take them from 0 to 1
 
 
@@ -101,6 +103,18 @@ class PackedLatentsAdapter(DiffusersAdapter):
 
     def sees_text(self, attention: nn.Module) -> bool:
         return True
+
+    def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
+        """See Adapter; also that guidance is there where the model is told it, and only there."""
+        told, kind = model.config.guidance_embeds, type(model).__name__
+        if told and "guidance" not in inputs:
+            raise T5Error(
+                f"this {kind} is told how strongly to follow its prompt (guidance_embeds); the batch lacks 'guidance': "
+                f"noise it by RectifiedFlow(guidance={GUIDANCE}), or noising_of(scheduler, guidance={GUIDANCE})"
+            )
+        if not told and "guidance" in inputs:
+            raise T5Error(f"this {kind} takes no guidance (guidance_embeds); leave 'guidance' out of the batch")
+        super().check_inputs(model, inputs)
 
     def call(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """See Adapter; a softmax attention that is watched learns the grid here."""

@@ -8,6 +8,7 @@ from diffusers import (
     DiTTransformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
 )
 from torch import Tensor, nn
@@ -96,6 +97,21 @@ def tiny_pixart(*, seed: int = 0, **changes) -> PixArtTransformer2DModel:
         return _randomized(PixArtTransformer2DModel(**settings | changes))
 
 
+def tiny_qwen_image(*, seed: int = 0, **changes) -> QwenImageTransformer2DModel:
+    settings = {
+        "in_channels": 4 * CHANNELS,
+        "out_channels": CHANNELS,
+        "num_layers": 2,
+        "attention_head_dim": HEAD_DIM,
+        "num_attention_heads": HEADS,
+        "joint_attention_dim": CAPTION,
+        "axes_dims_rope": (2, 2, 4),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _randomized(QwenImageTransformer2DModel(**settings | changes))
+
+
 def sd3_batch(number: int, size: int = 4, height: int = SIDE, width: int = SIDE) -> dict[str, Tensor]:
     """Also Flux's."""
     generator = torch.Generator().manual_seed(number)
@@ -124,6 +140,10 @@ def pixart_batch(number: int, size: int = 4, height: int = SIDE, width: int = SI
     mask = torch.ones(size, TEXT, dtype=torch.long)
     mask[:, -1] = 0
     return {"latents": batch["latents"], "prompt_embeds": batch["prompt_embeds"], "prompt_mask": mask}
+
+
+def qwen_image_batch(number: int, size: int = 4, height: int = SIDE, width: int = SIDE) -> dict[str, Tensor]:
+    return {name: t for name, t in sd3_batch(number, size, height, width).items() if name != "pooled"}
 
 
 def dit_batches(start: int) -> Iterator[dict[str, Tensor]]:

@@ -172,7 +172,7 @@ def test_flux_dev_converts_without_memory_for_its_weights():
 def test_guidance_is_asked_for_where_the_model_is_told_it_and_only_there():
     dev, schnell, given = tiny_flux(), tiny_flux(guidance=False), inputs()
     flux.ADAPTER.check_inputs(dev, given)
-    with pytest.raises(T5Error, match="the batch holds 'guidance'; leave it out"):
+    with pytest.raises(T5Error, match=r"takes no guidance \(guidance_embeds\); leave 'guidance' out"):
         flux.ADAPTER.check_inputs(schnell, given)
     del given["guidance"]
     flux.ADAPTER.check_inputs(schnell, given)

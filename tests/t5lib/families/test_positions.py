@@ -10,7 +10,17 @@ import pytest
 import timm
 import torch
 from tiny import KINDS, SMALL, random_images, tiny_vit
-from tiny_denoisers import dit_batch, pixart_batch, sd3_batch, tiny_dit, tiny_flux, tiny_pixart, tiny_sd3
+from tiny_denoisers import (
+    dit_batch,
+    pixart_batch,
+    qwen_image_batch,
+    sd3_batch,
+    tiny_dit,
+    tiny_flux,
+    tiny_pixart,
+    tiny_qwen_image,
+    tiny_sd3,
+)
 from tiny_eva import EVAS, tiny_eva
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,6 +49,7 @@ MODELS = {
     "sd3": lambda: (tiny_sd3(), noised_batch(sd3_batch(0), RectifiedFlow(), 0)),
     "dit": lambda: (tiny_dit(), noised_batch(dit_batch(0), NoiseAndVariance(), 0)),
     "pixart": lambda: (tiny_pixart(), noised_batch(pixart_batch(0, width=12), NoiseAndVariance(), 0)),
+    "qwen image": lambda: (tiny_qwen_image(), noised_batch(qwen_image_batch(0, width=12), RectifiedFlow(), 0)),
     "flux": lambda: (tiny_flux(), noised_batch(sd3_batch(0, width=12), RectifiedFlow(guidance=3.5), 0)),
 }
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -136,7 +147,7 @@ def test_so_it_is_with_every_architecture_of_timm_that_converts(module):
 
 
 ROTATING = [kind for kind in EVAS if kind != "eva"]
-ROTARY_MODELS = ["flux", *(f"eva {kind}" for kind in ROTATING)]
+ROTARY_MODELS = ["flux", "qwen image", *(f"eva {kind}" for kind in ROTATING)]
 
 
 @pytest.mark.parametrize("name", ROTARY_MODELS)
