@@ -142,8 +142,9 @@ class DiffusersAdapter(Adapter):
         return attention.train(layer.training)
 
     def reset_left_out(self, model: nn.Module, name: str, inherit: str) -> list[str]:
-        block = self.block_name(name)
-        roots = {"all": (), "attention": tuple(f"{block}.{mlp}" for mlp in self.mlps), "mlp": (name,)}[inherit]
+        if inherit == "all":
+            return []
+        roots = (name,) if inherit == "mlp" else tuple(f"{self.block_name(name)}.{mlp}" for mlp in self.mlps)
         parts = [(root, module) for root, module in model.named_modules() if root in roots]
         for _, part in parts:
             for module in part.modules():

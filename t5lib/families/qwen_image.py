@@ -79,7 +79,7 @@ class QwenImageTTTAttention(RotaryJointTTTAttention):
         image_rotary_emb: Any = None,
         grid: TokenGrid | None = None,
         **others: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """As RotaryJointTTTAttention's.
 
         Args:

@@ -5,6 +5,7 @@ import string
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     DDPMScheduler,
     DiTPipeline,
@@ -12,15 +13,19 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     PixArtSigmaPipeline,
+    QwenImagePipeline,
     StableDiffusion3Pipeline,
 )
-from tiny_denoisers import CHANNELS, tiny_dit, tiny_flux, tiny_pixart, tiny_sd3
+from tiny_denoisers import CHANNELS, tiny_dit, tiny_flux, tiny_pixart, tiny_qwen_image, tiny_sd3
 from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
 )
@@ -78,6 +83,19 @@ def tiny_pixart_pipeline(seed: int = 0) -> PixArtSigmaPipeline:
         )
 
 
+def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
+    """All parts of Qwen-Image's pipeline."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return QwenImagePipeline(
+            transformer=tiny_qwen_image(seed=seed, joint_attention_dim=WIDTH),
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9),
+            vae=_video_vae(),
+            text_encoder=_qwen(),
+            tokenizer=_qwen_tokenizer(),
+        )
+
+
 def tiny_dit_pipeline(seed: int = 0, vae: bool = False, learned_variance: bool = True) -> DiTPipeline:
     """Without a VAE the latents are pixels, here 8 × 8 of one channel."""
     channels = {} if vae else {"in_channels": 1, "out_channels": 2 if learned_variance else 1}
@@ -123,3 +141,26 @@ def _t5() -> nn.Module:
 def _t5_tokenizer() -> T5Tokenizer:
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     return T5Tokenizer(vocab=[*special, *((letter, -3.0) for letter in string.ascii_lowercase)], extra_ids=0)
+
+
+def _video_vae() -> AutoencoderKLQwenImage:
+    """Of one frame; two pixels a latent."""
+    sizes = {"base_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]}
+    scale = {"latents_mean": [0.0] * CHANNELS, "latents_std": [1.0] * CHANNELS}
+    return AutoencoderKLQwenImage(z_dim=CHANNELS, **sizes, **scale).eval()
+
+
+def _qwen() -> nn.Module:
+    shared = {"hidden_size": WIDTH, "intermediate_size": WIDTH}
+    text = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 128}
+    rotary = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}, "bos_token_id": 0, "eos_token_id": 0}
+    vision = {"depth": 1, "num_heads": 2, "out_hidden_size": WIDTH, "fullatt_block_indexes": [0]}
+    config = Qwen2_5_VLConfig(text_config=shared | text | rotary, vision_config=shared | vision)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def _qwen_tokenizer() -> Qwen2Tokenizer:
+    """A token a letter; Ġ and Ċ stand for a space and a new line."""
+    letters = [*string.ascii_letters, *string.digits, *string.punctuation, "Ġ", "Ċ"]
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters]
+    return Qwen2Tokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])

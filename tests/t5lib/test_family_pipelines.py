@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, FluxImg2ImgPipeline, FluxKontextPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    DiffusionPipeline,
+    FluxImg2ImgPipeline,
+    FluxKontextPipeline,
+    QwenImageImg2ImgPipeline,
+)
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from tiny_pipelines import tiny_flux_pipeline, tiny_pixart_pipeline
+from tiny_pipelines import tiny_flux_pipeline, tiny_pixart_pipeline, tiny_qwen_image_pipeline
 from torch import Tensor
 
 import t5lib
@@ -35,14 +41,13 @@ class Kind:
 
 
 FLUX = {"options": {"max_sequence_length": 16}, "guided": {"true_cfg_scale": 3.0}, "from_image": FluxImg2ImgPipeline}
+PIXART = {"max_sequence_length": 16, "use_resolution_binning": False, "clean_caption": False}
+QWEN_IMAGE = {"guided": {"true_cfg_scale": 3.0}, "from_image": QwenImageImg2ImgPipeline}
 KINDS = {
     "flux dev": Kind(tiny_flux_pipeline, **FLUX),
     "flux schnell": Kind(lambda: tiny_flux_pipeline(guidance=False), **FLUX),
-    "pixart": Kind(
-        tiny_pixart_pipeline,
-        {"max_sequence_length": 16, "use_resolution_binning": False, "clean_caption": False},
-        adapted=False,
-    ),
+    "pixart": Kind(tiny_pixart_pipeline, PIXART, adapted=False),
+    "qwen image": Kind(tiny_qwen_image_pipeline, **QWEN_IMAGE),
 }
 
 
