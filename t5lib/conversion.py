@@ -20,8 +20,9 @@ def convert(model: nn.Module, config: TTTConfig | str | None = None, *, inplace:
 
     Args:
         model: a timm VisionTransformer whose attention is timm's Attention, a timm Eva (with rotary positions or
-            without), or diffusers' SD3Transformer2DModel, DiTTransformer2DModel, FluxTransformer2DModel or
-            PixArtTransformer2DModel; not changed unless `inplace`, which makes no second copy of the weights.
+            without), or diffusers' SD3Transformer2DModel, DiTTransformer2DModel, FluxTransformer2DModel,
+            PixArtTransformer2DModel or QwenImageTransformer2DModel; not changed unless `inplace`, which makes no second
+            copy of the weights.
         config: what the new layers are, or the name of a preset such as "t5+"; the default is the method's (swiglu,
             instance key norm, dwc_qk, all layers).
 

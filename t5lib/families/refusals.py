@@ -7,12 +7,12 @@ from torch import nn
 
 CONVERTIBLE = (
     "a timm VisionTransformer (ViT, DeiT, AugReg, DINOv2, DeiT III, SigLIP …) or Eva (DINOv3, Perception Encoder, "
-    "EVA02, RoPE-ViT …), nor diffusers' SD3Transformer2DModel, DiTTransformer2DModel, FluxTransformer2DModel "
-    "or PixArtTransformer2DModel"
+    "EVA02, RoPE-ViT …), nor diffusers' SD3Transformer2DModel, DiTTransformer2DModel, FluxTransformer2DModel, "
+    "PixArtTransformer2DModel or QwenImageTransformer2DModel"
 )
 ROTARY = (
     "it rotates queries and keys by their positions (rotary embedding), which is supported in timm's Eva family and in "
-    "diffusers' Flux.1 alone so far"
+    "diffusers' Flux.1 and Qwen-Image alone so far"
 )
 PACKING = "it packs images of several sizes into one sequence and masks what pads it, and a TTT layer takes no mask"
 WINDOWS = "it attends within windows, whose cost is linear already"

@@ -202,6 +202,20 @@ def test_blocks_compile_as_one_graph_each(one):
     torch.testing.assert_close(run(converted, inputs), expected)
 
 
+@pytest.mark.parametrize("name", ["pixart", "qwen image"])
+@torch.no_grad()
+def test_the_whole_model_compiles_as_one_graph_also_after_the_size_changed(name):
+    """Not Flux, which tells its grid by numbers in a tensor (test_flux.py)."""
+    kind = KINDS[name]
+    model = t5lib.convert(kind.make())
+    compiled = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled.compile(fullgraph=True, backend="eager")
+    for size in ((8, 12), (12, 10), (8, 12)):
+        inputs = kind.inputs(*size)
+        torch.testing.assert_close(run(compiled, inputs), run(model, inputs))
+
+
 @torch.no_grad()
 def test_made_up_inputs_are_what_it_takes(kind):
     model = kind.make()
