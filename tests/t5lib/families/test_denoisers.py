@@ -194,7 +194,7 @@ def test_it_is_diagnosed_and_explained(one):
 
 @torch.no_grad()
 def test_blocks_compile_as_one_graph_each(one):
-    converted, inputs = t5lib.convert(one.make()), one.inputs()
+    converted, inputs = t5lib.convert(one.make(num_layers=1)), one.inputs()
     expected = run(converted, inputs)
     torch._dynamo.reset()
     for block in family_of(converted).blocks(converted):
@@ -207,7 +207,7 @@ def test_blocks_compile_as_one_graph_each(one):
 def test_the_whole_model_compiles_as_one_graph_also_after_the_size_changed(name):
     """Not Flux, which tells its grid by numbers in a tensor (test_flux.py)."""
     kind = KINDS[name]
-    model = t5lib.convert(kind.make())
+    model = t5lib.convert(kind.make(num_layers=1))
     compiled = copy.deepcopy(model)
     torch._dynamo.reset()
     compiled.compile(fullgraph=True, backend="eager")
