@@ -46,6 +46,6 @@ $(READY): pyproject.toml constraints.txt
 	@begun=$$(date +%s); set -e; \
 	$(PYTHON) -m venv .venv; \
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt uv; \
-	.venv/bin/uv pip install --quiet --compile-bytecode --python $(RUN) -c constraints.txt -e '.[diffusion,pipeline,dev]'; \
+	.venv/bin/uv pip install --quiet --compile-bytecode --python $(RUN) -c constraints.txt -e '.[diffusion,onnx,pipeline,dev]'; \
 	echo "installed in $$(( $$(date +%s) - $$begun )) s"
 	@touch $@

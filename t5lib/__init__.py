@@ -37,6 +37,7 @@ _HOMES = {
     "Denoising": "training.denoiser",
     "evaluate": "evaluation.classifier",
     "benchmark": "benchmarks.resolution_sweep",
+    "export_onnx": "onnx_export",
     "save": "checkpoint",
     "load": "checkpoint",
     "load_released": "weights.released",

@@ -35,7 +35,7 @@ ORDER = [
     ["t5lib/layers", "t5lib/data", "t5lib/download"],
     ["t5lib/families"],
     ["t5lib/conversion.py", "t5lib/checkpoint.py", "t5lib/model_card.py"],
-    ["t5lib/pipelines.py", "t5lib/weights", "t5lib/training", "t5lib/evaluation"],
+    ["t5lib/pipelines.py", "t5lib/onnx_export.py", "t5lib/weights", "t5lib/training", "t5lib/evaluation"],
     ["t5lib/analysis", "t5lib/benchmarks"],
     ["t5lib/planning", "t5lib/report"],
     ["t5lib/cli"],

@@ -31,9 +31,12 @@ from views import PATCH, Scenes, Size
 import t5lib
 from t5lib.evaluation.dense import DenseSums, Probe, ProbeConfig, compare, fit_probe, gather_features
 from t5lib.evaluation.focus import compare_focus
+from t5lib.families import family_of
+from t5lib.families.inputs import placed
 from t5lib.layers.config import TTTConfig
 from t5lib.training.alignment import AlignConfig, align
-from t5lib.training.calibration import CalibrateConfig, calibrate
+from t5lib.training.calibration import CHOICE_BATCHES, CalibrateConfig, calibrate
+from t5lib.training.softmax_layers import put_softmax_back
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file, read_json, write_json
 from t5lib.weights.focus_decoder import FocusDecoder
@@ -113,6 +116,9 @@ class Study:
     @property
     def precision(self) -> str:
         return "bf16" if self.device.type == "cuda" else "fp32"
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def at_once(self, size: Size) -> int:
         """Images a forward pass when nothing is trained."""
@@ -225,32 +231,37 @@ def mirrored(model: nn.Module) -> nn.Module:
 
 
 def calibrated(study: Study, arm: str, fold: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The arm's model after calibration; it is kept in the working folder."""
-    options, name = study.options, f"{arm}-{fold}-{study.options.seed}"
-    config = TTTConfig(**TTTConfig.expand({"seed": options.seed, **ARMS[arm]}))
-    file = study.work / f"calibrated-{name}.safetensors"
+    """The arm's model after calibration, and what is told of it."""
+    settings = ARMS[arm] | {"seed": study.options.seed}
+    softmax_layers = settings.pop("softmax_layers", 0)
+    if softmax_layers:  # arms that differ in what is put back share one calibration of all layers
+        del settings["layers"]
+    student, record = _fitted(study, arm.removesuffix("-auto"), TTTConfig(**TTTConfig.expand(settings)), fold)
+    if softmax_layers:
+        begun, family = time.monotonic(), family_of(student)
+        batches = study.scenes.fitted(study.others(fold), study.options.batch, 2 * study.options.seed)(0)
+        inputs = [placed(family.inputs(next(batches)), study.device, torch.float32) for _ in range(CHOICE_BATCHES)]
+        choice = put_softmax_back(student, study.source, inputs, softmax_layers, study.autocast)
+        record |= {"choosing_seconds": time.monotonic() - begun, "softmax": dataclasses.asdict(choice)}
+    return student, record | {"layers": student.t5_config.layers}
+
+
+def _fitted(study: Study, name: str, config: TTTConfig, fold: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A model whose layers are calibrated; it is kept in the working folder."""
+    options, student = study.options, t5lib.convert(study.softmax(), config)
+    file = study.work / f"calibrated-{name}-{fold}-{options.seed}.safetensors"
     if file.exists():
-        record = read_json(file.with_suffix(".json"))
-        config = dataclasses.replace(config, layers=record["layers"], softmax_layers=0)
-        student = t5lib.convert(study.softmax(), config)
         student.load_state_dict(load_file(file))
-        return student, record
-    student = t5lib.convert(study.softmax(), config)
+        return student, read_json(file.with_suffix(".json"))
     # Not compiled: in so few steps that does not pay.
     recipe = CalibrateConfig(steps=options.calibrate, batch_size=options.batch, seed=options.seed)
     batches = study.scenes.fitted(study.others(fold), options.batch, 2 * options.seed, varied=options.varied)
     report = calibrate(student, teacher=study.source, batches=batches, config=recipe)
-    record = {
-        "seconds": report.seconds,
-        "steps": report.steps,
-        "error": report.error_after,
-        "layers": student.t5_config.layers,
-        "softmax": report.softmax and dataclasses.asdict(report.softmax),
-    }
+    record = {"seconds": report.seconds, "steps": report.steps, "error": report.error_after}
     write_json(file.with_suffix(".json"), record)
     with atomic_file(file) as temporary:
         save_file(student.state_dict(), temporary)
-    print("calibrated", name, {n: round(v, 4) for n, v in report.error_after.items()}, flush=True)
+    print("calibrated", file.stem, {n: round(v, 4) for n, v in report.error_after.items()}, flush=True)
     return student, record
 
 

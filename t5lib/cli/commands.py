@@ -93,6 +93,7 @@ def t5(
     - `t5 diagnose MODEL --images photos` — what its keys share, and what that means
     - `t5 convert MODEL out --calibrate photos` — convert, fit the new layers, save
     - `t5 inspect out` — what is in a saved folder, and what it costs to run
+    - `t5 export out --onnx FILE` — a saved model as an ONNX file, checked and timed
     - `t5 generate PIPELINE --prompts FILE --out samples` — images of a diffusion pipeline
 
     MODEL is any ViT of timm (ViT, DeiT, AugReg, DINOv2, DINOv3, DeiT III, EVA02, SigLIP); diagnose, convert and

@@ -3,6 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -248,6 +249,10 @@ class Adapter(ABC):
     @abstractmethod
     def call(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """The model's output as a tensor."""
+
+    def tracing(self) -> AbstractContextManager:
+        """Within, a model is traced; what its library computes of image sizes must not fix them."""
+        return nullcontext()
 
     @abstractmethod
     def checkpoint_gradients(self, model: nn.Module, on: bool) -> None:

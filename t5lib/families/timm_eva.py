@@ -4,10 +4,12 @@ The model makes its rotary table in every forward and hands it to its blocks, on
 frequencies), and each block to its attention. EVA itself has none.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from timm.layers import AttentionRope
+from timm.layers import AttentionRope, pos_embed_sincos
 from timm.models.eva import Eva, EvaAttention
 from torch import Tensor, nn
 
@@ -45,6 +47,10 @@ class TimmEva(TimmAdapter):
         modules = [layer.q_proj, layer.k_proj, layer.v_proj] if layer.qkv is None else [layer.qkv]
         biases = [bias for name in ("q_bias", "v_bias") if (bias := getattr(layer, name, None)) is not None]
         return [*modules, layer.q_norm, layer.k_norm, nn.ParameterList(biases)]
+
+    def tracing(self) -> AbstractContextManager:
+        """See Adapter; DINOv3 divides by the grid's sides, and `float` would make constants of them."""
+        return patch.object(pos_embed_sincos, "float", torch.sym_float, create=True)
 
     def own_arguments(self, model: nn.Module) -> dict[str, Any]:
         return {
