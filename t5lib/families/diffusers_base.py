@@ -4,15 +4,16 @@ Shapes: B latents, N image tokens, T text tokens, C channels, H heads, D head wi
 """
 
 import copy
+import inspect
 import re
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
-from diffusers.configuration_utils import FrozenDict
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -32,7 +33,17 @@ LONGEST_SCHEDULE = 4000  # that of "Improved Denoising Diffusion Probabilistic M
 
 
 class ConvertedModel:
-    """Stands before diffusers' class among the bases of a converted one: weights are loaded whole, none is made up."""
+    """Stands before diffusers' class among the bases of a converted one.
+
+    Weights are loaded whole and none is made up; layerwise casting leaves new ones as they are.
+    """
+
+    t5_config: TTTConfig | None = None
+    _skip_layerwise_casting_patterns: list[str]
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        cls._skip_layerwise_casting_patterns = [*cls._skip_layerwise_casting_patterns, "mixer"]
 
     @classmethod
     def from_pretrained(cls, *source: Any, output_loading_info: bool = False, **options: Any) -> Any:
@@ -70,6 +81,23 @@ def check_loaded(model: ModelMixin, info: dict[str, Any], source: str) -> None:
             f"{missing[:4]}, unknown {unknown[:4]}, other shapes {info['mismatched_keys'][:2]}; save or fetch it again"
         )
     check_numbers(dict(model.named_parameters()), source)
+
+
+def converting_init(softmax_class: type[ModelMixin], adapter: Callable[[], "DiffusersAdapter"]) -> Callable[..., None]:
+    """The `__init__` of a converted class: that of diffusers' class, with the argument `t5_config` besides.
+
+    t5_config holds the settings of the new layers as plain values (t5lib.utils.config.to_dict), or None for softmax
+    attention. `adapter` gives the family's, which is made after the class.
+    """
+    own = inspect.signature(softmax_class.__init__)
+    new = inspect.Parameter("t5_config", inspect.Parameter.KEYWORD_ONLY, default=None)
+
+    def init(self: ModelMixin, *args: Any, t5_config: dict[str, Any] | None = None, **named: Any) -> None:
+        softmax_class.__init__(self, *args, **named)
+        adapter().convert_as_told(self, t5_config)
+
+    init.__signature__ = own.replace(parameters=[*own.parameters.values(), new])  # type: ignore[attr-defined]  # read by diffusers
+    return register_to_config(init)
 
 
 class DiffusersAdapter(Adapter):

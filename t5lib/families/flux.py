@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel, ModelMixin  # ModelMixin: from_pretrained of a pipeline looks for it here
-from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
     FluxAttnProcessor,
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from t5lib.families.base import AttentionCall
-from t5lib.families.diffusers_base import ConvertedModel
+from t5lib.families.diffusers_base import ConvertedModel, converting_init
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.families.packed_latents import (
     GUIDANCE,
@@ -33,7 +32,6 @@ from t5lib.families.packed_latents import (
     image_and_text,
     telling_its_grid,
 )
-from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, current_grid
 from t5lib.utils.errors import T5Error
 from t5lib.utils.threads import of_this_thread
@@ -92,48 +90,10 @@ class FluxTTTAttention(RotaryJointTTTAttention):
 
 
 class T5FluxTransformer2DModel(ConvertedModel, FluxTransformer2DModel):  # type: ignore[misc]  # diffusers' own bases differ
-    """A FluxTransformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them.
+    """A FluxTransformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them."""
 
-    Args:
-        t5_config: of the new layers, as plain values (t5lib.utils.config.to_dict); None for softmax attention. The
-            others are those of diffusers' class.
-    """
-
-    t5_config: TTTConfig | None = None
+    __init__ = converting_init(FluxTransformer2DModel, lambda: ADAPTER)
     forward = telling_its_grid(FluxTransformer2DModel.forward, "img_ids", grid_of, *BLOCKS)
-    # diffusers' own, and what is new; a list, as there
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "mixer"]  # noqa: RUF012
-
-    @register_to_config
-    def __init__(
-        self,
-        patch_size: int = 1,
-        in_channels: int = 64,
-        out_channels: int | None = None,
-        num_layers: int = 19,
-        num_single_layers: int = 38,
-        attention_head_dim: int = 128,
-        num_attention_heads: int = 24,
-        joint_attention_dim: int = 4096,
-        pooled_projection_dim: int = 768,
-        guidance_embeds: bool = False,
-        axes_dims_rope: tuple[int, int, int] = (16, 56, 56),
-        t5_config: dict[str, Any] | None = None,
-    ):
-        super().__init__(
-            patch_size=patch_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            num_layers=num_layers,
-            num_single_layers=num_single_layers,
-            attention_head_dim=attention_head_dim,
-            num_attention_heads=num_attention_heads,
-            joint_attention_dim=joint_attention_dim,
-            pooled_projection_dim=pooled_projection_dim,
-            guidance_embeds=guidance_embeds,
-            axes_dims_rope=axes_dims_rope,
-        )
-        ADAPTER.convert_as_told(self, t5_config)
 
 
 class Flux(PackedLatentsAdapter):
@@ -205,4 +165,4 @@ class Flux(PackedLatentsAdapter):
         return given | ({"guidance": torch.full((size.batch,), GUIDANCE)} if model.config.guidance_embeds else {})
 
 
-ADAPTER = Flux()
+ADAPTER: Flux = Flux()

@@ -13,14 +13,12 @@ from diffusers import (  # ModelMixin: from_pretrained of a pipeline looks for i
     ModelMixin,
     PixArtTransformer2DModel,
 )
-from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from t5lib.families.diffusers_base import ConvertedModel, DiffusersAdapter
+from t5lib.families.diffusers_base import ConvertedModel, DiffusersAdapter, converting_init
 from t5lib.families.inputs import ExampleSize, Inputs
-from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import one_pass
 from t5lib.utils.errors import T5Error
 
@@ -37,68 +35,10 @@ MASK = "encoder_attention_mask"
 
 
 class T5PixArtTransformer2DModel(ConvertedModel, PixArtTransformer2DModel):  # type: ignore[misc]  # diffusers' own bases differ
-    """A PixArtTransformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them.
+    """A PixArtTransformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them."""
 
-    Args:
-        t5_config: of the new layers, as plain values (t5lib.utils.config.to_dict); None for softmax attention. The
-            others are those of diffusers' class.
-    """
-
-    t5_config: TTTConfig | None = None
+    __init__ = converting_init(PixArtTransformer2DModel, lambda: ADAPTER)
     forward = one_pass(PixArtTransformer2DModel.forward, "pos_embed", "transformer_blocks")
-    # diffusers' own, and what is new; a list, as there
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "adaln_single", "mixer"]  # noqa: RUF012
-
-    @register_to_config
-    def __init__(
-        self,
-        num_attention_heads: int = 16,
-        attention_head_dim: int = 72,
-        in_channels: int = 4,
-        out_channels: int | None = 8,
-        num_layers: int = 28,
-        dropout: float = 0.0,
-        norm_num_groups: int = 32,
-        cross_attention_dim: int | None = 1152,
-        attention_bias: bool = True,
-        sample_size: int = 128,
-        patch_size: int = 2,
-        activation_fn: str = "gelu-approximate",
-        num_embeds_ada_norm: int | None = 1000,
-        upcast_attention: bool = False,
-        norm_type: str = "ada_norm_single",
-        norm_elementwise_affine: bool = False,
-        norm_eps: float = 1e-6,
-        interpolation_scale: int | None = None,
-        use_additional_conditions: bool | None = None,
-        caption_channels: int | None = None,
-        attention_type: str | None = "default",
-        t5_config: dict[str, Any] | None = None,
-    ):
-        super().__init__(
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=attention_head_dim,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            num_layers=num_layers,
-            dropout=dropout,
-            norm_num_groups=norm_num_groups,
-            cross_attention_dim=cross_attention_dim,
-            attention_bias=attention_bias,
-            sample_size=sample_size,
-            patch_size=patch_size,
-            activation_fn=activation_fn,
-            num_embeds_ada_norm=num_embeds_ada_norm,
-            upcast_attention=upcast_attention,
-            norm_type=norm_type,
-            norm_elementwise_affine=norm_elementwise_affine,
-            norm_eps=norm_eps,
-            interpolation_scale=interpolation_scale,
-            use_additional_conditions=use_additional_conditions,
-            caption_channels=caption_channels,
-            attention_type=attention_type,
-        )
-        ADAPTER.convert_as_told(self, t5_config)
 
 
 class PixArt(DiffusersAdapter):
@@ -158,4 +98,4 @@ def _caption_width(model: nn.Module) -> int:
     return model.config.caption_channels or model.config.cross_attention_dim
 
 
-ADAPTER = PixArt()
+ADAPTER: PixArt = PixArt()

@@ -13,17 +13,15 @@ from diffusers import (  # ModelMixin: from_pretrained of a pipeline looks for i
     ModelMixin,
     QwenImageTransformer2DModel,
 )
-from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0,
     QwenImageTransformerBlock,
 )
 from torch import Tensor, nn
 
-from t5lib.families.diffusers_base import ConvertedModel
+from t5lib.families.diffusers_base import ConvertedModel, converting_init
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.families.packed_latents import PackedLatentsAdapter, RotaryJointTTTAttention, telling_its_grid
-from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
 from t5lib.utils.errors import T5Error
 
@@ -99,50 +97,10 @@ class QwenImageTTTAttention(RotaryJointTTTAttention):
 
 
 class T5QwenImageTransformer2DModel(ConvertedModel, QwenImageTransformer2DModel):  # type: ignore[misc]  # diffusers' own bases differ
-    """A QwenImageTransformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them.
+    """A QwenImageTransformer2DModel with TTT layers: t5lib.convert makes it, from_pretrained and pipelines load it."""
 
-    Args:
-        t5_config: of the new layers, as plain values (t5lib.utils.config.to_dict); None for softmax attention. The
-            others are those of diffusers' class.
-    """
-
-    t5_config: TTTConfig | None = None
+    __init__ = converting_init(QwenImageTransformer2DModel, lambda: ADAPTER)
     forward = telling_its_grid(QwenImageTransformer2DModel.forward, "img_shapes", grid_of, "transformer_blocks")
-    # diffusers' own, and what is new; a list, as there
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "mixer"]  # noqa: RUF012
-
-    @register_to_config
-    def __init__(
-        self,
-        patch_size: int = 2,
-        in_channels: int = 64,
-        out_channels: int | None = 16,
-        num_layers: int = 60,
-        attention_head_dim: int = 128,
-        num_attention_heads: int = 24,
-        joint_attention_dim: int = 3584,
-        guidance_embeds: bool = False,
-        axes_dims_rope: tuple[int, int, int] = (16, 56, 56),
-        zero_cond_t: bool = False,
-        use_additional_t_cond: bool = False,
-        use_layer3d_rope: bool = False,
-        t5_config: dict[str, Any] | None = None,
-    ):
-        super().__init__(
-            patch_size=patch_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            num_layers=num_layers,
-            attention_head_dim=attention_head_dim,
-            num_attention_heads=num_attention_heads,
-            joint_attention_dim=joint_attention_dim,
-            guidance_embeds=guidance_embeds,
-            axes_dims_rope=axes_dims_rope,
-            zero_cond_t=zero_cond_t,
-            use_additional_t_cond=use_additional_t_cond,
-            use_layer3d_rope=use_layer3d_rope,
-        )
-        ADAPTER.convert_as_told(self, t5_config)
 
 
 class QwenImage(PackedLatentsAdapter):
@@ -188,4 +146,4 @@ class QwenImage(PackedLatentsAdapter):
         return {"encoder_hidden_states": torch.randn(shape, generator=generator)}
 
 
-ADAPTER = QwenImage()
+ADAPTER: QwenImage = QwenImage()
