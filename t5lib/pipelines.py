@@ -37,7 +37,6 @@ from t5lib.utils.files import as_path, read_json, read_text, refuse_endless
 from t5lib.utils.weights import check_numbers, shards_of
 
 _FAMILIES = (dit.ADAPTER, flux.ADAPTER, pixart.ADAPTER, qwen_image.ADAPTER, sd3.ADAPTER)
-EXPECTED = "Stable Diffusion 3, DiT, Flux.1, PixArt and Qwen-Image"
 PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TRANSFORMERS = {kind.__name__: kind for family in _FAMILIES for kind in (family.softmax_class, family.converted_class)}
 TRANSFORMERS["Transformer2DModel"] = Transformer2DModel  # as repositories still call DiT-XL and PixArt; it makes those
@@ -205,7 +204,10 @@ def convert_pipeline(
         T5Error: the pipeline has no transformer, it cannot be converted, or offloading is on.
     """
     if getattr(pipe, "transformer", None) is None:
-        raise T5Error(f"{type(pipe).__name__} has no transformer to convert; expected one of {EXPECTED}")
+        raise T5Error(
+            f"{type(pipe).__name__} has no transformer to convert; expected a pipeline of Stable Diffusion 3, DiT, "
+            "Flux.1, PixArt or Qwen-Image"
+        )
     if getattr(pipe, "_all_hooks", None):
         raise T5Error(
             "this pipeline is offloaded; call pipe.remove_all_hooks(), convert, then turn offloading on again"
