@@ -15,14 +15,14 @@ from t5lib.utils.errors import T5Error
 def convert(model: nn.Module, config: TTTConfig | str | None = None, *, inplace: bool = False) -> nn.Module:
     """Return `model` with linear-cost attention and all its pretrained weights.
 
-    The result keeps the interface of its kind, timm's or diffusers' (where its class becomes a subclass of ours). It
-    carries `t5_config` and `t5_report`, a ConversionReport (t5lib.families.replacement).
+    The result keeps the interface of its kind, timm's, transformers' or diffusers' (where its class becomes a subclass
+    of ours). It carries `t5_config` and `t5_report`, a ConversionReport (t5lib.families.replacement).
 
     Args:
         model: a timm VisionTransformer whose attention is timm's Attention, a timm Eva (with rotary positions or
-            without), or diffusers' SD3Transformer2DModel, DiTTransformer2DModel, FluxTransformer2DModel,
-            PixArtTransformer2DModel or QwenImageTransformer2DModel; not changed unless `inplace`, which makes no second
-            copy of the weights.
+            without), a model of transformers that is or holds a vision tower such as ViT, DINOv3, SigLIP or CLIP, or
+            diffusers' SD3Transformer2DModel, DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel or
+            QwenImageTransformer2DModel; not changed unless `inplace`, which makes no second copy of the weights.
         config: what the new layers are, or the name of a preset such as "t5+"; the default is the method's (swiglu,
             instance key norm, dwc_qk, all layers).
 

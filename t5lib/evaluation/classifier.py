@@ -41,7 +41,7 @@ def evaluate(
     """Score every model on the same batches, read once.
 
     Args:
-        models: by name, all on one device.
+        models: by name, all on one device; calling one gives logits, or an output of transformers that holds them.
         batches: (images (B, 3, H, W), labels (B,)), each image once.
         reference: the name of the model that agreement is measured with.
         precision: "fp32" or "bf16" (autocast).
@@ -76,7 +76,8 @@ def predict(
             images = images.to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 for name, model in models.items():
-                    logits[name].append(model(images).float().cpu())
+                    output = model(images)
+                    logits[name].append(getattr(output, "logits", output).float().cpu())
             if on_batch:
                 on_batch(sum(map(len, labels)))
     if not labels:

@@ -7,6 +7,7 @@ from torch import nn
 from t5lib.families import refusals
 from t5lib.families.base import Adapter
 from t5lib.utils.errors import T5Error
+from t5lib.utils.extras import extras_named
 
 # Looked up by name, so that nothing is imported that the model at hand does not need.
 _CLASSES = {
@@ -17,6 +18,18 @@ _CLASSES = {
     ("diffusers", "FluxTransformer2DModel"): "flux",
     ("diffusers", "PixArtTransformer2DModel"): "pixart",
     ("diffusers", "QwenImageTransformer2DModel"): "qwen_image",
+    ("transformers", "ViTPreTrainedModel"): "transformers_vit",
+    ("transformers", "DeiTPreTrainedModel"): "transformers_vit",
+    ("transformers", "ViTMSNPreTrainedModel"): "transformers_vit",
+    ("transformers", "ViTMAEPreTrainedModel"): "transformers_vit",
+    ("transformers", "IJepaPreTrainedModel"): "transformers_vit",
+    ("transformers", "Dinov2PreTrainedModel"): "transformers_vit",
+    ("transformers", "Dinov2WithRegistersPreTrainedModel"): "transformers_vit",
+    ("transformers", "DINOv3ViTPreTrainedModel"): "transformers_vit",
+    ("transformers", "SiglipPreTrainedModel"): "transformers_vit",
+    ("transformers", "CLIPPreTrainedModel"): "transformers_vit",
+    ("transformers", "MetaClip2PreTrainedModel"): "transformers_vit",
+    ("transformers", "DepthAnythingPreTrainedModel"): "transformers_vit",
 }
 
 
@@ -37,7 +50,8 @@ def _family_name(model: nn.Module) -> str | None:
 
 
 def adapter(name: str) -> Adapter:
-    """The adapter of the family called `name`. Raises T5Error when there is none."""
+    """The adapter of the family called `name`. Raises T5Error when there is none, or its library is not installed."""
     if name not in _CLASSES.values():
         raise T5Error(f"unknown model family '{name}'; known: {', '.join(_CLASSES.values())}. Is this t5lib too old?")
-    return import_module(f"t5lib.families.{name}").ADAPTER
+    with extras_named():
+        return import_module(f"t5lib.families.{name}").ADAPTER

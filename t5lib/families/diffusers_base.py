@@ -21,10 +21,10 @@ from torch.utils.hooks import RemovableHandle
 from t5lib.families.base import Adapter, AttentionCall, check_multiple
 from t5lib.families.diffusers_attention import IMAGE, TEXT, DiffusersTTTAttention, check_attention, projected
 from t5lib.families.inputs import ExampleSize, Inputs
-from t5lib.families.replacement import chosen_layers, replace_attentions
+from t5lib.families.replacement import convert_as_told
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, tell_grid
-from t5lib.utils.config import LARGEST, from_dict, to_dict
+from t5lib.utils.config import LARGEST, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.threads import of_this_thread
 from t5lib.utils.weights import check_numbers
@@ -343,8 +343,7 @@ class DiffusersAdapter(Adapter):
     def convert_as_told(self, model: nn.Module, told: dict[str, Any] | None) -> None:
         """Convert a model that diffusers is making, as the entry t5_config of its config.json says."""
         if told:
-            config = from_dict(TTTConfig, told, "config.json: t5_config")
-            replace_attentions(self, model, config, chosen_layers(self, model, config))
+            convert_as_told(self, model, told)
 
 
 def latent_grid(embedding: nn.Module, latents: Tensor) -> tuple[int, int]:

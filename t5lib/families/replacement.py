@@ -1,7 +1,10 @@
 """Attentions out, new layers in: the part of a conversion that is the same for every family, with its account."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from t5lib.families.base import Adapter
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.mixers import check_window
+from t5lib.utils.config import from_dict
 from t5lib.utils.errors import T5Error
 
 
@@ -129,6 +133,28 @@ def replace_attentions(adapter: Adapter, model: nn.Module, config: TTTConfig, ch
     adapter.carry_grid(model)
     adapter.mark(model, config)
     model.t5_report = _account(before, model, list(chosen), list(dict.fromkeys(reset)))
+
+
+def convert_as_told(adapter: Adapter, model: nn.Module, told: dict[str, Any]) -> None:
+    """Convert a model that its library is making, as the entry t5_config of its config.json says."""
+    config = from_dict(TTTConfig, told, "config.json: t5_config")
+    replace_attentions(adapter, model, config, chosen_layers(adapter, model, config))
+
+
+@contextmanager
+def restarted(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The part `name` of `model` with fresh tensors, to be filled within, in the place of those that it had.
+
+    They are filled on the CPU, so that a conversion is repeatable anywhere, and then moved to where the old ones are.
+    """
+    part = model.get_submodule(name)
+    place = next(part.parameters()).device
+    start = place if place.type == "meta" else torch.device("cpu")
+    for module in part.modules():
+        for parameter, value in list(module.named_parameters(recurse=False)):
+            setattr(module, parameter, nn.Parameter(torch.empty_like(value, device=start)))
+    yield part
+    part.to(place)
 
 
 def _account(before: dict[str, Tensor], model: nn.Module, layers: list[str], reset: list[str]) -> ConversionReport:

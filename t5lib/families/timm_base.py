@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from t5lib.families.base import Adapter, AttentionCall, check_multiple
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.families.refusals import reason
-from t5lib.families.replacement import chosen_layers, replace_attentions
+from t5lib.families.replacement import chosen_layers, replace_attentions, restarted
+from t5lib.families.subclasses import softmax_class, subclass
 from t5lib.families.timm_creation import create
 from t5lib.layers.attention import TTTAttention, project, share_parts
 from t5lib.layers.config import TTTConfig
@@ -89,7 +90,7 @@ class TimmAdapter(Adapter):
 
     def drop_grid(self, model: nn.Module) -> None:
         super().drop_grid(model)
-        model.__class__ = getattr(type(model), "softmax_class", type(model))
+        model.__class__ = softmax_class(type(model))
 
     def new_layer(self, model: nn.Module, attention: nn.Module, config: TTTConfig) -> TTTAttention:
         return self.layer_class(attention, config, model.num_prefix_tokens)
@@ -107,19 +108,12 @@ class TimmAdapter(Adapter):
         if inherit == "all":
             return []
         root = name if inherit == "mlp" else f"{name.rpartition('.')[0]}.mlp"
-        part = model.get_submodule(root)
-        names = [f"{root}.{parameter}" for parameter, _ in part.named_parameters()]
-        place = next(part.parameters()).device
-        start = place if place.type == "meta" else torch.device("cpu")  # drawn there, it is repeatable anywhere
-        for module in part.modules():
-            for parameter, value in list(module.named_parameters(recurse=False)):
-                setattr(module, parameter, nn.Parameter(torch.empty_like(value, device=start)))
-        for full, module in part.named_modules(prefix=root):
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-            init_weights_vit_timm(module, full)
-        part.to(place)
-        return names
+        with restarted(model, root) as part:
+            for full, module in part.named_modules(prefix=root):
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+                init_weights_vit_timm(module, full)
+        return [f"{root}.{parameter}" for parameter, _ in part.named_parameters()]
 
     def watch(
         self, attention: nn.Module, calls: dict[str, AttentionCall], outputs: dict[str, Tensor], name: str
@@ -234,23 +228,10 @@ class TimmAdapter(Adapter):
 
 
 @functools.cache
-def _in_passes(kind: Any) -> Any:
-    """The class `kind` of models, under its name, with every way to the blocks a pass (t5lib.layers.grid)."""
+def _in_passes(kind: Any) -> type:
+    """The class `kind` of models with every way to the blocks a pass (t5lib.layers.grid)."""
     ways = {name: one_pass(getattr(kind, name), "patch_embed", "blocks") for name in FORWARDS}
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (kind,), ways | names | {"softmax_class": kind, "__reduce_ex__": _reduced})
-
-
-def _reduced(model: nn.Module, protocol: int) -> tuple[Any, ...]:
-    """How a model whose class cannot be imported is copied and pickled: by the class it was made of."""
-    kind = type(model).softmax_class
-    return _unfilled, (kind,), *object.__reduce_ex__(model, max(protocol, 2))[2:]
-
-
-def _unfilled(kind: type) -> nn.Module:
-    """A model of `kind` in passes before its state is restored."""
-    made = _in_passes(kind)
-    return made.__new__(made)
+    return subclass(kind, _in_passes, ways)
 
 
 def _check_size(patch_embed: nn.Module, size: tuple[int, ...]) -> None:

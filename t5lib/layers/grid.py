@@ -88,13 +88,14 @@ def one_pass(method: Callable[..., Any], embedding: str, *blocks: str) -> Callab
     """`method` of a model, each call a pass of that model alone.
 
     Args:
-        embedding, blocks: names of the part that is called with the images, and of the containers of blocks.
+        embedding, blocks: names of the part that is called with the images, and of the containers of blocks, with dots
+            where they lie deeper.
     """
 
     @functools.wraps(method)
     def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        own = [getattr(model, name) for name in blocks]
-        before, _thread.running = _thread.running, _Pass(getattr(model, embedding), own)
+        own = _Pass(model.get_submodule(embedding), [model.get_submodule(name) for name in blocks])
+        before, _thread.running = _thread.running, own
         try:
             return method(model, *args, **kwargs)
         finally:
@@ -146,7 +147,7 @@ def grid_scope(grid: TokenGrid) -> Iterator[None]:
 class BlockOnGrid:
     """A block together with the grid of one forward; called like the block, with its attributes."""
 
-    def __init__(self, block: nn.Module, grid: Tensor):
+    def __init__(self, block: Callable[..., Any], grid: Tensor | None):
         self.block, self.grid = block, grid
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -158,6 +159,11 @@ class BlockOnGrid:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
+
+
+def on_current_grid(call: Callable[..., Any]) -> BlockOnGrid:
+    """`call` on the grid of the block that this thread is running, whenever and in whichever thread it is called."""
+    return BlockOnGrid(call, _thread.current)
 
 
 def _on_grid(blocks: nn.Module) -> Iterator[Any]:

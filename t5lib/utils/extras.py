@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from t5lib.utils.errors import T5Error
 
 EXTRAS = {
-    **dict.fromkeys(("diffusers", "transformers", "torch_fidelity", "torchmetrics"), "diffusion"),
+    **dict.fromkeys(("diffusers", "torch_fidelity", "torchmetrics"), "diffusion"),
+    "transformers": "transformers",
     **dict.fromkeys(("onnxruntime", "onnxscript"), "onnx"),
     **dict.fromkeys(("prefect", "dvc", "mlflow", "psutil", "ruamel"), "pipeline"),
 }

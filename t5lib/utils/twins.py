@@ -14,6 +14,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # Modes, ways to compute the same, and accounts of where a model came from.
 OF_NO_MATTER = {"training", "fused_attn", "grad_checkpointing", "gradient_checkpointing"}
 OF_NO_MATTER |= {"pretrained_cfg", "default_cfg", "feature_info", "t5_report"}
+OF_NO_MATTER |= {"transformers_version", "architectures", "name_or_path"}
+KEEPING = "transformers.utils.output_capturing"  # the module of hooks that keep what passes and change nothing
 _NONE = object()
 
 
@@ -37,7 +39,7 @@ def _of_part(name: str, part: "nn.Module", twin: "nn.Module") -> Iterator[str]:
         return
     for kind in HOOKS:
         known = list(getattr(twin, kind).values())
-        added = [hook for hook in getattr(part, kind).values() if hook not in known]
+        added = [hook for hook in getattr(part, kind).values() if hook not in known and hook.__module__ != KEEPING]
         yield from (f"{where} calls a hook ({getattr(hook, '__qualname__', type(hook).__name__)})" for hook in added)
     for key, value in vars(part).items():
         if inspect.isroutine(getattr(type(part), key, None)):

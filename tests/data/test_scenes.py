@@ -236,3 +236,15 @@ def test_the_study_goes_from_scenes_to_measures_and_maps(composed, tmp_path, mon
     assert record["aligned"]["steps"] == 2 and len(record["calibrated"]["softmax"]["layers"]) == 2
     with np.load(tmp_path / "work/maps-arm-t5-last-auto-1-0.npz") as maps:
         assert maps["source"].shape == maps["student"].shape == maps["truth"].shape
+
+    words = ["--work", str(tmp_path / "work"), "--scenes", str(composed.folder), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["tables", *words])
+    tables = script("tables")
+    tables.main()
+    arms = json.loads((tmp_path / "out.json").read_text())["arms"]
+    assert set(arms) == {tables.SOURCE, "t5-last-auto"}
+    shown = arms["t5-last-auto"]["sizes"]["56"]
+    assert shown["lost"] == pytest.approx(record["measured"]["aligned"]["56"]["lost_miou"])
+    assert shown["lost_at_most"] is None  # a single fold has no spread
+    assert (tmp_path / "out-maps.webp").exists()
+    assert tables.bound([1.0, 2.0, 3.0]) == pytest.approx(2 + 2.91999 / 3**0.5)

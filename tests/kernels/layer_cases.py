@@ -31,7 +31,8 @@ class Case:
         return ["", "text_"] if self.text else [""]
 
     def __str__(self):
-        kind = f"{self.settings.key_norm}-{self.settings.norm_scope}" + ("" if self.conv else "-no conv")
+        settings = self.settings
+        kind = f"{settings.inner}-{settings.key_norm}-{settings.norm_scope}" + ("" if self.conv else "-no conv")
         kind += "-rms" if self.rms else ""
         size = f"B{self.images}-{self.rows}x{self.columns}+{self.prefix}+{self.after}-H{self.heads}-D{self.width}"
         return f"{size}-T{self.text}-{kind}"

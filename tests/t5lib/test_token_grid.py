@@ -14,6 +14,7 @@ import torch
 import torch._dynamo.testing
 from tiny import tiny_vit
 from tiny_denoisers import dit_batch, sd3_batch, tiny_dit, tiny_sd3
+from tiny_transformers import tiny_transformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,6 +33,10 @@ def vit_inputs(size: tuple[int, int]) -> dict[str, Tensor]:
     return {"x": torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(sum(size)))}
 
 
+def dinov3_inputs(size: tuple[int, int]) -> dict[str, Tensor]:
+    return {"pixel_values": vit_inputs(size)["x"]}
+
+
 def sd3_inputs(size: tuple[int, int]) -> dict[str, Tensor]:
     height, width = (side // 4 for side in size)
     return noised_batch(sd3_batch(0, 2, height, width), RectifiedFlow(), 0)
@@ -40,6 +45,8 @@ def sd3_inputs(size: tuple[int, int]) -> dict[str, Tensor]:
 def softmax(kind: str) -> nn.Module:
     if kind == "sd3":  # a block with two attentions, and the last, which drops its text
         return tiny_sd3(num_layers=2, dual_attention_layers=(0,))
+    if kind == "dinov3":  # of transformers, which checkpoint in training alone; then positions are not to vary
+        return tiny_transformer("dinov3", pos_embed_rescale=None).train()
     return tiny_vit(dynamic_img_size=True)
 
 
@@ -48,8 +55,8 @@ def make(kind: str) -> nn.Module:
     return t5lib.convert(softmax(kind), TTTConfig(locality="dwc_qk"))
 
 
-INPUTS = {"vit": vit_inputs, "sd3": sd3_inputs}
-both = pytest.mark.parametrize("kind", INPUTS)
+INPUTS = {"vit": vit_inputs, "dinov3": dinov3_inputs, "sd3": sd3_inputs}
+every = pytest.mark.parametrize("kind", INPUTS)
 
 
 @functools.cache
@@ -76,7 +83,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@both
+@every
 def test_threads_share_a_model_at_several_sizes(kind):
     model, wrong = make(kind), []
 
@@ -96,7 +103,7 @@ def test_threads_share_a_model_at_several_sizes(kind):
     assert not wrong, f"{len(wrong)} of 300 outputs are of another grid"
 
 
-@both
+@every
 def test_replicas_in_threads_as_data_parallel_makes_them(kind):
     model, outputs = make(kind), {}
 
@@ -120,12 +127,14 @@ def test_replicas_in_threads_as_data_parallel_makes_them(kind):
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@both
+@every
 def test_recomputation_uses_the_grid_of_its_own_forward(kind, reentrant):
     plain, model = make(kind), make(kind)
     if kind == "sd3":
         model.enable_gradient_checkpointing(lambda block, *args: checkpoint(block, *args, use_reentrant=reentrant))
         plain.proj_out.register_forward_pre_hook(lambda *_: None)
+    elif kind == "dinov3":
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
     else:
         model.set_grad_checkpointing(True)
         checkpointed = functools.partial(checkpoint, use_reentrant=reentrant)
@@ -143,7 +152,7 @@ def test_a_checkpoint_around_the_whole_model_follows_its_input():
     assert_same(gradients(whole, "vit"), gradients(plain, "vit"))
 
 
-@both
+@every
 @torch.no_grad()
 def test_a_converted_model_compiles_whole_and_no_more_often_than_the_softmax_model(kind):
     def graphs(model: nn.Module, outputs: list[Tensor]) -> int:
@@ -151,8 +160,8 @@ def test_a_converted_model_compiles_whole_and_no_more_often_than_the_softmax_mod
         counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
         compiled = torch.compile(model, backend=counter, dynamic=True, fullgraph=True)
         for size in SIZES[:3]:
-            result = compiled(**INPUTS[kind](size), **({"return_dict": False} if kind == "sd3" else {}))
-            outputs.append(result[0] if kind == "sd3" else result)
+            result = compiled(**INPUTS[kind](size), **({} if kind == "vit" else {"return_dict": False}))
+            outputs.append(result if kind == "vit" else result[0])
         return counter.frame_count
 
     of_softmax, of_ttt = [], []
@@ -161,7 +170,7 @@ def test_a_converted_model_compiles_whole_and_no_more_often_than_the_softmax_mod
         torch.testing.assert_close(ours, theirs)
 
 
-@both
+@every
 @torch.no_grad()
 def test_blocks_compiled_one_by_one_serve_all_sizes(kind):
     torch._dynamo.reset()
@@ -228,14 +237,15 @@ def call_of_first_block(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[tu
     return calls[0]
 
 
-@both
+@every
 @torch.no_grad()
 def test_blocks_called_by_hand_get_no_grid_of_another_call_or_model(kind):
     """Tokens of 3×2 are as many as those of 2×3."""
     model, other = make(kind), make(kind)
     args, named, output = call_of_first_block(model, INPUTS[kind]((24, 16)))
     images = next(iter(INPUTS[kind]((16, 24)).values()))
-    between = "context_embedder" if kind == "sd3" else "norm_pre"  # the embedding and the blocks
+    # A part that is called after the embedding and before the blocks.
+    between = {"sd3": "context_embedder", "vit": "norm_pre", "dinov3": "rope_embeddings"}[kind]
 
     def break_off() -> None:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):

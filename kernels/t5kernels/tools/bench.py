@@ -33,8 +33,8 @@ ALLOWED = 2.0
 # So many tensors of the tokens' size must be moved: q, v, out once and k twice, because its statistics come first; in
 # the backward q, k, v, the gradient of the output and those of q, k, v.
 FORWARD_PASSES, BACKWARD_PASSES = 5, 7
-# So many products of a token and a D x D matrix are needed for each head.
-FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 9, 23
+# So many products of a token and a D x D matrix are needed for each head, forward and backward.
+PRODUCTS = {"swiglu": (9, 23), "swiglu_last": (6, 16)}
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,12 @@ def bounds(case: Case, bytes_a_second: float, flops_a_second: float) -> dict[str
     """Floors in ms: the bytes that must be moved at the measured bandwidth, and the products at the measured speed."""
     one_pass = 1e3 * 2 * case.elements / bytes_a_second
     product = 1e3 * 2 * case.elements * case.width / flops_a_second
+    forward, backward = PRODUCTS[case.inner]
     return {
         "forward_bytes_ms": FORWARD_PASSES * one_pass,
         "both_bytes_ms": (FORWARD_PASSES + BACKWARD_PASSES) * one_pass,
-        "forward_products_ms": FORWARD_PRODUCTS * product,
-        "both_products_ms": (FORWARD_PRODUCTS + BACKWARD_PRODUCTS) * product,
+        "forward_products_ms": forward * product,
+        "both_products_ms": (forward + backward) * product,
     }
 
 

@@ -58,7 +58,7 @@ def occupancy(kernel: str, tile: Tile, head_dim: int, rms: bool = False) -> Occu
     modules = (triton_kernels, triton_norms, triton_prepare)
     function = next(vars(module)[f"{kernel}_kernel"] for module in modules if f"{kernel}_kernel" in vars(module))
     constants = {"D": head_dim, "WIDTH": padded_width(head_dim), "BLOCK": tile.block}
-    constants |= {"STAGES": tile.stages, "NORM": True, "CONV": True, "RMS": rms, "EARLY": True}
+    constants |= {"STAGES": tile.stages, "NORM": True, "CONV": True, "RMS": rms, "LAST": False, "EARLY": True}
     if tile.hidden:
         constants |= {"HIDDEN": tile.hidden, "SLICES": triton.cdiv(head_dim, tile.hidden)}
     # The channels of a token lie side by side; Triton makes a constant of such a stride.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from t5kernels.launch import Tile, padded_width
 from t5kernels.tools.bench import bandwidth, median_ms, surroundings, write
-from t5kernels.tools.cases import CASES, SETTINGS, Case, Inputs
+from t5kernels.tools.cases import CASES, Case, Inputs
 from t5kernels.ttt import triton as ttt
 from t5kernels.ttt_layer import triton as layer
 from t5kernels.ttt_layer import triton_launch
@@ -51,14 +51,15 @@ def calls(case: Case) -> dict[str, Call]:
     scale, d_out = case.width**-0.5 / case.tokens, inputs.d_outs[0]
     q_conv, k_conv = ((leaves[f"{name}_weight"], leaves[f"{name}_bias"]) for name in "qk")
     convs = layer.convolutions(*q_conv, *k_conv, (case.rows, case.columns, case.prefix))
-    key_sums, none = layer.empty_sums(k, None, SETTINGS.norm_scope), (None, None)
+    key_sums, none = layer.empty_sums(k, None, case.settings.norm_scope), (None, None)
     (part,) = layer.parts_of(
-        (q, k, v), (None, None, None), convs, (none, none), key_sums, k, SETTINGS.norm_scope, SETTINGS.eps
+        (q, k, v), (None, None, None), convs, (none, none), key_sums, k, case.settings.norm_scope, case.settings.eps
     )
-    layer.take_statistics([part], key_sums, SETTINGS.norm_scope, 0.0)
+    layer.take_statistics([part], key_sums, case.settings.norm_scope, 0.0)
     queries, keys = triton_launch.prepared(q, part.for_q), triton_launch.prepared(k, part.for_k)
-    step = ttt.launch_accumulate(keys, v, weights, scale)
+    step = ttt.launch_accumulate(keys, v, weights, scale, steps=3)
     _, d_step = ttt.launch_apply_backward(d_out, queries, weights, step)
+    d_last = d_step[:, :, -1:].contiguous()
     dk = ttt.launch_accumulate_backward(d_step, keys, v, weights, scale)[0]
     dn, sums = triton_launch.prepare_backward(dk, k, part.for_k)
     assert sums is not None
@@ -75,16 +76,18 @@ def calls(case: Case) -> dict[str, Call]:
         return dx, own_sums
 
     def statistics() -> tuple[Tensor]:
-        layer.take_statistics([part], key_sums, SETTINGS.norm_scope, 0.0)
+        layer.take_statistics([part], key_sums, case.settings.norm_scope, 0.0)
         return (key_sums[:, :, :2].sum(1),)  # without s, of which every program has its own
 
     return {
         "statistics": statistics,
         "prepare": lambda: (triton_launch.prepared(k, part.for_k),),
-        "accumulate": lambda: (ttt.launch_accumulate(keys, v, weights, scale),),
+        "accumulate": lambda: (ttt.launch_accumulate(keys, v, weights, scale, steps=3),),
+        "accumulate_last": lambda: (ttt.launch_accumulate(keys, v, weights, scale, steps=1),),
         "apply": lambda: (ttt.launch_apply(queries, weights, step),),
         "apply_backward": lambda: ttt.launch_apply_backward(d_out, queries, weights, step),
         "accumulate_backward": lambda: ttt.launch_accumulate_backward(d_step, keys, v, weights, scale),
+        "accumulate_last_backward": lambda: ttt.launch_accumulate_backward(d_last, keys, v, weights, scale),
         "prepare_backward": prepare_backward,
         "norm_backward": norm_backward,
     }

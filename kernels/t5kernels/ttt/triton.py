@@ -1,11 +1,13 @@
-"""swiglu with the dot loss by the kernels of triton_kernels.py: two differentiable custom ops, the halves of `ttt`.
+"""swiglu and swiglu_last with the dot loss by the kernels of triton_kernels.py: two differentiable custom ops, the
+halves of `ttt`.
 
 `accumulate` sums the step over keys and values, `apply` applies the stepped weights to queries. Autograd joins their
-backward passes through the step, so the backward keeps the inputs and the step only, 3·D² numbers a head.
-Results are the same from run to run: partial sums of programs are added in a fixed order.
+backward passes through the step, so the backward keeps the inputs and the step only: S·D² numbers a head, where S is 3,
+or 1 where W3 alone steps. Results are the same from run to run: partial sums of programs are added in a fixed order.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,11 @@ TILES = {
         64: Tile(hidden=64, block=64, warps=4, stages=3, resident=2),
         128: Tile(hidden=64, block=64, warps=8, resident=1),
     },
+    "accumulate_last": {
+        32: Tile(hidden=32, block=64, warps=4, stages=3, resident=4),
+        64: Tile(hidden=64, block=64, warps=4, stages=3, resident=3),
+        128: Tile(hidden=64, block=64, warps=8, stages=2, resident=1),
+    },
     "apply": {
         32: Tile(hidden=32, block=64, warps=4, stages=2, resident=4),
         64: Tile(hidden=64, block=128, warps=8, stages=3, resident=2),
@@ -46,35 +53,41 @@ TILES = {
         64: Tile(hidden=64, block=128, warps=8, stages=2, resident=1),
         128: Tile(hidden=32, block=32, warps=8, resident=1),
     },
+    "accumulate_last_backward": {
+        32: Tile(hidden=32, block=64, warps=4, stages=2, resident=3),
+        64: Tile(hidden=64, block=32, warps=4, stages=2, resident=2),
+        128: Tile(hidden=64, block=32, warps=8, resident=1),
+    },
 }
 # In float32 tensor cores would lose digits, and small cards have little shared memory: this tile only has to be right.
 SAFE_TILE = Tile(hidden=32, block=32, warps=8, resident=1)
 
 
-def accumulate(k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float) -> Tensor:
-    """The inner gradient (B, H, 3, D, D) on k and v (B, H, N, D), float32."""
-    return _accumulate(k, v, *weights, scale)
+def accumulate(k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float, steps: int) -> Tensor:
+    """The inner gradient (B, H, S, D, D) by the last S = `steps` weights on k and v (B, H, N, D), float32."""
+    return _accumulate(k, v, *weights, scale, steps)
 
 
 def apply(q: Tensor, weights: Sequence[Tensor], step: Tensor) -> Tensor:
-    """The stepped inner model applied to q (B, H, N, D). step: (B, H, 3, D, D)."""
+    """The stepped inner model applied to q (B, H, N, D). step: (B, H, S, D, D)."""
     return _apply(q, *weights, step.float())
 
 
-def launch_accumulate(k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float) -> Tensor:
-    """The step (B, H, 3, D, D) in float32."""
+def launch_accumulate(k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float, steps: int) -> Tensor:
+    """The step (B, H, S, D, D) in float32."""
     B, H, N, D = k.shape
-    width, tile, slices = _tile_for("accumulate", k)
+    name, kernel = _kernel_of("accumulate{}", steps)
+    width, tile, slices = _tile_for(name, k)
     chunk, chunks, _ = chunks_of(k, tile, B * H * slices)
-    sums = k.new_empty(B * H, chunks, 3, D, D, dtype=torch.float32)
+    sums = k.new_empty(B * H, chunks, steps, D, D, dtype=torch.float32)
     launch(
-        *(kernels.accumulate_kernel, (B * H, chunks, slices), k, tile),
+        *(kernel, (B * H, chunks, slices), k, tile),
         *(k, v, *contiguous(*weights), sums),
         *(*k.stride(), *v.stride()),
         *(H, N, chunk, scale),
         *(D, width, tile.hidden, tile.block),
     )
-    return sum_over_chunks(sums).view(B, H, 3, D, D)
+    return sum_over_chunks(sums).view(B, H, steps, D, D)
 
 
 def launch_apply(q: Tensor, weights: Sequence[Tensor], step: Tensor) -> Tensor:
@@ -88,13 +101,16 @@ def launch_apply(q: Tensor, weights: Sequence[Tensor], step: Tensor) -> Tensor:
         *(q, *contiguous(*weights, step), out),
         *(*q.stride(), *out.stride()),
         *(H, N, chunk),
-        *(D, width, tile.hidden, tile.block, slices),
+        *(D, width, tile.hidden, tile.block, slices, step.shape[2] == 1),
     )
     return out
 
 
 def launch_apply_backward(d_out: Tensor, q: Tensor, weights: Sequence[Tensor], step: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of q and of the step (B, H, 3, D, D), float32."""
+    """The gradient of q, and (B, H, 3, D, D) in float32 minus that of the stepped weights of every image.
+
+    Of those that step it is the gradient of the step, the last S; its negative sum over images is what the weights get.
+    """
     B, H, N, D = q.shape
     width, tile, slices = _tile_for("apply_backward", q)
     chunk, chunks, _ = chunks_of(q, tile, B * H)
@@ -105,7 +121,7 @@ def launch_apply_backward(d_out: Tensor, q: Tensor, weights: Sequence[Tensor], s
         *(d_out, q, *contiguous(*weights, step), dq, sums),
         *(*d_out.stride(), *q.stride(), *dq.stride()),
         *(H, N, chunk),
-        *(D, width, tile.hidden, tile.block, slices),
+        *(D, width, tile.hidden, tile.block, slices, step.shape[2] == 1),
     )
     return dq, sum_over_chunks(sums).view(B, H, 3, D, D)
 
@@ -113,59 +129,84 @@ def launch_apply_backward(d_out: Tensor, q: Tensor, weights: Sequence[Tensor], s
 def launch_accumulate_backward(
     d_step: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of k and v, and in float32 those of the weights, (3, H, D, D)."""
+    """The gradients of k and v, and in float32 those of the weights that the step depends on, (3 or 2, H, D, D)."""
     B, H, N, D = k.shape
-    width, tile, slices = _tile_for("accumulate_backward", k)
+    name, kernel = _kernel_of("accumulate{}_backward", d_step.shape[2])
+    width, tile, slices = _tile_for(name, k)
     chunk, chunks, images = chunks_of(k, tile, H, B)
-    groups = ceil_div(B, images)
+    groups, weighed = ceil_div(B, images), _weighed(d_step.shape[2])
     dk, dv = like_tokens(k), like_tokens(v)
-    sums = k.new_empty(groups * H, chunks, 3, D, D, dtype=torch.float32)
+    sums = k.new_empty(groups * H, chunks, weighed, D, D, dtype=torch.float32)
     launch(
-        *(kernels.accumulate_backward_kernel, (groups * H, chunks), k, tile),
+        *(kernel, (groups * H, chunks), k, tile),
         *(*contiguous(d_step), k, v, *contiguous(*weights), dk, dv, sums),
         *(*k.stride(), *v.stride(), *dk.stride(), *dv.stride()),
         *(B, H, N, images, chunk, scale),
         *(D, width, tile.hidden, tile.block, slices),
     )
-    return dk, dv, sums.view(groups, H, chunks, 3, D, D).sum((0, 2)).transpose(0, 1).contiguous()
+    return dk, dv, sums.view(groups, H, chunks, weighed, D, D).sum((0, 2)).transpose(0, 1).contiguous()
+
+
+def weight_gradients(d_stepped: Tensor, d_weights: Tensor) -> Tensor:
+    """Those of all three weights (3, H, D, D).
+
+    Args:
+        d_stepped: (B, H, 3, D, D), what `launch_apply_backward` gives.
+        d_weights: (3 or 2, H, D, D), what `launch_accumulate_backward` gives.
+    """
+    total = -d_stepped.sum(0).transpose(0, 1)
+    total[: len(d_weights)] += d_weights
+    return total
+
+
+def _kernel_of(name: str, steps: int) -> tuple[str, Any]:
+    """The name and the kernel of a half on keys, where so many weights step."""
+    name = name.format("_last" if steps == 1 else "")
+    return name, getattr(kernels, f"{name}_kernel")
+
+
+def _weighed(steps: int) -> int:
+    """How many weights the step of the last `steps` depends on: with the dot loss not on W3 where that alone steps."""
+    return 2 if steps == 1 else 3
 
 
 # torch.compile would fix the value of a float argument, and with it the number of tokens from which the scale comes. A
 # Number is traced as it is.
 @torch.library.custom_op("t5kernels::ttt_swiglu_accumulate", mutates_args=())
-def _accumulate(k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, scale: Number) -> Tensor:
-    return launch_accumulate(k, v, [w1, w2, w3], float(scale))
+def _accumulate(k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, scale: Number, steps: int) -> Tensor:
+    return launch_accumulate(k, v, [w1, w2, w3], float(scale), steps)
 
 
 @_accumulate.register_fake
-def _(k, v, w1, w2, w3, scale):
+def _(k, v, w1, w2, w3, scale, steps):
     B, H, _, D = k.shape
-    return k.new_empty(B, H, 3, D, D, dtype=torch.float32)
+    return k.new_empty(B, H, steps, D, D, dtype=torch.float32)
 
 
 @torch.library.custom_op("t5kernels::ttt_swiglu_accumulate_backward", mutates_args=())
 def _accumulate_backward(
     d_step: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, scale: Number
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dk, dv, and (3, H, D, D) gradients of the weights in float32."""
+    """dk, dv, and (3 or 2, H, D, D) gradients of the weights in float32."""
     return launch_accumulate_backward(d_step, k, v, [w1, w2, w3], float(scale))
 
 
 @_accumulate_backward.register_fake
 def _(d_step, k, v, w1, w2, w3, scale):
     _, H, _, D = k.shape
-    return like_tokens(k), like_tokens(v), k.new_empty(3, H, D, D, dtype=torch.float32)
+    return like_tokens(k), like_tokens(v), k.new_empty(_weighed(d_step.shape[2]), H, D, D, dtype=torch.float32)
 
 
 def _keep_for_accumulate(ctx, inputs, output) -> None:
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate_accumulate(ctx, d_step):
     k, v, *weights = ctx.saved_tensors
     dk, dv, d_weights = _accumulate_backward(d_step, k, v, *weights, ctx.scale)
-    return dk, dv, *_in_dtypes(d_weights, weights), None
+    d_weights = _in_dtypes(d_weights, weights)
+    return dk, dv, *d_weights, *(None,) * (3 - len(d_weights)), None, None
 
 
 _accumulate.register_autograd(_differentiate_accumulate, setup_context=_keep_for_accumulate)
@@ -185,13 +226,14 @@ def _(q, w1, w2, w3, step):
 def _apply_backward(
     d_out: Tensor, q: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, step: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """dq, and the (B, H, 3, D, D) gradient of the step in float32; that of a weight is minus its sum over images."""
+    """dq, and (B, H, 3, D, D) as `launch_apply_backward` gives it."""
     return launch_apply_backward(d_out, q, [w1, w2, w3], step)
 
 
 @_apply_backward.register_fake
 def _(d_out, q, w1, w2, w3, step):
-    return like_tokens(q), torch.empty_like(step, memory_format=torch.contiguous_format)
+    B, H, _, D = q.shape
+    return like_tokens(q), q.new_empty(B, H, 3, D, D, dtype=torch.float32)
 
 
 def _keep_for_apply(ctx, inputs, output) -> None:
@@ -200,15 +242,16 @@ def _keep_for_apply(ctx, inputs, output) -> None:
 
 def _differentiate_apply(ctx, d_out):
     q, *weights, step = ctx.saved_tensors
-    dq, d_step = _apply_backward(d_out, q, *weights, step)
-    return dq, *_in_dtypes(-d_step.sum(0).transpose(0, 1), weights), d_step
+    dq, d_stepped = _apply_backward(d_out, q, *weights, step)
+    return dq, *_in_dtypes(-d_stepped.sum(0).transpose(0, 1), weights), d_stepped[:, :, -step.shape[2] :]
 
 
 _apply.register_autograd(_differentiate_apply, setup_context=_keep_for_apply)
 
 
 def _in_dtypes(gradients: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    return [g.to(w.dtype) for g, w in zip(gradients.unbind(0), weights, strict=True)]
+    """Those of the first weights, in the weights' dtypes."""
+    return [g.to(w.dtype) for g, w in zip(gradients.unbind(0), weights, strict=False)]
 
 
 def _tile_for(kernel: str, x: Tensor) -> tuple[int, Tile, int]:

@@ -2,6 +2,8 @@
 # (The body of a kernel is Triton's language: constants decide which branches exist, and its loops have no types.)
 """The Triton kernels of swiglu with the dot loss. One program takes some tokens of one head; triton.py launches them.
 
+Those of swiglu_last, of which only W3 steps, are its halves on queries (LAST) and two short ones of their own.
+
 Notation, for one image and head, with row vectors: q, k, v are the tokens, W1 W2 W3 the inner weights, s the inner
 learning rate, G the step, U = W - G. g = silu(z1), g' and g'' are its derivatives by z1; * is elementwise; sums run
 over tokens.
@@ -24,6 +26,9 @@ m1 = r * z2 * g', m2 = r * g and a = g * z2, have the gradients dm1 = k E1, dm2 
     dk  = m1 E1^T + m2 E2^T + dz1 W1^T + dz2 W2^T
     dv  = a E3 + dr W3
     dW1 += sum k^T dz1,   dW2 += sum k^T dz2,   dW3 += sum dr^T v    (summed over images).
+
+With W3 alone stepping, U1 = W1 and U2 = W2, and of the above remain G3 (`accumulate_last_kernel`), da with
+    dz1 = da * z2 * g',   dz2 = da * g,   dk = dz1 W1^T + dz2 W2^T,   dv = a E3   (`accumulate_last_backward_kernel`).
 
 Everything above splits over the hidden width (columns of W1 and W2, rows of W3): the sums over tokens of a slice need
 that slice only, and o, dq, dk, dv are sums over slices. A slice has HIDDEN columns, so few that its three float32 sums
@@ -126,11 +131,25 @@ def _store_triple(x, index, tile, x1, x2, x3, D: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
-def _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
-    """A slice of U = W - G, subtracted in float32."""
+def _load_rows(x, index, tile, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+    """A slice of the rows of matrix `index` of x, a contiguous stack of D x D."""
+    _, _, rows, in_rows = _weight_offsets(tile, D, WIDTH, HIDDEN)
+    return tl.load(x + index.to(tl.int64) * (D * D) + rows, in_rows, other=0.0)
+
+
+@triton.jit
+def _load_stepped(
+    w1, w2, w3, step, h, index, tile, dtype,
+    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """A slice of U = W - G, subtracted in float32. With LAST, step holds G3 alone."""
     w1, w2, w3 = _load_weights(w1, w2, w3, h, tile, tl.float32, D, WIDTH, HIDDEN)
-    g1, g2, g3 = _load_triple(step, index, tile, D, WIDTH, HIDDEN)
-    return (w1 - g1).to(dtype), (w2 - g2).to(dtype), (w3 - g3).to(dtype)
+    if LAST:
+        w3 -= _load_rows(step, index, tile, D, WIDTH, HIDDEN)
+    else:
+        g1, g2, g3 = _load_triple(step, index, tile, D, WIDTH, HIDDEN)
+        w1, w2, w3 = w1 - g1, w2 - g2, w3 - g3
+    return w1.to(dtype), w2.to(dtype), w3.to(dtype)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -167,16 +186,43 @@ def accumulate_kernel(
 
 
 @triton.jit(do_not_specialize=COUNTS)
+def accumulate_last_kernel(
+    k, v, w1, w2, w3, sums,
+    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    H, N, chunk, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """`accumulate_kernel` where W3 alone steps. sums: (B·H, chunks, 1, D, D) float32."""
+    after_previous(EARLY)
+    index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h = index // H, index % H
+    dtype = k.dtype.element_ty
+    w1, w2, _w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, HIDDEN)
+    k, v = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
+    s3 = _zeros(WIDTH, HIDDEN)
+    for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
+        values = load_tokens(v, start, v_n, v_d, N, D, WIDTH, BLOCK)
+        keys = load_tokens(k, start, k_n, k_d, N, D, WIDTH, BLOCK)
+        z1, z2 = _dot(keys, w1), _dot(keys, w2)
+        a = (z1 * _sigmoid(z1, dtype) * z2).to(dtype)
+        s3 = _add_dot(s3, tl.trans(values), a)
+    _, _, rows, in_rows = _weight_offsets(tile, D, WIDTH, HIDDEN)
+    sums += (index * tl.num_programs(1) + part).to(tl.int64) * (D * D)
+    tl.store(sums + rows, -scale * tl.trans(s3), in_rows)
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def apply_kernel(
     q, w1, w2, w3, step, out,
     q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d,
     H, N, chunk,
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
-    SLICES: tl.constexpr, EARLY: tl.constexpr,
+    SLICES: tl.constexpr, LAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The launch grid is (B·H, chunks of `chunk` tokens), and a program goes through all SLICES.
 
-    step: (B·H, 3, D, D) float32.
+    step: (B·H, 3, D, D) float32; (B·H, 1, D, D) with LAST.
     """
     after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
@@ -184,13 +230,13 @@ def apply_kernel(
     dtype = q.dtype.element_ty
     q, out = start_of_head(q, b, h, q_b, q_h), start_of_head(out, b, h, o_b, o_h)
     if SLICES == 1:
-        u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, 0, dtype, D, WIDTH, HIDDEN)
+        u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, 0, dtype, D, WIDTH, HIDDEN, LAST)
     for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
         queries = load_tokens(q, start, q_n, q_d, N, D, WIDTH, BLOCK)
         o = _zeros(BLOCK, WIDTH)
         for tile in tl.static_range(SLICES):
             if SLICES > 1:
-                u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, HIDDEN)
+                u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, HIDDEN, LAST)
             y1, y2 = _dot(queries, u1), _dot(queries, u2)
             hidden = y1 * _sigmoid(y1, dtype) * y2
             o = _add_dot(o, hidden.to(dtype), u3)
@@ -203,9 +249,9 @@ def apply_backward_kernel(
     do_b, do_h, do_n, do_d, q_b, q_h, q_n, q_d, dq_b, dq_h, dq_n, dq_d,
     H, N, chunk,
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
-    SLICES: tl.constexpr, EARLY: tl.constexpr,
+    SLICES: tl.constexpr, LAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The launch grid is (B·H, chunks). dq: (B, H, N, D); sums: (B·H, chunks, 3, D, D) of -dU = dG, float32."""
+    """The launch grid is (B·H, chunks). dq: (B, H, N, D); sums: (B·H, chunks, 3, D, D) of -dU, float32."""
     after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
@@ -213,7 +259,7 @@ def apply_backward_kernel(
     do, q = start_of_head(do, b, h, do_b, do_h), start_of_head(q, b, h, q_b, q_h)
     dq = start_of_head(dq, b, h, dq_b, dq_h)
     for tile in range(SLICES):
-        u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, HIDDEN)
+        u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, HIDDEN, LAST)
         s1, s2, s3 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN)
         for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
             grads = load_tokens(do, start, do_n, do_d, N, D, WIDTH, BLOCK)
@@ -292,4 +338,52 @@ def accumulate_backward_kernel(
                 s1 = _add_dot(s1, keys, dz1)
                 s2 = _add_dot(s2, keys, dz2)
         _store_triple(sums, tl.program_id(0) * tl.num_programs(1) + part, tile, s1, s2, s3, D, WIDTH, HIDDEN)
+        tl.debug_barrier()  # the next slice adds to dk and dv, perhaps by other threads
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def accumulate_last_backward_kernel(
+    d_step, k, v, w1, w2, w3, dk, dv, sums,
+    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
+    B, H, N, images, chunk, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    SLICES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """`accumulate_backward_kernel` where W3 alone steps. d_step: (B·H, 1, D, D) float32.
+
+    sums: (groups·H, chunks, 2, D, D) of dW1 and dW2.
+    """
+    after_previous(EARLY)
+    part, group, h = tl.program_id(1), tl.program_id(0) // H, tl.program_id(0) % H
+    dtype = k.dtype.element_ty
+    for tile in range(SLICES):
+        w1_, w2_, _w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, HIDDEN)
+        s1, s2 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN)
+        for image in range(tl.minimum(images, B - group * images)):
+            b = group * images + image
+            e3 = (-scale * _load_rows(d_step, b * H + h, tile, D, WIDTH, HIDDEN)).to(dtype)
+            k_, v_ = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
+            dk_, dv_ = start_of_head(dk, b, h, dk_b, dk_h), start_of_head(dv, b, h, dv_b, dv_h)
+            for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
+                values = load_tokens(v_, start, v_n, v_d, N, D, WIDTH, BLOCK)
+                keys = load_tokens(k_, start, k_n, k_d, N, D, WIDTH, BLOCK)
+                z1, z2 = _dot(keys, w1_), _dot(keys, w2_)
+                da = _dot(values, tl.trans(e3))
+                gate, slope, _ = _silu(z1, dtype)
+                dv_tile = _dot((gate * z2).to(dtype), e3)
+                dz1, dz2 = (da * z2 * slope).to(dtype), (da * gate).to(dtype)
+                if tile > 0:
+                    dv_tile += load_tokens(dv_, start, dv_n, dv_d, N, D, WIDTH, BLOCK).to(tl.float32)
+                store_tokens(dv_, dv_tile, start, dv_n, dv_d, N, D, WIDTH, BLOCK)
+                dk_tile = _add_dot(_dot(dz1, tl.trans(w1_)), dz2, tl.trans(w2_))
+                if tile > 0:
+                    dk_tile += load_tokens(dk_, start, dk_n, dk_d, N, D, WIDTH, BLOCK).to(tl.float32)
+                store_tokens(dk_, dk_tile, start, dk_n, dk_d, N, D, WIDTH, BLOCK)
+                keys = tl.trans(keys)
+                s1 = _add_dot(s1, keys, dz1)
+                s2 = _add_dot(s2, keys, dz2)
+        columns, in_columns, _, _ = _weight_offsets(tile, D, WIDTH, HIDDEN)
+        place = sums + (tl.program_id(0) * tl.num_programs(1) + part).to(tl.int64) * (2 * D * D)
+        tl.store(place + columns, s1, in_columns)
+        tl.store(place + D * D + columns, s2, in_columns)
         tl.debug_barrier()  # the next slice adds to dk and dv, perhaps by other threads

@@ -1,9 +1,9 @@
 """`ttt_layer`: key norm, convolution of queries and keys, and `ttt`, as one op that keeps its inputs and little more.
 
 Arguments are checked, then an implementation is chosen: "reference" is plain PyTorch and runs anywhere; "triton" runs
-fused kernels, which exist for swiglu with the dot loss and the key norms "instance" and "none", with or without RMS
-norms of q and k. By default the op takes them where they are made for the call: for 16-bit tokens on CUDA, outside of
-torch.func.
+fused kernels, which exist for swiglu and swiglu_last with the dot loss and the key norms "instance" and "none", with or
+without RMS norms of q and k. By default the op takes them where they are made for the call: for 16-bit tokens on CUDA,
+outside of torch.func.
 """
 
 from collections.abc import Sequence
@@ -146,7 +146,8 @@ def _fused(image, weights, settings, grid, q_conv, k_conv, text, norms) -> tuple
     grid = grid or Grid(rows=0, columns=0)
     rms = norms or (None, None, 0.0)
     parts = as_in_autocast(*image), as_in_autocast(*(text or ()))
-    o, text_o = triton.layer(*parts, weights, q_conv, k_conv, grid, norm, settings.eps, rms)
+    steps = ttt_api.STEPPED_WEIGHTS[settings.inner]
+    o, text_o = triton.layer(*parts, weights, steps, q_conv, k_conv, grid, norm, settings.eps, rms)
     return o.to(dtype), text_o.to(dtype) if text else None
 
 

@@ -32,17 +32,18 @@ class Part(NamedTuple):
     for_k: Preparation
 
 
-def layer(image, text, weights, q_conv, k_conv, grid, norm: str, eps: float, rms) -> tuple:
+def layer(image, text, weights, steps: int, q_conv, k_conv, grid, norm: str, eps: float, rms) -> tuple:
     """The outputs of image and text, each (B, H, N, D); the text's is empty where there is no text.
 
-    `norm`: "none" or a norm_scope. `rms`: gains (D,) of the image's q and k and of the text's, or None; and their eps.
+    `steps`: how many of the weights take the step, the last ones. `norm`: "none" or a norm_scope. `rms`: gains (D,) of
+    the image's q and k and of the text's, or None; and their eps.
     """
     text = text or (None, None, None)
     convs = (*(q_conv or (None, None)), *(k_conv or (None, None)))
     image_gains, text_gains, rms_eps = rms
     gains = (*(image_gains or (None, None)), *(text_gains or (None, None)))
     place = (grid.rows, grid.columns, grid.num_prefix_tokens)
-    return _layer(*image, *text, *weights, *convs, *gains, *place, norm, eps, rms_eps)[:2]
+    return _layer(*image, *text, *weights, *convs, *gains, *place, norm, eps, rms_eps, steps)[:2]
 
 
 @torch.library.custom_op("t5kernels::ttt_layer", mutates_args=())
@@ -51,11 +52,11 @@ def _layer(
     w1: Tensor, w2: Tensor, w3: Tensor,
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
     q_gain: Tensor | None, k_gain: Tensor | None, text_q_gain: Tensor | None, text_k_gain: Tensor | None,
-    rows: int, columns: int, prefix: int, norm: str, eps: float, rms_eps: float,
+    rows: int, columns: int, prefix: int, norm: str, eps: float, rms_eps: float, steps: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The two outputs, and in float32 what the backward needs beside the inputs.
 
-    That is the step (B, H, 3, D, D); the sums (B·H, capacity, STATISTICS, D) of the image's keys and then of the
+    That is the step (B, H, steps, D, D); the sums (B·H, capacity, STATISTICS, D) of the image's keys and then of the
     text's; and the factors (2, B·H, N + T) of the RMS norms of q and k, empty where there is no such norm.
 
     The inner learning rate is no argument: torch.compile would fix its value, and with it the number of tokens.
@@ -67,7 +68,7 @@ def _layer(
     parts = parts_of((q, k, v), (text_q, text_k, text_v), convs, gains, sums, factors, norm, eps)
     take_statistics(parts, sums, norm, rms_eps)
     prepared = triton_launch.prepared
-    step = _sum(ttt.launch_accumulate(prepared(part.k, part.for_k), part.v, weights, scale) for part in parts)
+    step = _sum(ttt.launch_accumulate(prepared(part.k, part.for_k), part.v, weights, scale, steps) for part in parts)
     outs = [ttt.launch_apply(prepared(part.q, part.for_q), weights, step) for part in parts]
     return outs[0], outs[1] if text_q is not None else q.new_empty(0), step, sums, factors
 
@@ -75,11 +76,11 @@ def _layer(
 @_layer.register_fake
 def _(
     q, k, v, text_q, text_k, text_v, w1, w2, w3, q_weight, q_bias, k_weight, k_bias,
-    q_gain, k_gain, text_q_gain, text_k_gain, rows, columns, prefix, norm, eps, rms_eps,
+    q_gain, k_gain, text_q_gain, text_k_gain, rows, columns, prefix, norm, eps, rms_eps, steps,
 ):  # fmt: skip
     B, H, _, D = q.shape
     text_out = q.new_empty(0) if text_q is None else like_tokens(text_q)
-    step = q.new_empty(B, H, 3, D, D, dtype=torch.float32)
+    step = q.new_empty(B, H, steps, D, D, dtype=torch.float32)
     return like_tokens(q), text_out, step, empty_sums(k, text_k, norm), _empty_factors(q, text_q, q_gain)
 
 
@@ -101,11 +102,10 @@ def _layer_backward(
     convs = convolutions(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
     gains = ((q_gain, k_gain), (text_q_gain, text_k_gain))
     parts = parts_of((q, k, v), (text_q, text_k, text_v), convs, gains, sums, factors, norm, eps)
-    dq, d_steps, q_sums = _queries_backward(parts, (d_out, d_text), weights, step)
-    d_step = _sum(d_steps)
-    dk, dv, d_weights, k_sums = _keys_backward(parts, d_step, weights, scale)
+    dq, d_stepped, q_sums = _queries_backward(parts, (d_out, d_text), weights, step)
+    dk, dv, d_weights, k_sums = _keys_backward(parts, d_stepped[:, :, -step.shape[2] :], weights, scale)
     d_gains = _norms_backward(dq, dk, parts, k_sums, norm)
-    d_weights = d_weights - d_step.sum(0).transpose(0, 1)
+    d_weights = ttt.weight_gradients(d_stepped, d_weights)
     # Outputs of an op may not share memory, so every empty one is a tensor of its own.
     d_texts = [grads[1] if text_q is not None else q.new_empty(0) for grads in (dq, dk, dv)]
     d_q_conv, d_k_conv = (_conv_sums(*pair, q) for pair in zip(convs, (q_sums[0], k_sums[0]), strict=True))
@@ -127,7 +127,7 @@ def _(
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:
-    tensors, (*ctx.numbers, _) = inputs[:INPUT_TENSORS], inputs[INPUT_TENSORS:]
+    tensors, (*ctx.numbers, _, _) = inputs[:INPUT_TENSORS], inputs[INPUT_TENSORS:]
     ctx.save_for_backward(*tensors, *output[2:])
 
 
@@ -142,7 +142,7 @@ def _differentiate(ctx, d_out, d_text, *_d_kept):
     d_convs = (*_conv_gradients(gradients[7], *convs[:2]), *_conv_gradients(gradients[8], *convs[2:]))
     own_gains = [own.to(gain.dtype) for own, gain in zip(gradients[9], gains, strict=False)]
     d_gains = (*own_gains, *(None,) * (4 - len(own_gains)))
-    return *d_tokens, *d_weights, *d_convs, *d_gains, *(None,) * 6
+    return *d_tokens, *d_weights, *d_convs, *d_gains, *(None,) * 7
 
 
 _layer.register_autograd(_differentiate, setup_context=_keep_for_backward)
@@ -219,18 +219,21 @@ def take_statistics(parts: list[Part], sums: Tensor, norm: str, rms_eps: float) 
 
 def _queries_backward(
     parts: list[Part], d_outs: Sequence[Tensor], weights: Sequence[Tensor], step: Tensor
-) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
-    """By part: the gradient of the normalized queries, the gradient of the step, and the sums of prepare_backward."""
-    dq, d_steps, sums = [], [], []
+) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
+    """By part: the gradient of the normalized queries, and the sums of prepare_backward.
+
+    Between them minus the gradient of the stepped weights (B, H, 3, D, D), summed over the parts.
+    """
+    dq, d_stepped, sums = [], [], []
     for part, d_out in zip(parts, d_outs, strict=False):
         queries = triton_launch.prepared(part.q, part.for_q)
-        grad, d_step = ttt.launch_apply_backward(d_out, queries, weights, step)
+        grad, own_d_stepped = ttt.launch_apply_backward(d_out, queries, weights, step)
         del queries
         grad, own_sums = triton_launch.prepare_backward(grad, part.q, part.for_q)
         dq.append(grad)
-        d_steps.append(d_step)
+        d_stepped.append(own_d_stepped)
         sums.append(own_sums)
-    return dq, d_steps, sums
+    return dq, _sum(d_stepped), sums
 
 
 def _keys_backward(

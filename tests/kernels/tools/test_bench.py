@@ -54,7 +54,7 @@ def report(inputs, monkeypatch, **runs):
 def test_the_table_stands_every_time_beside_its_bounds_its_targets_and_its_check(inputs, monkeypatch):
     *_, row = report(inputs, monkeypatch, kernels=scaled(inputs, 1), compiled=scaled(inputs, 2))
     *_, name, _, right, wrong = bench.table([row]).splitlines()
-    assert name == "small: 1 x 12+5 tokens, 2 x 8"
+    assert name == "small: swiglu, 1 x 12+5 tokens, 2 x 8"
     assert row["bounds"]["forward_bytes_ms"] == pytest.approx(5 * 17 * 2 * 8 * 2 / 1e9 * 1e3)
     assert row["bounds"]["forward_products_ms"] == pytest.approx(9 * 17 * 2 * 2 * 8 * 8 / 1e12 * 1e3)
     assert right.split()[:2] == ["kernels", "0.500"]
@@ -85,8 +85,10 @@ def test_attention_gets_image_and_text_as_one_sequence(inputs, monkeypatch):
 
 
 def test_the_cases_are_those_of_the_targets_and_of_other_models():
-    assert [(case.tokens, case.text, case.width) for case in CASES if case.targets] == [(4096, 0, 64), (16384, 0, 64)]
-    assert {case.width for case in CASES} == {64, 72}
+    with_targets = {case.name for case in CASES if case.targets}
+    assert with_targets == {"n4096", "n16384", "n4096-last", "n16384-last", "flux", "so400m"}
+    assert {case.width for case in CASES} == {64, 72, 128}
+    assert {case.inner for case in CASES} == {"swiglu", "swiglu_last"}
     assert any(case.text for case in CASES)
     assert any(case.prefix for case in CASES)
 

@@ -13,6 +13,7 @@ from t5kernels import launch, ttt, ttt_accumulate, ttt_apply
 from t5kernels.tools.graphs import recorded
 from t5kernels.ttt import reference
 from t5kernels.ttt import triton as kernels
+from t5kernels.ttt.api import FUSED_INNERS, STEPPED_WEIGHTS
 from torch.testing import assert_close
 from triton_device import CUDA, DEVICE, by_dtype, needs_cuda
 
@@ -43,26 +44,27 @@ def inputs(shape, dtype=torch.float32, queries=None, seed=0):
     return q[:, :, : queries or N], k[:, :, :N], v[:, :, :N], weights, d_out
 
 
-def results(q, k, v, weights, d_out, impl, op=ttt):
+def results(q, k, v, weights, d_out, impl, op=ttt, inner="swiglu"):
     """The output and every gradient, by name."""
     leaves = [t.detach().requires_grad_() for t in (q, k, v, *weights)]
     scale = q.shape[3] ** -0.5 / k.shape[2]
-    out = op(*leaves[:3], tuple(leaves[3:]), inner="swiglu", scale=scale, impl=impl)
+    out = op(*leaves[:3], tuple(leaves[3:]), inner=inner, scale=scale, impl=impl)
     gradients = torch.autograd.grad(out, leaves, d_out.to(out.dtype))
     return dict(zip(NAMES, (out.detach(), *gradients), strict=True))
 
 
 @functools.cache
-def kernel_results(shape, dtype=torch.float32, queries=None):
+def kernel_results(shape, dtype=torch.float32, queries=None, inner="swiglu"):
     """The kernels' results, computed once for all tests: the interpreter is slow."""
-    return results(*inputs(shape, dtype, queries), "triton")
+    return results(*inputs(shape, dtype, queries), "triton", inner=inner)
 
 
-def check(shape, dtype, queries=None):
+def check(shape, dtype, queries=None, inner="swiglu"):
     q, k, v, weights, d_out = inputs(shape, dtype, queries)
     wide = [t.double() for t in (q, k, v)], [w.double() for w in weights], d_out.to(dtype).double()
-    exact, plain = results(*wide[0], *wide[1:], "reference"), results(q, k, v, weights, d_out, "reference")
-    assert_as_exact_as_plain(kernel_results(shape, dtype, queries), plain, exact)
+    exact = results(*wide[0], *wide[1:], "reference", inner=inner)
+    plain = results(q, k, v, weights, d_out, "reference", inner=inner)
+    assert_as_exact_as_plain(kernel_results(shape, dtype, queries, inner), plain, exact)
 
 
 @by_dtype
@@ -79,9 +81,15 @@ def test_sizes_of_real_models_are_as_exact_as_plain_pytorch(shape, dtype):
     check(shape, dtype)
 
 
+@pytest.mark.parametrize("inner", FUSED_INNERS)
 @pytest.mark.parametrize("queries", [3, 70])
-def test_queries_may_be_another_number_of_tokens(queries):
-    check((2, 33, 1, 32), torch.float16, queries)
+def test_queries_may_be_another_number_of_tokens(queries, inner):
+    check((2, 33, 1, 32), torch.float16, queries, inner)
+
+
+def test_where_the_last_weight_alone_steps_they_are_as_exact_in_slices_too():
+    check((2, 63, 1, 72), torch.float16, inner="swiglu_last")
+    check((2, 20, 2, 24), torch.float32, inner="swiglu_last")
 
 
 def test_memory_outside_the_tokens_is_not_read_and_all_results_are_written():
@@ -226,11 +234,12 @@ def test_checkpointing_gives_the_same_gradients():
 def test_the_custom_ops_keep_what_pytorch_asks_of_them():
     q, k, v, weights, d_out = inputs((1, 20, 2, 16))
     leaves = [t.detach().requires_grad_() for t in (q, k, v, *weights)]
-    step = torch.randn(1, 2, 3, 16, 16, device=DEVICE)
-    torch.library.opcheck(kernels._accumulate, (*leaves[1:], 0.1))
-    torch.library.opcheck(kernels._apply, (leaves[0], *leaves[3:], step.clone().requires_grad_()))
-    torch.library.opcheck(kernels._accumulate_backward, (step, k, v, *weights, 0.1))
-    torch.library.opcheck(kernels._apply_backward, (d_out, q, *weights, step))
+    for steps in STEPPED_WEIGHTS["swiglu"], STEPPED_WEIGHTS["swiglu_last"]:
+        step = torch.randn(1, 2, steps, 16, 16, device=DEVICE)
+        torch.library.opcheck(kernels._accumulate, (*leaves[1:], 0.1, steps))
+        torch.library.opcheck(kernels._apply, (leaves[0], *leaves[3:], step.clone().requires_grad_()))
+        torch.library.opcheck(kernels._accumulate_backward, (step, k, v, *weights, 0.1))
+        torch.library.opcheck(kernels._apply_backward, (d_out, q, *weights, step))
 
 
 @pytest.mark.gpu
@@ -247,8 +256,8 @@ def test_a_cuda_graph_replays_it():
     ("change", "message"),
     [
         ({"impl": "cuda"}, "impl is 'cuda'; expected one of"),
-        ({"inner": "three_layer"}, "inner='three_layer', loss='dot'; expected 'swiglu'"),
-        ({"loss": "residual"}, "inner='swiglu', loss='residual'; expected 'swiglu' and 'dot'"),
+        ({"inner": "three_layer"}, "inner='three_layer', loss='dot'; expected one of .'swiglu', 'swiglu_last'."),
+        ({"loss": "residual"}, "inner='swiglu', loss='residual'; expected one of .* and 'dot'"),
         ({"dtype": torch.float64}, "torch.float64.*expected tokens of one dtype"),
         ({"width": 160}, "heads up to 128 wide"),
         ({"tokens": 0}, "at least one token"),

@@ -12,11 +12,13 @@ from exactness import assert_as_exact_as_plain
 from layer_cases import BARE, FULL, LEAST, TINY, Case, call, draw, kernel_results, results
 from t5kernels import Settings, ttt_layer
 from t5kernels.tools.graphs import recorded
+from t5kernels.ttt.api import STEPPED_WEIGHTS
 from t5kernels.ttt_layer import triton as kernels
 from torch.testing import assert_close
 from triton_device import CUDA, DEVICE, DTYPES, needs_cuda
 
 MODALITY = Settings(norm_scope="modality")
+LAST = Settings(inner="swiglu_last")
 # The tokens of a wide head make two chunks and its inner model two slices; here a program convolves three rows.
 WIDE = Case(heads=1, rows=9, columns=8, prefix=5, width=72, rms=True)
 SMALL = [
@@ -33,6 +35,9 @@ SMALL = [
     Case(images=2, rows=2, text=2, rms=True, rms_eps=0.1, settings=MODALITY),
     Case(rows=2, text=3, conv=False, rms=True, settings=BARE),
     WIDE,
+    replace(FULL, settings=LAST),
+    replace(WIDE, prefix=51, settings=LAST),
+    Case(images=3, heads=1, rows=2, settings=replace(LAST, key_norm="none")),
 ]
 # The interpreter is slow, and float32 differs from float16 by the tile of four kernels alone.
 IN_FLOAT32 = SMALL if CUDA else [Case(heads=1, rows=2), *SMALL[:3]]
@@ -43,10 +48,15 @@ LARGE = [
     Case(images=64, heads=6, rows=14, columns=14, prefix=1, width=64),
     Case(images=2, heads=16, rows=33, columns=31, prefix=0, width=72),
     Case(images=1, heads=10, rows=40, columns=41, prefix=0, width=128),
+    Case(images=2, heads=24, rows=32, columns=48, prefix=0, width=64, text=333, rms=True, settings=LAST),
+    Case(images=64, heads=6, rows=14, columns=14, prefix=1, width=64, settings=LAST),
+    Case(images=2, heads=16, rows=33, columns=31, prefix=0, width=72, settings=LAST),
+    Case(images=1, heads=10, rows=40, columns=41, prefix=0, width=128, settings=LAST),
 ]
 # For opcheck, which runs an op a dozen times and asks nothing about its numbers.
 SPECK = Case(heads=1, rows=1, columns=2, prefix=0, text=2, width=8, rms=True)
 SPECK_BARE = replace(SPECK, text=0, rms=False, conv=False, settings=BARE)
+SPECK_LAST = replace(SPECK, settings=LAST)
 
 
 def check(case, dtype):
@@ -117,8 +127,9 @@ def test_runs_are_bit_equal():
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_the_backward_keeps_the_inputs_and_little_more():
-    case = Case(prefix=0, text=4, rms=True)
+@pytest.mark.parametrize("settings", [Settings(), LAST], ids=lambda settings: settings.inner)
+def test_the_backward_keeps_the_inputs_and_little_more(settings):
+    case = Case(prefix=0, text=4, rms=True, settings=settings)
     leaves = {name: t.detach().requires_grad_() for name, t in draw(case).leaves.items()}
     own = {t.untyped_storage().data_ptr() for t in leaves.values()}
     sizes = {}
@@ -131,14 +142,16 @@ def test_the_backward_keeps_the_inputs_and_little_more():
         call(case, leaves, "triton")
     extra = sorted(size for pointer, size in sizes.items() if pointer not in own)
     # A number a token and head of q and of k for the RMS norms; the step; and the sums of at most 2 · 32 programs.
-    assert extra == sorted([2 * 2 * (3 * 5 + 4), 2 * 3 * 16 * 16, 2 * 64 * 3 * 16])
+    step = 2 * STEPPED_WEIGHTS[settings.inner] * 16 * 16
+    assert extra == sorted([2 * 2 * (3 * 5 + 4), step, 2 * 64 * 3 * 16])
 
 
 @pytest.mark.slow
-def test_it_compiles_as_one_graph_for_all_sizes():
+@pytest.mark.parametrize("settings", [Settings(), LAST], ids=lambda settings: settings.inner)
+def test_it_compiles_as_one_graph_for_all_sizes(settings):
     compiled = torch.compile(ttt_layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for case in (LEAST, replace(LEAST, rows=3, text=4)):
-        with torch._dynamo.config.patch(error_on_recompile=case != LEAST):
+    for case in (replace(LEAST, settings=settings), replace(LEAST, rows=3, text=4, settings=settings)):
+        with torch._dynamo.config.patch(error_on_recompile=case.rows == 3):
             eager, traced = kernel_results(case, torch.float32), results(case, draw(case), "triton", op=compiled)
         assert_close(traced, eager, rtol=1e-6, atol=1e-6)
         assert {name: t.stride() for name, t in traced.items()} == {name: t.stride() for name, t in eager.items()}
@@ -151,13 +164,13 @@ def test_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [SPECK, SPECK_BARE], ids=str)
+@pytest.mark.parametrize("case", [SPECK, SPECK_BARE, SPECK_LAST], ids=str)
 def test_the_custom_ops_keep_what_pytorch_asks_of_them(case):
     inputs = draw(case)
     names = ("q", "k", "v", "text_q", "text_k", "text_v", "w1", "w2", "w3", "q_weight", "q_bias", "k_weight", "k_bias")
     names += ("q_gain", "k_gain", "text_q_gain", "text_k_gain")
     norm = "none" if case.settings.key_norm == "none" else case.settings.norm_scope
-    numbers = (case.rows, case.columns, case.prefix, norm, 1.0, 1e-6)
+    numbers = (case.rows, case.columns, case.prefix, norm, 1.0, 1e-6, STEPPED_WEIGHTS[case.settings.inner])
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.leaves.items()}
     torch.library.opcheck(kernels._layer, (*map(leaves.get, names), *numbers))
     plain = [inputs.leaves.get(name) for name in names]

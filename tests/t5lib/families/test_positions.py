@@ -22,6 +22,8 @@ from tiny_denoisers import (
     tiny_sd3,
 )
 from tiny_eva import EVAS, tiny_eva
+from tiny_transformers import KINDS as TRANSFORMERS
+from tiny_transformers import tiny_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,9 +45,15 @@ def eva(kind):
     return lambda: (tiny_eva(kind, dynamic_img_size=True), {"x": random_images(2, 24, 40)})
 
 
+def transformer(kind):
+    square = kind == "vit_pretraining"  # its head puts patches together to a square image
+    return lambda: (tiny_transformer(kind), {"pixel_values": random_images(2, 24, 24 if square else 40)})
+
+
 MODELS = {
     **{f"vit {kind}": vit(kind) for kind in KINDS},
     **{f"eva {kind}": eva(kind) for kind in EVAS},
+    **{f"transformers {kind}": transformer(kind) for kind in TRANSFORMERS},
     "sd3": lambda: (tiny_sd3(), noised_batch(sd3_batch(0), RectifiedFlow(), 0)),
     "dit": lambda: (tiny_dit(), noised_batch(dit_batch(0), NoiseAndVariance(), 0)),
     "pixart": lambda: (tiny_pixart(), noised_batch(pixart_batch(0, width=12), NoiseAndVariance(), 0)),
@@ -147,10 +155,10 @@ def test_so_it_is_with_every_architecture_of_timm_that_converts(module):
 
 
 ROTATING = [kind for kind in EVAS if kind != "eva"]
-ROTARY_MODELS = ["flux", "qwen image", *(f"eva {kind}" for kind in ROTATING)]
+ROTARY = ["flux", "qwen image", "transformers dinov3", *(f"eva {kind}" for kind in ROTATING)]
 
 
-@pytest.mark.parametrize("name", ROTARY_MODELS)
+@pytest.mark.parametrize("name", ROTARY)
 @torch.no_grad()
 def test_the_attentions_of_rotary_models_are_told_their_positions_and_differ_without(name):
     model, inputs = MODELS[name]()
