@@ -134,7 +134,9 @@ def read_description(folder: Path | str) -> dict[str, Any]:
     """
     folder = as_path(folder)
     if not os.path.exists(folder / DESCRIPTION):  # Path.exists raises on names that are too long
-        raise T5Error(f"{folder} is not a saved model: it has no {DESCRIPTION}; expected a folder of t5lib.save")
+        others = " (AutoModel….from_pretrained loads what a model's save_pretrained wrote)"
+        hint = others if os.path.exists(folder / "config.json") else ""
+        raise T5Error(f"{folder} is not a saved model: it has no {DESCRIPTION}; expected a folder of t5lib.save{hint}")
     description = read_json(folder / DESCRIPTION)
     if not isinstance(description, dict):
         raise T5Error(f"{folder}/{DESCRIPTION} holds a {type(description).__name__}; save or copy the folder again")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from t5lib.layers.attention import TTTAttention, project
 from t5lib.layers.grid import TokenGrid
+from t5lib.layers.mixers import Mixer
 from t5lib.utils.errors import T5Error
 
 # Numbers in one tensor (B, H, N, D) of a chunk; a pass holds some tens of those, and of N×N maps in windowed layers.
@@ -52,19 +53,38 @@ def implicit_attention(
         T5Error: another kind of layer, or `queries` or `probes` out of range.
     """
     with torch.no_grad():
-        q, k, v = projected(attention, x, grid, rope)
-    queries = _checked(queries, q.shape[2]).to(x.device)
-    if not isinstance(attention, TTTAttention):
-        scores = (q[:, :, queries] * attention.scale @ k.mT).to(_wide(q))
+        qkv = projected(attention, x, grid, rope)
+    mixer = attention.mixer if isinstance(attention, TTTAttention) else None
+    return map_of(qkv, mixer, grid, queries=queries, probes=probes, seed=seed)
+
+
+def map_of(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    mixer: Mixer | None,
+    grid: TokenGrid,
+    *,
+    queries: Tensor | list[int] | None = None,
+    probes: int = 4,
+    seed: int = 0,
+) -> Tensor:
+    """`implicit_attention` of what a layer of any family mixes: q, k and v (B, H, N, D), by softmax without a `mixer`.
+
+    Raises:
+        T5Error: `queries` or `probes` out of range.
+    """
+    q, k, _ = qkv
+    queries = _checked(queries, q.shape[2]).to(q.device)
+    if mixer is None:
+        scores = (q[:, :, queries] * q.shape[3] ** -0.5 @ k.mT).to(_wide(q))
         return scores.softmax(-1).detach()
     if not 1 <= probes <= q.shape[3]:
         raise T5Error(f"probes is {probes}; expected 1 to the head width, {q.shape[3]}")
     directions = _directions(q.shape[3], probes, seed).to(q)
-    which = torch.arange(len(queries), device=x.device).repeat_interleave(probes)
-    squares = torch.zeros(*q.shape[:2], len(queries), q.shape[2], dtype=_wide(q), device=x.device)
-    step = max(1, CHUNK.get(x.device.type, CHUNK["cpu"]) // q.numel())
+    which = torch.arange(len(queries), device=q.device).repeat_interleave(probes)
+    squares = torch.zeros(*q.shape[:2], len(queries), q.shape[2], dtype=_wide(q), device=q.device)
+    step = max(1, CHUNK.get(q.device.type, CHUNK["cpu"]) // q.numel())
     for chosen, direction in zip(which.split(step), directions.repeat(len(queries), 1).split(step), strict=True):
-        parts = _pulled_back(attention, (q, k, v), grid, queries[chosen], direction)
+        parts = _pulled_back(mixer, qkv, grid, queries[chosen], direction)
         squares.index_add_(2, chosen, parts.movedim(0, 2).to(squares))
     return (squares / probes).sqrt()
 
@@ -122,9 +142,7 @@ def _lattice(length: int, count: int) -> list[int]:
     return [(2 * index + 1) * length // (2 * count) for index in range(count)]
 
 
-def _pulled_back(
-    attention: TTTAttention, qkv: tuple[Tensor, ...], grid: TokenGrid, queries: Tensor, directions: Tensor
-) -> Tensor:
+def _pulled_back(mixer: Mixer, qkv: tuple[Tensor, ...], grid: TokenGrid, queries: Tensor, directions: Tensor) -> Tensor:
     """‖uᵀ ∂o_i/∂v_j‖² for pairs of a query i and a direction u, (pairs, B, H, N).
 
     Every pair has a copy of the images to itself: one ordinary backward pass serves all pairs, whatever ops the mixer
@@ -134,7 +152,7 @@ def _pulled_back(
     q, k, v = (t.detach().expand(pairs, -1, -1, -1, -1).flatten(0, 1) for t in qkv)
     with torch.enable_grad():
         v.requires_grad_()
-        o = attention.mixer(q, k, v, grid).unflatten(0, (pairs, B))
+        o = mixer(q, k, v, grid).unflatten(0, (pairs, B))
         asked = o[torch.arange(pairs, device=o.device), :, :, queries]  # (pairs, B, H, D)
         [gradient] = torch.autograd.grad((asked * directions[:, None, None].to(o)).sum(), v)
     return gradient.to(_wide(gradient)).square().sum(-1).view(pairs, B, H, N)

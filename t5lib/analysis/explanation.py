@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t5lib.analysis.attention_maps import attention_distance, implicit_attention, over_patches, spread_queries
+from t5lib.analysis.attention_maps import attention_distance, map_of, over_patches, spread_queries
 from t5lib.analysis.key_shift import shift_ratio
 from t5lib.analysis.similarity import CKA, RelativeError
 from t5lib.families import family_of
@@ -29,6 +29,7 @@ MAP_LAYERS, MAP_IMAGES = 4, 2  # how many are pictured
 DISTANCES = ("distance_softmax", "distance_converted")
 ERRORS = ("layer_error", "block_error", "cka")
 SHIFTS = ("shift_softmax", "shift_before", "shift_after", "shift_fitted")
+CLASS_TOKENS = {"cls_token", "class_embedding"}  # as models call the parameter
 OF_NEW_LAYERS = ("layer_error", "shift_after", "shift_fitted")  # means leave layers out that stayed softmax
 
 
@@ -288,8 +289,11 @@ def _look(
         asked, both = spread + list(shown.values()) * (index in pictured), []
         for (model, trace), distance in zip(sides, distances, strict=True):
             call = trace.calls[name]
-            [x], attention = call.tokens, model.get_submodule(name)
-            weights = implicit_attention(attention, x, grid, rope=call.rope, queries=asked, probes=probes)
+            mixer = getattr(model.get_submodule(name), "mixer", None)
+            if mixer is not None:
+                call = call.of(mixer.prepare(*call.tokens, grid))
+            qkv = adapter.project(model.get_submodule(name), call)
+            weights = map_of(qkv, mixer, grid, queries=asked, probes=probes)
             distance.append(attention_distance(weights[:, :, : len(spread)], spread, grid).mean().item())
             both.append(over_patches(weights[:MAP_IMAGES, :, len(spread) :], grid.num_prefix_tokens).mean(1))
         if index in pictured:
@@ -309,7 +313,8 @@ def _shown(model: nn.Module, grid: TokenGrid) -> dict[str, int]:
     """The queries that are pictured, by name."""
     centre = grid.num_prefix_tokens + (grid.rows // 2) * grid.columns + grid.columns // 2
     shown = {"centre": centre, "corner": grid.num_prefix_tokens}
-    return shown | ({"class token": 0} if getattr(model, "cls_token", None) is not None else {})
+    has_class_token = any(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in model.named_parameters())
+    return shown | ({"class token": 0} if has_class_token else {})
 
 
 def _maps(layer: int, shown: dict[str, int], grid: TokenGrid, softmax: Tensor, converted: Tensor) -> list[AttentionMap]:

@@ -4,6 +4,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, refuse_inside_model
@@ -13,7 +14,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tif
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The softmax model a command works on: a timm name, or a folder written by t5lib.save.
+    """The softmax model a command works on: a timm name, or a folder written by t5lib.save or by transformers.
 
     Attributes:
         name: as typed.
@@ -39,6 +40,11 @@ class Source:
         path = Path(self.name).expanduser()
         return path if path.is_dir() or os.sep in self.name else None
 
+    @property
+    def of_transformers(self) -> bool:
+        """Whether it is a folder that transformers wrote (save_pretrained)."""
+        return bool(self.folder and "model_type" in _settings(self.folder))
+
     def _check_folder(self, folder: Path) -> None:
         if self.weights or not self.pretrained:
             raise T5Error(f"{self.name} is a folder with weights of its own; leave --weights and --no-pretrained out")
@@ -47,9 +53,15 @@ class Source:
                 f"{self.name} is a diffusers pipeline, which only t5 inspect, convert, diagnose and generate take; use "
                 "t5lib in Python (docs/diffusion.md), or a target of params.yaml"
             )
+        if self.of_transformers:
+            self._check_transformers_folder(folder)
+            return
         if not (folder / "t5.json").is_file():
             found = "is no saved model: it has no t5.json" if folder.is_dir() else "does not exist"
-            raise T5Error(f"{self.name} {found}; expected a timm name, or a folder written by t5lib.save")
+            raise T5Error(
+                f"{self.name} {found}; expected a timm name, or a folder written by t5lib.save or "
+                "by transformers' save_pretrained"
+            )
         description = read_json(folder / "t5.json")
         if not isinstance(description, dict):
             raise T5Error(f"{folder}/t5.json describes no model; save or copy the folder again")
@@ -60,11 +72,33 @@ class Source:
                 f"t5lib.save(t5lib.revert(t5lib.load({self.name!r})), 'softmax')"
             )
 
+    def _check_transformers_folder(self, folder: Path) -> None:
+        if "t5_config" in _settings(folder):
+            raise T5Error(
+                f"{self.name} is converted already: TTT layers are where its softmax attention was. Use the softmax "
+                "model it came from, or give it back its softmax attention in Python: t5lib.revert(model)"
+            )
+        if self.img_size:
+            raise T5Error(f"{self.name} has an image processor that decides about sizes; leave --img-size out")
+
     def _check_weights(self, weights: Path) -> None:
         if not self.pretrained:
             raise T5Error("--weights and --no-pretrained contradict each other; leave one out")
         if not weights.exists():
             raise T5Error(f"--weights {weights} does not exist; expected a file of weights, or the folder of one")
+
+
+def refuse_of_transformers(source: Source, what: str, instead: str) -> None:
+    """Raises T5Error where the source is a folder of transformers, which `what` does not take; `instead` does."""
+    if source.of_transformers:
+        raise T5Error(f"{source.name} is a model of transformers, and {what} takes those of timm; in Python: {instead}")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What config.json in `folder` holds, unless the model is one of t5lib.save; nothing where there is none."""
+    path = folder / "config.json"
+    content = read_json(path) if path.is_file() and not (folder / "t5.json").is_file() else {}
+    return content if isinstance(content, dict) else {}
 
 
 def is_pipeline(folder: Path | str) -> bool:

@@ -40,7 +40,9 @@ MODEL, LAYER, CALIBRATION, CHOICE = "The model", "The new layers", "Calibration"
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A timm name, such as vit_small_patch14_dinov2.lvd142m, or a folder of t5lib.save."
+        metavar="MODEL",
+        help="A timm name, such as vit_small_patch14_dinov2.lvd142m, or a folder of t5lib.save "
+        "(for diagnose and convert also one of transformers).",
     ),
 ]
 Weights = Annotated[
@@ -97,7 +99,8 @@ def t5(
     - `t5 generate PIPELINE --prompts FILE --out samples` — images of a diffusion pipeline
 
     MODEL is any ViT of timm (ViT, DeiT, AugReg, DINOv2, DINOv3, DeiT III, EVA02, SigLIP); diagnose, convert and
-    inspect also take the folder of a diffusers pipeline. Images are your own; labels are not needed.
+    inspect also take the folder of a diffusers pipeline, diagnose and convert a folder of transformers
+    (save_pretrained, with its image processor). Images are your own; labels are not needed.
     """
 
 
@@ -157,6 +160,8 @@ def diagnose(
     from t5lib.cli import diagnosing
 
     source = Source(name=model, weights=weights, pretrained=pretrained, img_size=size)
+    if converted:
+        arguments.refuse_of_transformers(source, "--converted", "t5lib.explain(softmax_model, converted_model, images)")
     diagnosing.run(source, paths, out, device, converted)
 
 
@@ -279,6 +284,7 @@ def convert(
     - `t5 convert my-softmax-folder half --layers 0-5 --inner two_layer`
     - `t5 convert my-softmax-folder mixed --layers 0-5=softmax,6-11=swiglu+nat5 --calibrate photos`
     - `t5 convert MODEL best --preset t5-last+ --layers auto --softmax-layers 2 --calibrate photos` (dense features)
+    - `t5 convert my-transformers-folder vit-t5 --calibrate photos` (of save_pretrained)
     - `t5 convert sd35-folder sd35-t5 --layers paper` (a diffusers pipeline; it is calibrated in Python)
 
     **Output**
@@ -377,6 +383,7 @@ def plan(
     params.yaml take them.
     """
     source = Source(name=model, weights=weights, pretrained=pretrained)
+    arguments.refuse_of_transformers(source, "t5 plan", "t5lib.benchmark(softmax_model, converted_model)")
     fit = _given(steps=steps, batch_size=batch_size)
     wanted = _given(speedup=speedup, budget_ms=budget_ms)
     arguments.check_choice(images=images, wanted=wanted, out=out, fit=fit)

@@ -13,8 +13,9 @@ from torch import nn
 import t5lib
 from t5lib.cli import models
 from t5lib.cli.arguments import Source
-from t5lib.cli.images import CalibrationImages, ImageReader
+from t5lib.cli.images import CalibrationImages
 from t5lib.cli.screen import console, counted, facts, note, ranges, say, table
+from t5lib.families import family_of
 from t5lib.layers.config import TTTConfig
 from t5lib.training.calibration import CalibrateConfig, CalibrationReport
 from t5lib.utils.config import to_dict
@@ -65,7 +66,7 @@ def run(request: Request) -> None:
 def _calibrate(
     model: nn.Module, teacher: nn.Module, request: Request, recipe: CalibrateConfig, partial: Path
 ) -> CalibrationReport:
-    reader = ImageReader.of(teacher)
+    reader = models.reader(request.source, teacher)
     batches = CalibrationImages(request.images, reader, recipe.batch_size, request.seed)
     fitted, held_out = counted(len(batches.rest), "image"), len(batches.held_out)
     note(f"{fitted} to fit on, {held_out} to measure on: {reader.description}")
@@ -117,8 +118,9 @@ def _advice(error: float) -> str:
 
 
 def _print_account(model: nn.Module, request: Request, *, fitted_along: bool) -> None:
-    account, total = model.t5_report, len(model.blocks)
-    layers = [int(name.split(".")[1]) for name in account.layers]
+    account, family = model.t5_report, family_of(model)
+    names = family.attention_names(model)
+    layers, total = [names.index(name) for name in account.layers], len(names)
     inherited, new, dropped, reset = (account.numbers[name] for name in ("inherited", "new", "dropped", "reset"))
     facts(
         [
@@ -129,7 +131,7 @@ def _print_account(model: nn.Module, request: Request, *, fitted_along: bool) ->
             *([("started afresh", f"{reset:,} numbers, at random")] if reset else []),
             ("saved to", str(request.out)),
             ("load it", f'import t5lib; model = t5lib.load("{request.out}")'),
-            ("look at it", f"t5 inspect {request.out}"),
+            *([("look at it", f"t5 inspect {request.out}")] if family.package == "timm" else []),
         ]
     )
     if not request.images:

@@ -7,7 +7,6 @@ import t5lib
 from t5lib.analysis.key_shift import Diagnosis
 from t5lib.cli import explaining, models
 from t5lib.cli.arguments import Source
-from t5lib.cli.images import ImageReader
 from t5lib.cli.screen import console, counted, note, notes, say, table
 from t5lib.report import plots
 from t5lib.utils import files
@@ -26,7 +25,7 @@ def run(
     if converted:
         source = explaining.matching(source, outline, converted)
     model = models.load(source, place)
-    reader = ImageReader.of(model)
+    reader = models.reader(source, model)
     with notes.status(f"measuring {counted(len(images), 'image')}, and the same with random weights"):
         pixels = reader.read(images)
         found = t5lib.diagnose(model, pixels)

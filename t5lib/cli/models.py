@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import timm
@@ -15,11 +16,13 @@ from torch import nn
 import t5lib
 from t5lib.checkpoint import read_description
 from t5lib.cli.arguments import Source
+from t5lib.cli.images import ImageReader
 from t5lib.cli.screen import note
 from t5lib.families import adapter, family_of
 from t5lib.families.base import Adapter
 from t5lib.utils.devices import usable_device
 from t5lib.utils.errors import SourceError, T5Error
+from t5lib.utils.extras import extras_named
 from t5lib.weights.timm_vit import load_weights
 
 
@@ -38,7 +41,9 @@ def outline(source: Source) -> nn.Module:
             patch size, or a model that cannot be converted.
     """
     with torch.device("meta"):
-        if source.folder:
+        if source.of_transformers:
+            model = _transformers_folders().outline(source.folder)
+        elif source.folder:
             description = read_description(source.folder)
             model = timm_adapter(description, source.folder).build(
                 description["architecture"], description["model_args"], None
@@ -47,7 +52,8 @@ def outline(source: Source) -> nn.Module:
             _check_name(source)
             model = timm.create_model(source.name, pretrained=False)
         family_of(model).check_convertible(model)
-        _check_size(source, model)
+        if not source.of_transformers:
+            _check_size(source, model)
     return model
 
 
@@ -57,7 +63,7 @@ def timm_adapter(description: dict[str, Any], folder: Path) -> Adapter:
     if family.package != "timm":
         raise T5Error(
             f"{folder} holds a {description['architecture']} of {family.package}, and this command takes models of "
-            "timm: save the pipeline that it belongs to, or use t5lib in Python (docs/diffusion.md)"
+            "timm: use t5lib in Python (or save the diffusers pipeline that it belongs to, docs/diffusion.md)"
         )
     return family
 
@@ -68,6 +74,8 @@ def load(source: Source, device: torch.device) -> nn.Module:
     Raises:
         T5Error: weights that cannot be fetched or do not fit.
     """
+    if source.of_transformers:
+        return _transformers_folders().load(source.folder).to(device)
     if source.folder:
         model = t5lib.load(source.folder)
         if source.img_size:
@@ -80,6 +88,17 @@ def load(source: Source, device: torch.device) -> nn.Module:
         with _fetching(source):
             model = timm.create_model(source.name, pretrained=source.pretrained, **arguments)
     return model.to(device).eval()
+
+
+def reader(source: Source, model: nn.Module) -> ImageReader:
+    """Reads image files as `model`, which `source` stands for, wants them."""
+    return _transformers_folders().reader(source.folder) if source.of_transformers else ImageReader.of(model)
+
+
+def _transformers_folders() -> ModuleType:
+    with extras_named():
+        from t5lib.cli import transformers_folders  # transformers takes seconds to import
+    return transformers_folders
 
 
 def _check_name(source: Source) -> None:

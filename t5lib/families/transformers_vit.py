@@ -43,6 +43,7 @@ class TransformersVit(Adapter):
     name = "transformers_vit"
     package = "transformers"
     input_name = "pixel_values"
+    has_attention_maps = True
 
     def check_convertible(self, model: nn.Module) -> None:
         tower = tower_of(model)

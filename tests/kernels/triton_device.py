@@ -19,17 +19,18 @@ needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 
 
 def reduce_by_slices(reduction, tensors):
-    """The interpreter's `ReduceOps.generic_reduce` for sums over an axis, which adds whole slices at a time.
+    """The interpreter's `ReduceOps.generic_reduce` for sums and maxima, which takes whole slices at a time.
 
     The order is the interpreter's, so results have the same bits (test_triton_device.py). Its own loop over single
     numbers takes most of the time of every kernel that sums.
     """
-    if reduction.combine_fn.fn.__name__ != "_add":
+    combine = {"_add": np.add, "_larger": np.maximum}.get(reduction.combine_fn.fn.__name__)
+    if combine is None:
         return ORIGINAL_REDUCE(reduction, tensors)
     (tensor,) = tensors
     total, *others = np.moveaxis(tensor.handle.data, reduction.axis, 0)
     for other in others:
-        total = total + other
+        total = combine(total, other)
     return [reduction.to_tensor(total, tensor.dtype)]
 
 
@@ -47,4 +48,5 @@ if not CUDA:
     interpreter.interpreter_builder.options = options
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "0" if CUDA else "1")
-    import t5kernels.ttt_layer.triton  # noqa: F401  (it imports every module with kernels)
+    import t5kernels.neighborhood.triton
+    import t5kernels.ttt_layer.triton  # noqa: F401  (the two import every module with kernels)

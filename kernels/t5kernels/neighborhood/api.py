@@ -1,6 +1,7 @@
 """Softmax attention over a window on a grid of tokens: arguments are checked, then an implementation is chosen.
 
-"reference" runs anywhere, "flex" (FlexAttention) is fast on CUDA, "natten" is the NATTEN package where it is installed.
+"reference" runs anywhere, "triton" runs the kernels of triton.py, "flex" (FlexAttention) is fast on CUDA, "natten" is
+the NATTEN package where it is installed.
 """
 
 import math
@@ -10,9 +11,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from t5kernels.choice import Candidate, choose
+from t5kernels.choice import Candidate, choose, triton_candidate
 from t5kernels.neighborhood import reference
 from t5kernels.precision import autocast_dtype
+
+# Of the Triton kernels; larger windows and wider heads in float32 do not fit into shared memory.
+LARGEST_WINDOW, LARGEST_FLOAT32_HEAD = 7, 64
 
 
 def neighborhood_attention(
@@ -24,8 +28,9 @@ def neighborhood_attention(
         q, k, v: (B, H, rows·columns, D), tokens of the grid only, row by row. k and v are cast to q's dtype.
         rows, columns: the sides of the grid.
         window: the side of the window, odd, at most the smaller side of the grid.
-        impl: "natten", "flex", "reference", or None for the first of them that is fast here: NATTEN on CUDA where it is
-            installed, else FlexAttention on CUDA, else the reference.
+        impl: "natten", "triton", "flex", "reference", or None for the first of them that is fast here: NATTEN on CUDA
+            where it is installed, else the kernels for 16-bit tokens and windows up to 7, else FlexAttention on CUDA,
+            else the reference.
 
     Returns:
         (B, H, rows·columns, D) in q's dtype.
@@ -43,7 +48,7 @@ def neighborhood_attention(
             f"neighborhood_attention: window {window} exceeds the grid of {rows}×{columns} tokens; "
             f"expected at most {min(rows, columns)}: take a smaller window or larger images"
         )
-    chosen = choose("neighborhood_attention", impl, _natten(q), _flex(q, k, v))
+    chosen = choose("neighborhood_attention", impl, _natten(q), _triton(q, k, v, window), _flex(q, k, v))
     return _call(_module(chosen).neighborhood_attention, q, k, v, rows=rows, columns=columns, window=window)
 
 
@@ -110,6 +115,20 @@ def _natten(q: Tensor) -> Candidate:
     return Candidate("natten", _on_card(q), obstacle)
 
 
+def _triton(q: Tensor, k: Tensor, v: Tensor, window: int) -> Candidate:
+    def obstacle() -> str | None:
+        if window > LARGEST_WINDOW:
+            return f"with a window of {window}; expected at most {LARGEST_WINDOW}; use 'flex' or 'reference'"
+        if autocast_dtype(q) == torch.float32 and q.shape[3] > LARGEST_FLOAT32_HEAD:
+            return (
+                f"with heads {q.shape[3]} wide in float32; expected at most {LARGEST_FLOAT32_HEAD}; use 16-bit tokens, "
+                "'flex' or 'reference'"
+            )
+        return None
+
+    return triton_candidate((q,), (k, v), obstacle)
+
+
 def _flex(q: Tensor, k: Tensor, v: Tensor) -> Candidate:
     def obstacle() -> str | None:
         # On a CPU, FlexAttention holds all pairs of tokens and has no gradient: it is good for looking at its masks.
@@ -136,6 +155,10 @@ def _module(impl: str) -> ModuleType:
         from t5kernels.neighborhood import flex
 
         return flex
+    if impl == "triton":
+        from t5kernels.neighborhood import triton
+
+        return triton
     if impl == "natten":
         from t5kernels.neighborhood import natten
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from t5kernels.choice import Candidate, choose
-from t5kernels.precision import as_in_autocast, autocast_dtype
+from t5kernels.choice import Candidate, choose, triton_candidate
+from t5kernels.precision import as_in_autocast
 from t5kernels.ttt import reference
 
 INNER_WEIGHTS = {
@@ -170,18 +170,6 @@ def kernels(inner: str, loss: str, tokens: Sequence[Tensor], weights: Sequence[T
     def obstacle() -> str | None:
         if inner not in FUSED_INNERS or loss != "dot":
             return f"with inner={inner!r}, loss={loss!r}; expected one of {FUSED_INNERS} and 'dot'; use 'reference'"
-        try:
-            from t5kernels import launch
-        except ImportError as error:
-            return f"without Triton ({error}); install it, or use 'reference'"
-        return launch.obstacle(tokens, weights)
+        return None
 
-    half = autocast_dtype(tokens[0]) in (torch.float16, torch.bfloat16)
-    return Candidate("triton", half and _is_supported_card(tokens[0].device), obstacle)
-
-
-def _is_supported_card(device: torch.device) -> bool:
-    """Whether Triton compiles for this device. While torch.compile traces, any card is taken to be one of those."""
-    if device.type != "cuda":
-        return False
-    return torch.compiler.is_compiling() or torch.cuda.get_device_properties(device).major >= 8
+    return triton_candidate(tokens, weights, obstacle)

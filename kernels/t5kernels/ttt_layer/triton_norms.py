@@ -19,26 +19,12 @@ run to run.
 import triton
 import triton.language as tl
 
+from t5kernels.reductions import over_channels, over_tokens
 from t5kernels.tokens import COUNTS, after_previous, load_tokens, start_of_head, store_tokens, token_mask
 
 # A program of the statistics writes so many rows: the sums of u - s and of (u - s)², and s.
 STATISTICS = tl.constexpr(3)
 AT_ONCE = tl.constexpr(16)  # the statistics of so many programs are added at a time
-
-
-@triton.jit
-def _add(a, b):
-    return a + b
-
-
-@triton.jit
-def over_tokens(x):
-    """The sum over the first axis.
-
-    It is not tl.sum because Triton's own functions are interpreted only if TRITON_INTERPRET was set when Triton was
-    imported.
-    """
-    return tl.reduce(x, 0, _add)
 
 
 @triton.jit
@@ -56,15 +42,9 @@ def store_row(x, row, values, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _over_channels(x):
-    """The sum over the second axis."""
-    return tl.reduce(x, 1, _add)
-
-
-@triton.jit
 def _rms_factor(x, eps, D: tl.constexpr):
     """f (BLOCK,) of tokens x (BLOCK, WIDTH)."""
-    return 1 / tl.sqrt(_over_channels(x * x) / D + eps)
+    return 1 / tl.sqrt(over_channels(x * x) / D + eps)
 
 
 @triton.jit
@@ -193,7 +173,7 @@ def norm_backward_kernel(
         if RMS:
             d_gain += grad * fx
             grad *= gains
-            grad = factor * (grad - fx * (_over_channels(grad * fx) / D)[:, None])
+            grad = factor * (grad - fx * (over_channels(grad * fx) / D)[:, None])
         store_tokens(dx, grad, start, dx_n, dx_d, N, D, WIDTH, BLOCK)
     if RMS:
         parts += (index.to(tl.int64) * tl.num_programs(1) + part) * D

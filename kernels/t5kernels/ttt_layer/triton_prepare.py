@@ -22,8 +22,9 @@ the caller adds them. There are no atomics, so results are the same from run to 
 import triton
 import triton.language as tl
 
+from t5kernels.reductions import over_tokens
 from t5kernels.tokens import COUNTS, after_previous, start_of_head, token_mask, token_pointers
-from t5kernels.ttt_layer.triton_norms import load_norm, load_row, over_tokens, store_row
+from t5kernels.ttt_layer.triton_norms import load_norm, load_row, store_row
 
 # The rows of a program's partial sums: nine of dw, then dbias, sum dn, sum dn n.
 BIAS_SUM = tl.constexpr(9)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_card import fake_card
 from t5kernels import circular_attention, neighborhood_attention
-from t5kernels.neighborhood import flex, natten, reference
+from t5kernels.neighborhood import flex, natten, reference, triton
 from torch import Tensor
 from torch.testing import assert_close
 from triton_device import needs_cuda
@@ -214,10 +214,12 @@ def test_the_output_has_the_type_of_the_queries_under_autocast_too():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("installed", "width"), [(True, 8), (True, 12), (False, 8)])
-def test_on_a_card_natten_comes_first_where_it_can_be_used_and_flex_next(installed, width, dtype, monkeypatch):
+def test_on_a_card_natten_comes_first_where_it_can_be_used_then_our_kernels_then_flex(
+    installed, width, dtype, monkeypatch
+):
     monkeypatch.setattr(natten, "is_installed", lambda: installed)
     names = []
-    for module in (natten, flex, reference):
+    for module in (natten, triton, flex, reference):
         for op in ("neighborhood_attention", "circular_attention"):
             call = functools.partial(note, names, module.__name__.rpartition(".")[2])
             monkeypatch.setattr(module, op, call, raising=False)
@@ -225,9 +227,10 @@ def test_on_a_card_natten_comes_first_where_it_can_be_used_and_flex_next(install
         x = torch.empty(B, H, 12, width, dtype=dtype, device="cuda", requires_grad=True)
         neighborhood_attention(x, x, x, rows=3, columns=4, window=3)
         circular_attention(x, x, x, rows=3, columns=4, num_prefix_tokens=0, radius=2)
-    without_natten = "reference" if dtype == torch.float64 else "flex"
+    circle = "reference" if dtype == torch.float64 else "flex"
+    square = circle if dtype in (torch.float32, torch.float64) else "triton"
     with_natten = installed and width == 8 and dtype != torch.float64
-    assert names == ["natten" if with_natten else without_natten, without_natten]
+    assert names == ["natten" if with_natten else square, circle]
 
 
 def note(names, name, q, k, v, **sizes):
@@ -260,7 +263,7 @@ def test_shapes_are_known_on_the_meta_device():
         ({"columns": 5}, r"q \(2, 3, 12, 8\).*expected three of the same shape \(B, H, 15, D\).*grid of 3×5"),
         ({"k": torch.zeros(B, H, 12, 4)}, r"k \(2, 3, 12, 4\)"),
         ({"q": torch.zeros(H, 12, 8)}, r"q \(3, 12, 8\)"),
-        ({"impl": "triton"}, "impl is 'triton'; expected one of"),
+        ({"impl": "cuda"}, "impl is 'cuda'; expected one of"),
         ({"impl": "natten"}, "impl='natten' cannot be used with torch.float64, head width 8, on cpu.*install natten"),
         ({"impl": "flex", "q": torch.zeros(B, H, 12, 8, requires_grad=True)}, "'flex' cannot be used.*use 'reference'"),
     ],

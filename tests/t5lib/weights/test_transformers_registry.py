@@ -68,6 +68,8 @@ def test_what_transformers_saves_it_loads_with_the_same_outputs(kind, tmp_path):
     assert type(loaded) is type(model) and same(loaded, model)
     assert loaded.t5_config == config and loaded.t5_report == model.t5_report
     assert same(t5lib.revert(loaded), t5lib.revert(model))
+    with pytest.raises(T5Error, match=r"has no t5\.json; .*from_pretrained loads what a model's save_pretrained wrote"):
+        t5lib.load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["vit_classifier", "dinov2", "dinov3", "clip_dual"])
