@@ -29,7 +29,7 @@ WINDOWED = (
 POOLING = "it pools tokens on the way, so that attention has fewer keys than queries or another grid in every stage"
 LINEAR = "its attention is linear already"
 PARALLEL = "it computes attention and MLP from one projection or in parallel, where a TTT layer has no place"
-CROSS = "it attends to text in attentions of their own beside those over the image, which is not supported yet"
+CROSS = "it attends to text in attentions of their own beside those over the image, which is supported in PixArt alone so far"
 DIFFERENCE = "it subtracts one softmax map from another, which a TTT layer has no counterpart for"
 LATENTS = "it attends from a few latents to the image, whose cost is linear already"
 VIDEO = "its tokens lie in time too, and a TTT layer needs a grid of rows and columns"
@@ -42,7 +42,8 @@ REASONS = {
     **dict.fromkeys(("Flux", "HunyuanDiT", "Lumina", "QwenImage", "Wan"), ROTARY),
     "NaFlexVit": PACKING,
     "Siglip2": NAFLEX,
-    "Sam": WINDOWED,
+    **dict.fromkeys(("SamModel", "SamVision", "SamHQ"), WINDOWED),
+    "Sam": WINDOWS,
     "Perceiver": LATENTS,
     **dict.fromkeys(("Vivit", "VideoMAE", "VideoPrism", "Timesformer", "VJEPA"), VIDEO),
     **dict.fromkeys(("Swin", "VisionTransformerSAM", "MaxxVit", "DaVit", "Twins", "Nest", "WindowAttention"), WINDOWS),
@@ -50,7 +51,7 @@ REASONS = {
     **dict.fromkeys(("MultiScaleVit", "PoolingVision", "PyramidVision", "Hiera", "Pvt", "Segformer"), POOLING),
     **dict.fromkeys(("Xcit", "EfficientVit", "Sana", "MobileVitV2"), LINEAR),
     **dict.fromkeys(("Parallel", "DiffParallel"), PARALLEL),
-    **dict.fromkeys(("PixArt", "UNet", "Transformer2DModel"), CROSS),
+    **dict.fromkeys(("UNet", "Transformer2DModel"), CROSS),
     "DiffAttention": DIFFERENCE,
 }
 

@@ -8,7 +8,7 @@ Shapes: B images, N image tokens, C channels.
 
 Sources: matching a network's final features after its attentions have been fitted is published in ViT-AdaLA (arXiv
 2603.16063); "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772) aligns SD3.5 to an average of
-its own weights. The weights and rates here are our own (data/scenes/study.py tries them).
+its own weights. The weights, rates and the damping here are our own (data/scenes/study.py tries them; docs/results).
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from t5lib.conversion import ttt_layers
 from t5lib.data.batches import Batches, open_batches
 from t5lib.families import family_of
+from t5lib.families.base import Adapter
 from t5lib.families.inputs import Inputs, check_finite, placed
 from t5lib.layers.grid import TokenGrid
 from t5lib.training.loop import Log
@@ -36,6 +37,8 @@ from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
 from t5lib.utils.seeds import own_random_states
 from t5lib.utils.weights import digest
+
+AUTO = "auto"
 
 
 @settings
@@ -51,40 +54,43 @@ class AlignConfig(LoopConfig):
             is what the teacher is, and its patch embedding bears far smaller steps than the blocks do: hence "blocks".
         blocks: weight of the blocks' errors together.
         block_growth: weight of a block's error over that of the block before it; 1 for all alike.
-        features: name of a part of the model, called once in a forward, whose tokens are matched too: "norm" is the
-            last norm of timm's models, from which dense features are read. Null for none.
+        features: name of a part of the model, called once in a forward, whose tokens are matched too. "auto" is the
+            part from which dense features are read, such as "norm" of timm's models, and nothing in denoisers, whose
+            output says it all. Null for none.
         features_weight: weight of the error of `features`.
         output: weight of the error of the model's output (logits, pooled features, a denoiser's prediction).
-        cosine: weight of 1 minus the cosine of `features`, beside their squared error.
+        cosine: weight of 1 minus the cosine of `features`, beside their squared error; without them it is nothing.
         damping: part of the gradient that does not reach a block from the block after it; 0 lets all of it through, 1
             leaves every block to its own error. The first blocks of a calibrated model are nearly right already; the
-            errors of all later ones together would drive them away from that.
+            errors of all later ones together would drive them away from that. More of it bears higher rates.
         prefix: weight of class and register tokens beside that of the image's, in blocks and features.
         Others: see LoopConfig.
     """
 
     steps: WholeNumber = 2000
     batch_size: BatchSize = 16
-    lr: Rate = 3e-5
-    lr_new: Rate = 3e-4
+    lr: Rate = 2e-4
+    lr_new: Rate = 2e-3
     min_lr: Share = 0.0
     warmup: Share = 0.1
     weight_decay: Rate = 0.0
     trainable: Literal["blocks", "attention", "new", "lora", "all"] = "blocks"  # type: ignore[assignment]  # more
     blocks: Weight = 1.0
     block_growth: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    features: str | None = None
+    features: str | None = AUTO
     features_weight: Weight = 2.0
     output: Weight = 1.0
-    cosine: Weight = 0.0
-    damping: Share = 0.0
+    cosine: Weight = 2.0
+    damping: Share = 0.75
     prefix: Weight = 0.1
 
     def __post_init__(self):
         if not (self.blocks or self.output or (self.features and (self.features_weight or self.cosine))):
             raise T5Error("align: blocks, features and output all weigh 0; there is nothing to learn from")
-        if self.cosine and not self.features:
-            raise T5Error("align: cosine is set but features is not; name a part of the model, such as 'norm'")
+
+    def features_of(self, family: Adapter) -> str | None:
+        """The name of the part whose tokens are matched in models of a family."""
+        return family.features if self.features == AUTO else self.features
 
 
 @dataclass(kw_only=True)
@@ -165,12 +171,13 @@ class Alignment(Objective[Inputs]):
         teacher: the softmax model.
 
     Raises:
-        T5Error: the models do not match, or config.features is no part of them.
+        T5Error: the models do not match, or what config.features names is no part of them.
     """
 
     def __init__(self, config: AlignConfig, model: nn.Module, teacher: nn.Module):
         self.config, self.family, self.teacher = config, family_of(model), teacher
-        _check(model, teacher, config)
+        self.features = config.features_of(self.family)
+        _check(model, teacher, config, self.features)
         names = self.family.attention_names(teacher)
         count = len(list(self.family.blocks(model)))
         # Blocks of some denoisers hold two attentions.
@@ -188,10 +195,9 @@ class Alignment(Objective[Inputs]):
         trainer.compile_blocks(self.teacher)
         if self.config.compile:
             self.errors = torch.compile(token_errors, dynamic=False)
-        features = self.config.features
         self.recorders = [
-            Recorder(self.family, trainer.plain, features, self.config.damping),
-            Recorder(self.family, self.teacher, features),
+            Recorder(self.family, trainer.plain, self.features, self.config.damping),
+            Recorder(self.family, self.teacher, self.features),
         ]
 
     def made_of(self) -> dict[str, Any]:
@@ -227,7 +233,7 @@ class Alignment(Objective[Inputs]):
         for weight, our_block, their_block in zip(self.weights, ours.blocks, theirs.blocks, strict=True):
             if weight:
                 loss = loss + weight * self._with_prefix(self.errors(our_block, their_block, grid))
-        if config.features:
+        if self.features:
             errors = self.errors(ours.features, theirs.features, grid, cosine=bool(config.cosine))
             loss = loss + config.features_weight * self._with_prefix(errors)
             if config.cosine:
@@ -244,7 +250,7 @@ class Alignment(Objective[Inputs]):
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             seen = []
             for each in (model, self.teacher):
-                recorder = Recorder(self.family, each, self.config.features)
+                recorder = Recorder(self.family, each, self.features)
                 try:
                     with recorder.recording():
                         seen.append((recorder, self.family.call(each, inputs)))
@@ -252,19 +258,19 @@ class Alignment(Objective[Inputs]):
                     recorder.remove()
         (ours, output), (theirs, wanted) = seen
         grid = self.family.grid(model, inputs)
-        if self.config.features:
-            theirs.check_features(self.config.features, grid)
+        if self.features:
+            theirs.check_features(self.features, grid)
         errors = {
             name: token_errors(block, target, grid)["image"]
             for name, block, target in zip(self.names, ours.blocks, theirs.blocks, strict=True)
         }
-        if self.config.features:
+        if self.features:
             errors["features"] = token_errors(ours.features, theirs.features, grid)["image"]
         errors["output"] = output_error(output, wanted)
         return {name: error.item() for name, error in errors.items()}
 
 
-def _check(model: nn.Module, teacher: nn.Module, config: AlignConfig) -> None:
+def _check(model: nn.Module, teacher: nn.Module, config: AlignConfig, features: str | None) -> None:
     check_pair(model, teacher)
     ours, theirs = (dtypes(each) - {torch.float32} for each in (model, teacher))
     if ours:
@@ -274,12 +280,12 @@ def _check(model: nn.Module, teacher: nn.Module, config: AlignConfig) -> None:
             f"align: the teacher has weights in {theirs.pop()} and precision is fp32; call teacher.float(), or set "
             "precision: bf16"
         )
-    if config.features:
+    if features:
         try:
-            model.get_submodule(config.features)
+            model.get_submodule(features)
         except AttributeError:
             raise T5Error(
-                f"align: features '{config.features}' is no part of a {type(model).__name__}; name one of "
+                f"align: features '{features}' is no part of a {type(model).__name__}; name one of "
                 f"{', '.join(name for name, _ in model.named_children())}, or null"
             ) from None
 

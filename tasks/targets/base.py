@@ -207,7 +207,7 @@ def check_model(model: nn.Module, sections: dict[str, Any], inputs: Inputs) -> N
     narrowest, probes = min(layer.head_dim for layer in layers), sections["explain"].probes
     if adapter.has_attention_maps and probes > narrowest:
         raise T5Error(f"explain.probes is {probes}; expected at most {narrowest}, the width of a head")
-    features = sections["align"].features
+    features = sections["align"].features_of(adapter)
     if features is not None and features not in [name for name, _ in model.named_modules() if name]:
         raise T5Error(f"align.features '{features}' is no part of a {type(model).__name__}; name one such as 'norm'")
     if features is not None:

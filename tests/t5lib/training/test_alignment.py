@@ -23,7 +23,9 @@ from t5lib.training.recorder import Recorder, output_error, token_errors
 from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-QUICK = AlignConfig(steps=8, batch_size=4, lr=1e-3, lr_new=3e-3, checkpoint_every=3)
+QUICK = AlignConfig(
+    steps=8, batch_size=4, lr=1e-3, lr_new=3e-3, features=None, cosine=0.0, damping=0.0, checkpoint_every=3
+)
 
 
 def batches(start: int):
@@ -54,6 +56,14 @@ def test_errors_of_vits_fall_and_the_teacher_stays_as_it_is(kind):
     assert report.error_after["features"] < 0.95 * report.error_before["features"]
     assert report.steps == 20 and math.isfinite(report.loss)
     assert not changed(teacher, before) and not any(p.grad is not None for p in teacher.parameters())
+
+
+def test_by_default_the_features_of_vits_are_matched_and_denoisers_have_none():
+    config, denoised = AlignConfig(steps=2, batch_size=4), noised_inputs(dit_batches, NoiseAndVariance(), 0)
+    for build, inputs, matched in ((tiny_vit, batches, True), (tiny_dit, denoised, False)):
+        teacher = build()
+        report = align(t5lib.convert(teacher), teacher=teacher, batches=inputs, config=config)
+        assert ("features" in report.error_after) == matched
 
 
 @pytest.mark.parametrize(
@@ -244,6 +254,4 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(T5Error, match="bfloat16 and precision is fp32"):
         aligned(model, tiny_vit().bfloat16())
     with pytest.raises(T5Error, match="nothing to learn from"):
-        AlignConfig(blocks=0.0, output=0.0)
-    with pytest.raises(T5Error, match="cosine is set but features is not"):
-        AlignConfig(cosine=1.0)
+        AlignConfig(blocks=0.0, output=0.0, features=None)
