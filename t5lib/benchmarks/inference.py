@@ -142,9 +142,7 @@ def main() -> None:
     sides = [1024, 2048, 512, 4096]
     parser.add_argument("--resolutions", type=int, nargs="+", default=sides, help="sides in pixels, in this order")
     parser.add_argument("--repeats", type=int, default=10, help="timed passes")
-    parser.add_argument(
-        "--blocks", type=int, help="fewer, where a pass takes seconds or models are too large (default: all)"
-    )
+    parser.add_argument("--blocks", type=int, help="fewer, where a pass takes seconds (default: all)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("inference: no CUDA device, and on a CPU this model takes minutes a pass; run it where there is one")

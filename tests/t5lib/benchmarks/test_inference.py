@@ -67,8 +67,7 @@ SMALL = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
 ROTARY = SMALL | {"in_channels": 16, "axes_dims_rope": (2, 2, 4), "joint_attention_dim": 12}
 OTHERS = {
     "flux-dev": ROTARY | {"guidance_embeds": True, "num_single_layers": 1, "pooled_projection_dim": 10},
-    "pixart-sigma-1024": SMALL
-    | {"cross_attention_dim": 16, "caption_channels": 12, "use_additional_conditions": False},
+    "pixart-sigma-1024": SMALL | {"cross_attention_dim": 16, "caption_channels": 12, "sample_size": 8},
     "qwen-image": ROTARY | {"out_channels": 4},
 }
 
