@@ -21,8 +21,8 @@ def convert(model: nn.Module, config: TTTConfig | str | None = None, *, inplace:
     Args:
         model: a timm VisionTransformer whose attention is timm's Attention, a timm Eva (with rotary positions or
             without), a model of transformers that is or holds a vision tower such as ViT, DINOv3, SigLIP or CLIP, or
-            diffusers' SD3Transformer2DModel or DiTTransformer2DModel; not changed unless `inplace`, which makes no
-            second copy of the weights.
+            diffusers' SD3Transformer2DModel, DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel or
+            QwenImageTransformer2DModel; not changed unless `inplace`, which makes no second copy of the weights.
         config: what the new layers are, or the name of a preset such as "t5+"; the default is the method's (swiglu,
             instance key norm, dwc_qk, all layers).
 

@@ -8,11 +8,12 @@ from torch import nn
 CONVERTIBLE = (
     "a timm VisionTransformer (ViT, DeiT, AugReg, DINOv2, DeiT III, SigLIP …) or Eva (DINOv3, Perception Encoder, "
     "EVA02, RoPE-ViT …), nor transformers' ViT, DeiT, DINOv2, DINOv3, SigLIP, CLIP, ViTMAE or Depth Anything, nor "
-    "diffusers' SD3Transformer2DModel or DiTTransformer2DModel"
+    "diffusers' SD3Transformer2DModel, DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel or "
+    "QwenImageTransformer2DModel"
 )
 ROTARY = (
-    "it rotates queries and keys by their positions (rotary embedding), which is supported in timm's Eva family and "
-    "transformers' DINOv3 alone so far"
+    "it rotates queries and keys by their positions (rotary embedding), which is supported in timm's Eva family, "
+    "transformers' DINOv3 and diffusers' Flux.1 and Qwen-Image alone so far"
 )
 PACKING = "it packs images of several sizes into one sequence and masks what pads it, and a TTT layer takes no mask"
 NAFLEX = (
@@ -28,7 +29,7 @@ WINDOWED = (
 POOLING = "it pools tokens on the way, so that attention has fewer keys than queries or another grid in every stage"
 LINEAR = "its attention is linear already"
 PARALLEL = "it computes attention and MLP from one projection or in parallel, where a TTT layer has no place"
-CROSS = "it attends to text in attentions of their own beside those over the image, which is not supported yet"
+CROSS = "it attends to text in attentions of their own beside those over the image, which is supported in PixArt alone so far"
 DIFFERENCE = "it subtracts one softmax map from another, which a TTT layer has no counterpart for"
 LATENTS = "it attends from a few latents to the image, whose cost is linear already"
 VIDEO = "its tokens lie in time too, and a TTT layer needs a grid of rows and columns"
@@ -50,7 +51,7 @@ REASONS = {
     **dict.fromkeys(("MultiScaleVit", "PoolingVision", "PyramidVision", "Hiera", "Pvt", "Segformer"), POOLING),
     **dict.fromkeys(("Xcit", "EfficientVit", "Sana", "MobileVitV2"), LINEAR),
     **dict.fromkeys(("Parallel", "DiffParallel"), PARALLEL),
-    **dict.fromkeys(("PixArt", "UNet", "Transformer2DModel"), CROSS),
+    **dict.fromkeys(("UNet", "Transformer2DModel"), CROSS),
     "DiffAttention": DIFFERENCE,
 }
 

@@ -169,8 +169,8 @@ def _account(before: dict[str, Tensor], model: nn.Module, layers: list[str], res
             f"conversion lost track of {', '.join(unexplained)}: every old weight keeps its name and its tensor, and "
             "new ones are under 'mixer.'; please report this model, or mend the new layer if it is yours"
         )
-    names = {"inherited": inherited, "new": new, "dropped": dropped, "reset": reset}
-    numbers = {what: sum((after | before)[n].numel() for n in tensors) for what, tensors in names.items()}
+    names, every = {"inherited": inherited, "new": new, "dropped": dropped, "reset": reset}, after | before
+    numbers = {what: sum(every[name].numel() for name in tensors) for what, tensors in names.items()}
     return ConversionReport(
         layers=tuple(layers), **{what: tuple(tensors) for what, tensors in names.items()}, numbers=numbers
     )
