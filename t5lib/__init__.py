@@ -7,7 +7,7 @@
     t5lib.calibrate(t5, teacher=model, batches=loader)   # attention transfer, no labels needed
     t5lib.align(t5, teacher=model, batches=loader)       # the whole model on the whole model, no labels either
     t5lib.save(t5, "out"); t5 = t5lib.load("out")        # safetensors + JSON
-    pipe = t5lib.convert_pipeline(pipe)                  # Stable Diffusion 3 or DiT in diffusers; pipe.save_pretrained
+    pipe = t5lib.convert_pipeline(pipe)                  # Stable Diffusion 3, Flux … in diffusers; pipe.save_pretrained
     pipe = t5lib.load_pipeline("sd35-t5")
 
 Names are imported when first used, so that `import t5lib` costs nothing. `import t5lib.weights.timm_registry` adds

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, Transformer2DModel
 from safetensors import safe_open
 from torch import nn
 
 from t5lib.conversion import convert
-from t5lib.families import dit, sd3  # also the classes that saved pipelines name
+from t5lib.families import dit, flux, pixart, qwen_image, sd3  # also the classes that saved pipelines name
 from t5lib.families.diffusers_base import check_loaded
 from t5lib.layers.config import TTTConfig
 from t5lib.model_card import Figures, License, model_card
@@ -36,10 +36,10 @@ from t5lib.utils.errors import T5Error
 from t5lib.utils.files import as_path, read_json, read_text, refuse_endless
 from t5lib.utils.weights import check_numbers, shards_of
 
-_FAMILIES = (dit.ADAPTER, sd3.ADAPTER)
+_FAMILIES = (dit.ADAPTER, flux.ADAPTER, pixart.ADAPTER, qwen_image.ADAPTER, sd3.ADAPTER)
 PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TRANSFORMERS = {kind.__name__: kind for family in _FAMILIES for kind in (family.softmax_class, family.converted_class)}
-TRANSFORMERS["Transformer2DModel"] = dit.ADAPTER.softmax_class  # as DiT-XL's repository still calls it
+TRANSFORMERS["Transformer2DModel"] = Transformer2DModel  # as repositories still call DiT-XL and PixArt; it makes those
 
 
 def load_pipeline(source: Path | str, **options: Any) -> DiffusionPipeline:
@@ -204,7 +204,10 @@ def convert_pipeline(
         T5Error: the pipeline has no transformer, it cannot be converted, or offloading is on.
     """
     if getattr(pipe, "transformer", None) is None:
-        raise T5Error(f"{type(pipe).__name__} has no transformer to convert; expected Stable Diffusion 3 or a DiT")
+        raise T5Error(
+            f"{type(pipe).__name__} has no transformer to convert; expected a pipeline of Stable Diffusion 3, DiT, "
+            "Flux.1, PixArt or Qwen-Image"
+        )
     if getattr(pipe, "_all_hooks", None):
         raise T5Error(
             "this pipeline is offloaded; call pipe.remove_all_hooks(), convert, then turn offloading on again"

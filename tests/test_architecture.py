@@ -172,23 +172,18 @@ def test_every_kind_fulfils_its_contract_and_adds_nothing_to_it(contract, kinds)
 
 # Used inside of a kind's own family of classes, or by a study of that kind alone.
 TIMM = {"model_classes", "attention_classes", "layer_class", "own_arguments"}
+DIFFUSERS = {"softmax_class", "converted_class", "processors", "conditions", "check_blocks", "example_conditions"}
 EXTRA = {
     "TimmVit": TIMM,
     "TimmEva": TIMM,
     "TimmEncoders": TIMM | {"trunk"},
     "TimmNaflex": TIMM,
     "TimmRelative": TIMM | {"call_of", "after_heads"},
-    "SD3": {"softmax_class", "converted_class", "processors", "conditions", "check_blocks", "example_conditions"},
-    "DiT": {
-        "softmax_class",
-        "converted_class",
-        "processors",
-        "conditions",
-        "check_blocks",
-        "example_conditions",
-        "holds",
-        "restore_class",
-    },
+    "SD3": DIFFUSERS,
+    "DiT": DIFFUSERS | {"holds", "restore_class"},
+    "PixArt": DIFFUSERS,
+    "QwenImage": DIFFUSERS | {"layer_class", "mlps", "places"},
+    "Flux": DIFFUSERS | {"attention_class", "layer_class", "mlps", "is_joined", "places"},
     "DenoiserTarget": {"sample_evaluator"},
 }
 

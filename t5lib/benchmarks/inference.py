@@ -1,10 +1,11 @@
-"""Speed of a denoiser in the shape of Stable Diffusion 3.5 Medium, softmax beside converted, with random weights.
+"""Speed of a denoiser in a published shape (t5lib.benchmarks.shapes), softmax beside converted, with random weights.
 
     python -m t5lib.benchmarks.inference --out docs/results/sd35-speed.json --resolutions 1024 2048
+    python -m t5lib.benchmarks.inference --out docs/results/flux-speed.json --model flux-dev
 
-Weights do not matter to speed, and the real ones are gated. Everything is compared in one run: the softmax model with
-cuDNN attention first, the paper's 18 attentions converted, all converted, and "rest": all mixing taken out, which no
-attention can beat. All of them compiled block by block, in bf16. Each is checked against its own weights in higher
+Everything is compared in one run: the softmax model with cuDNN attention first, the paper's attentions converted where
+it names some (18 of Stable Diffusion 3.5 Medium), all converted, and "rest": all mixing taken out, which no attention
+can beat. All of them compiled block by block, in bf16. Each is checked against its own weights in higher
 precision before it is timed, twice: as a CUDA graph, which is the device's own time, and launched from Python, which
 is slower where Python is. Needs CUDA; written after every resolution, and those that are in the file are not run again.
 """
@@ -17,24 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t5lib.benchmarks.shapes import SHAPES, Shape
 from t5lib.benchmarks.timing import Rules, TimingConfig, describe_device, time_models
 from t5lib.conversion import convert, ttt_layers
 from t5lib.families.inputs import ExampleSize
-from t5lib.families.sd3 import ADAPTER, MEDIUM
 from t5lib.layers.config import TTTConfig
 from t5lib.utils import command_line
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
 from t5lib.utils.markdown import table
 
-# Times as fast as softmax: what the project asks for at least, and aims at.
+SD35 = "sd35-medium"
+# Times as fast as softmax, of SD35: what the project asks for at least, and aims at.
 TARGETS: dict[tuple[str, int], tuple[float, float | None]] = {
     ("paper", 1024): (1.14, None),
     ("paper", 2048): (1.42, None),
     ("all", 1024): (1.42, 1.55),
     ("all", 2048): (3.0, 3.3),
 }
-BATCH = 2  # guidance: with and without the prompt
 
 
 class Unmixed(nn.Module):
@@ -49,15 +50,11 @@ class Unmixed(nn.Module):
         return sum(image), None if text is None else sum(text)
 
 
-def models(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+def models(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
     """By name; the converted ones carry the softmax model's weights."""
-    from diffusers import SD3Transformer2DModel
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        softmax = nn.Module.to(SD3Transformer2DModel(**shape), dtype).eval()
+    softmax = shape.make(device, dtype)
     every = {"softmax": softmax}
-    for name in ("paper", "all"):
+    for name in sorted(shape.family.layer_sets(softmax), reverse=True):  # "paper", where there is one, then "all"
         every[name] = convert(softmax, TTTConfig(layers=name)).eval()
     every["rest"] = copy.deepcopy(every["all"])
     for layer in ttt_layers(every["rest"]).values():
@@ -65,20 +62,23 @@ def models(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> d
     return every
 
 
-def measure(known: dict[str, nn.Module], resolution: int, config: TimingConfig, rules: Rules) -> list[dict[str, Any]]:
+def measure(
+    known: dict[str, nn.Module], shape: Shape, resolution: int, config: TimingConfig, rules: Rules
+) -> list[dict[str, Any]]:
     """A row a model.
 
     Raises:
         T5Error: a wrong output: no speed is given for it.
     """
     softmax = known["softmax"]
-    inputs = ADAPTER.example_inputs(softmax, ExampleSize(resolution, config.batch))
+    size = ExampleSize(resolution, config.batch, text_tokens=shape.text_tokens)
+    inputs = shape.family.example_inputs(softmax, size)
     times = time_models(known, inputs, config, rules, f"at {resolution} px")
-    targets = TARGETS if softmax.config.num_layers == MEDIUM["num_layers"] else {}
+    targets = TARGETS if shape == SHAPES[SD35] else {}
     return [
         {
             "resolution": resolution,
-            "tokens": ADAPTER.num_tokens(softmax, inputs),
+            "tokens": shape.family.num_tokens(softmax, inputs),
             "model": name,
             "ms": time.ms,
             "ms_runs": time.ms_runs,
@@ -94,19 +94,20 @@ def measure(known: dict[str, nn.Module], resolution: int, config: TimingConfig, 
 
 
 def run(
-    out: Path, resolutions: list[int], *, device: torch.device, shape: dict[str, Any], config: TimingConfig
+    out: Path, resolutions: list[int], *, device: torch.device, shape: Shape, config: TimingConfig
 ) -> dict[str, Any]:
     """Measure what is not in `out` yet; returns and writes all of it."""
     rules = Rules.of(config, device)
     about = {"device": describe_device(device), "torch": torch.__version__, "batch": config.batch}
     about |= {"compile": rules.compiled, "dtype": str(rules.dtype).removeprefix("torch.")}
-    about |= {"shape": {name: list(v) if isinstance(v, tuple) else v for name, v in shape.items()}}
+    about |= {"denoiser": shape.family.name}
+    about |= {"shape": {name: list(v) if isinstance(v, tuple) else v for name, v in shape.arguments.items()}}
     before = read_json(out) if out.exists() else {}
     rows = before.get("rows", []) if about.items() <= before.items() else []
     known = models(shape, device, rules.dtype)
     for resolution in resolutions:
         if resolution not in {row["resolution"] for row in rows}:
-            rows = rows + measure(known, resolution, config, rules)
+            rows = rows + measure(known, shape, resolution, config, rules)
             write_json(out, about | {"rows": rows})
             print(f"{resolution} px: measured", flush=True)
     return about | {"rows": rows}
@@ -134,28 +135,21 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(table((*columns, "ms launched from Python", "peak MiB", "error"), rows))
 
 
-def shallower(blocks: int) -> dict[str, Any]:
-    """SD3.5-Medium's first blocks."""
-    return MEDIUM | {
-        "num_layers": blocks,
-        "dual_attention_layers": tuple(i for i in MEDIUM["dual_attention_layers"] if i < blocks),
-    }
-
-
 def main() -> None:
     parser = command_line.parser("t5lib.benchmarks.inference", str(__doc__))
     parser.add_argument("--out", type=Path, required=True, help="JSON, written after every resolution")
+    parser.add_argument("--model", choices=SHAPES, default=SD35, help="the shape")
     sides = [1024, 2048, 512, 4096]
     parser.add_argument("--resolutions", type=int, nargs="+", default=sides, help="sides in pixels, in this order")
     parser.add_argument("--repeats", type=int, default=10, help="timed passes")
-    parser.add_argument("--blocks", type=int, default=MEDIUM["num_layers"], help="fewer, where a pass takes seconds")
+    parser.add_argument("--blocks", type=int, help="fewer, where a pass takes seconds (default: all)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("inference: no CUDA device, and on a CPU this model takes minutes a pass; run it where there is one")
     try:
-        config = TimingConfig(batch=BATCH, repeats=args.repeats)
-        cuda = torch.device("cuda")
-        print(report(run(args.out, args.resolutions, device=cuda, shape=shallower(args.blocks), config=config)))
+        shape = SHAPES[args.model].shallower(args.blocks) if args.blocks else SHAPES[args.model]
+        config = TimingConfig(batch=shape.batch, repeats=args.repeats)
+        print(report(run(args.out, args.resolutions, device=torch.device("cuda"), shape=shape, config=config)))
     except T5Error as error:
         sys.exit(f"inference: {error}")
 

@@ -26,6 +26,7 @@ from t5lib.families.inputs import placed
 from t5lib.layers.config import TTTConfig
 from t5lib.training.objectives import noised_batch, noising_of
 from t5lib.utils.config import to_dict
+from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_dir, read_object, write_json
 
 
@@ -84,6 +85,11 @@ def diagnose(
     place = str(models.choose_device(device))
     with notes.status(f"reading {folder}"):
         pipeline = t5lib.load_pipeline(folder, torch_dtype=torch.float32)
+    if not (classes_of(pipeline) or hasattr(pipeline, "text_encoder_3")):
+        raise T5Error(
+            f"{folder} is a {type(pipeline).__name__}, and this command encodes images for Stable Diffusion 3 and DiT "
+            "alone; use t5lib.diagnose in Python, with a batch as docs/diffusion.md makes it"
+        )
     transformer = pipeline.transformer
     channels = 3 if pipeline.vae is not None else transformer.config.in_channels
     encoder = ImageEncoder(

@@ -1,4 +1,4 @@
-"""Images from a diffusers pipeline, softmax or converted: text to image (SD3 and its like) and class to image (DiT).
+"""Images from a diffusers pipeline, softmax or converted: text to image (SD3, Flux, …) and class to image (DiT).
 
 Every image has a noise generator of its own, so that it does not depend on what it is batched with, and a source and a
 converted model can be compared image by image. Files carry what made them in their PNG text, are written atomically,
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from t5lib.data.decoding import decode, opened
 from t5lib.evaluation.prompts import Job
+from t5lib.families import family_of
+from t5lib.families.inputs import ExampleSize
 from t5lib.utils.config import BatchSize, Pair, Pixels, Repeats, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file
@@ -130,28 +132,37 @@ def _from_text(pipeline: Any, prompts: Sequence[str | int], seeds: Sequence[int]
     wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
     if wrong:
         raise T5Error(f"prompt {wrong[0]!r}: {type(pipeline).__name__} draws from text; expected a string")
-    _check_text(pipeline, config)
+    _check_size(pipeline, config)
     height, width = config.size or (None, None)
     length = {} if config.max_sequence_length is None else {"max_sequence_length": config.max_sequence_length}
     images = pipeline(
         prompt=list(prompts),
         generator=_generators(seeds),
         num_inference_steps=config.steps,
-        guidance_scale=config.guidance,
         height=height,
         width=width,
         output_type="pt",
         **length,
+        **_guidance(pipeline, len(prompts), config),
     ).images
     return _bytes(images.float())
 
 
-def _check_text(pipeline: Any, config: GenerateConfig) -> None:
-    """What diffusers' SD3 pipelines refuse, with the setting's name."""
-    step = pipeline.vae_scale_factor * pipeline.patch_size
-    most = step * pipeline.transformer.config.pos_embed_max_size
-    if config.size and (any(side % step for side in config.size) or max(config.size) > most):
-        raise T5Error(f"size {config.size}: expected multiples of {step} pixels up to {most}")
+def _check_size(pipeline: Any, config: GenerateConfig) -> None:
+    """What pipelines refuse or round, with the setting's name."""
+    for side in config.size or ():
+        try:
+            size = ExampleSize(side, pixels_per_latent=pipeline.vae_scale_factor)
+            family_of(pipeline.transformer).check_resolution(pipeline.transformer, size)
+        except T5Error as error:
+            raise T5Error(f"size {config.size}: {error}") from None
+
+
+def _guidance(pipeline: Any, prompts: int, config: GenerateConfig) -> dict[str, Any]:
+    """Arguments of the pipeline's call. Qwen-Image's has another name for the scale, and asks for negative prompts."""
+    if inspect.signature(pipeline.__call__).parameters["guidance_scale"].default is not None:
+        return {"guidance_scale": config.guidance}
+    return {"true_cfg_scale": config.guidance, "negative_prompt": [" "] * prompts} if config.guidance > 1 else {}
 
 
 def _from_classes(pipeline: Any, prompts: Sequence[str | int], seeds: Sequence[int], config: GenerateConfig) -> Tensor:

@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -26,7 +26,8 @@ class AttentionCall:
     Attributes:
         tokens: the image's (B, N, C), and in a joint attention the text's (B, T, C).
         rope: the rotary table of the image's patches, sines then cosines, (rows·columns, 2·D), or a table a head
-            (H, rows·columns, 2·D); one for all images. None where the attention is given no positions.
+            (H, rows·columns, 2·D); one for all images. Where text is turned too, its rows come after the image's,
+            (rows·columns + T, 2·D). None where the attention is given no positions.
     """
 
     tokens: Tokens
@@ -77,8 +78,12 @@ class Adapter(ABC):
         """What the names in TTTConfig.layers mean here: {"all": (0, 1, …), "paper": …}."""
 
     @abstractmethod
-    def blocks(self, model: nn.Module) -> nn.Sequential | nn.ModuleList:
-        """The blocks, in the container that the model's forward iterates."""
+    def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
+        """The blocks, in order: the container that the model's forward iterates, unless there are several."""
+
+    def block_lists(self, model: nn.Module) -> list[Any]:
+        """The containers, nn.Sequential or nn.ModuleList, that the model's forward iterates."""
+        return [self.blocks(model)]
 
     def sees_text(self, attention: nn.Module) -> bool:
         """Whether the softmax attention is over the image's tokens and text."""
@@ -128,14 +133,16 @@ class Adapter(ABC):
         Its class has to make a pass of every forward (t5lib.layers.grid.one_pass).
         """
         self.embedding(model).register_forward_hook(self.announce)
-        carry_grid(self.blocks(model))
+        for blocks in self.block_lists(model):
+            carry_grid(blocks)
 
     def drop_grid(self, model: nn.Module) -> None:
         """Undo `carry_grid`."""
         hooks = self.embedding(model)._forward_hooks
         for key in [key for key, hook in hooks.items() if hook is self.announce]:
             del hooks[key]
-        drop_grid(self.blocks(model))
+        for blocks in self.block_lists(model):
+            drop_grid(blocks)
 
     # Conversion.
 

@@ -1,4 +1,4 @@
-"""A TTT layer in the place of the `Attention` of diffusers, of an image alone or joint with text.
+"""A TTT layer in the place of an attention of diffusers, of an image alone or joint with text.
 
 Shapes: B latents, N image tokens, T text tokens, C channels, H heads, D head width.
 """
@@ -6,14 +6,16 @@ Shapes: B latents, N image tokens, T text tokens, C channels, H heads, D head wi
 import logging
 from typing import Any
 
-from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import RMSNorm
 from t5kernels import RmsNorms
 from torch import Tensor, nn
 
+from t5lib.families.base import AttentionCall
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
+from t5lib.layers.mixers import Tokens
+from t5lib.layers.rotary import rotated
 from t5lib.utils.errors import T5Error
 
 _log = logging.getLogger(__name__)
@@ -23,7 +25,7 @@ TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"
 
 
 class DiffusersTTTAttention(TTTLayer):
-    """Takes over the parts of a diffusers `Attention`, of an image alone or joint with text, and mixes with a Mixer.
+    """Takes over the parts of an attention of diffusers, of an image alone or joint with text, and mixes with a Mixer.
 
     Parameters keep their names (`to_q`, `norm_q`, `add_q_proj`, `to_out`, …); all new ones are under `mixer`. The
     modules of `attention` are shared, not copied.
@@ -31,15 +33,20 @@ class DiffusersTTTAttention(TTTLayer):
     Args:
         attention: to replace, as SD3 and DiT use it (check_attention).
         config: of this layer.
+
+    Attributes:
+        softmax_class, settings, order: the class of `attention`, its plain values and the names of its parts, for who
+            reverts it.
     """
 
     inherited = (*IMAGE, *TEXT, "to_out", "to_add_out")
     num_prefix_tokens = 0
 
-    def __init__(self, attention: Attention, config: TTTConfig):
+    def __init__(self, attention: nn.Module, config: TTTConfig):
         super().__init__()
         self.num_heads, self.head_dim = attention.heads, attention.to_q.out_features // attention.heads
         self.context_pre_only = attention.context_pre_only
+        self.softmax_class = type(attention)
         self.order = tuple(attention._modules)
         self.settings = {name: value for name, value in vars(attention).items() if name != "_modules"}
         for name in self.inherited:
@@ -65,25 +72,33 @@ class DiffusersTTTAttention(TTTLayer):
             T5Error: a mask, an adapter's tokens, or text where there are no projections for it is given; the tokens do
                 not fit the grid; or the new weights are on another device.
         """
-        if attention_mask is not None or SEEN & others.keys():
-            given = ["attention_mask"] * (attention_mask is not None) + sorted(SEEN & others.keys())
+        self.check_call(hidden_states, encoder_hidden_states, attention_mask, others)
+        text = () if encoder_hidden_states is None else (encoder_hidden_states,)
+        return self.mixed(AttentionCall((hidden_states, *text)), self.grid(grid))
+
+    def check_call(self, x: Tensor, text: Tensor | None, mask: Tensor | None, others: dict[str, Any]) -> None:
+        """Raises T5Error when the layer cannot do what it is called with; `others` are only told of."""
+        if mask is not None or SEEN & others.keys():
+            given = ["attention_mask"] * (mask is not None) + sorted(SEEN & others.keys())
             raise T5Error(f"a TTT layer sees all tokens and no others; call it without {', '.join(given)}")
         if others:  # as diffusers' own do with what their processor does not take
             _log.warning("a TTT layer does not take %s, which will be ignored", ", ".join(others))
-        if encoder_hidden_states is not None and self.add_k_proj is None:
+        if text is not None and self.add_k_proj is None:
             raise T5Error("a TTT layer in the place of self-attention sees its own tokens; call it without others")
-        away = {parameter.device for parameter in self.mixer.parameters()} - {hidden_states.device}
+        away = {parameter.device for parameter in self.mixer.parameters()} - {x.device}
         if away:
             raise T5Error(
-                f"a TTT layer's new weights are on {away.pop()}, its input on {hidden_states.device}: offloading part "
-                "by part leaves them behind; use enable_model_cpu_offload, or group offloading of whole blocks"
+                f"a TTT layer's new weights are on {away.pop()}, its input on {x.device}: offloading part by part "
+                "leaves them behind; use enable_model_cpu_offload, or group offloading of whole blocks"
             )
-        grid, norms = self.grid(grid), self._norms(encoder_hidden_states is not None)
-        hidden_states = self.mixer.prepare(hidden_states, grid)
-        image, text = project(self, hidden_states, IMAGE[:3] if norms else IMAGE), None
-        if encoder_hidden_states is not None:
-            text = project(self, encoder_hidden_states, TEXT[:3] if norms else TEXT)
-        o, text_o = self.mixer.joint(image, text, grid, **norms)
+
+    def mixed(self, call: AttentionCall, grid: TokenGrid) -> Tensor | tuple[Tensor, Tensor]:
+        """The image's tokens (B, N, C), and the text's (B, T, C) where there are any, through all of the layer."""
+        image, *text = call.tokens
+        call = call.of(self.mixer.prepare(image, grid), *text)
+        norms = self._norms(bool(text)) if call.rope is None else {}  # rotation comes after norms
+        parts = projected(self, call, normed=not norms)
+        o, text_o = self.mixer.joint(parts[0], parts[1] if text else None, grid, **norms)
         o = self._out(_merged(o))
         if text_o is None:
             return o
@@ -100,23 +115,23 @@ class DiffusersTTTAttention(TTTLayer):
         return {"norms": RmsNorms(of_image, of_text[0] if of_text else None, every[0].eps)}
 
     def _out(self, o: Tensor) -> Tensor:
-        for module in self.to_out:  # projection, dropout
+        for module in self.to_out or ():  # projection, dropout
             o = module(o)
         return o
 
 
-def check_attention(attention: nn.Module, name: str, processors: tuple[type, ...]) -> None:
-    """Raises T5Error unless `attention`, called `name`, is one of diffusers' with plain softmax."""
+def check_attention(attention: nn.Module, name: str, kind: type[nn.Module], processors: tuple[type, ...]) -> None:
+    """Raises T5Error unless `attention`, called `name`, is one of diffusers' class `kind` with plain softmax."""
     if isinstance(attention, TTTLayer):
         raise T5Error(f"{name} is converted already; call t5lib.revert first")
-    if type(attention) is not Attention:
-        raise T5Error(f"{name} is {type(attention).__name__}; only diffusers' Attention can be converted")
+    if type(attention) is not kind:
+        raise T5Error(f"{name} is {type(attention).__name__}; only diffusers' {kind.__name__} can be converted")
     if attention.fused_projections:
         raise T5Error(f"the projections of {name} are fused; call unfuse_qkv_projections() first")
     if hasattr(attention, "_hf_hook"):
         raise T5Error(f"{name} is offloaded part by part; convert first, then turn offloading on")
     if type(attention.processor) not in processors:
-        expected = " or ".join(kind.__name__ for kind in processors)
+        expected = " or ".join(each.__name__ for each in processors)
         raise T5Error(
             f"{name} has the processor {type(attention.processor).__name__}, whose attention a TTT layer has no "
             f"counterpart for; expected {expected}: take adapters (IP-Adapter, PAG, …) off first"
@@ -128,7 +143,26 @@ def _merged(o: Tensor) -> Tensor:
     return o.transpose(1, 2).flatten(2)
 
 
-def project(attention: nn.Module, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def projected(attention: nn.Module, call: AttentionCall, normed: bool = True) -> list[Tokens]:
+    """q, k and v (B, H, N, D) of the image's tokens, and of the text's (B, H, T, D) where there are any, rotated.
+
+    Args:
+        attention: a softmax attention or a TTT layer. Where it has no projections for text, the image's serve both.
+        normed: whether the q and k norms are done here.
+    """
+    text_names = IMAGE if getattr(attention, "add_k_proj", None) is None else TEXT
+    parts, start = [], 0
+    for x, names in zip(call.tokens, (IMAGE, text_names), strict=False):
+        q, k, v = _project(attention, x, names if normed else names[:3])
+        if call.rope is not None:
+            rows = call.rope[start : start + x.shape[1]]
+            q, k = (rotated(t, rows, num_prefix_tokens=0, half=False) for t in (q, k))
+        parts.append((q, k, v))
+        start += x.shape[1]
+    return parts
+
+
+def _project(attention: nn.Module, x: Tensor, names: tuple[str, ...]) -> Tokens:
     """q, k and v (B, H, N, D) of x (B, N, C). `names`: of the projections, and of the norms unless those come later."""
     to_q, to_k, to_v, *norms = (getattr(attention, name) for name in names)
     norm_q, norm_k = norms or (None, None)

@@ -4,20 +4,22 @@ Shapes: B latents, N image tokens, T text tokens, C channels, H heads, D head wi
 """
 
 import copy
+import inspect
 import re
 from abc import abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
-from diffusers.configuration_utils import FrozenDict
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from t5lib.families.base import Adapter, AttentionCall, check_multiple
-from t5lib.families.diffusers_attention import IMAGE, TEXT, DiffusersTTTAttention, check_attention, project
+from t5lib.families.diffusers_attention import IMAGE, TEXT, DiffusersTTTAttention, check_attention, projected
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.families.replacement import convert_as_told
 from t5lib.layers.config import TTTConfig
@@ -31,7 +33,17 @@ LONGEST_SCHEDULE = 4000  # that of "Improved Denoising Diffusion Probabilistic M
 
 
 class ConvertedModel:
-    """Stands before diffusers' class among the bases of a converted one: weights are loaded whole, none is made up."""
+    """Stands before diffusers' class among the bases of a converted one.
+
+    Weights are loaded whole and none is made up; layerwise casting leaves new ones as they are.
+    """
+
+    t5_config: TTTConfig | None = None
+    _skip_layerwise_casting_patterns: list[str]
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        cls._skip_layerwise_casting_patterns = [*cls._skip_layerwise_casting_patterns, "mixer"]
 
     @classmethod
     def from_pretrained(cls, *source: Any, output_loading_info: bool = False, **options: Any) -> Any:
@@ -46,6 +58,12 @@ class ConvertedModel:
         )
         check_loaded(model, info, f"{source[0] if source else 'the checkpoint'}")
         return (model, info) if output_loading_info else model
+
+    def _load_ip_adapter_weights(self, *_: Any, **__: Any) -> None:
+        raise T5Error(
+            "an IP-Adapter adds an attention to every softmax attention, and those are converted; load it into the "
+            "softmax pipeline (t5lib.revert of the transformer)"
+        )
 
 
 def check_loaded(model: ModelMixin, info: dict[str, Any], source: str) -> None:
@@ -65,11 +83,32 @@ def check_loaded(model: ModelMixin, info: dict[str, Any], source: str) -> None:
     check_numbers(dict(model.named_parameters()), source)
 
 
+def converting_init(softmax_class: type[ModelMixin], adapter: Callable[[], "DiffusersAdapter"]) -> Callable[..., None]:
+    """The `__init__` of a converted class: that of diffusers' class, with the argument `t5_config` besides.
+
+    t5_config holds the settings of the new layers as plain values (t5lib.utils.config.to_dict), or None for softmax
+    attention. `adapter` gives the family's, which is made after the class.
+    """
+    own = inspect.signature(softmax_class.__init__)
+    new = inspect.Parameter("t5_config", inspect.Parameter.KEYWORD_ONLY, default=None)
+
+    def init(self: ModelMixin, *args: Any, t5_config: dict[str, Any] | None = None, **named: Any) -> None:
+        softmax_class.__init__(self, *args, **named)
+        adapter().convert_as_told(self, t5_config)
+
+    init.__signature__ = own.replace(parameters=[*own.parameters.values(), new])  # type: ignore[attr-defined]  # read by diffusers
+    return register_to_config(init)
+
+
 class DiffusersAdapter(Adapter):
     """What the denoisers of diffusers share: a PatchEmbed called `pos_embed`, blocks in `transformer_blocks`.
 
-    A subclass says where the attentions are. Its models are of diffusers' class `softmax_class`; converted ones are of
-    `converted_class`, a subclass of it whose config.json tells the layers.
+    A subclass says where the attentions are.
+
+    Attributes:
+        softmax_class: of the models, diffusers' own; converted_class: a subclass whose config.json tells the layers.
+        attention_class, processors: of attentions that are plain softmax; layer_class: of those that take their place.
+        mlps: names of a block's MLPs.
     """
 
     package = "diffusers"
@@ -77,7 +116,10 @@ class DiffusersAdapter(Adapter):
     compiled_by_block = True
     softmax_class: ClassVar[type[ModelMixin]]
     converted_class: ClassVar[type[ModelMixin]]
-    processors: ClassVar[tuple[type, ...]]  # of attentions that are plain softmax
+    attention_class: ClassVar[type[nn.Module]] = Attention
+    layer_class: ClassVar[type[DiffusersTTTAttention]] = DiffusersTTTAttention
+    processors: ClassVar[tuple[type, ...]]
+    mlps: ClassVar[tuple[str, ...]] = ("ff", "ff_context")
 
     @abstractmethod
     def conditions(self, model: nn.Module) -> dict[str, tuple[int | str, ...]]:
@@ -94,12 +136,12 @@ class DiffusersAdapter(Adapter):
             )
         self.check_blocks(model)
         for name in self.attention_names(model):
-            check_attention(model.get_submodule(name), name, self.processors)
+            check_attention(model.get_submodule(name), name, self.attention_class, self.processors)
 
     def check_blocks(self, model: nn.Module) -> None:
         """Raises T5Error when a block is of a kind that is not known."""
 
-    def blocks(self, model: nn.Module) -> nn.ModuleList:
+    def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         return model.transformer_blocks
 
     def sees_text(self, attention: nn.Module) -> bool:
@@ -120,16 +162,17 @@ class DiffusersAdapter(Adapter):
         tell_grid(embedding, *latent_grid(embedding, arguments[0]))
 
     def new_layer(self, model: nn.Module, attention: nn.Module, config: TTTConfig) -> DiffusersTTTAttention:
-        return DiffusersTTTAttention(attention, config)
+        return self.layer_class(attention, config)
 
-    def softmax_attention(self, layer: DiffusersTTTAttention) -> Attention:
-        attention = Attention.__new__(Attention)
+    def softmax_attention(self, layer: DiffusersTTTAttention) -> nn.Module:
+        attention = nn.Module.__new__(layer.softmax_class)
         attention.__dict__.update(layer.settings, _modules={name: getattr(layer, name) for name in layer.order})
         return attention.train(layer.training)
 
     def reset_left_out(self, model: nn.Module, name: str, inherit: str) -> list[str]:
-        block = name.rpartition(".")[0]
-        roots = {"all": (), "attention": (f"{block}.ff", f"{block}.ff_context"), "mlp": (name,)}[inherit]
+        if inherit == "all":
+            return []
+        roots = (name,) if inherit == "mlp" else tuple(f"{self.block_name(name)}.{mlp}" for mlp in self.mlps)
         parts = [(root, module) for root, module in model.named_modules() if root in roots]
         for _, part in parts:
             for module in part.modules():
@@ -157,8 +200,7 @@ class DiffusersAdapter(Adapter):
         heads: dict[str, Tensor] = {}
 
         def keep_input(_module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
-            tokens = (*arguments, named.get("hidden_states"), named.get("encoder_hidden_states"))
-            calls[name] = AttentionCall(tuple(part for part in tokens if part is not None))
+            calls[name] = self.call_of(*arguments, **named)
 
         def keep_heads(part: str):
             def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -179,16 +221,22 @@ class DiffusersAdapter(Adapter):
             handles.append(attention.to_add_out.register_forward_pre_hook(of_this_thread(keep_heads("text"))))
         return handles
 
+    def call_of(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_others: Any
+    ) -> AttentionCall:
+        """What of the arguments of an attention matters."""
+        text = () if encoder_hidden_states is None else (encoder_hidden_states,)
+        return AttentionCall((hidden_states, *text))
+
     def project(self, attention: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-        image = project(attention, call.tokens[0], IMAGE)
-        if len(call.tokens) == 1:
+        image, *text = projected(attention, call)
+        if not text:
             return image
-        text = project(attention, call.tokens[1], TEXT)
-        q, k, v = (torch.cat(both, dim=2) for both in zip(image, text, strict=True))
+        q, k, v = (torch.cat(both, dim=2) for both in zip(image, text[0], strict=True))
         return q, k, v
 
     def projections(self, layer: nn.Module) -> list[nn.Module]:
-        parts = (getattr(layer, name) for name in (*IMAGE, *TEXT))
+        parts = (getattr(layer, name, None) for name in (*IMAGE, *TEXT))
         return [part for part in parts if part is not None]
 
     def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
@@ -210,12 +258,16 @@ class DiffusersAdapter(Adapter):
                 f"timestep goes from {steps.min().item():g} to {steps.max().item():g}; expected numbers from 0 to what "
                 f"the model's noise schedule has, 1,000 as a rule and never more than {LONGEST_SCHEDULE:,}"
             )
-        patch, most = model.config.patch_size, model.config.get("pos_embed_max_size") or LARGEST
+        patch, most = self.patch(model), model.config.get("pos_embed_max_size") or LARGEST
         for side in inputs[self.input_name].shape[-2:]:
             check_multiple(side, patch, "the patch size")
             if not 0 < side <= most * patch:
                 raise T5Error(f"latents are {side} wide or high; the model takes {patch} to {most * patch}")
         super().check_inputs(model, inputs)
+
+    def patch(self, model: nn.Module) -> int:
+        """Latents that a token is wide."""
+        return model.config.patch_size
 
     def in_channels(self, model: nn.Module) -> int:
         return model.config.in_channels
@@ -242,7 +294,7 @@ class DiffusersAdapter(Adapter):
 
     def example_inputs(self, model: nn.Module, size: ExampleSize) -> Inputs:
         generator, side = torch.Generator().manual_seed(0), self._latent_side(model, size)
-        latents = torch.randn(size.batch, model.config.in_channels, side, side, generator=generator)
+        latents = torch.randn(size.batch, self.in_channels(model), side, side, generator=generator)
         inputs = {"hidden_states": latents, "timestep": torch.randint(1000, (size.batch,), generator=generator)}
         return inputs | self.example_conditions(model, size, generator)
 
@@ -251,7 +303,7 @@ class DiffusersAdapter(Adapter):
         """Random values of what the model is conditioned on."""
 
     def _latent_side(self, model: nn.Module, size: ExampleSize) -> int:
-        patch = model.config.patch_size
+        patch = self.patch(model)
         what = f"what a patch covers ({patch} latents of {size.pixels_per_latent} pixels),"
         check_multiple(size.resolution, size.pixels_per_latent * patch, what)
         side, most = size.resolution // size.pixels_per_latent, (model.config.get("pos_embed_max_size") or 0) * patch

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from t5lib.families.diffusers_base import ConvertedModel, DiffusersAdapter, latent_grid
 from t5lib.families.inputs import ExampleSize, Inputs
-from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, one_pass, tell_grid
 from t5lib.utils.errors import T5Error
 
@@ -31,10 +30,7 @@ class T5DiTTransformer2DModel(ConvertedModel, DiTTransformer2DModel):  # type: i
             1 as in diffusers, 0 as in DiT's own code. The others are those of diffusers' class.
     """
 
-    t5_config: TTTConfig | None = None
     forward = one_pass(DiTTransformer2DModel.forward, "pos_embed", "transformer_blocks")
-    # diffusers' own, and what is new; a list, as there
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "mixer"]  # noqa: RUF012
 
     @register_to_config
     def __init__(

@@ -8,7 +8,8 @@ from torch import nn
 CONVERTIBLE = (
     "a timm VisionTransformer (ViT, DeiT, AugReg, DINOv2, DeiT III, SigLIP …) or Eva (DINOv3, Perception Encoder, "
     "EVA02, RoPE-ViT …), nor transformers' ViT, DeiT, DINOv2, DINOv3, SigLIP, CLIP, ViTMAE or Depth Anything, nor "
-    "diffusers' SD3Transformer2DModel or DiTTransformer2DModel"
+    "diffusers' SD3Transformer2DModel, DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel or "
+    "QwenImageTransformer2DModel"
 )
 ROTARY = "it rotates queries and keys by their positions (rotary embedding), in a way that t5lib does not know yet"
 PACKING = "it packs images of several sizes into one sequence and masks what pads it, and a TTT layer takes no mask"
@@ -22,7 +23,7 @@ WINDOWED = (
 POOLING = "it pools tokens on the way, so that attention has fewer keys than queries or another grid in every stage"
 LINEAR = "its attention is linear already"
 PARALLEL = "it computes attention and MLP from one projection or in parallel, where a TTT layer has no place"
-CROSS = "it attends to text in attentions of their own beside those over the image, which is not supported yet"
+CROSS = "it attends to text in attentions of their own beside those over the image, which only PixArt may so far"
 DIFFERENCE = "it subtracts one softmax map from another, which a TTT layer has no counterpart for"
 HEADS = "it mixes the softmax maps of its heads, which a TTT layer has no counterpart for"
 SCALES = "it attends to tokens of two scales, and a TTT layer has one grid"
@@ -66,7 +67,7 @@ REASONS = {
     **dict.fromkeys(("Pvt", "Segformer"), POOLING),
     **dict.fromkeys(("Xcit", "EfficientVit", "Sana", "MobileVitV2", "CoaT", "SwiftFormer", "EdgeNeXt"), LINEAR),
     **dict.fromkeys(("Parallel", "DiffParallel"), PARALLEL),
-    **dict.fromkeys(("PixArt", "UNet", "Transformer2DModel"), CROSS),
+    **dict.fromkeys(("UNet", "Transformer2DModel"), CROSS),
     **dict.fromkeys(("CrossVit", "TNT"), SCALES),
     **dict.fromkeys(("ByobNet", "CPUBone", "CSATv2", "EfficientFormer", "FastVit", "LowFormer"), HYBRID),
     **dict.fromkeys(("MetaFormer", "MobileNetV", "Visformer"), HYBRID),

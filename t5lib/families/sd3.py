@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin, SD3Transformer2DModel  # ModelMixin: from_pretrained of a pipeline looks for it here
-from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from t5lib.families.diffusers_base import ConvertedModel, DiffusersAdapter
+from t5lib.families.diffusers_base import ConvertedModel, DiffusersAdapter, converting_init
 from t5lib.families.inputs import ExampleSize, Inputs
-from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import one_pass
 from t5lib.utils.errors import T5Error
 
@@ -41,58 +39,10 @@ MEDIUM: dict[str, Any] = {  # arguments of SD3Transformer2DModel as SD3.5-Medium
 
 
 class T5SD3Transformer2DModel(ConvertedModel, SD3Transformer2DModel):  # type: ignore[misc]  # diffusers' own bases differ
-    """An SD3Transformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them.
+    """An SD3Transformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them."""
 
-    Args:
-        t5_config: of the new layers, as plain values (t5lib.utils.config.to_dict); None for softmax attention. The
-            others are those of diffusers' class.
-    """
-
-    t5_config: TTTConfig | None = None
+    __init__ = converting_init(SD3Transformer2DModel, lambda: ADAPTER)
     forward = one_pass(SD3Transformer2DModel.forward, "pos_embed", "transformer_blocks")
-    # diffusers' own, and what is new; a list, as there
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "mixer"]  # noqa: RUF012
-
-    @register_to_config
-    def __init__(
-        self,
-        sample_size: int = 128,
-        patch_size: int = 2,
-        in_channels: int = 16,
-        num_layers: int = 18,
-        attention_head_dim: int = 64,
-        num_attention_heads: int = 18,
-        joint_attention_dim: int = 4096,
-        caption_projection_dim: int = 1152,
-        pooled_projection_dim: int = 2048,
-        out_channels: int = 16,
-        pos_embed_max_size: int = 96,
-        dual_attention_layers: tuple[int, ...] = (),
-        qk_norm: str | None = None,
-        t5_config: dict[str, Any] | None = None,
-    ):
-        super().__init__(
-            sample_size=sample_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            num_layers=num_layers,
-            attention_head_dim=attention_head_dim,
-            num_attention_heads=num_attention_heads,
-            joint_attention_dim=joint_attention_dim,
-            caption_projection_dim=caption_projection_dim,
-            pooled_projection_dim=pooled_projection_dim,
-            out_channels=out_channels,
-            pos_embed_max_size=pos_embed_max_size,
-            dual_attention_layers=dual_attention_layers,
-            qk_norm=qk_norm,
-        )
-        ADAPTER.convert_as_told(self, t5_config)
-
-    def _load_ip_adapter_weights(self, *_: Any, **__: Any) -> None:
-        raise T5Error(
-            "an IP-Adapter adds an attention to every softmax attention, and those are converted; load it into the "
-            "softmax pipeline (t5lib.revert of the transformer)"
-        )
 
 
 class SD3(DiffusersAdapter):
@@ -133,4 +83,4 @@ class SD3(DiffusersAdapter):
         return {"encoder_hidden_states": text, "pooled_projections": normal(model.config.pooled_projection_dim)}
 
 
-ADAPTER = SD3()
+ADAPTER: SD3 = SD3()

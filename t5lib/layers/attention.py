@@ -178,9 +178,15 @@ class UnbiasedTTTAttention(TTTAttention):
     )
 
     def forward(  # type: ignore[override]  # as the softmax attentions are called
-        self, x: Tensor, shared_bias: Tensor | None = None, grid: TokenGrid | None = None, **shared: Tensor | None
+        self,
+        x: Tensor,
+        shared_rel_pos: Tensor | None = None,
+        grid: TokenGrid | None = None,
+        *,
+        shared_rel_pos_bias: Tensor | None = None,
     ) -> Tensor:
-        """As TTTAttention's. A bias that layers share comes in by position or by name, and is left out."""
+        """As TTTAttention's. A bias that layers share comes in under the name that it has in ViTs or in BEiT, and is
+        left out."""
         return self.mixed(x, None, None, False, grid)
 
     def merge(self, o: Tensor, x: Tensor) -> Tensor:

@@ -182,7 +182,13 @@ class TTTConfig:
                 f"softmax_layers is {self.softmax_layers} of {count} attentions; leave at least one to convert"
             )
         if isinstance(layers, str):
-            layers = (dict.fromkeys(("all", AUTO), tuple(range(count))) | (sets or {}))[layers]
+            known = dict.fromkeys(("all", AUTO), tuple(range(count))) | (sets or {})
+            if layers not in known:
+                raise T5Error(
+                    f"layers {shown(layers)} means nothing in this kind of model, of which nobody has published such a "
+                    f"set; expected {', '.join(known)} (which measures), indices, or a map"
+                )
+            layers = known[layers]
         if layers is None:
             return [own] * count
         result: list[TTTConfig | None] = [None] * count

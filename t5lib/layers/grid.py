@@ -59,14 +59,14 @@ class TokenGrid:
 class _Pass:
     """A forward of one model, on a grid that is known once its embedding has been called."""
 
-    def __init__(self, embedding: nn.Module, blocks: nn.Module):
+    def __init__(self, embedding: nn.Module, blocks: list[nn.Module]):
         self.embedding, self.blocks = embedding, blocks
         self.grid: Tensor | None = None
 
     def holds(self, blocks: nn.Module) -> bool:
-        """Whether `blocks` are those of the model, or the first of them (a slice)."""
-        own, others = (next(iter(each._modules.values()), None) for each in (self.blocks, blocks))
-        return own is others
+        """Whether `blocks` are a list of the model's, or the first of one (a slice)."""
+        first = next(iter(blocks._modules.values()), None)
+        return any(next(iter(own._modules.values()), None) is first for own in self.blocks)
 
 
 class _Thread(threading.local):
@@ -84,17 +84,17 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def one_pass(method: Callable[..., Any], embedding: str, blocks: str) -> Callable[..., Any]:
+def one_pass(method: Callable[..., Any], embedding: str, *blocks: str) -> Callable[..., Any]:
     """`method` of a model, each call a pass of that model alone.
 
     Args:
-        embedding, blocks: names of the part that is called with the images, and of the container of blocks, with dots
+        embedding, blocks: names of the part that is called with the images, and of the containers of blocks, with dots
             where they lie deeper.
     """
 
     @functools.wraps(method)
     def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        own = _Pass(model.get_submodule(embedding), model.get_submodule(blocks))
+        own = _Pass(model.get_submodule(embedding), [model.get_submodule(name) for name in blocks])
         before, _thread.running = _thread.running, own
         try:
             return method(model, *args, **kwargs)

@@ -87,7 +87,9 @@ class Denoising(Objective[Noised]):
 
     def example(self, batch: Batch, number: int, trainer: Trainer) -> Noised:
         generator = seeded(self.config.seed, TRAINING, number, trainer.accelerator.process_index)
-        return self.noising.noised(batch, generator).to(trainer.device)
+        noised = self.noising.noised(batch, generator)
+        trainer.adapter.check_inputs(trainer.plain, noised.inputs)
+        return noised.to(trainer.device)
 
     def inputs(self, example: Noised) -> Inputs:
         return example.inputs

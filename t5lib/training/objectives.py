@@ -2,7 +2,8 @@
 
 Shapes: B images, C latent channels of h × w, L text tokens of D channels, P channels of the pooled text. A batch is a
 dictionary with "latents" (B, C, h, w) and what the model is conditioned on: "labels" (B,), or "prompt_embeds" (B, L, D)
-and "pooled" (B, P). Captions and labels are dropped, for guidance, where batches are made.
+with "pooled" (B, P) or "prompt_mask" (B, L), where the model takes them. Captions and labels are dropped, for guidance,
+where batches are made.
 """
 
 import functools
@@ -24,7 +25,12 @@ from t5lib.utils.errors import T5Error
 
 Batch = dict[str, Tensor]
 LOOKED_AT = 2  # what tells the noise of a calibration, or of a look at a model, from that of a training
-CONDITIONS = {"labels": "class_labels", "prompt_embeds": "encoder_hidden_states", "pooled": "pooled_projections"}
+CONDITIONS = {
+    "labels": "class_labels",
+    "prompt_embeds": "encoder_hidden_states",
+    "pooled": "pooled_projections",
+    "prompt_mask": "encoder_attention_mask",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,8 @@ class RectifiedFlow:
         weighting: density of the noise levels and weight of the loss, by diffusers' names: "logit_normal" (SD3's) and
             "mode" draw other levels and weigh them alike; "sigma_sqrt" and "cosmap" draw uniformly and weigh.
         logit_mean, logit_std: of "logit_normal"; mode_scale: of "mode".
+        guidance: what a model that was distilled from guidance (Flux.1-dev) is told of how strongly to follow its
+            prompt, as the pipeline's guidance_scale; None where the model takes none.
 
     Source: "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (arXiv 2403.03206), section 3.1.
     """
@@ -65,6 +73,7 @@ class RectifiedFlow:
     logit_mean: Annotated[float, Field(ge=-10, le=10)] = 0.0
     logit_std: Annotated[float, Field(gt=0, le=10)] = 1.0
     mode_scale: Annotated[float, Field(ge=-1, le=1.75)] = 1.29  # beyond, levels would leave 0 to 1
+    guidance: Annotated[float, Field(ge=0, le=100)] | None = None
 
     def noised(self, batch: Batch, generator: torch.Generator) -> Noised:
         """Draw a noise level for every image, and noise, from a CPU generator: the same numbers on any device."""
@@ -77,6 +86,8 @@ class RectifiedFlow:
         sigma = scheduler.sigmas[indices]
         noisy = torch.lerp(clean, noise, _per_image(sigma))
         inputs = {"hidden_states": noisy, "timestep": scheduler.timesteps[indices], **_conditions(batch)}
+        if self.guidance is not None:
+            inputs["guidance"] = torch.full((len(clean),), self.guidance)
         return Noised(inputs=inputs, clean=clean, noise=noise, level=sigma)
 
     def prediction(self, output: Tensor, noised: Noised) -> Tensor:
@@ -214,6 +225,8 @@ def noised_batch(batch: Batch, noising: Noising, seed: int, number: int = 0) -> 
 def noising_of(scheduler: ConfigMixin, **changes: Any) -> Noising:
     """How latents are noised where a pipeline has this scheduler, with its noise schedule.
 
+    A scheduler that shifts by the size of the image (Flux.1-dev, Qwen-Image) gives the shift of its largest.
+
     Args:
         changes: other settings, such as RectifiedFlow's weighting.
 
@@ -222,7 +235,7 @@ def noising_of(scheduler: ConfigMixin, **changes: Any) -> Noising:
     """
     settings = scheduler.config
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return RectifiedFlow(**{"shift": settings["shift"]} | changes)
+        return RectifiedFlow(**{"shift": _shift(settings)} | changes)
     found = (settings.get("beta_schedule"), settings.get("prediction_type"))
     if found != ("linear", "epsilon"):
         raise T5Error(
@@ -234,6 +247,13 @@ def noising_of(scheduler: ConfigMixin, **changes: Any) -> Noising:
         raise T5Error(f"steps is {changes['steps']}, but the model learned {most} steps; expected as many at most")
     schedule = {name: settings[name] for name in ("beta_start", "beta_end")}
     return NoiseAndVariance(**{"steps": most} | schedule | changes)
+
+
+def _shift(settings: dict[str, Any]) -> float:
+    """Of a FlowMatchEulerDiscreteScheduler's sigmas."""
+    if not settings["use_dynamic_shifting"]:
+        return settings["shift"]
+    return math.exp(settings["max_shift"]) if settings["time_shift_type"] == "exponential" else settings["max_shift"]
 
 
 def _clean_and_noise(batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -248,8 +268,11 @@ def _clean_and_noise(batch: Batch, generator: torch.Generator) -> tuple[Tensor, 
 def _conditions(batch: Batch) -> dict[str, Tensor]:
     """Keyword arguments of the model; in float32, as the latents are (autocast narrows what it wants to)."""
     given = {name: batch[name] for name in CONDITIONS if name in batch}
-    if list(given) not in (["labels"], ["prompt_embeds", "pooled"]):
-        raise T5Error(f"a batch must hold 'labels', or 'prompt_embeds' and 'pooled'; got {sorted(batch)}")
+    if ("labels" in given) == ("prompt_embeds" in given) or ("labels" in given and len(given) > 1):
+        raise T5Error(
+            "a batch must hold 'labels', or 'prompt_embeds' with 'pooled' or 'prompt_mask' where the model takes them; "
+            f"got {sorted(batch)}"
+        )
     return {CONDITIONS[name]: t.float() if t.is_floating_point() else t for name, t in given.items()}
 
 

@@ -65,4 +65,6 @@ def _comparable(value: Any) -> Any:
     """Objects of libraries, which may not tell whether they are equal, by their class alone."""
     if inspect.isroutine(value) or inspect.isclass(value):
         return value.__module__, value.__qualname__
-    return value if isinstance(value, str | int | float | tuple | list | None) else type(value)
+    if isinstance(value, list):  # JSON makes lists of tuples
+        return tuple(value)
+    return value if isinstance(value, str | int | float | tuple | None) else type(value)

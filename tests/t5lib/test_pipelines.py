@@ -432,7 +432,7 @@ def test_what_is_no_pipeline_to_load_or_convert_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(T5Error, match=r"cannot be read .*; save or fetch the pipeline again"):
         t5lib.load_pipeline(tmp_path)
-    with pytest.raises(T5Error, match="has no transformer to convert; expected Stable Diffusion 3 or a DiT"):
+    with pytest.raises(T5Error, match="has no transformer to convert; expected a pipeline of Stable Diffusion 3"):
         t5lib.convert_pipeline(sd3_pipeline(transformer=None))
     with pytest.raises(T5Error, match=r"is converted already; call t5lib\.revert first"):
         t5lib.convert_pipeline(converted())

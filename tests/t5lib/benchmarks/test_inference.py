@@ -1,9 +1,12 @@
 """The speed table of a large denoiser compares like with like, and goes on where it stopped."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from t5lib.benchmarks import inference
+from t5lib.benchmarks.shapes import SHAPES
 from t5lib.benchmarks.timing import TimingConfig
 from t5lib.conversion import ttt_layers
 from t5lib.families.sd3 import MEDIUM
@@ -11,9 +14,10 @@ from t5lib.layers.grid import TokenGrid
 from t5lib.utils.files import read_json
 
 CPU = torch.device("cpu")
-SHAPE = {**MEDIUM, "num_layers": 6, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 12}
-SHAPE |= {"caption_projection_dim": 16, "pooled_projection_dim": 10, "pos_embed_max_size": 8, "sample_size": 8}
-SHAPE |= {"dual_attention_layers": (0, 1, 2)}
+TINY = {**MEDIUM, "num_layers": 6, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 12}
+TINY |= {"caption_projection_dim": 16, "pooled_projection_dim": 10, "pos_embed_max_size": 8, "sample_size": 8}
+TINY |= {"dual_attention_layers": (0, 1, 2)}
+SHAPE = replace(SHAPES["sd35-medium"], arguments=TINY)
 
 
 @pytest.fixture
@@ -55,10 +59,48 @@ def test_every_size_is_written_once_and_goes_into_the_table(told):
     assert all(row["relative_error"] < 1e-4 for row in again["rows"])
     assert [row["speedup"] for row in again["rows"] if row["model"] == "softmax"] == [1.0, 1.0]
     assert inference.report(again).count("\n") == 9
-    other = inference.run(resolutions=[32], **told | {"shape": SHAPE | {"num_layers": 5}})
+    other = inference.run(resolutions=[32], **told | {"shape": SHAPE.shallower(5)})
     assert len(other["rows"]) == 4, "of another shape nothing is kept"
 
 
+SMALL = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
+ROTARY = SMALL | {"in_channels": 16, "axes_dims_rope": (2, 2, 4), "joint_attention_dim": 12}
+OTHERS = {
+    "flux-dev": ROTARY | {"guidance_embeds": True, "num_single_layers": 1, "pooled_projection_dim": 10},
+    "pixart-sigma-1024": SMALL | {"cross_attention_dim": 16, "caption_channels": 12, "sample_size": 8},
+    "qwen-image": ROTARY | {"out_channels": 4},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_denoisers_are_timed_too_without_the_papers_layers(name, told):
+    shape = replace(SHAPES[name], arguments=OTHERS[name], text_tokens=3)
+    result = inference.run(resolutions=[32], **told | {"shape": shape})
+    assert [row["model"] for row in result["rows"]] == ["softmax", "all", "rest"]
+    assert all(row["relative_error"] < 1e-4 and row["target"] is None for row in result["rows"])
+
+
 def test_fewer_blocks_are_the_first_ones():
-    assert inference.shallower(24) == MEDIUM
-    assert inference.shallower(4) == MEDIUM | {"num_layers": 4, "dual_attention_layers": (0, 1, 2, 3)}
+    medium = SHAPES["sd35-medium"]
+    assert medium.shallower(24) == medium
+    assert medium.shallower(4).arguments == MEDIUM | {"num_layers": 4, "dual_attention_layers": (0, 1, 2, 3)}
+    assert SHAPES["flux-dev"].shallower(3).arguments == {
+        "guidance_embeds": True,
+        "num_layers": 3,
+        "num_single_layers": 6,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("sd35-medium", 2_243_171_520),
+        ("flux-dev", 11_901_408_320),
+        ("pixart-sigma-1024", 610_856_096),
+        ("qwen-image", 20_430_401_088),
+    ],
+)
+def test_shapes_are_those_of_the_published_models(name, numbers):
+    model = SHAPES[name].make(torch.device("meta"), torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) == numbers
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -9,7 +9,7 @@ from command_line import refused, run, words
 pytest.importorskip("diffusers", reason="pipelines are diffusers'")
 
 from PIL import Image
-from tiny_pipelines import tiny_dit_pipeline, tiny_sd3_pipeline
+from tiny_pipelines import tiny_dit_pipeline, tiny_flux_pipeline, tiny_sd3_pipeline
 
 import t5lib
 from t5lib.conversion import ttt_layers
@@ -59,6 +59,15 @@ def test_a_pipeline_is_diagnosed_on_image_files(pipeline, size, tmp_path):
     assert all(0 < ratio < 1 for heads in found["shift_ratio"] for ratio in heads)
     wrong = refused("diagnose", tmp_path / "softmax", "--images", tmp_path, "--img-size", size + 1)
     assert f"resolution {size + 1} is no multiple of what a token covers" in wrong
+
+
+def test_a_pipeline_of_another_family_is_converted_and_inspected_and_is_diagnosed_in_python(tmp_path):
+    tiny_flux_pipeline().save_pretrained(tmp_path / "flux")
+    assert "converted 4 of 4 attentions" in words(run("convert", tmp_path / "flux", tmp_path / "out").stdout)
+    assert "FluxPipeline, transformer T5Flux" in words(run("inspect", tmp_path / "out").stdout)
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
+    told = refused("diagnose", tmp_path / "flux", "--images", tmp_path)
+    assert "a FluxPipeline, and this command encodes images for Stable Diffusion 3 and DiT alone" in told
 
 
 def test_what_cannot_be_done_with_a_pipeline_is_told_and_nothing_is_replaced(softmax, tmp_path):

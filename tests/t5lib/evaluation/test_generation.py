@@ -1,10 +1,12 @@
 """Sampling: the same image whatever its batch, guidance as written, files that can be gone on with."""
 
+import dataclasses
+
 import pytest
 import torch
 from PIL import Image
 from tiny_denoisers import CLASSES
-from tiny_pipelines import SIDE, tiny_dit_pipeline, tiny_sd3_pipeline
+from tiny_pipelines import SIDE, tiny_dit_pipeline, tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline
 
 from t5lib.evaluation import generation
 from t5lib.evaluation.generation import GenerateConfig, classes_of, generate, read_images, sample
@@ -64,6 +66,19 @@ def test_the_pipelines_own_call_gives_the_same_text_image(sd3):
     generator = torch.Generator().manual_seed(3)
     theirs = sd3("a cat", num_inference_steps=3, guidance_scale=3.0, generator=generator, output_type="pt").images
     assert torch.equal(ours, (theirs * 255).round().to(torch.uint8))
+
+
+@pytest.mark.parametrize("make", [tiny_flux_pipeline, tiny_qwen_image_pipeline])
+def test_other_families_draw_prompts_of_any_length_too_and_follow_guidance(make):
+    pipeline, prompts, seeds = make(), ["two red apples", "snow"], [5, 6]
+    config = GenerateConfig(size=(16, 24), batch_size=2, **QUICK)
+    together = sample(pipeline, prompts, seeds, config)
+    assert together.shape == (2, 3, 16, 24)
+    alone = sample(pipeline, prompts, seeds, dataclasses.replace(config, batch_size=1))
+    assert alike(together, alone)
+    assert not torch.equal(sample(pipeline, prompts, seeds, dataclasses.replace(config, guidance=1.0)), together)
+    with pytest.raises(T5Error, match=r"size \(18, 24\): resolution 18 is no multiple of what a patch covers .*, 4"):
+        sample(pipeline, prompts, seeds, dataclasses.replace(config, size=(18, 24)))
 
 
 def test_without_guidance_the_class_image_is_that_of_diffusers():
@@ -129,9 +144,9 @@ def test_what_does_not_suit_the_pipeline_is_refused(sd3, dit):
         sample(sd3, [3], [0], GenerateConfig(**QUICK))
     with pytest.raises(T5Error, match=r"makes images of \(8, 8\)"):
         sample(dit, [0], [0], GenerateConfig(size=(16, 16), **QUICK))
-    with pytest.raises(T5Error, match=r"size \(15, 16\): expected multiples of 4 pixels up to \d+"):
+    with pytest.raises(T5Error, match=r"size \(15, 16\): resolution 15 is no multiple of .*, 4; nearest is 16"):
         sample(sd3, ["a"], [0], GenerateConfig(size=(15, 16), **QUICK))
-    with pytest.raises(T5Error, match=r"size \(16, 4096\): expected multiples of 4 pixels up to \d+"):
+    with pytest.raises(T5Error, match=r"size \(16, 4096\): resolution 4096 gives .*; measure up to \d+ pixels"):
         sample(sd3, ["a"], [0], GenerateConfig(size=(16, 4096), **QUICK))
     with pytest.raises(T5Error, match="max_sequence_length is 600; expected at most 512"):
         sample(sd3, ["a"], [0], GenerateConfig(max_sequence_length=600, **QUICK))

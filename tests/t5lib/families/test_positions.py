@@ -10,7 +10,17 @@ import pytest
 import timm
 import torch
 from tiny import KINDS, SMALL, random_images, tiny_vit
-from tiny_denoisers import dit_batch, sd3_batch, tiny_dit, tiny_sd3
+from tiny_denoisers import (
+    dit_batch,
+    pixart_batch,
+    qwen_image_batch,
+    sd3_batch,
+    tiny_dit,
+    tiny_flux,
+    tiny_pixart,
+    tiny_qwen_image,
+    tiny_sd3,
+)
 from tiny_encoders import ENCODERS, tiny_encoder
 from tiny_eva import EVAS, tiny_eva
 from tiny_transformers import KINDS as TRANSFORMERS
@@ -52,6 +62,9 @@ MODELS = {
     **{f"transformers {kind}": transformer(kind) for kind in TRANSFORMERS},
     "sd3": lambda: (tiny_sd3(), noised_batch(sd3_batch(0), RectifiedFlow(), 0)),
     "dit": lambda: (tiny_dit(), noised_batch(dit_batch(0), NoiseAndVariance(), 0)),
+    "pixart": lambda: (tiny_pixart(), noised_batch(pixart_batch(0, width=12), NoiseAndVariance(), 0)),
+    "qwen image": lambda: (tiny_qwen_image(), noised_batch(qwen_image_batch(0, width=12), RectifiedFlow(), 0)),
+    "flux": lambda: (tiny_flux(), noised_batch(sd3_batch(0, width=12), RectifiedFlow(guidance=3.5), 0)),
 }
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
@@ -150,13 +163,13 @@ def test_so_it_is_with_every_architecture_of_timm_that_converts(module):
 
 
 ROTATING = [kind for kind in EVAS if kind != "eva"]
-ROTARY = {**{kind: eva(kind) for kind in ROTATING}, "transformers dinov3": transformer("dinov3")}
+ROTARY = ["flux", "qwen image", "transformers dinov3", *(f"eva {kind}" for kind in ROTATING)]
 
 
-@pytest.mark.parametrize("make", ROTARY.values(), ids=ROTARY)
+@pytest.mark.parametrize("name", ROTARY)
 @torch.no_grad()
-def test_the_attentions_of_rotary_models_are_told_their_positions_and_differ_without(make):
-    model, inputs = make()
+def test_the_attentions_of_rotary_models_are_told_their_positions_and_differ_without(name):
+    model, inputs = MODELS[name]()
     calls, heads = watched(model, inputs)
     for name, call in calls.items():
         forgotten = dataclasses.replace(call, rope=None)

@@ -51,6 +51,22 @@ def test_flow_levels_are_logit_normal_and_shifted():
     assert logits.std().item() == pytest.approx(1.0, abs=0.03)
 
 
+def test_guidance_is_told_of_every_image_where_the_model_takes_it():
+    given = noised(RectifiedFlow(guidance=3.5), 3).inputs
+    assert given["guidance"].tolist() == [3.5, 3.5, 3.5] and "guidance" not in noised(RectifiedFlow()).inputs
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("exponential", math.exp(1.15)), ("linear", 1.15)])
+def test_a_scheduler_that_shifts_by_size_gives_the_shift_of_its_largest_images(kind, expected):
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.15, time_shift_type=kind)
+    noising = noising_of(scheduler)
+    assert noising.shift == pytest.approx(expected)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5], mu=1.15)
+    levels = [0.75 * expected / (1 + (expected - 1) * 0.75), 0.5 * expected / (1 + (expected - 1) * 0.5)]
+    assert scheduler.sigmas[1:3].tolist() == pytest.approx(levels, rel=1e-5)
+    assert noising_of(scheduler, shift=2.0).shift == 2.0
+
+
 def test_other_densities_are_drawn_when_asked_for():
     uniform = noised(RectifiedFlow(shift=1.0, weighting="none"), 20000).level
     assert torch.quantile(uniform, torch.tensor([0.1, 0.5, 0.9])).tolist() == pytest.approx([0.1, 0.5, 0.9], abs=0.02)
@@ -218,7 +234,7 @@ def test_objective_follows_from_the_pipelines_scheduler():
     [
         ({"labels": torch.zeros(1)}, r"'latents' \(B, C, h, w\), got None among \['labels'\]"),
         ({"latents": torch.zeros(4, 8, 8)}, r"got \(4, 8, 8\)"),
-        ({"latents": torch.zeros(1, 4, 8, 8)}, "must hold 'labels', or 'prompt_embeds' and 'pooled'"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "must hold 'labels', or 'prompt_embeds' with 'pooled'"),
         ({"latents": torch.zeros(1, 4, 8, 8), "pooled": torch.zeros(1, 2)}, r"got \['latents', 'pooled'\]"),
     ],
     ids=["no latents", "one image", "no condition", "half a condition"],
