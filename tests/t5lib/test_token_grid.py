@@ -5,6 +5,7 @@ Every comparison is with a model that sees images of one size alone.
 
 import copy
 import functools
+import itertools
 import pickle
 import threading
 from typing import Any
@@ -168,6 +169,20 @@ def test_a_converted_model_compiles_whole_and_no_more_often_than_the_softmax_mod
     assert graphs(make(kind), of_ttt) == graphs(softmax(kind), of_softmax)
     for ours, theirs in zip(of_ttt, expected(kind)[:3], strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"preset": "t5-last+"}], ids=["t5", "neighborhoods"])
+@torch.no_grad()
+def test_twelve_aspect_ratios_are_compiled_once(settings):
+    """No side is as long as another dimension of the model, which torch.compile would take for the same."""
+    torch._dynamo.reset()
+    model = t5lib.convert(tiny_sd3(pos_embed_max_size=32), TTTConfig(**TTTConfig.expand(settings)))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, dynamic=True, fullgraph=True)
+    for rows, columns in itertools.product((7, 6, 9), (11, 7, 9, 13)):
+        compiled(**sd3_inputs((8 * rows, 8 * columns)), return_dict=False)  # patches of 2 latents
+    assert counter.frame_count == 1
 
 
 @every
