@@ -70,8 +70,8 @@ REASONS = {
     **dict.fromkeys(("UNet", "Transformer2DModel"), CROSS),
     **dict.fromkeys(("CrossVit", "TNT"), SCALES),
     **dict.fromkeys(("ByobNet", "CPUBone", "CSATv2", "EfficientFormer", "FastVit", "LowFormer"), HYBRID),
-    **dict.fromkeys(("MetaFormer", "MobileNetV", "Visformer"), HYBRID),
-    **dict.fromkeys(("ResNet", "SplitAttn", "SelectiveKernel"), CHANNELS),
+    **dict.fromkeys(("IFormer", "MetaFormer", "MobileNetV", "Visformer"), HYBRID),
+    **dict.fromkeys(("ResNet", "NormFreeNet", "CspNe", "VovNet", "EfficientNet", "SplitAttn"), CHANNELS),
     "DiffAttention": DIFFERENCE,
     **dict.fromkeys(("Cait", "TalkingHead"), HEADS),
 }
