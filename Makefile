@@ -46,6 +46,7 @@ $(READY): pyproject.toml constraints.txt
 	@begun=$$(date +%s); set -e; \
 	$(PYTHON) -m venv .venv; \
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt uv; \
+	$(RUN) -c "import os, sysconfig; open(sysconfig.get_path('purelib') + '/t5-repository.pth', 'w').write(os.getcwd())"; \
 	.venv/bin/uv pip install --quiet --compile-bytecode --python $(RUN) -c constraints.txt -e '.[diffusion,onnx,pipeline,dev]'; \
 	echo "installed in $$(( $$(date +%s) - $$begun )) s"
 	@touch $@

@@ -56,7 +56,10 @@ def __getattr__(name: str) -> Any:
         near = get_close_matches(name, __all__, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise AttributeError(f"module 't5lib' has no attribute '{name}'{hint}")
-    value = getattr(import_module(f"t5lib.{_HOMES[name]}"), name)
+    from t5lib.utils.extras import extras_named
+
+    with extras_named():
+        value = getattr(import_module(f"t5lib.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -19,16 +19,16 @@ def convert(model: nn.Module, config: TTTConfig | str | None = None, *, inplace:
     of ours). It carries `t5_config` and `t5_report`, a ConversionReport (t5lib.families.replacement).
 
     Args:
-        model: a timm VisionTransformer whose attention is timm's Attention, a timm Eva (with rotary positions or
-            without), a model of transformers that is or holds a vision tower such as ViT, DINOv3, SigLIP or CLIP, or
-            diffusers' SD3Transformer2DModel, DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel or
-            QwenImageTransformer2DModel; not changed unless `inplace`, which makes no second copy of the weights.
+        model: of a family that converts (README lists them): a model of timm, one of transformers that is or holds a
+            vision tower such as ViT, DINOv3, SigLIP or CLIP, or a transformer of diffusers; not changed unless
+            `inplace`, which makes no second copy of the weights.
         config: what the new layers are, or the name of a preset such as "t5+"; the default is the method's (swiglu,
             instance key norm, dwc_qk, all layers).
 
     Raises:
         T5Error: a part of the model cannot be converted (named), a layer index does not exist, or a neighborhood is
-            larger than the grid of a model whose images have one size, or text is to be exact where there is none.
+            larger than the grid of a model whose images have one size, or text is to be exact where there is none; or
+            attentions have a position bias that the config does not drop.
     """
     adapter = family_of(model)
     config = TTTConfig.preset(config) if isinstance(config, str) else checked(config, TTTConfig)
@@ -58,6 +58,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         attention = adapter.softmax_attention(layer)
         carry_hooks(layer, attention)
         model.set_submodule(name, attention)
+    for name in model.t5_report.dropped:
+        model.get_parameter(name).requires_grad_(True)
     adapter.drop_grid(model)
     adapter.unmark(model)
     return model

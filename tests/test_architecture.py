@@ -171,11 +171,14 @@ def test_every_kind_fulfils_its_contract_and_adds_nothing_to_it(contract, kinds)
 
 
 # Used inside of a kind's own family of classes, or by a study of that kind alone.
-TIMM = {"model_class", "attention_classes", "layer_class", "own_arguments"}
+TIMM = {"model_classes", "attention_classes", "layer_class", "own_arguments"}
 DIFFUSERS = {"softmax_class", "converted_class", "processors", "conditions", "check_blocks", "example_conditions"}
 EXTRA = {
     "TimmVit": TIMM,
-    "TimmEva": TIMM | {"call_of"},
+    "TimmEva": TIMM,
+    "TimmEncoders": TIMM | {"trunk"},
+    "TimmNaflex": TIMM,
+    "TimmRelative": TIMM | {"call_of", "after_heads"},
     "SD3": DIFFUSERS,
     "DiT": DIFFUSERS | {"holds", "restore_class"},
     "PixArt": DIFFUSERS,

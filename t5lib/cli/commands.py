@@ -13,6 +13,7 @@ from t5lib.cli.arguments import Source
 from t5lib.cli.screen import error
 from t5lib.layers.layer_map import parse_layers
 from t5lib.utils.errors import T5Error
+from t5lib.utils.extras import extras_named
 
 
 class _Group(TyperGroup):
@@ -20,7 +21,8 @@ class _Group(TyperGroup):
 
     def invoke(self, context: Any) -> Any:
         try:
-            return super().invoke(context)
+            with extras_named():
+                return super().invoke(context)
         except T5Error as problem:
             error(str(problem))
             raise typer.Exit(1) from None
@@ -30,7 +32,6 @@ app = typer.Typer(
     name="t5",
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -238,6 +239,14 @@ def convert(
             rich_help_panel=LAYER,
         ),
     ] = None,
+    drop_position_bias: Annotated[
+        bool,
+        typer.Option(
+            "--drop-position-bias",
+            help="Leave out the bias of relative positions that BEiT and vit_relpos_* add to their softmax maps.",
+            rich_help_panel=LAYER,
+        ),
+    ] = False,
     inherit: Annotated[
         str | None,
         typer.Option(
@@ -301,6 +310,7 @@ def convert(
         softmax_layers=softmax_layers,
         neighborhood_share=neighborhood_share,
         text=text,
+        drop_position_bias=drop_position_bias or None,
         inherit=inherit,
         preset=preset,
     )

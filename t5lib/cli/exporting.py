@@ -55,7 +55,7 @@ def export(
     size = arguments.parse_size(img_size)
     paths = arguments.find_images(images) if images else []
     for file in filter(None, (onnx, speed)):
-        arguments.check_writable(file)
+        arguments.check_writable(file.parent)
     from t5lib.conversion import ttt_layers
     from t5lib.onnx_export import export_onnx
 
@@ -125,9 +125,10 @@ def _compare(model: "nn.Module", pixels: "Tensor", repeats: int, file: Path) -> 
         result: dict[str, Any] = compare_exports(model, pixels, repeats=repeats)
     write_json(file, result)
     ms = {name: row["ms"] for name, row in result["models"].items()}
+    worst, best = result["speedup_range"]
     say(
-        f"{result['speedup']:.2f} times as fast as the softmax model's export: {ms['t5']:.1f} ms and "
-        f"{ms['softmax']:.1f} ms for {counted(result['batch'], 'image')} of {result['tokens']:,} tokens "
-        f"({result['device']})."
+        f"{result['speedup']:.2f} times as fast as the softmax model's export ({worst:.2f} to {best:.2f}): "
+        f"{ms['t5']:.1f} ms and {ms['softmax']:.1f} ms for {counted(result['batch'], 'image')} of "
+        f"{result['tokens']:,} tokens ({result['device']})."
     )
     note(f"written: {file}")

@@ -20,6 +20,7 @@ from t5lib.cli.images import ImageReader
 from t5lib.cli.screen import note
 from t5lib.families import adapter, family_of
 from t5lib.families.base import Adapter
+from t5lib.families.timm_base import check_plain_vit
 from t5lib.utils.devices import usable_device
 from t5lib.utils.errors import SourceError, T5Error
 from t5lib.utils.extras import extras_named
@@ -53,6 +54,7 @@ def outline(source: Source) -> nn.Module:
             model = timm.create_model(source.name, pretrained=False)
         family_of(model).check_convertible(model)
         if not source.of_transformers:
+            check_plain_vit(model)
             _check_size(source, model)
     return model
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from t5lib import checkpoint
 from t5lib.utils.errors import T5Error
+from t5lib.utils.extras import extras_named
 
 INCEPTION, DINOV2 = "inception-v3-compat", "t5-dinov2"  # names in torch-fidelity's registry
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -132,8 +133,9 @@ def _check_plain(file: Path) -> None:
 @functools.cache
 def _register() -> str:
     """Make torch-fidelity know DINOv2 under our name, with a folder of t5lib.save as its weights."""
-    from torch_fidelity import register_feature_extractor
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    with extras_named():
+        from torch_fidelity import register_feature_extractor
+        from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
     class Dinov2Extractor(FeatureExtractorBase):
         def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: Any):

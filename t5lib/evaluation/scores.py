@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from t5lib.evaluation.features import BATCH, Dinov2, Extractor
 from t5lib.utils.errors import T5Error
+from t5lib.utils.extras import extras_named
 
 LEAST = 16  # images of each kind: fewer have no neighbourhoods and no covariance to speak of
 
@@ -49,7 +50,8 @@ def fidelity(
 def _fidelity(
     images: Tensor, real: Tensor, extractor: Extractor, device: str | torch.device, cache: str
 ) -> dict[str, Any]:
-    from torch_fidelity import calculate_metrics
+    with extras_named():
+        from torch_fidelity import calculate_metrics
 
     inception = extractor.kind == "inception"
     found = calculate_metrics(
@@ -274,7 +276,8 @@ def clip_score(
     if folder is None or not (folder / "config.json").is_file():
         where = f"there is no CLIP in {folder}" if folder else "no folder of CLIP was given"
         return {"clip_note": f"no CLIP score: {where}; `hf download openai/clip-vit-large-patch14` gets one"}
-    from torchmetrics.multimodal import CLIPScore
+    with extras_named():
+        from torchmetrics.multimodal import CLIPScore
 
     metric = CLIPScore(model_name_or_path=lambda: _clip(folder)).to(device)
     for start in range(0, len(images), BATCH):
@@ -285,7 +288,8 @@ def clip_score(
 
 def _clip(folder: Path) -> tuple[torch.nn.Module, Any]:
     """CLIP and its processor for torchmetrics, which wants features as plain tensors (transformers 5 wraps them)."""
-    from transformers import CLIPModel, CLIPProcessor
+    with extras_named():
+        from transformers import CLIPModel, CLIPProcessor
 
     class PlainCLIP(CLIPModel):
         def get_image_features(self, *args: Any) -> Tensor:

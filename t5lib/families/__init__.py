@@ -13,6 +13,13 @@ from t5lib.utils.extras import extras_named
 _CLASSES = {
     ("timm", "VisionTransformer"): "timm_vit",
     ("timm", "Eva"): "timm_eva",
+    ("timm", "NaFlexVit"): "timm_naflex",
+    ("timm", "Qwen3VitEncoder"): "timm_encoders",
+    ("timm", "Qwen3VitClassifier"): "timm_encoders",
+    ("timm", "DeepseekVitEncoder"): "timm_encoders",
+    ("timm", "DeepseekVitClassifier"): "timm_encoders",
+    ("timm", "Beit"): "timm_relative",
+    ("timm", "VisionTransformerRelPos"): "timm_relative",
     ("diffusers", "SD3Transformer2DModel"): "sd3",
     ("diffusers", "DiTTransformer2DModel"): "dit",
     ("diffusers", "FluxTransformer2DModel"): "flux",

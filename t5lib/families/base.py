@@ -89,6 +89,13 @@ class Adapter(ABC):
         """Whether the softmax attention is over the image's tokens and text."""
         return False
 
+    def position_bias(self, model: nn.Module, name: str) -> list[str]:
+        """Names of the parameters of `model` that make what the attention `name` adds to its softmax map.
+
+        Without `drop_position_bias` such an attention is not converted; with it, they stay where they are, idle.
+        """
+        return []
+
     def block_name(self, attention: str) -> str:
         """The name of the block that the attention of that name is in."""
         return attention.rpartition(".")[0]

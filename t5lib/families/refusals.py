@@ -11,15 +11,9 @@ CONVERTIBLE = (
     "diffusers' SD3Transformer2DModel, DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel or "
     "QwenImageTransformer2DModel"
 )
-ROTARY = (
-    "it rotates queries and keys by their positions (rotary embedding), which is supported in timm's Eva family, "
-    "transformers' DINOv3 and diffusers' Flux.1 and Qwen-Image alone so far"
-)
+ROTARY = "it rotates queries and keys by their positions (rotary embedding), in a way that t5lib does not know yet"
 PACKING = "it packs images of several sizes into one sequence and masks what pads it, and a TTT layer takes no mask"
-NAFLEX = (
-    "it packs images of several sizes into one sequence and masks what pads it (NaFlex), and a TTT layer takes no "
-    "mask; a SigLIP 2 of fixed size, such as google/siglip2-base-patch16-224, is a SiglipModel and converts"
-)
+NAFLEX = "it packs images of several sizes into one sequence and masks what pads it (NaFlex); a TTT layer takes no mask"
 WINDOWS = "it attends within windows, whose cost is linear already"
 RELATIVE = "it adds a bias of relative positions to the softmax map, and a TTT layer has no such map"
 WINDOWED = (
@@ -31,34 +25,81 @@ LINEAR = "its attention is linear already"
 PARALLEL = "it computes attention and MLP from one projection or in parallel, where a TTT layer has no place"
 CROSS = "it attends to text in attentions of their own beside those over the image, which only PixArt may so far"
 DIFFERENCE = "it subtracts one softmax map from another, which a TTT layer has no counterpart for"
+HEADS = "it mixes the softmax maps of its heads, which a TTT layer has no counterpart for"
+SCALES = "it attends to tokens of two scales, and a TTT layer has one grid"
+HYBRID = "it is a convolutional network with attention of its own kind in a few stages, where tokens are few"
+CHANNELS = "its attention weighs channels and mixes no tokens"
 LATENTS = "it attends from a few latents to the image, whose cost is linear already"
 VIDEO = "its tokens lie in time too, and a TTT layer needs a grid of rows and columns"
+SOUND = "its tokens are no image, and a TTT layer needs a grid of rows and columns"
+MULTIHEAD = "its attention is torch's MultiheadAttention, which t5lib does not take apart yet"
 UNKNOWN = "t5lib does not know yet where its attentions are, or what they are given besides tokens"
 OTHER = "it is another attention than softmax over the tokens of an image"
+NONE = "it has no attention"
 
-# Beginnings of the names of classes, of models and of attentions.
+PLAIN = "take a plain transformer for the task, such as ViT, DeiT, DINOv2, DINOv3, SigLIP or EVA02"
+REMEDIES = {
+    ROTARY: "take a family whose rotation it knows, such as DINOv3 or EVA02",
+    PACKING: "call the model with images of one size",
+    NAFLEX: "a SigLIP 2 of fixed size, such as google/siglip2-base-patch16-224, is a SiglipModel and converts",
+    WINDOWS: f"a conversion would gain little: keep it, or {PLAIN}",
+    LINEAR: f"a conversion would gain little: keep it, or {PLAIN}",
+    HYBRID: f"a conversion would gain little: keep it, or {PLAIN}",
+    MULTIHEAD: "take the model from timm, which has open_clip's weights, too (vit_base_patch16_clip_224.openai)",
+    UNKNOWN: "CONTRIBUTING.md says how a family of models is added",
+    CHANNELS: "there is nothing to convert",
+    NONE: "there is nothing to convert",
+}
+
+# Beginnings of the names of classes, of models and of attentions; the first that fits counts.
 REASONS = {
-    **dict.fromkeys(("EvaAttention", "AttentionRope", "Qwen3Vit", "DeepseekVit"), ROTARY),
+    **dict.fromkeys(("EvaAttention", "AttentionRope", "Gemma4Vit"), ROTARY),
     **dict.fromkeys(("Flux", "HunyuanDiT", "Lumina", "QwenImage", "Wan"), ROTARY),
-    "NaFlexVit": PACKING,
     "Siglip2": NAFLEX,
     **dict.fromkeys(("SamModel", "SamVision", "SamHQ"), WINDOWED),
     "Sam": WINDOWS,
     "Perceiver": LATENTS,
     **dict.fromkeys(("Vivit", "VideoMAE", "VideoPrism", "Timesformer", "VJEPA"), VIDEO),
     **dict.fromkeys(("Swin", "VisionTransformerSAM", "MaxxVit", "DaVit", "Twins", "Nest", "WindowAttention"), WINDOWS),
-    **dict.fromkeys(("VisionTransformerRelPos", "RelPosAttention", "Beit", "Data2VecVision", "Levit"), RELATIVE),
-    **dict.fromkeys(("MultiScaleVit", "PoolingVision", "PyramidVision", "Hiera", "Pvt", "Segformer"), POOLING),
-    **dict.fromkeys(("Xcit", "EfficientVit", "Sana", "MobileVitV2"), LINEAR),
+    **dict.fromkeys(("GlobalContextVit", "Hiera", "TinyVit", "EfficientVitMsra", "VOLO"), WINDOWS),
+    **dict.fromkeys(("VisionTransformerRelPos", "RelPosAttention", "Beit", "Data2VecVision", "ConVit"), RELATIVE),
+    **dict.fromkeys(("MultiScaleVit", "PoolingVision", "PyramidVision", "Levit", "NextViT"), POOLING),
+    **dict.fromkeys(("Pvt", "Segformer"), POOLING),
+    **dict.fromkeys(("Xcit", "EfficientVit", "Sana", "MobileVitV2", "CoaT", "SwiftFormer", "EdgeNeXt"), LINEAR),
     **dict.fromkeys(("Parallel", "DiffParallel"), PARALLEL),
     **dict.fromkeys(("UNet", "Transformer2DModel"), CROSS),
+    **dict.fromkeys(("CrossVit", "TNT"), SCALES),
+    **dict.fromkeys(("ByobNet", "CPUBone", "CSATv2", "EfficientFormer", "FastVit", "LowFormer"), HYBRID),
+    **dict.fromkeys(("IFormer", "MetaFormer", "MobileNetV", "Visformer"), HYBRID),
+    **dict.fromkeys(("ResNet", "NormFreeNet", "CspNe", "VovNet", "EfficientNet", "SplitAttn"), CHANNELS),
     "DiffAttention": DIFFERENCE,
+    **dict.fromkeys(("Cait", "TalkingHead"), HEADS),
 }
+
+
+ENDINGS = {"3DModel": VIDEO, "1DModel": SOUND, "AudioDiTModel": SOUND}
+KNOWN = tuple(dict.fromkeys((*REASONS.values(), *ENDINGS.values(), PACKING, MULTIHEAD, UNKNOWN, OTHER, NONE)))
+
+
+def attends(model: nn.Module) -> bool:
+    """Whether a part of it is an attention, by its class's name or its own."""
+    names = (f"{name.rpartition('.')[2]} {type(part).__name__}".lower() for name, part in model.named_modules())
+    return any("attn" in name or "attention" in name for name in names)
 
 
 def reason(kind: str, otherwise: str = OTHER) -> str:
     """Why the model or attention of the class called `kind` is not converted."""
-    return next((why for start, why in REASONS.items() if kind.startswith(start)), otherwise)
+    by_ending = next((why for end, why in ENDINGS.items() if kind.endswith(end)), otherwise)
+    return next((why for start, why in REASONS.items() if kind.startswith(start)), by_ending)
+
+
+def advice(kind: str) -> str:
+    """The reason, and what to do instead."""
+    return with_remedy(reason(kind))
+
+
+def with_remedy(why: str) -> str:
+    return f"{why}; {REMEDIES.get(why, PLAIN)}"
 
 
 def of_model(model: Any, convertible: Callable[[nn.Module], bool]) -> str:
@@ -72,10 +113,10 @@ def of_model(model: Any, convertible: Callable[[nn.Module], bool]) -> str:
         if convertible(part):
             where = f"model.{name}" if name.replace(".", "").isidentifier() else f"model.get_submodule({name!r})"
             return f"{kind} wraps a {type(part).__name__}; pass that: {where}"
-    attends = any(name in type(part).__name__ for part in model.modules() for name in ("Attn", "Attention"))
-    otherwise = UNKNOWN if type(model).__module__.startswith("transformers.") else OTHER
-    why = reason(kind, otherwise) if attends else "it has no attention"
-    return f"{kind} is not {CONVERTIBLE}: {why}; only these can be converted so far"
+    otherwise = UNKNOWN if type(model).__module__.startswith(("transformers.", "diffusers.")) else OTHER
+    if any(isinstance(part, nn.MultiheadAttention) for part in model.modules()):
+        otherwise = MULTIHEAD
+    return f"{kind} is not {CONVERTIBLE}: {with_remedy(reason(kind, otherwise) if attends(model) else NONE)}"
 
 
 def _no_module(model: Any) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from t5lib.families.base import Adapter
+from t5lib.families.refusals import RELATIVE
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.mixers import check_window
 from t5lib.utils.config import from_dict
@@ -22,7 +23,9 @@ class ConversionReport:
 
     Attributes:
         layers: the attentions that were replaced.
-        inherited: kept unchanged; new: added by the conversion; dropped: in the softmax model only.
+        inherited: kept unchanged; new: added by the conversion.
+        dropped: of no effect any more, the position biases that TTTConfig.drop_position_bias leaves out. They stay in
+            the model, without gradients, for who reverts it.
         reset: pretrained, but started afresh because TTTConfig.inherit leaves them out.
         numbers: counts of single values under these four names.
     """
@@ -35,20 +38,22 @@ class ConversionReport:
     numbers: dict[str, int]
 
 
-def without_layers(report: ConversionReport, model: nn.Module, layers: list[str]) -> ConversionReport:
+def without_layers(adapter: Adapter, report: ConversionReport, model: nn.Module, layers: list[str]) -> ConversionReport:
     """The report of a conversion that leaves `layers` out, from one that does not; `model` has them no more."""
     tensors = model.state_dict()
+    kept = tuple(name for name in report.layers if name not in layers)
+    dropped = tuple(_idle(adapter, model, list(kept)))
     own = tuple(f"{name}." for name in layers)
     reset = tuple(name for name in report.reset if not name.startswith(own))
+    old = {*report.inherited, *report.reset, *report.dropped} - {*reset, *dropped}
     parts = {
-        "inherited": tuple(name for name in tensors if name in {*report.inherited, *report.reset} - set(reset)),
+        "inherited": tuple(name for name in tensors if name in old),
         "new": tuple(name for name in report.new if name in tensors),
-        "dropped": report.dropped,
+        "dropped": dropped,
         "reset": reset,
     }
-    numbers = {what: sum(tensors[name].numel() for name in names) for what, names in parts.items() if what != "dropped"}
-    kept = tuple(name for name in report.layers if name not in layers)
-    return ConversionReport(layers=kept, **parts, numbers=report.numbers | numbers)
+    numbers = {what: sum(tensors[name].numel() for name in names) for what, names in parts.items()}
+    return ConversionReport(layers=kept, **parts, numbers=numbers)
 
 
 def chosen_layers(adapter: Adapter, model: nn.Module, config: TTTConfig) -> dict[str, TTTConfig]:
@@ -65,10 +70,26 @@ def chosen_layers(adapter: Adapter, model: nn.Module, config: TTTConfig) -> dict
         _check_plain(adapter, model.get_submodule(name), name)
     kinds = config.of_layers(len(names), adapter.layer_sets(model))
     chosen = {name: own for name, own in zip(names, kinds, strict=True) if own}
+    _check_position_bias(adapter, model, config, list(chosen))
     if fixed := adapter.fixed_grid(model):
         for own in chosen.values():
             check_window(own, fixed)
     return _with_text_where_it_is(adapter, model, chosen)
+
+
+def _check_position_bias(adapter: Adapter, model: nn.Module, config: TTTConfig, chosen: list[str]) -> None:
+    """Raises T5Error when an attention has a position bias that is not to be dropped, or none has one that is."""
+    biased = [name for name in chosen if adapter.position_bias(model, name)]
+    if biased and not config.drop_position_bias:
+        raise T5Error(
+            f"{biased[0]}: {RELATIVE}; leave it out by TTTConfig(drop_position_bias=True), and calibration makes up "
+            "for it"
+        )
+    if config.drop_position_bias and not biased:
+        raise T5Error(
+            f"drop_position_bias is on, but none of the attentions of this {type(model).__name__} has a position bias; "
+            "leave it out"
+        )
 
 
 def _with_text_where_it_is(adapter: Adapter, model: nn.Module, chosen: dict[str, TTTConfig]) -> dict[str, TTTConfig]:
@@ -122,6 +143,7 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> None:
 def replace_attentions(adapter: Adapter, model: nn.Module, config: TTTConfig, chosen: dict[str, TTTConfig]) -> None:
     """Put a new layer in the place of every attention of `chosen`, in place; the model then carries its report."""
     before, reset = model.state_dict(), []
+    idle = _idle(adapter, model, list(chosen))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # not torch.manual_seed, which seeds the GPUs too
         for name, own in chosen.items():
@@ -132,7 +154,16 @@ def replace_attentions(adapter: Adapter, model: nn.Module, config: TTTConfig, ch
             model.set_submodule(name, layer)
     adapter.carry_grid(model)
     adapter.mark(model, config)
-    model.t5_report = _account(before, model, list(chosen), list(dict.fromkeys(reset)))
+    for name in idle:
+        model.get_parameter(name).requires_grad_(False)
+    model.t5_report = _account(before, model, list(chosen), list(dict.fromkeys(reset)), idle)
+
+
+def _idle(adapter: Adapter, model: nn.Module, chosen: list[str]) -> list[str]:
+    """The parameters that nothing uses once the attentions `chosen` are replaced."""
+    used = {name: set(adapter.position_bias(model, name)) for name in adapter.attention_names(model)}
+    still = set().union(*(names for attention, names in used.items() if attention not in chosen))
+    return sorted(set().union(*used.values()) - still)
 
 
 def convert_as_told(adapter: Adapter, model: nn.Module, told: dict[str, Any]) -> None:
@@ -157,20 +188,22 @@ def restarted(model: nn.Module, name: str) -> Iterator[nn.Module]:
     part.to(place)
 
 
-def _account(before: dict[str, Tensor], model: nn.Module, layers: list[str], reset: list[str]) -> ConversionReport:
-    """Compare names and storage: an inherited tensor must be the very same one; nothing may go unexplained."""
+def _account(
+    before: dict[str, Tensor], model: nn.Module, layers: list[str], reset: list[str], dropped: list[str]
+) -> ConversionReport:
+    """Compare names and storage: an old tensor must be the very same one; nothing may go unexplained."""
     after = model.state_dict()
-    inherited = [n for n in after if n in before and after[n].data_ptr() == before[n].data_ptr() and n not in reset]
+    same = [n for n in after if n in before and after[n].data_ptr() == before[n].data_ptr() and n not in reset]
+    inherited = [name for name in same if name not in dropped]
     new = [n for n in after if n not in before and any(n.startswith(f"{layer}.mixer.") for layer in layers)]
-    dropped = [n for n in before if n not in after]
-    unexplained = sorted(set(after) - {*inherited, *new, *reset}) + dropped
-    if unexplained:  # today's layers inherit everything, so a dropped tensor is a mistake too
+    unexplained = sorted(set(after) - {*same, *new, *reset}) + [name for name in before if name not in after]
+    if unexplained:
         raise T5Error(
             f"conversion lost track of {', '.join(unexplained)}: every old weight keeps its name and its tensor, and "
             "new ones are under 'mixer.'; please report this model, or mend the new layer if it is yours"
         )
-    names, every = {"inherited": inherited, "new": new, "dropped": dropped, "reset": reset}, after | before
-    numbers = {what: sum(every[name].numel() for name in tensors) for what, tensors in names.items()}
+    names = {"inherited": inherited, "new": new, "dropped": dropped, "reset": reset}
+    numbers = {what: sum(after[n].numel() for n in tensors) for what, tensors in names.items()}
     return ConversionReport(
         layers=tuple(layers), **{what: tuple(tensors) for what, tensors in names.items()}, numbers=numbers
     )

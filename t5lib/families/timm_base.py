@@ -1,4 +1,4 @@
-"""What the adapters of timm's families share: a PatchEmbed, `patch_embed`, and `blocks` with an attention `attn`."""
+"""What the adapters of timm's families share: a trunk with a patch embedding, and `blocks` with an attention `attn`."""
 
 import copy
 import functools
@@ -13,11 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 from t5lib.families.base import Adapter, AttentionCall, check_multiple
 from t5lib.families.inputs import ExampleSize, Inputs
-from t5lib.families.refusals import reason
+from t5lib.families.refusals import advice
 from t5lib.families.replacement import chosen_layers, replace_attentions, restarted
 from t5lib.families.subclasses import softmax_class, subclass
 from t5lib.families.timm_creation import create
-from t5lib.layers.attention import TTTAttention, project, share_parts
+from t5lib.layers.attention import TTTAttention, project
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, one_pass, tell_grid
 from t5lib.utils.errors import T5Error
@@ -25,6 +25,7 @@ from t5lib.utils.threads import of_this_thread
 
 # Methods of timm's models that call their blocks.
 FORWARDS = ("forward", "forward_features", "forward_intermediates")
+EMBEDDINGS = {"NaFlexVit": "embeds"}  # the name of the patch embedding by the model's class; others: patch_embed
 
 
 class TimmAdapter(Adapter):
@@ -32,53 +33,64 @@ class TimmAdapter(Adapter):
 
     package = "timm"
     input_name = "x"
-    features = "norm"
+    features: ClassVar[str | None] = "norm"
     has_attention_maps = True
-    model_class: ClassVar[type[nn.Module]]
+    model_classes: ClassVar[tuple[type[nn.Module], ...]]
     attention_classes: ClassVar[tuple[type[nn.Module], ...]]
     layer_class: ClassVar[type[TTTAttention]]
 
     def check_convertible(self, model: nn.Module) -> None:
-        if not isinstance(model, self.model_class):
-            raise T5Error(f"{type(model).__name__} is not a timm {self.model_class.__name__}; pass such a model")
-        for index, block in enumerate(model.blocks):
+        if not isinstance(model, self.model_classes):
+            known = " or ".join(kind.__name__ for kind in self.model_classes)
+            raise T5Error(f"{type(model).__name__} is not a timm {known}; pass such a model")
+        for index, block in enumerate(self.blocks(model)):
             attention = getattr(block, "attn", None)
             if isinstance(attention, TTTAttention):
                 raise T5Error(f"blocks.{index}.attn is converted already; call t5lib.revert first")
             if type(attention) not in self.attention_classes:
                 present = type(attention).__name__ if attention is not None else type(block).__name__
                 known = " or ".join(kind.__name__ for kind in self.attention_classes)
-                raise T5Error(f"blocks.{index} uses {present}; only timm's {known} can be converted: {reason(present)}")
-        if not isinstance(model.patch_drop, nn.Identity | None):
+                raise T5Error(f"blocks.{index} uses {present}; only timm's {known} can be converted: {advice(present)}")
+        if not isinstance(getattr(model, "patch_drop", None), nn.Identity | None):
             raise T5Error("patch_drop_rate is set: dropped patches leave holes in the grid; build the model with 0")
-        if getattr(model.patch_embed, "dynamic_feat_size", None) is None:
-            raise T5Error(f"patch_embed is {type(model.patch_embed).__name__}, which does not tell its token grid")
+        embedding = self.embedding(model)
+        if getattr(embedding, "dynamic_feat_size", None) is None:
+            raise T5Error(f"patch_embed is {type(embedding).__name__}, which does not tell its token grid")
+
+    def trunk(self, model: nn.Module) -> nn.Module:
+        """The part of the model that holds its patch embedding and blocks."""
+        return model
 
     def attention_names(self, model: nn.Module) -> list[str]:
-        return [f"blocks.{index}.attn" for index in range(len(model.blocks))]
+        blocks = self.blocks(model)
+        [name] = [name for name, part in model.named_modules() if part is blocks]
+        return [f"{name}.{index}.attn" for index in range(len(blocks))]
 
     def layer_sets(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
         """The paper converts all."""
-        everything = tuple(range(len(model.blocks)))
+        everything = tuple(range(len(self.blocks(model))))
         return {"all": everything, "paper": everything}
 
     def blocks(self, model: nn.Module) -> nn.Sequential:
-        return model.blocks
+        return self.trunk(model).blocks
 
     def grid(self, model: nn.Module, inputs: Inputs) -> TokenGrid:
         size = inputs[self.input_name].shape[-2:]
-        _check_size(model.patch_embed, tuple(size))
-        rows, columns = model.patch_embed.dynamic_feat_size(size)
+        embedding = self.embedding(model)
+        _check_size(embedding, tuple(size))
+        rows, columns = embedding.dynamic_feat_size(size)
         return TokenGrid(rows, columns, model.num_prefix_tokens)
 
     def fixed_grid(self, model: nn.Module) -> TokenGrid | None:
-        if not getattr(model.patch_embed, "strict_img_size", False):
+        embedding = self.embedding(model)
+        if not getattr(embedding, "strict_img_size", False):
             return None
-        rows, columns = model.patch_embed.grid_size
+        rows, columns = embedding.grid_size
         return TokenGrid(rows, columns, model.num_prefix_tokens)
 
     def embedding(self, model: nn.Module) -> nn.Module:
-        return model.patch_embed
+        trunk = self.trunk(model)
+        return getattr(trunk, _embedding_name(type(trunk)))
 
     @staticmethod
     def announce(embedding: nn.Module, arguments: tuple[Tensor, ...], _output: Tensor) -> None:
@@ -86,22 +98,19 @@ class TimmAdapter(Adapter):
 
     def carry_grid(self, model: nn.Module) -> None:
         super().carry_grid(model)
-        model.__class__ = _in_passes(type(model))  # type: ignore[arg-type]  # classes can be hashed
+        trunk = self.trunk(model)
+        trunk.__class__ = _in_passes(type(trunk))  # type: ignore[arg-type]  # classes can be hashed
 
     def drop_grid(self, model: nn.Module) -> None:
         super().drop_grid(model)
-        model.__class__ = softmax_class(type(model))
+        trunk = self.trunk(model)
+        trunk.__class__ = softmax_class(type(trunk))
 
     def new_layer(self, model: nn.Module, attention: nn.Module, config: TTTConfig) -> TTTAttention:
         return self.layer_class(attention, config, model.num_prefix_tokens)
 
     def softmax_attention(self, layer: TTTAttention) -> nn.Module:
-        attention = nn.Module.__new__(layer.softmax_class)
-        nn.Module.__init__(attention)
-        for name, value in layer.softmax.items():
-            setattr(attention, name, value)
-        share_parts(layer, attention, layer.inherited)
-        return attention.train(layer.training)
+        return layer.softmax_attention()
 
     def reset_left_out(self, model: nn.Module, name: str, inherit: str) -> list[str]:
         """See Adapter; timm's random initialization is the fresh start."""
@@ -128,8 +137,12 @@ class TimmAdapter(Adapter):
 
         return [
             attention.register_forward_pre_hook(of_this_thread(keep_call), with_kwargs=True),
-            attention.norm.register_forward_pre_hook(of_this_thread(keep_output)),
+            self.after_heads(attention).register_forward_pre_hook(of_this_thread(keep_output)),
         ]
+
+    def after_heads(self, attention: nn.Module) -> nn.Module:
+        """The part of an attention that is given the merged heads."""
+        return attention.norm
 
     def call_of(self, x: Tensor, *_others: Any, **_named: Any) -> AttentionCall:
         """What of the arguments of an attention matters."""
@@ -159,12 +172,13 @@ class TimmAdapter(Adapter):
         return grid.num_prefix_tokens + grid.rows * grid.columns
 
     def check_resolution(self, model: nn.Module, size: ExampleSize) -> None:
-        check_multiple(size.resolution, model.patch_embed.patch_size[0], "the patch size")
+        check_multiple(size.resolution, self.embedding(model).patch_size[0], "the patch size")
 
     def at_resolution(self, model: nn.Module, size: ExampleSize) -> nn.Module:
         self.check_resolution(model, size)
         model = copy.deepcopy(model).eval()
-        model.set_input_size(img_size=(size.resolution, size.resolution))
+        if hasattr(model, "set_input_size"):  # others take any size as they are
+            model.set_input_size(img_size=(size.resolution, size.resolution))
         return model
 
     def example_inputs(self, model: nn.Module, size: ExampleSize) -> Inputs:
@@ -182,18 +196,22 @@ class TimmAdapter(Adapter):
             raise T5Error(f"this {type(model).__name__} was not made by timm.create_model; make it so, then save it")
         architecture = architecture.removeprefix("t5_").removesuffix("+")  # t5lib.weights.timm_registry's names
         asked = getattr(model, "_model_args", {})  # what timm.create_model was told (timm 1.0.31 and later keep it)
+        embedding, blocks = self.embedding(model), self.blocks(model)
         present = {
-            "img_size": list(model.patch_embed.img_size),
-            "patch_size": list(model.patch_embed.patch_size),
+            "patch_size": list(embedding.patch_size),
             "in_chans": model.in_chans,
-            "num_classes": model.num_classes,
             "global_pool": model.global_pool,
             "embed_dim": model.embed_dim,
-            "depth": len(model.blocks),
-            "num_heads": model.blocks[0].attn.num_heads,
-            "dynamic_img_size": model.dynamic_img_size,
-            "dynamic_img_pad": model.patch_embed.dynamic_img_pad,
+            "depth": len(blocks),
+            "num_heads": blocks[0].attn.num_heads,
         }
+        if hasattr(embedding, "img_size"):
+            present["img_size"] = list(embedding.img_size)
+        if hasattr(model, "reset_classifier"):
+            present["num_classes"] = model.num_classes
+        if hasattr(model, "dynamic_img_size"):
+            padded = embedding.dynamic_img_pad
+            present |= {"dynamic_img_size": model.dynamic_img_size, "dynamic_img_pad": padded}
         return architecture, asked | present | self.own_arguments(model)
 
     @abstractmethod
@@ -230,8 +248,21 @@ class TimmAdapter(Adapter):
 @functools.cache
 def _in_passes(kind: Any) -> type:
     """The class `kind` of models with every way to the blocks a pass (t5lib.layers.grid)."""
-    ways = {name: one_pass(getattr(kind, name), "patch_embed", "blocks") for name in FORWARDS}
+    ways = {name: one_pass(getattr(kind, name), _embedding_name(kind), "blocks") for name in FORWARDS}
     return subclass(kind, _in_passes, ways)
+
+
+def check_plain_vit(model: nn.Module) -> None:
+    """Raises T5Error unless what commands and targets ask of a ViT is where timm's VisionTransformer has it."""
+    if not all(hasattr(model, part) for part in ("patch_embed", "blocks", "num_classes")):
+        raise T5Error(
+            f"{type(model).__name__} has its patch embedding or its blocks elsewhere than timm's ViTs, and commands, "
+            "plans and targets take those alone; use t5lib in Python: t5lib.convert, t5lib.calibrate, t5lib.save"
+        )
+
+
+def _embedding_name(kind: type) -> str:
+    return EMBEDDINGS.get(kind.__name__, "patch_embed")
 
 
 def _check_size(patch_embed: nn.Module, size: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ class TimmVit(TimmAdapter):
     """ViT, DeiT, AugReg, DINOv2, DeiT III, SigLIP and whatever else timm makes a VisionTransformer."""
 
     name = "timm_vit"
-    model_class = VisionTransformer
+    model_classes = (VisionTransformer,)
     attention_classes = (Attention,)
     layer_class = TTTAttention
 

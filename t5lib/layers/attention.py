@@ -86,7 +86,7 @@ class TTTAttention(TTTLayer):
 
     def __init__(self, attention: nn.Module, config: TTTConfig, num_prefix_tokens: int):
         super().__init__()
-        self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
+        self.num_heads, self.head_dim = attention.num_heads, head_width(attention)
         self.num_prefix_tokens = num_prefix_tokens
         self.softmax_class = type(attention)
         own = {name: value for name, value in vars(attention).items() if name[0] != "_" and name != "training"}
@@ -119,6 +119,15 @@ class TTTAttention(TTTLayer):
         grid = self.grid(grid)
         q, k, v = project(self, self.mixer.prepare(x, grid), rope)
         return self.merge(self.mixer(q, k, v, grid), x)
+
+    def softmax_attention(self) -> nn.Module:
+        """The attention that this layer stands for, with its present parts (shared)."""
+        attention = nn.Module.__new__(self.softmax_class)
+        nn.Module.__init__(attention)
+        for name, value in self.softmax.items():
+            setattr(attention, name, value)
+        share_parts(self, attention, self.inherited)
+        return attention.train(self.training)
 
     def merge(self, o: Tensor, x: Tensor) -> Tensor:
         """Heads (B, H, N, D) to (B, N, C) through the pretrained norm, gate and output projection; x gates."""
@@ -157,6 +166,47 @@ class RotaryTTTAttention(TTTAttention):
         return self.mixed(x, rope, attn_mask, is_causal, grid)
 
 
+class UnbiasedTTTAttention(TTTAttention):
+    """As TTTAttention, in the place of an attention of timm that adds a bias of relative positions to its softmax map.
+
+    A TTT layer has no such map, so the bias is left out. What makes it stays in the layer, idle, for who reverts it.
+    """
+
+    inherited = (
+        *("q_bias", "k_bias", "v_bias", "qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop"),
+        *("rel_pos", "relative_position_bias_table", "relative_position_index"),
+    )
+
+    def forward(  # type: ignore[override]  # as the softmax attentions are called
+        self,
+        x: Tensor,
+        shared_rel_pos: Tensor | None = None,
+        grid: TokenGrid | None = None,
+        *,
+        shared_rel_pos_bias: Tensor | None = None,
+    ) -> Tensor:
+        """As TTTAttention's. A bias that layers share comes in under the name that it has in ViTs or in BEiT, and is
+        left out."""
+        return self.mixed(x, None, None, False, grid)
+
+    def merge(self, o: Tensor, x: Tensor) -> Tensor:
+        return self.proj_drop(self.proj(o.transpose(1, 2).flatten(2)))
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """What timm's BEiT calls for another image size: the idle bias follows it."""
+        attention = self.softmax_attention()
+        attention.set_window_size(window_size)
+        share_parts(attention, self, self.inherited)
+        self.softmax |= {name: getattr(attention, name) for name in self.softmax}
+
+
+def head_width(attention: nn.Module) -> int:
+    """Channels of a head of an attention of timm, which not all of them tell."""
+    if hasattr(attention, "head_dim"):
+        return attention.head_dim
+    return attention.qkv.out_features // (3 * attention.num_heads)
+
+
 def share_parts(source: nn.Module, target: nn.Module, names: tuple[str, ...]) -> None:
     """Let `target` have the modules, parameters and buffers of `source` called `names`; None where it has none."""
     for name in names:
@@ -174,7 +224,8 @@ def project(attention: nn.Module, x: Tensor, rope: Tensor | None = None) -> tupl
         rope: the rotary table that the attention is called with; q and k are turned by it.
     """
     q, k, v = _heads(attention, x)
-    q, k = attention.q_norm(q), attention.k_norm(k)
+    if getattr(attention, "q_norm", None) is not None:
+        q, k = attention.q_norm(q), attention.k_norm(k)
     if rope is not None:
         prefix, half = attention.num_prefix_tokens, attention.rotate_half
         q, k = (rotated(t, rope, prefix, half).type_as(v) for t in (q, k))
@@ -192,5 +243,5 @@ def _heads(attention: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     qkv = attention.qkv(x)
     if getattr(attention, "q_bias", None) is not None:
         qkv = qkv + torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
-    heads = (3, attention.num_heads, attention.head_dim)
+    heads = (3, attention.num_heads, -1)
     return qkv.unflatten(-1, heads).permute(2, 0, 3, 1, 4).unbind(0)

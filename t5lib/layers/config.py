@@ -89,6 +89,8 @@ class TTTConfig:
             "all", "paper" for those that the paper converts in this kind of model, or "auto": all at first, and
             calibration puts softmax back where it is missed most. What is not named stays softmax.
         softmax_layers: how many "auto" puts back.
+        drop_position_bias: leave out what attentions add to their softmax maps for relative positions (BEiT, timm's
+            `vit_relpos_*`); a TTT layer has no such map. Models with such a bias are refused otherwise.
         init_std: standard deviation of new inner weights; None means head_dim**-0.5, the best start for
             calibration (docs/results); the paper trains from 0.02.
         seed: of the new weights; a conversion is repeatable and leaves the global random state alone.
@@ -107,6 +109,7 @@ class TTTConfig:
     inherit: Annotated[str, Choice(INHERITANCE)] = "all"
     layers: Annotated[Several[int] | dict[str, str] | str | None, BeforeValidator(_with_named_keys)] = None
     softmax_layers: WholeNumber = 0
+    drop_position_bias: bool = False
     init_std: Annotated[float, Field(ge=1e-6, le=10)] | None = None
     seed: WholeNumber = 0
 

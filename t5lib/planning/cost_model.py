@@ -24,6 +24,7 @@ from t5lib.benchmarks.timing import Rules, TimingConfig, describe_device, time_m
 from t5lib.conversion import convert
 from t5lib.families import family_of
 from t5lib.families.inputs import ExampleSize
+from t5lib.families.timm_base import check_plain_vit
 from t5lib.layers.config import SOFTMAX, TTTConfig
 from t5lib.layers.layer_map import format_layers
 from t5lib.utils.config import AtLeastOne, Positive, Several, one_of, settings
@@ -227,12 +228,13 @@ def plan(
         on_timing: called with each finished resolution, to show progress.
 
     Raises:
-        T5Error: a resolution that is no multiple of the patch size, an unknown kind, outputs that are wrong
-            (t5lib.benchmarks.resolution_sweep.check_output), or times too noisy to tell a block's.
+        T5Error: a model that is no plain ViT of timm, a resolution that is no multiple of the patch size, an unknown
+            kind, outputs that are wrong (t5lib.benchmarks.timing.check_output), or times too noisy to tell a block's.
     """
     config, device = config or PlanConfig(), torch.device(device)
     family = family_of(model)
     family.check_convertible(model)
+    check_plain_vit(model)
     rules, layers = Rules.of(config, device), {kind: settings_of(kind) for kind in kinds}
     if not layers:
         raise T5Error("kinds is empty; expected values of a layer map, such as 'swiglu'")

@@ -89,7 +89,9 @@ def _settle(family: Adapter, model: nn.Module, chosen: list[str]) -> None:
     names = family.attention_names(model)
     layers = tuple(index for index, name in enumerate(names) if name in ttt_layers(model))
     family.mark(model, dataclasses.replace(model.t5_config, layers=layers, softmax_layers=0))
-    model.t5_report = without_layers(model.t5_report, model, chosen)
+    before, model.t5_report = model.t5_report, without_layers(family, model.t5_report, model, chosen)
+    for name in set(before.dropped) - set(model.t5_report.dropped):
+        model.get_parameter(name).requires_grad_(True)
 
 
 class _Measure:

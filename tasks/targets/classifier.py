@@ -18,6 +18,7 @@ from t5lib.data.batches import Batches
 from t5lib.data.images import AugmentConfig, DataConfig, eval_batches, size_of, train_batches, transform
 from t5lib.data.shards import ShardSet
 from t5lib.evaluation.classifier import predict, score
+from t5lib.families.timm_base import check_plain_vit
 from t5lib.report.common import Quality
 from t5lib.report.data import ReportData
 from t5lib.training.classifier import Classification, TrainConfig
@@ -103,6 +104,7 @@ class ClassifierTarget(Target[TrainConfig]):
         """See Target."""
         data, model = sections["data"], blank(sections["fetch"])
         height, width = size_of(data)
+        check_plain_vit(model)
         _check_images(model.patch_embed, data)
         check_model(model, sections, {"x": torch.empty(1, model.in_chans, height, width, device="meta")})
         if model.num_classes != data.num_classes:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+import torchvision
 from timm.layers import Attention, AttentionRope
 from tiny import KINDS, random_images, tiny_vit
 from torch import nn
@@ -199,19 +200,23 @@ def not_converted(build, message):
 
 
 KINDS_REFUSED = {
-    "resnet18": ({}, "ResNet is not a timm VisionTransformer.*: it has no attention"),
-    "swin_tiny_patch4_window7_224": ({}, "SwinTransformer is not .*: it attends within windows"),
+    "resnet18": ({}, "ResNet is not a timm VisionTransformer.*: it has no attention; there is nothing to convert"),
+    "swin_tiny_patch4_window7_224": ({}, "SwinTransformer is not .*: it attends within windows.*; .* gain little"),
     "samvit_base_patch16": ({"depth": 1}, "VisionTransformerSAM is not .*: it attends within windows"),
-    "qwen3_vit_88m_enc": ({"depth": 1}, r"Qwen3VitEncoder is not .*\(rotary embedding\), which is supported in timm's"),
-    "vit_relpos_small_patch16_224": ({"depth": 1}, "VisionTransformerRelPos is not .*bias of relative positions"),
-    "beit_base_patch16_224": (
-        {"depth": 1, "embed_dim": 64, "num_heads": 2},
-        "Beit is not .*bias of relative positions",
-    ),
+    "gemma4_vit_167m": ({}, r"Gemma4VitClassifier is not .*\(rotary embedding\).*; take a family whose rotation"),
     "pit_ti_224": ({}, "PoolingVisionTransformer is not .*: it pools tokens on the way"),
     "xcit_nano_12_p16_224": ({}, "Xcit is not .*: its attention is linear already"),
-    "cait_xxs24_224": ({}, "Cait is not .*: it is another attention than softmax over the tokens of an image"),
+    "cait_xxs24_224": ({}, "Cait is not .*: it mixes the softmax maps of its heads.*; take a plain transformer"),
+    "crossvit_tiny_240": ({}, "CrossVit is not .*: it attends to tokens of two scales"),
+    "resnest14d": ({}, "ResNet is not .*: its attention weighs channels and mixes no tokens; there is nothing to"),
+    "fastvit_sa12": ({}, "FastVit is not .*: it is a convolutional network with attention of its own kind"),
 }
+
+
+def test_attention_of_torch_itself_is_told_with_where_such_models_are():
+    with torch.device("meta"):
+        model = torchvision.models.vit_b_32()
+    not_converted(lambda: model, r"is torch's MultiheadAttention.*; take the model from timm, which has open_clip's")
 
 
 @pytest.mark.parametrize("name", KINDS_REFUSED)
@@ -219,7 +224,7 @@ def test_models_of_other_kinds_are_refused_by_name_and_the_reason_told(name):
     options, message = KINDS_REFUSED[name]
     with torch.device("meta"):
         model = timm.create_model(name, **options)
-    not_converted(lambda: model, f"{message}.*; only these can be converted so far")
+    not_converted(lambda: model, message)
 
 
 @pytest.mark.parametrize(

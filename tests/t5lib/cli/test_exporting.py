@@ -39,6 +39,7 @@ def test_a_saved_model_becomes_a_file_for_images_of_any_size(models, tmp_path):
 
 
 def test_its_speed_is_told_and_written(models, tmp_path):
+    (tmp_path / "model.onnx").write_text("an older one")
     command = ("export", models / "converted", "--onnx", tmp_path / "model.onnx", "--img-size", 64, "--batch", 2)
     result = run(*command, "--speed", tmp_path / "speed.json", "--repeats", 2)
     assert result.exit_code == 0, result.output

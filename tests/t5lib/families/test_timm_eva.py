@@ -264,10 +264,3 @@ def test_masks_and_dropped_patches_are_refused():
         model(random_images(), attn_mask=torch.ones(21, 21, dtype=torch.bool))
     with pytest.raises(T5Error, match=r"blocks\.0\.attn is converted already"):
         t5lib.convert(model)
-
-
-def test_a_model_that_packs_images_of_many_sizes_is_refused():
-    with torch.device("meta"):
-        model = timm.create_model("naflexvit_base_patch16_gap", depth=1)
-    with pytest.raises(T5Error, match=r"NaFlexVit is not .*: it packs images of several sizes into one sequence"):
-        t5lib.convert(model)

@@ -1,0 +1,76 @@
+"""What a wheel installs, and that a library which is missing is told with the extra that it comes with."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import packages_distributions
+
+import pytest
+from command_line import refused
+from imports import ROOT
+
+import t5lib
+from t5lib.cli import pipelines
+from t5lib.utils.errors import T5Error
+from t5lib.utils.extras import EXTRAS, extras_named
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BUILD = "from setuptools import build_meta; print(build_meta.build_wheel({!r}))"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """Of a copy of the repository, made without a network."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for folder in ("flows", "tasks", "t5lib", "kernels"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source / file)
+    (source / "data").mkdir()
+    subprocess.run([sys.executable, "-c", BUILD.format(str(out))], cwd=source, check=True, capture_output=True)
+    [path] = out.iterdir()
+    return zipfile.ZipFile(path)
+
+
+def test_a_wheel_installs_the_two_packages_and_no_other_name(wheel):
+    top = {name.partition("/")[0] for name in wheel.namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"t5lib", "t5kernels"}
+    files = {f"t5lib/{path.relative_to(ROOT / 't5lib')}" for path in (ROOT / "t5lib").rglob("*.py")}
+    assert files < {*wheel.namelist()}
+
+
+def test_a_wheel_holds_what_is_no_code_and_the_command(wheel):
+    names = wheel.namelist()
+    assert {"t5lib/py.typed", "t5kernels/py.typed", "t5lib/report/template/report.html.j2"} < {*names}
+    [commands] = [name for name in names if name.endswith("entry_points.txt")]
+    assert "t5 = t5lib.cli:app" in wheel.read(commands).decode()
+
+
+def test_every_library_of_an_extra_is_told_with_it():
+    """A library is imported under another name than it is installed by, so the names are looked up."""
+    distributions = {name: {d.lower().replace("_", "-") for d in of} for name, of in packages_distributions().items()}
+    for library, extra in EXTRAS.items():
+        needed = " ".join(PROJECT["optional-dependencies"][extra]).replace("_", "-")
+        names = distributions[library] if library in distributions else {library.replace("_", "-")}
+        assert any(name in needed for name in names), f"{library} is not in the extra {extra}"
+
+
+def test_a_missing_library_names_its_extra_and_another_error_stays_as_it_is(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.delitem(sys.modules, "t5lib.pipelines", raising=False)
+    monkeypatch.delitem(vars(t5lib), "load_pipeline", raising=False)
+    with pytest.raises(T5Error, match=r"diffusers is not installed; pip install 't5-ttt\[diffusion\]'"):
+        t5lib.load_pipeline  # noqa: B018
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"), extras_named():
+        import no_such_library  # noqa: F401
+
+
+def test_the_commands_name_the_extra_too(monkeypatch, tmp_path):
+    def missing(_folder):
+        raise ModuleNotFoundError(name="diffusers")
+
+    monkeypatch.setattr(pipelines, "inspect", missing)
+    (tmp_path / "model_index.json").write_text("{}")
+    assert "diffusers is not installed; pip install 't5-ttt[diffusion]'" in refused("inspect", tmp_path)
