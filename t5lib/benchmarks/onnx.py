@@ -15,6 +15,7 @@ from t5lib.conversion import revert
 from t5lib.families import family_of
 from t5lib.families.inputs import count, placed
 from t5lib.onnx_export import export_onnx, open_onnx, run_onnx
+from t5lib.utils.extras import extras_named
 
 WARMUP = 2
 
@@ -36,7 +37,8 @@ def compare_exports(converted: nn.Module, batch: Any, *, repeats: int = 9) -> di
     Raises:
         T5Error: one of them cannot be exported, or gives other numbers than its model: no speed for wrong results.
     """
-    import onnxruntime
+    with extras_named():
+        import onnxruntime
 
     family = family_of(converted)
     inputs = placed(family.inputs(batch), "cpu")

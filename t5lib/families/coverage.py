@@ -2,7 +2,7 @@
 
     python -m t5lib.families.coverage --only vit_* --library timm --out vits
 
-Without options it takes all and writes docs/results/coverage.md and coverage.json, in some twenty minutes on two cores.
+Without options it takes all and writes docs/results/coverage.md and coverage.json, in about ten minutes.
 
 Models are made on the meta device at their own size, without weights, and converted. Those that convert also run once
 there, so that shapes are known to fit; that values are right is what tests/t5lib/families/test_positions.py holds. A
@@ -54,8 +54,9 @@ class Verdict:
     Attributes:
         kind: the class of the model.
         attends: whether it has attention at all.
-        result: ACCEPTED, ON_REQUEST, REFUSED or NOT_MADE (its library makes none without further arguments).
+        result: ACCEPTED, ON_REQUEST, REFUSED or NOT_MADE (its library makes none by default).
         reason: of the last two, a sentence.
+        ran: whether the converted model ran. One that reads the values of its inputs (Flux, its positions) cannot.
     """
 
     library: str
@@ -64,6 +65,7 @@ class Verdict:
     attends: bool
     result: str
     reason: str = ""
+    ran: bool = False
 
 
 def verdicts(libraries: Sequence[str], pattern: str = "*") -> list[Verdict]:
@@ -97,29 +99,33 @@ def judged(library: str, name: str, make: Make) -> Verdict:
             library, name, name, False, NOT_MADE, f"{type(error).__name__}: {error}".partition("\n")[0][:200]
         )
     about = (library, name, type(model).__name__, refusals.attends(model))
-    refused = _refusal(model, TTTConfig())
-    if not refused:
-        return Verdict(*about, ACCEPTED)
-    if not _refusal(model, TTTConfig(drop_position_bias=True)):
-        return Verdict(*about, ON_REQUEST)
-    return Verdict(*about, REFUSED, refused)
+    try:
+        return Verdict(*about, ACCEPTED, ran=_converted(model, TTTConfig()))
+    except T5Error as refused:
+        reason = str(refused)
+    try:
+        return Verdict(*about, ON_REQUEST, ran=_converted(model, TTTConfig(drop_position_bias=True)))
+    except T5Error:
+        return Verdict(*about, REFUSED, reason)
 
 
-def _refusal(model: nn.Module, config: TTTConfig) -> str | None:
-    """Why `model` is not converted; None where it is, and then it ran."""
+def _converted(model: nn.Module, config: TTTConfig) -> bool:
+    """Convert `model`, in place, and run it if that can be; returns whether it ran.
+
+    Raises:
+        T5Error: it is refused.
+    """
     with torch.device("meta"):
+        family = family_of(model)
+        replace_attentions(family, model, config, chosen_layers(family, model, config))
         try:
-            family = family_of(model)
-            chosen = chosen_layers(family, model, config)
+            return _run(family, model)
         except T5Error as error:
-            return str(error)
-        replace_attentions(family, model, config, chosen)
-        _run(family, model)
-    return None
+            raise AssertionError(f"a converted {type(model).__name__} does not run") from error
 
 
 @torch.no_grad()
-def _run(family: Adapter, model: nn.Module) -> None:
+def _run(family: Adapter, model: nn.Module) -> bool:
     """A forward at a size that the model takes; shapes alone are computed."""
     for resolution in RESOLUTIONS:
         size = ExampleSize(resolution)
@@ -127,8 +133,11 @@ def _run(family: Adapter, model: nn.Module) -> None:
             sized = family.at_resolution(model, size)
         except T5Error:
             continue
-        family.call(sized, placed(family.example_inputs(sized, size), "meta"))
-        return
+        try:
+            family.call(sized, placed(family.example_inputs(sized, size), "meta"))
+        except NotImplementedError:  # what torch raises where values are asked for
+            return False
+        return True
     raise T5Error(f"{type(model).__name__} takes none of {RESOLUTIONS} px; add one that it takes")
 
 
@@ -203,7 +212,7 @@ def page(found: list[Verdict]) -> str:
     for library in libraries:
         own = [verdict for verdict in found if verdict.library == library]
         lines += ["", f"## {library} {version(library)}", ""]
-        lines += table(("class", ACCEPTED, ON_REQUEST), _by_class(own), numbers=True)
+        lines += table(("class", ACCEPTED, ON_REQUEST, "ran"), _by_class(own), numbers=True)
         lines += ["", *table(("why not", "architectures", "classes"), _by_reason(own))]
     return "\n".join(lines) + "\n"
 
@@ -215,10 +224,11 @@ def _counts(library: str, found: list[Verdict]) -> list[object]:
     return [library, len(own), attending, *(results[each] for each in (ACCEPTED, ON_REQUEST, REFUSED, NOT_MADE))]
 
 
-def _by_class(own: list[Verdict]) -> list[tuple[str, int, int]]:
+def _by_class(own: list[Verdict]) -> list[tuple[str, int, int, int]]:
     accepted, on_request = (Counter(v.kind for v in own if v.result == each) for each in (ACCEPTED, ON_REQUEST))
+    ran = Counter(v.kind for v in own if v.ran)
     order = sorted({*accepted, *on_request}, key=lambda kind: (-accepted[kind] - on_request[kind], kind))
-    return [(kind, accepted[kind], on_request[kind]) for kind in order]
+    return [(kind, accepted[kind], on_request[kind], ran[kind]) for kind in order]
 
 
 def _by_reason(own: list[Verdict]) -> list[tuple[str, int, str]]:
@@ -233,7 +243,7 @@ def _by_reason(own: list[Verdict]) -> list[tuple[str, int, str]]:
 def _short(verdict: Verdict) -> str:
     """The reason of a verdict without what is special to this one."""
     if verdict.result == NOT_MADE:
-        return "its library makes none without further arguments"
+        return "its library makes none by default"
     known = (why for why in refusals.KNOWN if why in verdict.reason)
     return next(known, verdict.reason.partition(":")[0].replace(verdict.kind, "it"))
 

@@ -6,7 +6,6 @@ import torch
 
 from t5lib.families import coverage
 from t5lib.families.coverage import ACCEPTED, NOT_MADE, ON_REQUEST, REFUSED, judged, page, timm_models, verdicts
-from t5lib.utils.errors import T5Error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,7 +40,8 @@ def test_models_are_accepted_on_request_or_refused_for_a_known_reason(sample):
 def test_the_page_counts_them_by_class_and_reason(sample):
     lines = page(sample).splitlines()
     assert "| timm | 12 | 11 | 6 | 2 | 4 | 0 |" in lines
-    assert "| VisionTransformer | 1 | 0 |" in lines and "| Beit | 0 | 1 |" in lines and "| Eva | 2 | 0 |" in lines
+    counted = {"| VisionTransformer | 1 | 0 | 1 |", "| Beit | 0 | 1 | 1 |", "| Eva | 2 | 0 | 2 |"}
+    assert counted < {*lines}
     assert "| its attention is linear already | 1 | Xcit 1 |" in lines
     assert "| it has no attention | 1 | ResNet 1 |" in lines
 
@@ -52,7 +52,7 @@ def test_what_a_library_cannot_make_by_itself_is_counted_apart():
 
     found = judged("diffusers", "OmniGen", needs_more)
     assert (found.result, found.kind) == (NOT_MADE, "OmniGen") and "argument" in found.reason
-    assert "| its library makes none without further arguments | 1 | OmniGen 1 |" in page([found])
+    assert "| its library makes none by default | 1 | OmniGen 1 |" in page([found])
 
 
 def test_a_mistake_of_ours_is_not_taken_for_a_refusal(monkeypatch):
@@ -74,7 +74,7 @@ def test_a_converted_model_that_cannot_run_fails_the_run(monkeypatch):
         model.norm_pre = Broken()
         return model
 
-    with pytest.raises(T5Error, match="holds 196 tokens"):
+    with pytest.raises(AssertionError, match="a converted VisionTransformer does not run"):
         judged("timm", "vit", broken)
 
 
