@@ -102,7 +102,7 @@ def judged(library: str, name: str, make: Make) -> Verdict:
     try:
         return Verdict(*about, ACCEPTED, ran=_converted(model, TTTConfig()))
     except T5Error as refused:
-        reason = str(refused)
+        reason = str(refused).removesuffix(refusals.CONVERTIBLE)
     try:
         return Verdict(*about, ON_REQUEST, ran=_converted(model, TTTConfig(drop_position_bias=True)))
     except T5Error:

@@ -6,10 +6,8 @@ from typing import Any
 from torch import nn
 
 CONVERTIBLE = (
-    "a timm VisionTransformer (ViT, DeiT, AugReg, DINOv2, DeiT III, SigLIP …) or Eva (DINOv3, Perception Encoder, "
-    "EVA02, RoPE-ViT …), nor transformers' ViT, DeiT, DINOv2, DINOv3, SigLIP, CLIP, ViTMAE or Depth Anything, nor "
-    "diffusers' SD3Transformer2DModel, DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel or "
-    "QwenImageTransformer2DModel"
+    ". ViTs of timm and transformers convert (ViT, DeiT, DINOv2, DINOv3, SigLIP, CLIP, EVA02 …), and SD3, DiT, Flux, "
+    "PixArt and Qwen-Image of diffusers; README.md names all"
 )
 ROTARY = "it rotates queries and keys by their positions (rotary embedding), in a way that t5lib does not know yet"
 PACKING = "it packs images of several sizes into one sequence and masks what pads it, and a TTT layer takes no mask"
@@ -116,7 +114,8 @@ def of_model(model: Any, convertible: Callable[[nn.Module], bool]) -> str:
     otherwise = UNKNOWN if type(model).__module__.startswith(("transformers.", "diffusers.")) else OTHER
     if any(isinstance(part, nn.MultiheadAttention) for part in model.modules()):
         otherwise = MULTIHEAD
-    return f"{kind} is not {CONVERTIBLE}: {with_remedy(reason(kind, otherwise) if attends(model) else NONE)}"
+    why = with_remedy(reason(kind, otherwise) if attends(model) else NONE)
+    return f"{kind} cannot be converted: {why}{CONVERTIBLE}"
 
 
 def _no_module(model: Any) -> str:

@@ -200,7 +200,7 @@ def not_converted(build, message):
 
 
 KINDS_REFUSED = {
-    "resnet18": ({}, "ResNet is not a timm VisionTransformer.*: it has no attention; there is nothing to convert"),
+    "resnet18": ({}, "ResNet cannot be converted: it has no attention; there is nothing to convert"),
     "swin_tiny_patch4_window7_224": ({}, "SwinTransformer is not .*: it attends within windows.*; .* gain little"),
     "samvit_base_patch16": ({"depth": 1}, "VisionTransformerSAM is not .*: it attends within windows"),
     "gemma4_vit_167m": ({}, r"Gemma4VitClassifier is not .*\(rotary embedding\).*; take a family whose rotation"),

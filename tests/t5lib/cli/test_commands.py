@@ -111,7 +111,7 @@ class TestRefusedBeforeAnyWork:
         )
 
     def test_other_families_and_attentions_are_named(self, photos):
-        assert "ResNet is not a timm VisionTransformer" in refused("diagnose", "resnet18", "--images", photos)
+        assert "ResNet cannot be converted" in refused("diagnose", "resnet18", "--images", photos)
         message = refused("convert", "vit_base_patch16_xp_224", "out", "--no-pretrained")
         assert "ParallelScalingBlock" in message
 
