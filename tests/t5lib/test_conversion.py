@@ -201,15 +201,15 @@ def not_converted(build, message):
 
 KINDS_REFUSED = {
     "resnet18": ({}, "ResNet cannot be converted: it has no attention; there is nothing to convert"),
-    "swin_tiny_patch4_window7_224": ({}, "SwinTransformer is not .*: it attends within windows.*; .* gain little"),
-    "samvit_base_patch16": ({"depth": 1}, "VisionTransformerSAM is not .*: it attends within windows"),
-    "gemma4_vit_167m": ({}, r"Gemma4VitClassifier is not .*\(rotary embedding\).*; take a family whose rotation"),
-    "pit_ti_224": ({}, "PoolingVisionTransformer is not .*: it pools tokens on the way"),
-    "xcit_nano_12_p16_224": ({}, "Xcit is not .*: its attention is linear already"),
-    "cait_xxs24_224": ({}, "Cait is not .*: it mixes the softmax maps of its heads.*; take a plain transformer"),
-    "crossvit_tiny_240": ({}, "CrossVit is not .*: it attends to tokens of two scales"),
-    "resnest14d": ({}, "ResNet is not .*: its attention weighs channels and mixes no tokens; there is nothing to"),
-    "fastvit_sa12": ({}, "FastVit is not .*: it is a convolutional network with attention of its own kind"),
+    "swin_tiny_patch4_window7_224": ({}, "SwinTransformer cannot be converted: it attends within windows.*; .* gain"),
+    "samvit_base_patch16": ({"depth": 1}, "VisionTransformerSAM cannot be converted: it attends within windows"),
+    "gemma4_vit_167m": ({}, r"Gemma4VitClassifier cannot be converted: .*\(rotary embedding\).*; take a family"),
+    "pit_ti_224": ({}, "PoolingVisionTransformer cannot be converted: it pools tokens on the way"),
+    "xcit_nano_12_p16_224": ({}, "Xcit cannot be converted: its attention is linear already"),
+    "cait_xxs24_224": ({}, "Cait cannot be converted: it mixes the softmax maps of its heads.*; take a plain"),
+    "crossvit_tiny_240": ({}, "CrossVit cannot be converted: it attends to tokens of two scales"),
+    "resnest14d": ({}, "ResNet cannot be converted: its attention weighs channels and mixes no tokens; there is"),
+    "fastvit_sa12": ({}, "FastVit cannot be converted: it is a convolutional network with attention of its"),
 }
 
 

@@ -96,6 +96,7 @@ def test_the_published_table_is_of_these_libraries_and_has_no_fewer_models_than_
     for model in table["models"]:
         by_library[model["library"]][model["name"]] = model["result"]
     if table["versions"]["timm"] == timm.__version__:
-        assert by_library["timm"].keys() == timm_models().keys()
+        own = {name for name in timm_models() if name.startswith("t5_")}  # of timm_registry, where a test imported it
+        assert by_library["timm"].keys() == timm_models().keys() - own
     counts = Counter(by_library["timm"].values())
     assert counts[ACCEPTED] >= 270 and counts[ACCEPTED] + counts[ON_REQUEST] >= 300
