@@ -4,6 +4,7 @@
     python data/scenes/study.py prepare --scenes SCENES --weights dino.safetensors --work WORK --folds 0 1 2 3 4
     python data/scenes/study.py tune    … --folds 0 --trials usual half most        # recipes, from one calibration
     python data/scenes/study.py arms    … --folds 1 2 3 4 --arms t5 t5-last+-auto   # what the tables hold
+    python data/scenes/tables.py …                                                  # makes them
 
 `weights`: the state dict of timm's vit_small_patch14_dinov2 (t5lib.weights.dinov2_onnx reads it). With `--decoder`, the
 state dict of t5lib.weights.focus_decoder, heat maps are compared too. Several processes may work in one WORK folder at
@@ -64,15 +65,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "vit3-auto": {"preset": "vit3", "key_norm": "instance", **AUTO},
     "lit-auto": {"preset": "lit", "inherit": "all", **AUTO},
 }
-RECIPE: dict[str, Any] = {
-    "features": "norm",
-    "precision": "bf16",
-    "damping": 0.75,
-    "cosine": 2.0,
-    "lr": 2e-4,
-    "lr_new": 2e-3,
-}
-# What the trials change of the recipe.
+# What the trials change of the library's own recipe, which won.
 TRIALS: dict[str, dict[str, Any]] = {
     "usual": {},
     "undamped": {"damping": 0.0, "lr": 3e-5, "lr_new": 3e-4},
@@ -268,7 +261,7 @@ def _fitted(study: Study, name: str, config: TTTConfig, fold: int) -> tuple[nn.M
 def aligned(study: Study, student: nn.Module, fold: int, changes: dict[str, Any], steps: int) -> dict[str, Any]:
     """Align `student`, in place; what is told of it."""
     options, curve = study.options, []
-    recipe = RECIPE | {"precision": study.precision, "compile": options.compile, "seed": options.seed} | changes
+    recipe = {"precision": study.precision, "compile": options.compile, "seed": options.seed} | changes
     config = AlignConfig(steps=steps, batch_size=options.batch, **recipe)
     # Other batches than those of the calibration.
     batches = study.scenes.fitted(

@@ -28,9 +28,9 @@ def neighborhood_attention(
         q, k, v: (B, H, rows·columns, D), tokens of the grid only, row by row. k and v are cast to q's dtype.
         rows, columns: the sides of the grid.
         window: the side of the window, odd, at most the smaller side of the grid.
-        impl: "natten", "triton", "flex", "reference", or None for the first of them that is fast here: NATTEN on CUDA
-            where it is installed, else the kernels for 16-bit tokens and windows up to 7, else FlexAttention on CUDA,
-            else the reference.
+        impl: "natten", "triton" (windows up to 7, 16-bit tokens, or float32 up to 64 wide), "flex", "reference", or
+            None for what is fast here: NATTEN on CUDA where it is installed, else FlexAttention on CUDA, else the
+            reference.
 
     Returns:
         (B, H, rows·columns, D) in q's dtype.
@@ -126,7 +126,8 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, window: int) -> Candidate:
             )
         return None
 
-    return triton_candidate((q,), (k, v), obstacle)
+    # Only when asked for: no card has tried these kernels yet.
+    return triton_candidate((q,), (k, v), obstacle)._replace(by_default=False)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor) -> Candidate:
