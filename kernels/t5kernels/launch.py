@@ -29,6 +29,9 @@ FIRST_EARLY = 9  # the first major version of cards on which a kernel's programs
 # A program loads weights and writes sums that are added later; that costs it as much as so many blocks of tokens.
 OVERHEAD = 3
 MOST_CHUNKS = 32
+ALIGNMENT = 16  # bytes; to such pointers Triton compiles wider reads and writes
+MOST_COMPILED = 10_000  # a limit to `_compiled` for programs whose sizes never repeat
+_compiled: dict[tuple, Any] = {}  # by what `launch` is called with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +121,30 @@ def _transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, tile: Tile, *arguments: Any) -> None:
-    """Run a kernel on the device of x, with the options of its tile. From the H100 on launches overlap."""
-    options: dict[str, Any] = tile.options
-    options["EARLY"] = x.is_cuda and _card(x.device).major >= FIRST_EARLY  # see tokens.after_previous
-    if options["EARLY"]:
-        options["launch_pdl"] = True
+def launch(kernel: Any, grid: tuple[int, int] | tuple[int, int, int], x: Tensor, tile: Tile, *arguments: Any) -> None:
+    """Run a kernel on the device of x, with the options of its tile; all of its arguments but the last, EARLY.
+
+    From the H100 on launches overlap. Triton finds out in every call which of a kernel's compilations fits, which takes
+    longer than the launch itself; here that is remembered.
+    """
+    early = x.is_cuda and _card(x.device).major >= FIRST_EARLY  # see tokens.after_previous
+    arguments = (*arguments, early)
+    # What Triton chooses by: types, values, and whether pointers are aligned.
+    kinds = [(a.dtype, a.data_ptr() % ALIGNMENT) if isinstance(a, Tensor) else a for a in arguments]
+    key = (id(kernel), tile, x.device, *kinds)
+    compiled = _compiled.get(key)
     with torch.cuda.device_of(x):
-        kernel[grid](*arguments, **options)
+        if compiled is not None:
+            compiled[grid if len(grid) == 3 else (*grid, 1)](*arguments)
+            return
+        options: dict[str, Any] = tile.options
+        if early:
+            options["launch_pdl"] = True
+        compiled = kernel[grid](*arguments, **options)
+    if not INTERPRETED:
+        if len(_compiled) >= MOST_COMPILED:
+            _compiled.clear()
+        _compiled[key] = compiled
 
 
 def padded_width(head_dim: int) -> int:

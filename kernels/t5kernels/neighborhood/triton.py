@@ -10,6 +10,7 @@ from torch import Tensor
 
 from t5kernels.launch import Tile, ceil_div, launch, like_tokens, padded_width
 from t5kernels.neighborhood import triton_kernels as kernels
+from t5kernels.ops import differentiable, op
 
 # A program takes a square of so many tokens a side: the first that with what it reads around it is not too large.
 SQUARES, LARGEST_SIDE = (8, 4), 16
@@ -22,7 +23,7 @@ TILES = {
 
 def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, *, rows: int, columns: int, window: int) -> Tensor:
     """Square windows; q, k, v: (B, H, R·C, D) of any strides. The output lies in memory as (B, R·C, H, D)."""
-    return _attention(q, k, v, rows, columns, window)[0]
+    return _differentiable_attention(q, k, v, rows, columns, window)[0]
 
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, rows: int, columns: int, window: int) -> tuple[Tensor, Tensor]:
@@ -63,24 +64,24 @@ def _launch(name: str, tensors: Sequence[Tensor], rows: int, columns: int, windo
     )
 
 
-@torch.library.custom_op("t5kernels::neighborhood_attention", mutates_args=())
+@op("neighborhood_attention")
 def _attention(q: Tensor, k: Tensor, v: Tensor, rows: int, columns: int, window: int) -> tuple[Tensor, Tensor]:
     return launch_forward(q, k, v, rows, columns, window)
 
 
-@_attention.register_fake
+@torch.library.register_fake("t5kernels::neighborhood_attention")
 def _(q, k, v, rows, columns, window):
     return like_tokens(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=torch.float32)
 
 
-@torch.library.custom_op("t5kernels::neighborhood_attention_backward", mutates_args=())
+@op("neighborhood_attention_backward")
 def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: int, columns: int, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return launch_backward(d_out, q, k, v, out, lse, rows, columns, window)
 
 
-@_backward.register_fake
+@torch.library.register_fake("t5kernels::neighborhood_attention_backward")
 def _(d_out, q, k, v, out, lse, rows, columns, window):
     return like_tokens(q), like_tokens(k), like_tokens(v)
 
@@ -88,10 +89,11 @@ def _(d_out, q, k, v, out, lse, rows, columns, window):
 def _keep_for_backward(ctx, inputs, output) -> None:
     *tokens, ctx.rows, ctx.columns, ctx.window = inputs
     ctx.save_for_backward(*tokens, *output)
+    ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, d_out, _d_lse):
     return *_backward(d_out, *ctx.saved_tensors, ctx.rows, ctx.columns, ctx.window), None, None, None
 
 
-_attention.register_autograd(_differentiate, setup_context=_keep_for_backward)
+_differentiable_attention = differentiable(_attention, _keep_for_backward, _differentiate)

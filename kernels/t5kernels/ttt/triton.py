@@ -24,6 +24,7 @@ from t5kernels.launch import (
     padded_width,
     sum_over_chunks,
 )
+from t5kernels.ops import differentiable, op
 from t5kernels.ttt import triton_kernels as kernels
 
 # By kernel, then by the head width padded to a power of two; 16-bit tokens on a card of the H100's size.
@@ -65,12 +66,12 @@ SAFE_TILE = Tile(hidden=32, block=32, warps=8, resident=1)
 
 def accumulate(k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float, steps: int) -> Tensor:
     """The inner gradient (B, H, S, D, D) by the last S = `steps` weights on k and v (B, H, N, D), float32."""
-    return _accumulate(k, v, *weights, scale, steps)
+    return _differentiable_accumulate(k, v, *weights, scale, steps)
 
 
 def apply(q: Tensor, weights: Sequence[Tensor], step: Tensor) -> Tensor:
     """The stepped inner model applied to q (B, H, N, D). step: (B, H, S, D, D)."""
-    return _apply(q, *weights, step.float())
+    return _differentiable_apply(q, *weights, step.float())
 
 
 def launch_accumulate(k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float, steps: int) -> Tensor:
@@ -172,18 +173,18 @@ def _weighed(steps: int) -> int:
 
 # torch.compile would fix the value of a float argument, and with it the number of tokens from which the scale comes. A
 # Number is traced as it is.
-@torch.library.custom_op("t5kernels::ttt_swiglu_accumulate", mutates_args=())
+@op("ttt_swiglu_accumulate")
 def _accumulate(k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, scale: Number, steps: int) -> Tensor:
     return launch_accumulate(k, v, [w1, w2, w3], float(scale), steps)
 
 
-@_accumulate.register_fake
+@torch.library.register_fake("t5kernels::ttt_swiglu_accumulate")
 def _(k, v, w1, w2, w3, scale, steps):
     B, H, _, D = k.shape
     return k.new_empty(B, H, steps, D, D, dtype=torch.float32)
 
 
-@torch.library.custom_op("t5kernels::ttt_swiglu_accumulate_backward", mutates_args=())
+@op("ttt_swiglu_accumulate_backward")
 def _accumulate_backward(
     d_step: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, scale: Number
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,7 +192,7 @@ def _accumulate_backward(
     return launch_accumulate_backward(d_step, k, v, [w1, w2, w3], float(scale))
 
 
-@_accumulate_backward.register_fake
+@torch.library.register_fake("t5kernels::ttt_swiglu_accumulate_backward")
 def _(d_step, k, v, w1, w2, w3, scale):
     _, H, _, D = k.shape
     return like_tokens(k), like_tokens(v), k.new_empty(_weighed(d_step.shape[2]), H, D, D, dtype=torch.float32)
@@ -209,20 +210,20 @@ def _differentiate_accumulate(ctx, d_step):
     return dk, dv, *d_weights, *(None,) * (3 - len(d_weights)), None, None
 
 
-_accumulate.register_autograd(_differentiate_accumulate, setup_context=_keep_for_accumulate)
+_differentiable_accumulate = differentiable(_accumulate, _keep_for_accumulate, _differentiate_accumulate)
 
 
-@torch.library.custom_op("t5kernels::ttt_swiglu_apply", mutates_args=())
+@op("ttt_swiglu_apply")
 def _apply(q: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, step: Tensor) -> Tensor:
     return launch_apply(q, [w1, w2, w3], step)
 
 
-@_apply.register_fake
+@torch.library.register_fake("t5kernels::ttt_swiglu_apply")
 def _(q, w1, w2, w3, step):
     return like_tokens(q)
 
 
-@torch.library.custom_op("t5kernels::ttt_swiglu_apply_backward", mutates_args=())
+@op("ttt_swiglu_apply_backward")
 def _apply_backward(
     d_out: Tensor, q: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, step: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -230,7 +231,7 @@ def _apply_backward(
     return launch_apply_backward(d_out, q, [w1, w2, w3], step)
 
 
-@_apply_backward.register_fake
+@torch.library.register_fake("t5kernels::ttt_swiglu_apply_backward")
 def _(d_out, q, w1, w2, w3, step):
     B, H, _, D = q.shape
     return like_tokens(q), q.new_empty(B, H, 3, D, D, dtype=torch.float32)
@@ -246,7 +247,7 @@ def _differentiate_apply(ctx, d_out):
     return dq, *_in_dtypes(-d_stepped.sum(0).transpose(0, 1), weights), d_stepped[:, :, -step.shape[2] :]
 
 
-_apply.register_autograd(_differentiate_apply, setup_context=_keep_for_apply)
+_differentiable_apply = differentiable(_apply, _keep_for_apply, _differentiate_apply)
 
 
 def _in_dtypes(gradients: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:

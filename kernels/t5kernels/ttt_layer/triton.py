@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from t5kernels.launch import MOST_CHUNKS, like_tokens
+from t5kernels.ops import differentiable, op
 from t5kernels.ttt import triton as ttt
 from t5kernels.ttt_layer import triton_launch, triton_norms
 from t5kernels.ttt_layer.reference import inner_rate
@@ -43,10 +44,10 @@ def layer(image, text, weights, steps: int, q_conv, k_conv, grid, norm: str, eps
     image_gains, text_gains, rms_eps = rms
     gains = (*(image_gains or (None, None)), *(text_gains or (None, None)))
     place = (grid.rows, grid.columns, grid.num_prefix_tokens)
-    return _layer(*image, *text, *weights, *convs, *gains, *place, norm, eps, rms_eps, steps)[:2]
+    return _differentiable_layer(*image, *text, *weights, *convs, *gains, *place, norm, eps, rms_eps, steps)[:2]
 
 
-@torch.library.custom_op("t5kernels::ttt_layer", mutates_args=())
+@op("ttt_layer")
 def _layer(
     q: Tensor, k: Tensor, v: Tensor, text_q: Tensor | None, text_k: Tensor | None, text_v: Tensor | None,
     w1: Tensor, w2: Tensor, w3: Tensor,
@@ -73,7 +74,7 @@ def _layer(
     return outs[0], outs[1] if text_q is not None else q.new_empty(0), step, sums, factors
 
 
-@_layer.register_fake
+@torch.library.register_fake("t5kernels::ttt_layer")
 def _(
     q, k, v, text_q, text_k, text_v, w1, w2, w3, q_weight, q_bias, k_weight, k_bias,
     q_gain, k_gain, text_q_gain, text_k_gain, rows, columns, prefix, norm, eps, rms_eps, steps,
@@ -84,7 +85,7 @@ def _(
     return like_tokens(q), text_out, step, empty_sums(k, text_k, norm), _empty_factors(q, text_q, q_gain)
 
 
-@torch.library.custom_op("t5kernels::ttt_layer_backward", mutates_args=())
+@op("ttt_layer_backward")
 def _layer_backward(
     d_out: Tensor, d_text: Tensor, step: Tensor, sums: Tensor, factors: Tensor,
     q: Tensor, k: Tensor, v: Tensor, text_q: Tensor | None, text_k: Tensor | None, text_v: Tensor | None,
@@ -112,7 +113,7 @@ def _layer_backward(
     return dq[0], dk[0], dv[0], d_texts[0], d_texts[1], d_texts[2], d_weights, d_q_conv, d_k_conv, d_gains
 
 
-@_layer_backward.register_fake
+@torch.library.register_fake("t5kernels::ttt_layer_backward")
 def _(
     d_out, d_text, step, sums, factors, q, k, v, text_q, text_k, text_v, w1, w2, w3,
     q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain,
@@ -129,11 +130,16 @@ def _(
 def _keep_for_backward(ctx, inputs, output) -> None:
     tensors, (*ctx.numbers, _, _) = inputs[:INPUT_TENSORS], inputs[INPUT_TENSORS:]
     ctx.save_for_backward(*tensors, *output[2:])
+    ctx.mark_non_differentiable(*output[2:])
 
 
 def _differentiate(ctx, d_out, d_text, *_d_kept):
     everything = ctx.saved_tensors  # read once, because checkpointing allows no more
     tensors, statistics = everything[:INPUT_TENSORS], everything[INPUT_TENSORS:]
+    q, text_q = tensors[0], tensors[3]
+    d_out = torch.zeros_like(q) if d_out is None else d_out
+    if d_text is None:
+        d_text = q.new_empty(0) if text_q is None else torch.zeros_like(text_q)
     gradients = _layer_backward(d_out, d_text, *statistics, *tensors, *ctx.numbers)
     weights, convs, gains = tensors[6:9], tensors[9:13], tensors[13:]
     d_tokens = gradients[:3] if tensors[3] is None else gradients[:6]
@@ -145,7 +151,7 @@ def _differentiate(ctx, d_out, d_text, *_d_kept):
     return *d_tokens, *d_weights, *d_convs, *d_gains, *(None,) * 7
 
 
-_layer.register_autograd(_differentiate, setup_context=_keep_for_backward)
+_differentiable_layer = differentiable(_layer, _keep_for_backward, _differentiate)
 
 
 def _conv_gradients(sums: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -110,7 +110,7 @@ def test_the_custom_ops_keep_what_pytorch_asks_of_them():
     case = SMALL[0]
     *tokens, d_out = inputs(case)
     place = (3, 4, 3)
-    torch.library.opcheck(kernels._attention, (*[t.detach().requires_grad_() for t in tokens], *place))
+    torch.library.opcheck(kernels._attention, (*tokens, *place))
     torch.library.opcheck(kernels._backward, (d_out, *tokens, *kernels._attention(*tokens, *place), *place))
 
 

@@ -46,7 +46,6 @@ def inputs(shape, dtype=torch.float32, queries=None, seed=0):
 
 def results(q, k, v, weights, d_out, impl, op=ttt, inner="swiglu"):
     """The output and every gradient, by name."""
-    leaves = [t.detach().requires_grad_() for t in (q, k, v, *weights)]
     scale = q.shape[3] ** -0.5 / k.shape[2]
     out = op(*leaves[:3], tuple(leaves[3:]), inner=inner, scale=scale, impl=impl)
     gradients = torch.autograd.grad(out, leaves, d_out.to(out.dtype))
@@ -184,7 +183,6 @@ def test_autocast_is_followed_and_weights_may_stay_in_float32():
 
 def test_the_backward_keeps_the_inputs_and_the_step_only():
     q, k, v, weights, _ = inputs((2, 37, 2, 32))
-    leaves = [t.detach().requires_grad_() for t in (q, k, v, *weights)]
     own = {t.untyped_storage().data_ptr() for t in leaves}
     sizes = {}
 
@@ -233,11 +231,10 @@ def test_checkpointing_gives_the_same_gradients():
 
 def test_the_custom_ops_keep_what_pytorch_asks_of_them():
     q, k, v, weights, d_out = inputs((1, 20, 2, 16))
-    leaves = [t.detach().requires_grad_() for t in (q, k, v, *weights)]
     for steps in STEPPED_WEIGHTS["swiglu"], STEPPED_WEIGHTS["swiglu_last"]:
         step = torch.randn(1, 2, steps, 16, 16, device=DEVICE)
-        torch.library.opcheck(kernels._accumulate, (*leaves[1:], 0.1, steps))
-        torch.library.opcheck(kernels._apply, (leaves[0], *leaves[3:], step.clone().requires_grad_()))
+        torch.library.opcheck(kernels._accumulate, (k, v, *weights, 0.1, steps))
+        torch.library.opcheck(kernels._apply, (q, *weights, step))
         torch.library.opcheck(kernels._accumulate_backward, (step, k, v, *weights, 0.1))
         torch.library.opcheck(kernels._apply_backward, (d_out, q, *weights, step))
 

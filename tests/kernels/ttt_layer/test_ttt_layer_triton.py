@@ -171,9 +171,8 @@ def test_the_custom_ops_keep_what_pytorch_asks_of_them(case):
     names += ("q_gain", "k_gain", "text_q_gain", "text_k_gain")
     norm = "none" if case.settings.key_norm == "none" else case.settings.norm_scope
     numbers = (case.rows, case.columns, case.prefix, norm, 1.0, 1e-6, STEPPED_WEIGHTS[case.settings.inner])
-    leaves = {name: t.detach().requires_grad_() for name, t in inputs.leaves.items()}
-    torch.library.opcheck(kernels._layer, (*map(leaves.get, names), *numbers))
     plain = [inputs.leaves.get(name) for name in names]
+    torch.library.opcheck(kernels._layer, (*plain, *numbers))
     *_, step, sums, factors = kernels._layer(*plain, *numbers)
     d_text = inputs.d_outs[1] if case.text else torch.empty(0, device=DEVICE)
     arguments = (inputs.d_outs[0], d_text, step, sums, factors, *plain, *numbers[:5])

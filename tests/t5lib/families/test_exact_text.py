@@ -80,7 +80,7 @@ def test_saved_and_loaded_it_is_the_same_model(dtype, tmp_path):
 def test_it_compiles_as_one_graph_also_after_the_size_changed():
     model = t5lib.convert(tiny_sd3(num_layers=2, dual_attention_layers=(0,)), EXACT)
     torch._dynamo.reset()
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
     for height, width in ((8, 12), (12, 10)):
         torch.testing.assert_close(run(compiled, height, width), run(model, height, width))
 
