@@ -1,7 +1,7 @@
 """Custom ops that cost little in every call, and their gradients.
 
-`torch.library.custom_op` compares the storage of all arguments and results in every call. The autograd that it registers
-fills in default values by a loop that is quadratic in the number of arguments: 0.3 ms a call with two dozen of them.
+`torch.library.custom_op` compares the storage of all arguments and results in every call. The autograd that it
+registers fills in default values by a loop that is quadratic in the number of arguments: 0.3 ms a call with two dozen.
 """
 
 from collections.abc import Callable

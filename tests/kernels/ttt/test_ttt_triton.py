@@ -46,6 +46,7 @@ def inputs(shape, dtype=torch.float32, queries=None, seed=0):
 
 def results(q, k, v, weights, d_out, impl, op=ttt, inner="swiglu"):
     """The output and every gradient, by name."""
+    leaves = [t.detach().requires_grad_() for t in (q, k, v, *weights)]
     scale = q.shape[3] ** -0.5 / k.shape[2]
     out = op(*leaves[:3], tuple(leaves[3:]), inner=inner, scale=scale, impl=impl)
     gradients = torch.autograd.grad(out, leaves, d_out.to(out.dtype))
@@ -183,6 +184,7 @@ def test_autocast_is_followed_and_weights_may_stay_in_float32():
 
 def test_the_backward_keeps_the_inputs_and_the_step_only():
     q, k, v, weights, _ = inputs((2, 37, 2, 32))
+    leaves = [t.detach().requires_grad_() for t in (q, k, v, *weights)]
     own = {t.untyped_storage().data_ptr() for t in leaves}
     sizes = {}
 
