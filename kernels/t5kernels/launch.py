@@ -8,14 +8,16 @@ only. Shapes: B batch, H heads, N tokens, D head width.
 
 import functools
 import itertools
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from t5kernels.precision import autocast_dtype
 from t5kernels.tokens import COUNTS, after_previous
@@ -121,30 +123,49 @@ def _transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+class Launch(NamedTuple):
+    """One launch: what runs the kernel on its grid, and its arguments."""
+
+    run: Callable
+    arguments: tuple[Any, ...]
+
+
+noted = threading.local()  # its attribute `launches`, where it has one, is a list that gets every Launch of this thread
+
+
 def launch(kernel: Any, grid: tuple[int, int] | tuple[int, int, int], x: Tensor, tile: Tile, *arguments: Any) -> None:
-    """Run a kernel on the device of x, with the options of its tile; all of its arguments but the last, EARLY.
+    """Run a kernel on the device of x, with the options of its tile and all of its arguments but the last, EARLY.
 
     From the H100 on launches overlap. Triton finds out in every call which of a kernel's compilations fits, which takes
     longer than the launch itself; here that is remembered.
     """
     early = x.is_cuda and _card(x.device).major >= FIRST_EARLY  # see tokens.after_previous
-    arguments = (*arguments, early)
+    arguments, cells = (*arguments, early), grid if len(grid) == 3 else (*grid, 1)
     # What Triton chooses by: types, values, and whether pointers are aligned.
     kinds = [(a.dtype, a.data_ptr() % ALIGNMENT) if isinstance(a, Tensor) else a for a in arguments]
     key = (id(kernel), tile, x.device, *kinds)
-    compiled = _compiled.get(key)
     with torch.cuda.device_of(x):
-        if compiled is not None:
-            compiled[grid if len(grid) == 3 else (*grid, 1)](*arguments)
-            return
-        options: dict[str, Any] = tile.options
-        if early:
-            options["launch_pdl"] = True
-        compiled = kernel[grid](*arguments, **options)
-    if not INTERPRETED:
-        if len(_compiled) >= MOST_COMPILED:
-            _compiled.clear()
-        _compiled[key] = compiled
+        if key in _compiled:
+            run = _compiled[key][cells]
+            run(*arguments)
+        elif INTERPRETED:
+            run = kernel[cells]
+            with _disable_current_modes():  # who watches the op is not to see how the interpreter copies tensors
+                run(*arguments)
+        else:
+            pdl = {"launch_pdl": True} if early else {}
+            compiled = kernel[cells](*arguments, **tile.options, **pdl)
+            run = compiled[cells]
+            if len(_compiled) >= MOST_COMPILED:
+                _compiled.clear()
+            _compiled[key] = compiled
+    if hasattr(noted, "launches"):
+        noted.launches.append(Launch(run, arguments))
+
+
+def stream_of(x: Tensor) -> dict[str, int]:
+    """The stream on which kernels run on the device of x, as a `Launch.run` takes it; the interpreter has none."""
+    return {} if INTERPRETED else {"stream": triton.runtime.driver.active.get_current_stream(x.device.index)}
 
 
 def padded_width(head_dim: int) -> int:

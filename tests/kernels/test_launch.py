@@ -52,7 +52,7 @@ def test_triton_chooses_a_compilation_once_and_every_launch_has_its_own_grid_and
     x, y, tile = torch.zeros(64), torch.ones(64), launch.Tile(block=16, warps=4)
     for tensor, grid in ((x, (2, 3)), (y, (2, 3)), (y, (4, 1, 5))):
         launch.launch(kernel, grid, tensor, tile, tensor, 7, 0.5)
-    assert kernel.chosen == [((2, 3), (x, 7, 0.5, False), tile.options)]
+    assert kernel.chosen == [((2, 3, 1), (x, 7, 0.5, False), tile.options)]
     assert [grid for grid, _ in kernel.launched] == [(2, 3, 1), (4, 1, 5)]
     assert all(arguments[0] is y and arguments[1:] == (7, 0.5, False) for _, arguments in kernel.launched)
 

@@ -57,7 +57,7 @@ def calls(case: Case) -> dict[str, Call]:
     )
     layer.take_statistics([part], key_sums, case.settings.norm_scope, 0.0)
     queries, keys = triton_launch.prepared(q, part.for_q), triton_launch.prepared(k, part.for_k)
-    step = ttt.launch_accumulate(keys, v, weights, scale, steps=3)
+    step = ttt.launch_accumulate([(keys, v)], weights, scale, steps=3)
     _, d_step = ttt.launch_apply_backward(d_out, queries, weights, step)
     d_last = d_step[:, :, -1:].contiguous()
     dk = ttt.launch_accumulate_backward(d_step, keys, v, weights, scale)[0]
@@ -82,8 +82,8 @@ def calls(case: Case) -> dict[str, Call]:
     return {
         "statistics": statistics,
         "prepare": lambda: (triton_launch.prepared(k, part.for_k),),
-        "accumulate": lambda: (ttt.launch_accumulate(keys, v, weights, scale, steps=3),),
-        "accumulate_last": lambda: (ttt.launch_accumulate(keys, v, weights, scale, steps=1),),
+        "accumulate": lambda: (ttt.launch_accumulate([(keys, v)], weights, scale, steps=3),),
+        "accumulate_last": lambda: (ttt.launch_accumulate([(keys, v)], weights, scale, steps=1),),
         "apply": lambda: (ttt.launch_apply(queries, weights, step),),
         "apply_backward": lambda: ttt.launch_apply_backward(d_out, queries, weights, step),
         "accumulate_backward": lambda: ttt.launch_accumulate_backward(d_step, keys, v, weights, scale),

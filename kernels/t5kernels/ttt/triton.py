@@ -74,20 +74,27 @@ def apply(q: Tensor, weights: Sequence[Tensor], step: Tensor) -> Tensor:
     return _differentiable_apply(q, *weights, step.float())
 
 
-def launch_accumulate(k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float, steps: int) -> Tensor:
-    """The step (B, H, S, D, D) in float32."""
-    B, H, N, D = k.shape
+def launch_accumulate(
+    tokens: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor], scale: float, steps: int
+) -> Tensor:
+    """The step (B, H, S, D, D) in float32, on the keys and values of all parts of a sequence."""
+    first = tokens[0][0]
+    B, H, _, D = first.shape
     name, kernel = _kernel_of("accumulate{}", steps)
-    width, tile, slices = _tile_for(name, k)
-    chunk, chunks, _ = chunks_of(k, tile, B * H * slices)
-    sums = k.new_empty(B * H, chunks, steps, D, D, dtype=torch.float32)
-    launch(
-        *(kernel, (B * H, chunks, slices), k, tile),
-        *(k, v, *contiguous(*weights), sums),
-        *(*k.stride(), *v.stride()),
-        *(H, N, chunk, scale),
-        *(D, width, tile.hidden, tile.block),
-    )
+    width, tile, slices = _tile_for(name, first)
+    shares = [chunks_of(k, tile, B * H * slices)[:2] for k, _ in tokens]
+    capacity = sum(chunks for _, chunks in shares)
+    sums = first.new_empty(B * H, capacity, steps, D, D, dtype=torch.float32)
+    free = 0
+    for (k, v), (chunk, chunks) in zip(tokens, shares, strict=True):
+        launch(
+            *(kernel, (B * H, chunks, slices), k, tile),
+            *(k, v, *contiguous(*weights), sums[:, free:]),
+            *(*k.stride(), *v.stride()),
+            *(H, k.shape[2], chunk, capacity, scale),
+            *(D, width, tile.hidden, tile.block),
+        )
+        free += chunks
     return sum_over_chunks(sums).view(B, H, steps, D, D)
 
 
@@ -175,7 +182,7 @@ def _weighed(steps: int) -> int:
 # Number is traced as it is.
 @op("ttt_swiglu_accumulate")
 def _accumulate(k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, scale: Number, steps: int) -> Tensor:
-    return launch_accumulate(k, v, [w1, w2, w3], float(scale), steps)
+    return launch_accumulate([(k, v)], [w1, w2, w3], float(scale), steps)
 
 
 @torch.library.register_fake("t5kernels::ttt_swiglu_accumulate")

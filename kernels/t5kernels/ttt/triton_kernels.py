@@ -156,11 +156,14 @@ def _load_stepped(
 def accumulate_kernel(
     k, v, w1, w2, w3, sums,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
-    H, N, chunk, scale,
+    H, N, chunk, capacity, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The launch grid is (B·H, chunks of `chunk` tokens, slices). sums: (B·H, chunks, 3, D, D) float32."""
+    """The launch grid is (B·H, chunks of `chunk` tokens, slices).
+
+    sums: float32, of a head the next (3, D, D) of each chunk, out of `capacity`.
+    """
     after_previous(EARLY)
     index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = index // H, index % H
@@ -182,18 +185,18 @@ def accumulate_kernel(
         s3 = _add_dot(s3, tl.trans(values), a)
     # The third sum is transposed: that keeps the tensor cores' instructions in flight (ptxas: C7515).
     g1, g2, g3 = -scale * s1, -scale * s2, -scale * tl.trans(s3)
-    _store_triple(sums, index * tl.num_programs(1) + part, tile, g1, g2, g3, D, WIDTH, HIDDEN)
+    _store_triple(sums, index * capacity + part, tile, g1, g2, g3, D, WIDTH, HIDDEN)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def accumulate_last_kernel(
     k, v, w1, w2, w3, sums,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
-    H, N, chunk, scale,
+    H, N, chunk, capacity, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`accumulate_kernel` where W3 alone steps. sums: (B·H, chunks, 1, D, D) float32."""
+    """`accumulate_kernel` where W3 alone steps: each chunk has (1, D, D) in `sums`."""
     after_previous(EARLY)
     index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = index // H, index % H
@@ -208,7 +211,7 @@ def accumulate_last_kernel(
         a = (z1 * _sigmoid(z1, dtype) * z2).to(dtype)
         s3 = _add_dot(s3, tl.trans(values), a)
     _, _, rows, in_rows = _weight_offsets(tile, D, WIDTH, HIDDEN)
-    sums += (index * tl.num_programs(1) + part).to(tl.int64) * (D * D)
+    sums += (index * capacity + part).to(tl.int64) * (D * D)
     tl.store(sums + rows, -scale * tl.trans(s3), in_rows)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from t5kernels.launch import MOST_CHUNKS, like_tokens
 from t5kernels.ops import differentiable, op
+from t5kernels.plans import planned
 from t5kernels.ttt import triton as ttt
 from t5kernels.ttt_layer import triton_launch, triton_norms
 from t5kernels.ttt_layer.reference import inner_rate
@@ -62,15 +63,25 @@ def _layer(
 
     The inner learning rate is no argument: torch.compile would fix its value, and with it the number of tokens.
     """
+    tokens = (q, k, v, text_q, text_k, text_v)
+    parameters = (w1, w2, w3, q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain)
+    return planned(_launch_layer, (*tokens, *parameters), rows, columns, prefix, norm, eps, rms_eps, steps)
+
+
+def _launch_layer(
+    q, k, v, text_q, text_k, text_v, w1, w2, w3, q_weight, q_bias, k_weight, k_bias,
+    q_gain, k_gain, text_q_gain, text_k_gain, rows, columns, prefix, norm, eps, rms_eps, steps,
+):  # fmt: skip
     weights, scale = [w1, w2, w3], inner_rate(q, text_q)
     convs = convolutions(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
     gains = ((q_gain, k_gain), (text_q_gain, text_k_gain))
     sums, factors = empty_sums(k, text_k, norm), _empty_factors(q, text_q, q_gain)
     parts = parts_of((q, k, v), (text_q, text_k, text_v), convs, gains, sums, factors, norm, eps)
     take_statistics(parts, sums, norm, rms_eps)
-    prepared = triton_launch.prepared
-    step = _sum(ttt.launch_accumulate(prepared(part.k, part.for_k), part.v, weights, scale, steps) for part in parts)
-    outs = [ttt.launch_apply(prepared(part.q, part.for_q), weights, step) for part in parts]
+    keys = [(triton_launch.prepared(part.k, part.for_k), part.v) for part in parts]
+    step = ttt.launch_accumulate(keys, weights, scale, steps)
+    del keys
+    outs = [ttt.launch_apply(triton_launch.prepared(part.q, part.for_q), weights, step) for part in parts]
     return outs[0], outs[1] if text_q is not None else q.new_empty(0), step, sums, factors
 
 

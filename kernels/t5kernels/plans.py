@@ -1,0 +1,177 @@
+"""Launches that come again: what depends on shapes alone is found out once.
+
+To find tiles, grids and strides and to allocate a dozen tensors takes Python longer than a card needs for the kernels
+of a layer. A plan holds the launches of one call, and where their tensors lie: among the call's inputs, among its
+outputs, or in one workspace, in which tensors that are never needed at the same time share their place.
+"""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from t5kernels import launch
+
+LINE = 256  # bytes; tensors in a workspace begin at multiples of it
+MOST_PLANS = 1000  # a limit for programs whose sizes never repeat
+# What a call may do beside launches, so that it can be planned: it allocates, and looks at memory in other ways.
+ALLOCATIONS = {f"aten::{name}" for name in ("empty.memory_format", "new_empty", "empty_strided", "new_empty_strided")}
+VIEWS = {"transpose.int", "view", "slice.Tensor", "select.int", "unbind.int", "squeeze.dim", "unsqueeze", "as_strided"}
+MEMORY_ONLY = ALLOCATIONS | {f"aten::{name}" for name in VIEWS} | {"aten::alias", "aten::detach"}
+
+
+class Place(NamedTuple):
+    """Where an argument of a launch lies: so many bytes from the start of a base, which is an input, an output or the
+    workspace."""
+
+    argument: int
+    base: int
+    offset: int
+    dtype: torch.dtype
+
+
+class Step(NamedTuple):
+    """One launch: what runs the kernel on its grid, and its arguments, of which `places` are filled in."""
+
+    run: Callable
+    arguments: list[Any]
+    places: list[Place]
+
+
+class Plan(NamedTuple):
+    """The launches of a call, and what it allocates: `outputs` as (size, stride, dtype) each, and a workspace."""
+
+    steps: list[Step]
+    outputs: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]
+    workspace_bytes: int
+
+    def __call__(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        first = next(t for t in inputs if t is not None)
+        outputs = tuple(torch.empty_strided(*spec[:2], dtype=spec[2], device=first.device) for spec in self.outputs)
+        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=first.device)
+        bases = (*inputs, *outputs, workspace)
+        starts = [0 if base is None else base.data_ptr() for base in bases]
+        with torch.cuda.device_of(first):
+            stream = launch.stream_of(first)
+            for run, arguments, places in self.steps:
+                arguments = arguments.copy()
+                for argument, base, offset, dtype in places:
+                    if launch.INTERPRETED:  # which takes no bare pointers
+                        arguments[argument] = _tensor_at(bases[base], offset, dtype)
+                    else:
+                        arguments[argument] = starts[base] + offset
+                run(*arguments, **stream)
+        return outputs
+
+
+_plans: dict[tuple, Plan | None] = {}  # None: such a call cannot be planned
+
+
+def planned(run: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None, ...], *numbers: Any) -> tuple:
+    """`run(*inputs, *numbers)`, whose launches are remembered for the next call with inputs of the same layout.
+
+    `run` writes to new tensors alone, and what it does depends on the layout of its inputs (sizes, strides, dtypes,
+    device) and on the numbers. A call that computes with PyTorch, too, is never planned.
+    """
+    layouts = [
+        None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % launch.ALIGNMENT) for t in inputs
+    ]
+    key = (run, numbers, *layouts)
+    if key in _plans:
+        plan = _plans[key]
+        return run(*inputs, *numbers) if plan is None else plan(inputs)
+    with _recorded() as (launches, computes):
+        outputs = run(*inputs, *numbers)
+    if len(_plans) >= MOST_PLANS:
+        _plans.clear()
+    _plans[key] = None if computes else _plan_of(launches, inputs, outputs)
+    return outputs
+
+
+class _NotesComputation(TorchDispatchMode):
+    """Collects the names of PyTorch's operators that do more than handle memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() not in MEMORY_ONLY:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _recorded() -> Iterator[tuple[list[launch.Launch], list[str]]]:
+    """Within, launches and PyTorch's computations are noted. All tensors live on, so that their addresses differ."""
+    launches: list[launch.Launch] = []
+    launch.noted.launches = launches
+    try:
+        with _NotesComputation() as computation:
+            yield launches, computation.names
+    finally:
+        del launch.noted.launches
+
+
+def _plan_of(launches: list[launch.Launch], inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Plan | None:
+    """The plan of a call that made these launches; None where a tensor may be one of two inputs, or part of one."""
+    given = {t.data_ptr(): base for base, t in enumerate(inputs) if t is not None and t.numel()}
+    if len(given) < sum(t is not None and t.numel() > 0 for t in inputs):
+        return None
+    starts = {_storage(t): (base, t.data_ptr()) for base, t in enumerate(outputs, len(inputs)) if t.numel()}
+    known = starts.keys() | {_storage(t) for t in inputs if t is not None}
+    workspace, workspace_bytes = _share_workspace(launches, known)
+    starts |= {storage: (len(inputs) + len(outputs), storage - start) for storage, start in workspace.items()}
+
+    steps = []
+    for run, arguments in launches:
+        places, numbers = [], [None if isinstance(a, Tensor) else a for a in arguments]
+        for index, tensor in enumerate(arguments):
+            if not isinstance(tensor, Tensor):
+                continue
+            pointer = tensor.data_ptr()
+            base, start = starts.get(_storage(tensor)) or (given.get(pointer), pointer)
+            if base is None:
+                return None
+            places.append(Place(index, base, pointer - start, tensor.dtype))
+        steps.append(Step(run, numbers, places))
+    return Plan(steps, [(t.shape, t.stride(), t.dtype) for t in outputs], workspace_bytes)
+
+
+def _storage(tensor: Tensor) -> int:
+    """The address of its memory, which tensors share that are views of one another."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _share_workspace(launches: list[launch.Launch], known: Collection[int]) -> tuple[dict[int, int], int]:
+    """Where the storages that are not `known` begin in a workspace, and its size, in bytes.
+
+    Each lies at the first place that is free from the first launch that uses it to the last.
+    """
+    turns: dict[int, list[int]] = {}
+    sizes: dict[int, int] = {}
+    for turn, (_, arguments) in enumerate(launches):
+        for tensor in arguments:
+            if isinstance(tensor, Tensor) and _storage(tensor) not in known:
+                turns.setdefault(_storage(tensor), []).append(turn)
+                sizes[_storage(tensor)] = launch.ceil_div(tensor.untyped_storage().nbytes(), LINE) * LINE
+    starts: dict[int, int] = {}
+    for storage, (first, *_) in turns.items():
+        start = 0
+        for other in sorted((other for other in starts if turns[other][-1] >= first), key=starts.__getitem__):
+            if start + sizes[storage] <= starts[other]:
+                break
+            start = max(start, starts[other] + sizes[other])
+        starts[storage] = start
+    return starts, max((start + sizes[storage] for storage, start in starts.items()), default=0)
+
+
+def _tensor_at(base: Tensor | None, offset: int, dtype: torch.dtype) -> Tensor:
+    """A tensor that begins so many bytes behind the start of another."""
+    assert base is not None
+    storage = base.untyped_storage()
+    start = (base.data_ptr() - storage.data_ptr() + offset) // dtype.itemsize
+    return torch.empty(0, dtype=dtype, device=base.device).set_(storage, start, (1,), (1,))

@@ -1,0 +1,100 @@
+"""A planned call does what the call itself does, wherever its tensors lie, and shares memory where it may."""
+
+import pytest
+import torch
+from layer_cases import FULL, LEAST, Case, call, draw
+from t5kernels import Settings, launch, plans
+from t5kernels.launch import Launch
+from torch import Tensor
+from triton_device import CUDA
+
+LAST = Case(images=2, heads=1, rows=9, columns=8, text=4, width=72, rms=True, settings=Settings(inner="swiglu_last"))
+
+
+@pytest.fixture(autouse=True)
+def none_known(monkeypatch):
+    monkeypatch.setattr(plans, "_plans", {})
+
+
+def outputs(case: Case, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return call(case, leaves, "triton")
+
+
+@pytest.mark.parametrize("case", [FULL, LAST, Case(heads=1, conv=False)], ids=str)
+def test_a_planned_layer_gives_the_same_bits_for_other_tokens_and_weights(case):
+    dtype = torch.float16
+    outputs(case, draw(case, dtype, seed=1).leaves)
+    assert all(plan is not None for plan in plans._plans.values())
+    leaves = draw(case, dtype, seed=2).leaves
+    replayed, again = outputs(case, leaves), outputs(case, leaves)
+    assert len(plans._plans) == 1
+    plans._plans.clear()
+    expected = outputs(case, leaves)
+    for out, same, plain in zip(replayed, again, expected, strict=True):
+        assert torch.equal(out, plain) and torch.equal(same, plain) and out.stride() == plain.stride()
+
+
+def test_a_layout_has_its_own_plan():
+    leaves = draw(LEAST).leaves
+    for change in ({}, {"q": leaves["q"].contiguous()}, {"w1": leaves["w1"].half()}):
+        before = len(plans._plans)
+        outputs(LEAST, leaves | change)
+        assert len(plans._plans) == before + 1
+
+
+def test_tensors_that_may_or_may_not_be_one_are_never_planned():
+    leaves = draw(LEAST).leaves
+    shared = outputs(LEAST, leaves | {"k": leaves["q"]})
+    assert list(plans._plans.values()) == [None]
+    apart = outputs(LEAST, leaves | {"k": leaves["q"].clone(memory_format=torch.preserve_format)})
+    assert torch.equal(shared[0], apart[0])
+
+
+def test_a_call_that_computes_by_pytorch_is_never_planned():
+    def run(x: Tensor) -> tuple[Tensor]:
+        return (x + 1,)
+
+    for number in (1.0, 2.0):
+        (out,) = plans.planned(run, (torch.full((3,), number),))
+        assert out.tolist() == [number + 1] * 3
+    assert list(plans._plans.values()) == [None]
+
+
+def test_a_workspace_holds_together_only_what_is_needed_together():
+    a, b, c, d = (torch.empty(count, dtype=torch.uint8) for count in (1000, 500, 1000, 200))
+    known = torch.empty(10)
+    launches = [Launch(print, (known, a)), Launch(print, (a, b)), Launch(print, (b, 3, c)), Launch(print, (c, d[50:]))]
+    starts, size = plans._share_workspace(launches, {known.data_ptr()})
+    places = [(starts[t.untyped_storage().data_ptr()], t.numel()) for t in (a, b, c, d)]
+    assert all(start % plans.LINE == 0 and start + count <= size for start, count in places)
+    for first, second in ((0, 1), (1, 2), (2, 3)):  # used by the same launch
+        (start, count), (other, its) = places[first], places[second]
+        assert start + count <= other or other + its <= start
+    assert size == 1024 + 512 and places[2][0] == places[0][0]
+
+
+def test_sizes_that_never_repeat_take_no_more_and_more_memory(monkeypatch):
+    monkeypatch.setattr(plans, "MOST_PLANS", 5)
+    for number in range(20):
+        plans.planned(lambda x, number: (x.new_empty(number),), (torch.zeros(2),), number + 1)
+    assert len(plans._plans) <= 5
+
+
+@pytest.mark.skipif(CUDA, reason="for the interpreter, which is given tensors")
+def test_on_a_card_launches_are_given_addresses(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "stream_of", lambda x: {"stream": 7})
+    seen = []
+
+    def run(*arguments, stream):
+        seen.append((arguments, stream))
+
+    x = torch.zeros(100)
+    plan = plans.Plan(
+        [plans.Step(run, [None, 3, None, None], [plans.Place(0, 0, 0, x.dtype), *[plans.Place(2, 1, 40, x.dtype)]])],
+        [((5, 4), (4, 1), torch.float32)],
+        300,
+    )
+    (out,) = plan((x,))
+    assert out.shape == (5, 4) and seen == [((x.data_ptr(), 3, out.data_ptr() + 40, None), 7)]
