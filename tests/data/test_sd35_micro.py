@@ -177,7 +177,8 @@ def pretrained(micro, tmp_path_factory):
     )
     small = {"vae_batch": (2, 2), "batch": (2, 2), "pool": (4, 4), "threads": 1, "scored_prompts": 1}
     settings = micro.pretrain.Settings(steps=2, **small)
-    with compiled_for_tracing_alone():
+    with compiled_for_tracing_alone(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(micro.card, "STEPS", 2)  # of every sample
         with pytest.raises(SystemExit, match="3"):
             micro.pretrain.run(config, settings, out, scratch, stop=0.0, kinds=8)
         assert not out.exists()
