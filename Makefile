@@ -11,7 +11,7 @@ RUN   := .venv/bin/python
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint up down ui
+.PHONY: help demo test lint docs up down ui
 
 help:  ## this list
 	@echo "make WHAT, where WHAT is"
@@ -30,6 +30,9 @@ lint: $(READY)  ## style, formatting and types of the Python code
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
+docs: $(READY)  ## the documentation site, in site/, without a network; a broken link is an error
+	@$(RUN) -m zensical build --clean --strict
+
 up: $(READY)  ## Prefect's server, worker and deployments in the background; again does no harm
 	@$(RUN) -m flows.services up --port $(PORT)
 
@@ -47,6 +50,6 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv; \
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt uv; \
 	$(RUN) -c "import os, sysconfig; open(sysconfig.get_path('purelib') + '/t5-repository.pth', 'w').write(os.getcwd())"; \
-	.venv/bin/uv pip install --quiet --compile-bytecode --python $(RUN) -c constraints.txt -e '.[diffusion,onnx,pipeline,dev]'; \
+	.venv/bin/uv pip install --quiet --compile-bytecode --python $(RUN) -c constraints.txt -e '.[diffusion,onnx,pipeline,dev,docs]'; \
 	echo "installed in $$(( $$(date +%s) - $$begun )) s"
 	@touch $@
