@@ -24,7 +24,7 @@ from t5lib.report.sample_grid import sample_grid
 from t5lib.report.score_table import METRICS
 from t5lib.utils import markdown
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json, write_json, write_text
+from t5lib.utils.files import read_json, write_json
 from tasks.runtime import command_line
 from tasks.runtime.stage import Stage
 from tasks.studies import common
@@ -255,7 +255,7 @@ def _write(target: str, settings: dict[str, Any], planned: list[Job], out: Path)
     result = {"target": target, "device": runs[0]["device"], "torch": runs[0]["torch"], "settings": shown}
     result |= {"source": runs[0]["source"], "real": runs[0]["real"], "arms": arms}
     write_json(out.with_suffix(".json"), result)
-    write_text(out.with_suffix(".md"), table(result))
+    markdown.write_page(out.with_suffix(".md"), table(result))
     return True
 
 

@@ -39,7 +39,8 @@ from t5lib.report import plots
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.utils.config import AtLeastOne, Several, WholeNumber, from_dict, settings, to_dict
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json, sha256, write_json, write_text
+from t5lib.utils.files import read_json, sha256, write_json
+from t5lib.utils.markdown import write_page
 from t5lib.utils.progress import progress
 from tasks.studies import common, layer_choice_report
 from tasks.studies.common import load_or_make
@@ -177,7 +178,7 @@ def run(settings: Settings, seeds: list[int], out: Path, work: Path, device: tor
         result["verified"] = result["verified"] + verified("chosen", [planned.uniform(SOFTMAX), *chosen])[1:]
     result["summary"] = layer_choice_report.summarize(result)
     write_json(out.with_suffix(".json"), result)
-    write_text(out.with_suffix(".md"), layer_choice_report.table(result))
+    write_page(out.with_suffix(".md"), layer_choice_report.table(result))
     plots.save(layer_choice_report.picture(result), out.with_suffix(".png"))
     return result
 
