@@ -44,7 +44,7 @@ REMEDIES = {
     LINEAR: f"a conversion would gain little: keep it, or {PLAIN}",
     HYBRID: f"a conversion would gain little: keep it, or {PLAIN}",
     MULTIHEAD: "take the model from timm, which has open_clip's weights, too (vit_base_patch16_clip_224.openai)",
-    UNKNOWN: "CONTRIBUTING.md says how a family of models is added",
+    UNKNOWN: "docs/adapter.md says how a family of models is added",
     CHANNELS: "there is nothing to convert",
     NONE: "there is nothing to convert",
 }

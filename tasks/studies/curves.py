@@ -366,13 +366,17 @@ def main() -> None:
     parser = common.parser("curves", __doc__)
     command_line.add_target(parser)
     sets = ["paper", "all"]
-    parser.add_argument("--layers", nargs="+", default=sets, help="layer sets, as convert.layers takes them")
-    parser.add_argument("--steps", type=int, nargs="+", required=True, help="of the fine-tunes; 0: none")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="each of all arms")
-    parser.add_argument("--out", type=Path, required=True, help="where the .json, .md and .png go, without ending")
+    parser.add_argument("--layers", nargs="+", default=sets, help="layer sets to compare, as convert.layers takes them")
+    parser.add_argument("--steps", type=int, nargs="+", required=True, help="steps of the fine-tunes; 0: no fine-tune")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds; every arm is run with each")
+    parser.add_argument("--out", type=Path, required=True, help="path of the .json, .md and .png, without ending")
     parser.add_argument("--work", type=Path, default=Path("data/scratch/curves"), help="where partial work is kept")
     parser.add_argument(
-        "--until", type=float, default=math.inf, metavar="SECONDS", help="begin nothing later (default: no end)"
+        "--until",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="begin nothing after that many seconds (default: no end)",
     )
     common.add_jobs(parser)
     common.add_changes(parser)

@@ -160,7 +160,7 @@ def test_the_second_flow_of_a_target_says_whom_it_waits_for(small_repo, monkeypa
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(t5_module.targets, "libraries", lambda settings: ())
     small_repo.set("{steps: 0}", "{stepps: 0}")  # it has nothing to do then
-    said = "target small is in the hands of process 7 on here: python -m flows.t5 small; waiting until it ends"
+    said = "target small is in use by process 7 on here: python -m flows.t5 small; waiting until it ends"
     with held_until(small_repo.root / "data/scratch/small/flow.lock", lambda: said in caplog.text):
         with pytest.raises(T5Error, match="unknown setting 'stepps'"):
             t5("small")
