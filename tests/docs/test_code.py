@@ -34,6 +34,7 @@ from tiny_transformers import tiny_transformer
 
 import t5lib
 from t5lib.conversion import ttt_layers
+from t5lib.data.batches import open_batches
 
 SIDE = 48  # pixels: six patches, for windows of five
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -118,7 +119,7 @@ def registered_models() -> dict[str, Any]:
 
 
 def after_the_denoisers(names: dict[str, Any]) -> None:
-    assert names["image"].size == (96, 64)
+    assert names["image"].size == (96, 64) and next(open_batches(names["batches"], 0))
     assert len(ttt_layers(names["pipe"].transformer)) == 2
     assert Path("sd35-t5/model_index.json").exists() and Path("sd35-converted/model_index.json").exists()
 
