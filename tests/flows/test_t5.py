@@ -64,7 +64,7 @@ def test_stages_run_once_are_recorded_and_reused(mlflow_repo, caplog):
     assert mlflow_repo.git("status", "--short").split() == ["??", "dvc.lock"]
     lines = [record.getMessage() for record in caplog.records]
     assert "small: fetch → convert → evaluate; stages of which nothing changed are skipped" in lines
-    assert "From nothing it takes a moment" in lines
+    assert "Built from nothing, it takes a moment" in lines
     assert "convert at work" in lines
     assert not [line for line in lines if "lock file" in line or "dvc push" in line]
 
