@@ -2,7 +2,7 @@
 
 PYTHON  ?= python3          # the Python that .venv is made with, 3.11 or newer
 TARGET  ?= dinov2-fashion   # what `make demo` builds: a target of params.yaml
-QUICK   ?=                  # 1: the target with -quick behind its name, fewer images and steps: to see that all runs
+QUICK   ?=                  # 1: the target with -quick behind its name, fewer images and steps, to see that all runs
 FULL    ?=                  # 1: the target with -full behind its name, which takes more steps
 PORT    ?= 4200             # Prefect's server
 UI_PORT ?= 5000             # MLflow's pages
@@ -19,7 +19,7 @@ help:  ## this list
 	@echo "settings, as in make demo TARGET=deit-tiny:"
 	@sed -n 's/^\([A-Z_]*\) *?= \([^ ]*\) *# \(.*\)/  \1|\2|\3/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-10s %s (default: %s)\n", $$1, $$3, $$2 }'
 
-demo: $(READY)  ## from real weights to a measured linear model, and its report; run again, it redoes only what changed
+demo: $(READY)  ## from real weights to a measured linear model and its report; a second run redoes only what changed
 	@$(RUN) -m flows.t5 $(strip $(TARGET))$(if $(strip $(QUICK)),-quick)$(if $(strip $(FULL)),-full)
 
 test: $(READY)  ## every test that this machine can run
@@ -33,7 +33,7 @@ lint: $(READY)  ## style, formatting and types of the Python code
 docs: $(READY)  ## the documentation site, in site/, without a network; a broken link is an error
 	@$(RUN) -m zensical build --clean --strict
 
-up: $(READY)  ## Prefect's server, worker and deployments in the background; again does no harm
+up: $(READY)  ## Prefect's server, worker and deployments in the background; running it again does no harm
 	@$(RUN) -m flows.services up --port $(PORT)
 
 down: $(READY)  ## stop what `make up` started
