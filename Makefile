@@ -2,7 +2,7 @@
 
 PYTHON  ?= python3          # the Python that .venv is made with, 3.11 or newer
 TARGET  ?= dinov2-fashion   # what `make demo` builds: a target of params.yaml
-QUICK   ?=                  # 1: the target with -quick behind its name, fewer images and steps: to see that all runs
+QUICK   ?=                  # 1: the target with -quick behind its name, fewer images and steps, to see that all runs
 FULL    ?=                  # 1: the target with -full behind its name, which takes more steps
 PORT    ?= 4200             # Prefect's server
 UI_PORT ?= 5000             # MLflow's pages
@@ -11,7 +11,7 @@ RUN   := .venv/bin/python
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint up down ui
+.PHONY: help demo test lint docs up down ui
 
 help:  ## this list
 	@echo "make WHAT, where WHAT is"
@@ -19,7 +19,7 @@ help:  ## this list
 	@echo "settings, as in make demo TARGET=deit-tiny:"
 	@sed -n 's/^\([A-Z_]*\) *?= \([^ ]*\) *# \(.*\)/  \1|\2|\3/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-10s %s (default: %s)\n", $$1, $$3, $$2 }'
 
-demo: $(READY)  ## from real weights to a measured linear model, and its report; run again, it redoes only what changed
+demo: $(READY)  ## from real weights to a measured linear model and its report; a second run redoes only what changed
 	@$(RUN) -m flows.t5 $(strip $(TARGET))$(if $(strip $(QUICK)),-quick)$(if $(strip $(FULL)),-full)
 
 test: $(READY)  ## every test that this machine can run
@@ -30,7 +30,10 @@ lint: $(READY)  ## style, formatting and types of the Python code
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
-up: $(READY)  ## Prefect's server, worker and deployments in the background; again does no harm
+docs: $(READY)  ## the documentation site, in site/, without a network; a broken link is an error
+	@$(RUN) -m zensical build --clean --strict
+
+up: $(READY)  ## Prefect's server, worker and deployments in the background; running it again does no harm
 	@$(RUN) -m flows.services up --port $(PORT)
 
 down: $(READY)  ## stop what `make up` started
@@ -47,6 +50,6 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv; \
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt uv; \
 	$(RUN) -c "import os, sysconfig; open(sysconfig.get_path('purelib') + '/t5-repository.pth', 'w').write(os.getcwd())"; \
-	.venv/bin/uv pip install --quiet --compile-bytecode --python $(RUN) -c constraints.txt -e '.[diffusion,onnx,pipeline,dev]'; \
+	.venv/bin/uv pip install --quiet --compile-bytecode --python $(RUN) -c constraints.txt -e '.[diffusion,onnx,pipeline,dev,docs]'; \
 	echo "installed in $$(( $$(date +%s) - $$begun )) s"
 	@touch $@

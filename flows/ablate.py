@@ -122,7 +122,7 @@ def main() -> None:
     parser = command_line.parser("flows.ablate", str(__doc__))
     known = f"an ablation ({', '.join(names())}) or a file, such as my.yaml"
     parser.add_argument("name", nargs="?", default="dinov2-fashion", help=known)
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the ablation")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds to run (default: those of the ablation)")
     parser.add_argument("--out", help="where the results go, without ending (default: docs/results/ablation-NAME)")
     arguments = parser.parse_args()
     files = command.run(

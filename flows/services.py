@@ -29,9 +29,9 @@ HOW_TO_TRIGGER = """\
 Prefect is up: http://127.0.0.1:{port}   (logs: {home}, stop: make down)
 Start a run:   .venv/bin/prefect deployment run t5/convert-vit --watch
 Another one:   .venv/bin/prefect deployment run t5/convert-vit --watch --param target=deit-tiny
-What it said:  .venv/bin/prefect flow-run logs UUID   (--watch shows it as it comes; why a run failed stands at ERROR)
+Its log:       .venv/bin/prefect flow-run logs UUID   (--watch shows it as it comes; ERROR says why a run failed)
 What it made:  .venv/bin/prefect artifact ls
-At once:       one run, the others wait; .venv/bin/prefect work-pool set-concurrency-limit local 2 changes that"""
+At a time:     one run, the others wait; .venv/bin/prefect work-pool set-concurrency-limit local 2 allows two"""
 
 
 def up(root: Path, port: int, *, patience: float = 120.0) -> None:
@@ -174,8 +174,10 @@ def ui(root: Path, port: int) -> None:
 
 def main() -> None:
     parser = command_line.parser("flows.services", str(__doc__))
-    parser.add_argument("action", choices=["up", "down", "ui"], help="start all, end all, or show MLflow's pages")
-    parser.add_argument("--port", type=int, help="of the server or the pages (default: 4200 for up, 5000 for ui)")
+    parser.add_argument("action", choices=["up", "down", "ui"], help="start all, stop all, or show MLflow's pages")
+    parser.add_argument(
+        "--port", type=int, help="port of the server or of the pages (default: 4200 for up, 5000 for ui)"
+    )
     arguments = parser.parse_args()
     interrupt_on_signals()
     try:

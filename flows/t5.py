@@ -93,7 +93,7 @@ def _built(root: Path, target: str, variables: dict[str, str]) -> dict[str, Any]
     names = graph.stages(root, target)
     log.info("%s: %s; stages of which nothing changed are skipped", target, " → ".join(names))
     if takes := params.takes(root, target):
-        log.info("From nothing it takes %s", takes)
+        log.info("Built from nothing, it takes %s", takes)
     run = tracking.start_flow(root, target, settings, names)
     try:
         for name in names:

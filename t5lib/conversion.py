@@ -19,9 +19,9 @@ def convert(model: nn.Module, config: TTTConfig | str | None = None, *, inplace:
     of ours). It carries `t5_config` and `t5_report`, a ConversionReport (t5lib.families.replacement).
 
     Args:
-        model: of a family that converts (README lists them): a model of timm, one of transformers that is or holds a
-            vision tower such as ViT, DINOv3, SigLIP or CLIP, or a transformer of diffusers; not changed unless
-            `inplace`, which makes no second copy of the weights.
+        model: of a family that converts (docs/models.md lists them): a model of timm, one of transformers that is or
+            holds a vision tower such as ViT, DINOv3, SigLIP or CLIP, or a transformer of diffusers. It is not changed
+            unless `inplace`, which makes no second copy of the weights.
         config: what the new layers are, or the name of a preset such as "t5+"; the default is the method's (swiglu,
             instance key norm, dwc_qk, all layers).
 

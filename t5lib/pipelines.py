@@ -109,7 +109,7 @@ def _index_of_hub(source: str, options: dict[str, Any]) -> dict[str, Any]:
         return DiffusionPipeline.load_config(source, **options)  # type: ignore[return-value]  # with these arguments
     except Exception as error:  # of the hub's client, the network, the file itself
         raise T5Error(
-            f"{source} is no folder here, and no pipeline was had from the hub under that name "
+            f"{source} is no folder here, and the hub gave no pipeline of that name "
             f"({str(error).splitlines()[0]}); check the path, or the name, the network and HF_TOKEN"
         ) from error
 

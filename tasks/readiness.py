@@ -19,9 +19,11 @@ from tasks.runtime.preflight import MISSING, Item
 def main() -> None:
     parser = command_line.parser("tasks.readiness", str(__doc__))
     command_line.add_target(parser)
-    parser.add_argument("--card", help=f"the card it is for ({', '.join(cards.CARDS)}); default: the first of this one")
     parser.add_argument(
-        "--memory", type=float, metavar="GIB", help="of that card (default: what cards of its name have)"
+        "--card", help=f"the card to plan for ({', '.join(cards.CARDS)}); default: the first card of this machine"
+    )
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="memory of that card (default: what cards of its name have)"
     )
     arguments = parser.parse_args()
     try:

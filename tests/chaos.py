@@ -156,7 +156,7 @@ def many_at_once(attack: Attack, count: int, *command: str) -> list[str]:
     processes = [attack.start(sys.executable, *command) for _ in range(count)]
     failed = [process.returncode for process in processes if process.wait()]
     problems = [f"ended with {failed}"] if failed else []
-    if "is in the hands of process" not in (log := attack.log.read_text()):
+    if "is in use by process" not in (log := attack.log.read_text()):
         problems.append("nobody said who was at work")
     if "rwlock" in log:
         problems.append("DVC's advice was shown")

@@ -137,12 +137,16 @@ def report(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = command_line.parser("t5lib.benchmarks.inference", str(__doc__))
-    parser.add_argument("--out", type=Path, required=True, help="JSON, written after every resolution")
-    parser.add_argument("--model", choices=SHAPES, default=SD35, help="the shape")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file; it is written after every resolution")
+    parser.add_argument("--model", choices=SHAPES, default=SD35, help="whose shape the model has")
     sides = [1024, 2048, 512, 4096]
-    parser.add_argument("--resolutions", type=int, nargs="+", default=sides, help="sides in pixels, in this order")
+    parser.add_argument(
+        "--resolutions", type=int, nargs="+", default=sides, help="sides of the images in pixels, in this order"
+    )
     parser.add_argument("--repeats", type=int, default=10, help="timed passes")
-    parser.add_argument("--blocks", type=int, help="fewer, where a pass takes seconds (default: all)")
+    parser.add_argument(
+        "--blocks", type=int, help="take only so many blocks, where a pass takes seconds (default: all)"
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("inference: no CUDA device, and on a CPU this model takes minutes a pass; run it where there is one")

@@ -76,7 +76,8 @@ def benchmark(
     """Measure a model and its converted twin at every resolution.
 
     Args:
-        softmax, converted: models of one family and the same input (t5lib.convert); neither is changed.
+        softmax: the original; it is not changed.
+        converted: its converted twin, with the same input (t5lib.convert); it is not changed either.
         on_row: called with each finished row, to show progress.
 
     Returns:

@@ -236,21 +236,23 @@ def _machine(device: torch.device) -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line.parser("t5lib.benchmarks.training_step", str(__doc__))
     usual = CostConfig()
-    parser.add_argument("--out", type=Path, required=True, help="JSON, written after every case")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file; it is written after every case")
     parser.add_argument("--sizes", type=int, nargs="+", default=usual.sizes, help="image sides in pixels")
-    parser.add_argument("--layers", nargs="+", default=usual.layers, help="softmax, paper, all")
-    parser.add_argument("--compile", choices=("off", "on", "both"), default="both", help="torch.compile")
+    parser.add_argument("--layers", nargs="+", default=usual.layers, help="models to measure: softmax, paper, all")
+    parser.add_argument("--compile", choices=("off", "on", "both"), default="both", help="whether to torch.compile")
     parser.add_argument("--optimizers", nargs="+", help="adamw, adamw8bit; the default is those that are installed")
-    parser.add_argument("--batch", type=int, default=usual.batch, help="images a step")
+    parser.add_argument("--batch", type=int, default=usual.batch, help="images per step")
     parser.add_argument(
         "--micro-batch",
         type=int,
-        help="images a forward pass; fewer need less memory (default: 4 at 1024 px, as many tokens at others)",
+        help="images per forward pass; fewer need less memory (default: 4 at 1024 px, as many tokens at others)",
     )
-    parser.add_argument("--teacher", choices=("none", "ema", "source"), default=usual.teacher, help="of the alignment")
-    parser.add_argument("--steps", type=int, default=usual.steps, help="timed steps a case")
-    parser.add_argument("--text-tokens", type=int, default=usual.text_tokens, help="of a caption")
-    parser.add_argument("--small", action="store_true", help="a small model instead, to see that all runs")
+    parser.add_argument(
+        "--teacher", choices=("none", "ema", "source"), default=usual.teacher, help="teacher of the alignment"
+    )
+    parser.add_argument("--steps", type=int, default=usual.steps, help="timed steps of each case")
+    parser.add_argument("--text-tokens", type=int, default=usual.text_tokens, help="tokens of a caption")
+    parser.add_argument("--small", action="store_true", help="take a small model instead, to see that all runs")
     given = parser.parse_args(arguments)
     installed: tuple[Literal["adamw", "adamw8bit"], ...] = ("adamw",)
     if importlib.util.find_spec("bitsandbytes"):

@@ -55,12 +55,14 @@ Weights = Annotated[
     ),
 ]
 Pretrained = Annotated[
-    bool, typer.Option(help="timm's weights, or random ones to try things out.", rich_help_panel=MODEL)
+    bool, typer.Option(help="Load timm's weights, or take random ones to try things out.", rich_help_panel=MODEL)
 ]
 ImgSize = Annotated[
     str | None,
     typer.Option(
-        metavar="PIXELS", help="224, or 224x320 (height x width), in place of the model's own.", rich_help_panel=MODEL
+        metavar="PIXELS",
+        help="Image size, 224 or 224x320 (height x width), in place of the model's own.",
+        rich_help_panel=MODEL,
     ),
 ]
 Steps = Annotated[
@@ -73,9 +75,9 @@ Steps = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Images a step (default 64).", rich_help_panel=CALIBRATION)
+    int | None, typer.Option(metavar="N", min=1, help="Images per step (default 64).", rich_help_panel=CALIBRATION)
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; unless given, the GPU if there is one.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1 (default: the GPU if there is one).")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -87,7 +89,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def t5(
     _: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and leave.")
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Turn a pretrained softmax vision transformer into one whose attention costs linear time.
@@ -116,10 +118,12 @@ def diagnose(
     ] = 64,
     converted: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="What t5 convert made of MODEL: compare the two, layer by layer."),
+        typer.Option(
+            metavar="FOLDER", help="The folder that t5 convert made from MODEL; the two are compared layer by layer."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write the numbers as JSON, and pictures, there.")
+        Path | None, typer.Option(metavar="FOLDER", help="Folder for the numbers, as JSON, and for pictures.")
     ] = None,
     weights: Weights = None,
     pretrained: Pretrained = True,
@@ -191,12 +195,13 @@ def convert(
         ),
     ] = None,
     inner_loss: Annotated[
-        str | None, typer.Option(help="Its loss: dot (default) or residual.", rich_help_panel=LAYER)
+        str | None, typer.Option(help="Loss of the inner model: dot (default) or residual.", rich_help_panel=LAYER)
     ] = None,
     key_norm: Annotated[
         str | None,
         typer.Option(
-            help="instance (default), instance_no_std, instance_no_mean, layer, rms or none.", rich_help_panel=LAYER
+            help="Key norm: instance (default), instance_no_std, instance_no_mean, layer, rms or none.",
+            rich_help_panel=LAYER,
         ),
     ] = None,
     locality: Annotated[
@@ -250,7 +255,8 @@ def convert(
     inherit: Annotated[
         str | None,
         typer.Option(
-            help="all (default), attention (MLPs start afresh) or mlp (attention projections do).",
+            help="What is inherited: all (default), attention (the MLPs start afresh) "
+            "or mlp (the attention projections start afresh).",
             rich_help_panel=LAYER,
         ),
     ] = None,
@@ -270,11 +276,13 @@ def convert(
         float | None,
         typer.Option(
             metavar="RATE",
-            help="Peak for q, k and v projections (default 0.001; 0 keeps them).",
+            help="Peak learning rate of the q, k and v projections (default 0.001; 0 keeps them).",
             rich_help_panel=CALIBRATION,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the new weights and the order of images.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Seed of the new weights and of the order of images.")
+    ] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the model that OUT holds.")] = False,
     device: Device = None,
 ) -> None:
@@ -340,8 +348,8 @@ def convert(
 @app.command()
 def plan(
     model: ModelArgument,
-    resolution: Annotated[int, typer.Option(metavar="PIXELS", min=1, help="Side of the images.")],
-    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Images a pass that is timed.")] = 1,
+    resolution: Annotated[int, typer.Option(metavar="PIXELS", min=1, help="Side of the images in pixels.")],
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Images in a timed pass.")] = 1,
     kinds: Annotated[
         str,
         typer.Option(metavar="KINDS", help="New layers to consider: inner models, with +nat3 or +nat5, or presets."),
@@ -360,7 +368,7 @@ def plan(
     ] = None,
     budget_ms: Annotated[
         float | None,
-        typer.Option(metavar="MS", help="Or: how long a pass may take.", rich_help_panel=CHOICE),
+        typer.Option(metavar="MS", help="Alternatively, how long a pass may take.", rich_help_panel=CHOICE),
     ] = None,
     out: Annotated[
         Path | None,
@@ -370,7 +378,7 @@ def plan(
     batch_size: BatchSize = None,
     weights: Weights = None,
     pretrained: Pretrained = True,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the new weights and the images.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the new weights and of the images.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the model that --out holds.")] = False,
     device: Device = None,
 ) -> None:
@@ -423,7 +431,7 @@ def plan(
 @app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved model, or a diffusers pipeline.")],
-    as_json: Annotated[bool, typer.Option("--json", help="The same and more, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same and more as JSON, for programs.")] = False,
 ) -> None:
     """Show what is in a saved folder, converted or softmax, or in a diffusers pipeline.
 

@@ -18,22 +18,28 @@ if TYPE_CHECKING:
 
 def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder of t5lib.save, converted or softmax.")],
-    onnx: Annotated[Path, typer.Option(metavar="FILE", help="Where the ONNX file goes; it is replaced.")],
+    onnx: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where the ONNX file goes; a file that is there is replaced.")
+    ],
     img_size: Annotated[
         str | None,
-        typer.Option(metavar="PIXELS", help="224, or 224x320 (height x width), in place of the model's own."),
+        typer.Option(
+            metavar="PIXELS", help="Image size, 224 or 224x320 (height x width), in place of the model's own."
+        ),
     ] = None,
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="The file takes images of any size.")] = False,
     images: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Images to check it on (default: random numbers of the model's size)."),
     ] = None,
-    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Images that are checked, and timed, at once.")] = 1,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Images in a batch that is checked and timed.")] = 1,
     speed: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also time it beside the softmax model's export; the times, as JSON."),
+        typer.Option(
+            metavar="FILE", help="Also time it beside the softmax model's export, and write the times there as JSON."
+        ),
     ] = None,
-    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="With --speed: timed passes of each.")] = 9,
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="With --speed: timed passes of each model.")] = 9,
 ) -> None:
     """Write a saved model as an ONNX file, for machines that have no PyTorch.
 

@@ -24,31 +24,39 @@ def generate(
     ],
     prompts: Annotated[
         Path,
-        typer.Option(metavar="FILE", help="Text, a prompt (or class number) a line; or what --layout says."),
+        typer.Option(
+            metavar="FILE", help="A text file with a prompt (or class number) on each line, or what --layout asks for."
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the images go.")],
     layout: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="plain; geneval (FILE is evaluation_metadata.jsonl); dpg (FILE is the folder dpg_bench/prompts).",
+            help="How prompts are read and images are laid out: plain; geneval (FILE is "
+            "evaluation_metadata.jsonl); dpg (FILE is the folder dpg_bench/prompts).",
         ),
     ] = "plain",
     samples: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Images a prompt (default 1; geneval and dpg: 4).")
+        int | None, typer.Option(metavar="N", min=1, help="Images per prompt (default 1; geneval and dpg: 4).")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Sampling steps (default 28).", rich_help_panel=SAMPLING)
     ] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(metavar="SCALE", min=0, help="Of the prompt (default 7; 1: none).", rich_help_panel=SAMPLING),
+        typer.Option(
+            metavar="SCALE",
+            min=0,
+            help="How strongly the prompt guides (default 7; 1: not at all).",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
     size: Annotated[
         str | None,
         typer.Option(
             metavar="PIXELS",
-            help="1024, or 768x1344 (height x width), in place of the model's own.",
+            help="Image size, 1024 or 768x1344 (height x width), in place of the model's own.",
             rich_help_panel=SAMPLING,
         ),
     ] = None,
@@ -57,9 +65,16 @@ def generate(
     ] = None,
     max_sequence_length: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Tokens of T5's text (default: 256).", rich_help_panel=SAMPLING),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens that the T5 text encoder takes at most (default: 256).",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the noise; each image has its own of it.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Seed of the noise; every image gets noise of its own.")
+    ] = 0,
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep on the GPU only the part of the pipeline that is working.")
     ] = False,
@@ -79,7 +94,7 @@ def generate(
     **Output**
 
     plain: 00000-0.png and so on. geneval: 00000/metadata.jsonl and 00000/samples/00000.png to 00003.png.
-    dpg: one picture a prompt, under the prompt file's name, of 2 × 2 samples. docs/generation.md says how to score.
+    dpg: one picture per prompt, under the prompt file's name, of 2 × 2 samples. docs/generation.md says how to score.
     """
     read = prompt_files.read(prompts, layout)
     settings: dict[str, Any] = {

@@ -120,8 +120,8 @@ def _print_plan(name: str, found: Plan) -> None:
     console.print()
     say(found.verdict())
     say(
-        "All blocks are alike to the clock, so first, last or every second makes no difference to the time; which ones "
-        "matters to the quality, and is measured with --images FOLDER --speedup X. "
+        "All blocks take the same time, so it makes no difference to the time which of them are converted. It does to "
+        "the quality, which --images FOLDER --speedup X measures. "
         f"Outputs were checked against float64 (at most {max(timing.relative_error.values()):.1e} off)."
     )
 

@@ -43,7 +43,7 @@ def check_policy(text: str) -> None:
     for section in sections:
         name = _checked_name(section, policy, text)
         if name in seen:
-            raise T5Error(f"auto_augment '{text[:100]}': '{name}' stands there twice; drop one")
+            raise T5Error(f"auto_augment '{text[:100]}': '{name}' is given twice; drop one")
         seen.add(name)
 
 

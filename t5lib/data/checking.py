@@ -151,7 +151,7 @@ class _Checked:
 def _manifest(place: Path, *, labelled: bool) -> ShardSet:
     listed = ShardSet.read(place)
     if labelled and not listed.classes:
-        raise T5Error(f"{place} lists no classes; expected the manifest of labelled images")
+        raise T5Error(f"{place} lists no classes; expected a manifest of labelled images")
     return listed if labelled else replace(listed, classes=())
 
 

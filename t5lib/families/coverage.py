@@ -250,9 +250,11 @@ def _short(verdict: Verdict) -> str:
 
 def main() -> None:
     parser = command_line.parser("t5lib.families.coverage", __doc__)
-    parser.add_argument("--only", metavar="PATTERN", default="*", help="names like this, with * for anything")
     parser.add_argument(
-        "--library", choices=CATALOGUES, nargs="+", default=list(CATALOGUES), help="which to go through"
+        "--only", metavar="PATTERN", default="*", help="only names like this, with * for anything (default: all)"
+    )
+    parser.add_argument(
+        "--library", choices=CATALOGUES, nargs="+", default=list(CATALOGUES), help="the libraries to go through"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("docs/results/coverage"), help="files; .md and .json are added"

@@ -7,7 +7,7 @@ from torch import nn
 
 CONVERTIBLE = (
     ". ViTs of timm and transformers convert (ViT, DeiT, DINOv2, DINOv3, SigLIP, CLIP, EVA02 …), and SD3, DiT, Flux, "
-    "PixArt and Qwen-Image of diffusers; README.md names all"
+    "PixArt and Qwen-Image of diffusers; docs/models.md names all"
 )
 ROTARY = "it rotates queries and keys by their positions (rotary embedding), in a way that t5lib does not know yet"
 PACKING = "it packs images of several sizes into one sequence and masks what pads it, and a TTT layer takes no mask"
@@ -44,7 +44,7 @@ REMEDIES = {
     LINEAR: f"a conversion would gain little: keep it, or {PLAIN}",
     HYBRID: f"a conversion would gain little: keep it, or {PLAIN}",
     MULTIHEAD: "take the model from timm, which has open_clip's weights, too (vit_base_patch16_clip_224.openai)",
-    UNKNOWN: "CONTRIBUTING.md says how a family of models is added",
+    UNKNOWN: "docs/adapter.md says how a family of models is added",
     CHANNELS: "there is nothing to convert",
     NONE: "there is nothing to convert",
 }

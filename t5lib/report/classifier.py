@@ -27,11 +27,11 @@ def quality(data: ReportData, images: DataConfig) -> Quality:
         columns=tuple(columns),
         rows=rows,
         note=(
-            f"Shares of {count(number)} test images. ± is one binomial standard error, √(p(100−p)/n). The models saw "
-            "the same images, so differences between them are known somewhat better than the two errors suggest. One "
-            "seed."
+            f"All are shares of {count(number)} test images. ± is one binomial standard error, √(p(100−p)/n). The "
+            "models saw the same images, so differences between them are known somewhat better than the two errors "
+            "suggest. This is one seed."
         ),
-        caveat=f"± is one binomial standard error on {count(number)} images; one seed.",
+        caveat=f"± is one binomial standard error on {count(number)} images; this is one seed.",
         sentences=_sentences(data),
         tiles=_tiles(data),
         figures={"quality": plots.quality_bars(bars)},
@@ -66,14 +66,14 @@ def _sentences(data: ReportData) -> list[str]:
     if "control" in models:
         gap, error = difference(tuned, models["control"])
         sentence += (
-            f"; the softmax original, fine-tuned with the same budget, {percent(models['control']['top1'])} "
+            f"; the softmax original, fine-tuned with the same budget, gets {percent(models['control']['top1'])} "
             f"({signed(gap)} ± {error:.1f} points)"
         )
     else:
-        sentence += f"; the softmax source {percent(models['source']['top1'])}"
+        sentence += f"; the softmax source gets {percent(models['source']['top1'])}"
     sentences = [sentence + "."]
     sentences += [
-        f"{words}, before any fine-tune and without labels: {percent(models[key]['top1'])} "
+        f"{words}, it gets {percent(models[key]['top1'])} right, without labels and before any fine-tune "
         f"(source {percent(models['source']['top1'])})."
         for key, words in WITHOUT_LABELS.items()
         if key in models

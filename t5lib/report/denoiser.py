@@ -23,8 +23,8 @@ def quality(data: ReportData) -> Quality:
     return Quality(
         columns=tuple(f"{row['label']}\n({row['better']} is better)" for row in main),
         rows=[row | {"cells": [(_text(score, row["key"]), "") for score in main]} for row in rows],
-        note=f"{measured}. Distances from few images are too large, and compare only with each other. One seed.",
-        caveat=f"{measured}; one seed.",
+        note=f"{measured}. Distances from few images are too large, and compare only with each other. It is one seed.",
+        caveat=f"{measured}; this is one seed.",
         sentences=_sentences(data, main),
         tiles=_tiles(data.evaluated, main),
         figures={},
@@ -57,19 +57,19 @@ def _sentences(data: ReportData, main: list[dict[str, Any]]) -> list[str]:
     distance, reference = _distance(main), evaluated[result].get("reference", REAL)
     sentences = [
         f"{WITHOUT_LABELS.get(result, 'Fine-tuned')}, the converted model has an {distance['label']} of "
-        f"{_text(distance, result)} to {reference}; {other} {_text(distance, against)} (lower is better)."
+        f"{_text(distance, result)} to {reference}; {other} has {_text(distance, against)} (lower is better)."
     ]
     if "retrieval_r1" in evaluated[result]:
         found = [percent(100 * evaluated[name]["retrieval_r1"]) for name in (result, against)]
         nearest = "real picture" if reference == REAL else "sample of the source"
         sentences.append(
-            f"In {found[0]} of its images the nearest {nearest} shows what was asked for; {other} {found[1]}."
+            f"In {found[0]} of its images the nearest {nearest} shows what was asked for; {other} has {found[1]}."
         )
     if data.skipped:
         sentences.append(f"Fine-tune and control were skipped: {data.skipped}.")
     return sentences + [
-        f"{words}{'' if data.skipped else ', before any fine-tune'}: {distance['label']} {_text(distance, key)} "
-        f"(source {_text(distance, 'source')})."
+        f"{words}{'' if data.skipped else ', before any fine-tune'}, it has an {distance['label']} of "
+        f"{_text(distance, key)} (source {_text(distance, 'source')})."
         for key, words in WITHOUT_LABELS.items()
         if key in evaluated and key != result
     ]

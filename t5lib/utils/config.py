@@ -164,7 +164,7 @@ def with_named_keys(mapping: dict[Any, T], where: str) -> dict[str, T]:
     named = {str(key): item for key, item in mapping.items()}
     if len(named) < len(mapping):
         twice = sorted(key for key in named if sum(str(other) == key for other in mapping) > 1)
-        raise T5Error(f"{where}: {', '.join(twice)} stands there twice, as a number and as text; drop one")
+        raise T5Error(f"{where}: {', '.join(twice)} is given twice, as a number and as text; drop one")
     return named
 
 

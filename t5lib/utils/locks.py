@@ -26,7 +26,7 @@ def exclusive(lock: Path, what: str, say: Callable[[str], None] = print) -> Iter
     try:
         held.acquire(timeout=0)
     except Timeout:
-        say(f"{what} is in the hands of {_holder(lock)}; waiting until it ends")
+        say(f"{what} is in use by {_holder(lock)}; waiting until it ends")
         held.acquire()
     try:
         with suppress(OSError):  # on a full disk the work, not the lock, has to say so

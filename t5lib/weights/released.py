@@ -51,7 +51,7 @@ def load_released(
 
 def _load_dit(weights: dict[str, Tensor], config: TTTConfig | None, source: str) -> nn.Module:
     if not find_spec("diffusers"):
-        raise T5Error(f"{source} is a DiT5, which comes in as a model of diffusers; install that package")
+        raise T5Error(f"{source} is a DiT5, which is loaded as a model of diffusers; install diffusers")
     from t5lib.weights import released_dit
 
     return released_dit.from_released(weights, config, source)

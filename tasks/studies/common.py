@@ -48,7 +48,9 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
 
 
 def add_jobs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--jobs", type=int, default=1, help="processes at once; they share the cards that are seen")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes to run at once; they share the cards of this machine"
+    )
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from t5lib.report.sample_grid import sample_grid
 from t5lib.report.score_table import METRICS
 from t5lib.utils import markdown
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json, write_json, write_text
+from t5lib.utils.files import read_json, write_json
 from tasks.runtime import command_line
 from tasks.runtime.stage import Stage
 from tasks.studies import common
@@ -255,7 +255,7 @@ def _write(target: str, settings: dict[str, Any], planned: list[Job], out: Path)
     result = {"target": target, "device": runs[0]["device"], "torch": runs[0]["torch"], "settings": shown}
     result |= {"source": runs[0]["source"], "real": runs[0]["real"], "arms": arms}
     write_json(out.with_suffix(".json"), result)
-    write_text(out.with_suffix(".md"), table(result))
+    markdown.write_page(out.with_suffix(".md"), table(result))
     return True
 
 
@@ -366,13 +366,17 @@ def main() -> None:
     parser = common.parser("curves", __doc__)
     command_line.add_target(parser)
     sets = ["paper", "all"]
-    parser.add_argument("--layers", nargs="+", default=sets, help="layer sets, as convert.layers takes them")
-    parser.add_argument("--steps", type=int, nargs="+", required=True, help="of the fine-tunes; 0: none")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="each of all arms")
-    parser.add_argument("--out", type=Path, required=True, help="where the .json, .md and .png go, without ending")
+    parser.add_argument("--layers", nargs="+", default=sets, help="layer sets to compare, as convert.layers takes them")
+    parser.add_argument("--steps", type=int, nargs="+", required=True, help="steps of the fine-tunes; 0: no fine-tune")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds; every arm is run with each")
+    parser.add_argument("--out", type=Path, required=True, help="path of the .json, .md and .png, without ending")
     parser.add_argument("--work", type=Path, default=Path("data/scratch/curves"), help="where partial work is kept")
     parser.add_argument(
-        "--until", type=float, default=math.inf, metavar="SECONDS", help="begin nothing later (default: no end)"
+        "--until",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="begin nothing after that many seconds (default: no end)",
     )
     common.add_jobs(parser)
     common.add_changes(parser)

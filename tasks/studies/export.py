@@ -108,9 +108,9 @@ def push(pipe: Any, target: str, out: Path, repository: str, private: bool) -> s
 def main() -> None:
     parser = common.parser("export", __doc__)
     command_line.add_target(parser)
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder for the pipeline")
     parser.add_argument("--model", default="finetune", help="the stage whose model is taken")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the saved weights")
     parser.add_argument(
         "--push", metavar="OWNER/NAME", help="also publish it on the Hugging Face hub (default: only the folder)"
     )

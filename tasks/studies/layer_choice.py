@@ -39,7 +39,8 @@ from t5lib.report import plots
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.utils.config import AtLeastOne, Several, WholeNumber, from_dict, settings, to_dict
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json, sha256, write_json, write_text
+from t5lib.utils.files import read_json, sha256, write_json
+from t5lib.utils.markdown import write_page
 from t5lib.utils.progress import progress
 from tasks.studies import common, layer_choice_report
 from tasks.studies.common import load_or_make
@@ -62,7 +63,7 @@ class Settings:
         budgets: how many wanted costs, spread between softmax and the cheapest map.
         verify: at most so many whole models are measured.
         shortlist: the solver's best maps that are measured as whole models before one is chosen.
-        eval_batch_size: images a step of scan and comparison.
+        eval_batch_size: images per step of scan and comparison.
     """
 
     model: str
@@ -177,7 +178,7 @@ def run(settings: Settings, seeds: list[int], out: Path, work: Path, device: tor
         result["verified"] = result["verified"] + verified("chosen", [planned.uniform(SOFTMAX), *chosen])[1:]
     result["summary"] = layer_choice_report.summarize(result)
     write_json(out.with_suffix(".json"), result)
-    write_text(out.with_suffix(".md"), layer_choice_report.table(result))
+    write_page(out.with_suffix(".md"), layer_choice_report.table(result))
     plots.save(layer_choice_report.picture(result), out.with_suffix(".png"))
     return result
 
@@ -354,9 +355,9 @@ def main() -> None:
 PLAIN_OPTIONS = {
     "scan_images": "training images kept from calibration, to choose on",
     "budgets": "wanted costs, spread between softmax and the cheapest map",
-    "verify": "whole models that are measured, at most",
+    "verify": "whole models to measure at most",
     "shortlist": "the solver's best maps that are measured before one is chosen",
-    "eval_batch_size": "images a step of scan and comparison",
+    "eval_batch_size": "images per step of scan and comparison",
 }
 
 
@@ -366,22 +367,28 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (("train", "to calibrate and choose on"), ("test", "for the last comparison")):
         parser.add_argument(f"--{name}", required=True, help=f"manifest of shards, or decoded images, {text}")
         usual = getattr(Settings, f"{name}_images")
-        parser.add_argument(f"--{name}-images", type=int, default=usual, help="at most so many of them")
+        parser.add_argument(f"--{name}-images", type=int, default=usual, help="use at most so many of them")
     parser.add_argument("--resolution", type=int, required=True, help="side of the images in pixels")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of calibration; each chooses anew")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="new layers, as convert.layers names them")
-    parser.add_argument("--cost", choices=["time", "flops"], default=Settings.cost, help="what the budgets are of")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="seeds of calibration; every seed makes a choice of its own"
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", default=list(KINDS), help="new layers to choose from, as convert.layers names them"
+    )
+    parser.add_argument("--cost", choices=["time", "flops"], default=Settings.cost, help="what a budget counts")
     for name, text in PLAIN_OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Settings, name), help=text)
-    parser.add_argument("--batch", type=int, default=8, help="images a timed pass")
+    parser.add_argument("--batch", type=int, default=8, help="images in a timed pass")
     parser.add_argument("--repeats", type=int, default=30, help="timed passes")
     parser.add_argument("--no-graphs", action="store_true", help="time without CUDA graphs")
-    parser.add_argument("--steps", type=int, default=CalibrateConfig.steps, help="of calibration, for each kind")
-    parser.add_argument("--batch-size", type=int, default=CalibrateConfig.batch_size, help="images a calibration step")
+    parser.add_argument("--steps", type=int, default=CalibrateConfig.steps, help="steps of calibration for each kind")
+    parser.add_argument(
+        "--batch-size", type=int, default=CalibrateConfig.batch_size, help="images per step of calibration"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the calibration step")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="where all of it runs")
-    parser.add_argument("--out", type=Path, required=True, help="where the .json, .md and .png go, without ending")
+    parser.add_argument("--device", default=device, help="device that all of it runs on")
+    parser.add_argument("--out", type=Path, required=True, help="path of the .json, .md and .png, without ending")
     parser.add_argument("--work", type=Path, default=Path("data/scratch/plan"), help="where partial work is kept")
     return parser
 

@@ -67,9 +67,13 @@ def _measured(name: str, target: str, settings: dict[str, Any], root: Path) -> d
 def main() -> None:
     parser = common.parser("profile", __doc__)
     command_line.add_target(parser)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
-    parser.add_argument("--work", type=Path, default=Path("data/scratch/profile"), help="where the outputs lie")
-    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="default: all, in the order of dvc.yaml")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file for the results")
+    parser.add_argument(
+        "--work", type=Path, default=Path("data/scratch/profile"), help="folder for the outputs of the stages"
+    )
+    parser.add_argument(
+        "--stages", nargs="+", metavar="STAGE", help="stages to run (default: all, in the order of dvc.yaml)"
+    )
     common.add_changes(parser)
     arguments = parser.parse_args()
     with common.reported("profile"):

@@ -19,7 +19,7 @@ from t5lib.report.models import MODELS
 from t5lib.report.score_table import METRICS
 from t5lib.utils import markdown
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json, write_json, write_text
+from t5lib.utils.files import read_json, write_json
 from tasks.runtime import command_line
 from tasks.studies import common
 from tasks.studies.common import plus_minus, spread, with_seed, workspace
@@ -74,7 +74,7 @@ def run(
         "summary": summarize([runs[seed] for seed in seeds]),
     }
     write_json(out.with_suffix(".json"), result)
-    write_text(out.with_suffix(".md"), table(result))
+    markdown.write_page(out.with_suffix(".md"), table(result))
     plots.save(picture(result["summary"]["scores"]), out.with_suffix(".png"))
     return result
 
@@ -194,8 +194,8 @@ def picture(scores: dict[str, dict[str, dict[str, float]]]) -> Figure:
 def main() -> None:
     parser = common.parser("seeds", __doc__)
     command_line.add_target(parser)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each a run of all stages")
-    parser.add_argument("--out", type=Path, required=True, help="where the .json, .md and .png go, without ending")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds; each is a run of all stages")
+    parser.add_argument("--out", type=Path, required=True, help="path of the .json, .md and .png, without ending")
     parser.add_argument("--work", type=Path, default=Path("data/scratch/seeds"), help="where partial work is kept")
     common.add_jobs(parser)
     common.add_changes(parser)

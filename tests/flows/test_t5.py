@@ -64,7 +64,7 @@ def test_stages_run_once_are_recorded_and_reused(mlflow_repo, caplog):
     assert mlflow_repo.git("status", "--short").split() == ["??", "dvc.lock"]
     lines = [record.getMessage() for record in caplog.records]
     assert "small: fetch → convert → evaluate; stages of which nothing changed are skipped" in lines
-    assert "From nothing it takes a moment" in lines
+    assert "Built from nothing, it takes a moment" in lines
     assert "convert at work" in lines
     assert not [line for line in lines if "lock file" in line or "dvc push" in line]
 
@@ -160,7 +160,7 @@ def test_the_second_flow_of_a_target_says_whom_it_waits_for(small_repo, monkeypa
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(t5_module.targets, "libraries", lambda settings: ())
     small_repo.set("{steps: 0}", "{stepps: 0}")  # it has nothing to do then
-    said = "target small is in the hands of process 7 on here: python -m flows.t5 small; waiting until it ends"
+    said = "target small is in use by process 7 on here: python -m flows.t5 small; waiting until it ends"
     with held_until(small_repo.root / "data/scratch/small/flow.lock", lambda: said in caplog.text):
         with pytest.raises(T5Error, match="unknown setting 'stepps'"):
             t5("small")

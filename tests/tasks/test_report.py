@@ -324,7 +324,7 @@ def test_page_without_the_optional_stages_leaves_their_parts_out(root):
     kept = {name: {"top1": models[name]["top1"], "n": 1000} for name in ("source", "finetuned")}
     write(path, {"models": kept})
     page, summary = build(root)
-    assert "gets 85.8 % of 1,000 test images right; the softmax source 84.5 %" in text_of(page)
+    assert "gets 85.8 % of 1,000 test images right; the softmax source gets 84.5 %" in text_of(page)
     assert contents(page).keys().isdisjoint({"keys", "layers", "speed", "alignment"})
     for part in ("Speed and cost", "The shift in the keys", "What the new layers do", "Top-5", "Agrees with"):
         assert part not in page

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "write OUT.md and a picture OUT-TABLE.png for every table, from a result file alone"
     sub = command(tables, about, "smoke.json --out smoke")
     sub.add_argument("file", type=Path, help="what `run` wrote")
-    sub.add_argument("--out", type=Path, required=True, help="where they go, without ending")
+    sub.add_argument("--out", type=Path, required=True, help="path of the .md and the pictures, without ending")
     about = "record a result file in MLflow; what is recorded already is not doubled"
     sub = command(record, about, "smoke.json", name="import")
     sub.add_argument("file", type=Path, help="what `run` wrote, here or on another machine")
@@ -102,7 +102,7 @@ def _named(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def _on_device(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     work = Path("data/scratch/ablation")
     parser.add_argument("--work", type=Path, default=work, help="where partial work is kept")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the ablation")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds to run (default: those of the ablation)")
     common.add_jobs(parser)
     return parser
 

@@ -14,7 +14,6 @@ from t5lib.report.models import OF_STAGE
 from t5lib.utils import markdown
 from t5lib.utils.config import from_dict
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import write_text
 from tasks.studies.ablation.definition import PROTOCOLS, Table
 from tasks.studies.ablation.runner import Result, why_stopped
 from tasks.studies.common import plus_minus, spread
@@ -103,7 +102,7 @@ def write(result: Result, out: Path) -> list[Path]:
             plots.save(dots(table, rows, softmax(result)), picture)
             files.append(picture)
             parts.append(_section(table, rows, picture.name))
-    write_text(files[0], "\n".join(parts))
+    markdown.write_page(files[0], "\n".join(parts))
     return files
 
 

@@ -184,7 +184,7 @@ def test_several_that_encode_into_one_folder_wait_for_each_other(labels, tmp_pat
     with ThreadPoolExecutor(3) as threads:
         assert list(threads.map(run, encoders)) == [12] * 3
     assert sum(encoder.calls for encoder in encoders) == 6
-    assert f"{tmp_path}/out is in the hands of process {os.getpid()} on " in capsys.readouterr().out
+    assert f"{tmp_path}/out is in use by process {os.getpid()} on " in capsys.readouterr().out
 
 
 def test_a_finished_shard_that_was_cut_later_is_made_again(labels, tmp_path):

@@ -27,7 +27,7 @@ def test_who_comes_second_says_who_is_at_work_and_waits(tmp_path):
     thread.join(10)
     assert order == ["first", "second"]
     [line] = said
-    assert line.startswith(f"stage demo of a is in the hands of process {os.getpid()} on {socket.gethostname()} since ")
+    assert line.startswith(f"stage demo of a is in use by process {os.getpid()} on {socket.gethostname()} since ")
 
 
 def test_a_holder_that_has_only_just_begun_is_named_too(tmp_path):
@@ -43,7 +43,7 @@ def test_a_holder_that_has_only_just_begun_is_named_too(tmp_path):
         time.sleep(0.01)
     lock.release()
     thread.join(10)
-    assert said == ["demo is in the hands of process 7 on here; waiting until it ends"]
+    assert said == ["demo is in use by process 7 on here; waiting until it ends"]
 
 
 def _enter(path, said):

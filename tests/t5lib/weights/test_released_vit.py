@@ -194,7 +194,7 @@ def test_a_configuration_that_has_other_weights_is_refused(checkpoint):
 
 def test_a_dit_without_diffusers_says_what_to_install(checkpoint, monkeypatch):
     monkeypatch.setattr(released_checkpoints, "find_spec", lambda name: None)
-    with pytest.raises(T5Error, match="is a DiT5, which comes in as a model of diffusers; install"):
+    with pytest.raises(T5Error, match="is a DiT5, which is loaded as a model of diffusers; install"):
         t5lib.load_released(checkpoint({"x_embedder.proj.weight": torch.ones(4, 4, 2, 2)}))
 
 
