@@ -45,6 +45,12 @@ class TrainConfig(LoopConfig):
         return max(1, round(self.epochs * num_images / (self.batch_size * self.accumulate)))
 
 
+def _turned(batch: Tensor) -> Tensor:
+    """With the second half in reverse order."""
+    half = len(batch) // 2
+    return torch.cat([batch[:half], batch[half:].flip(0)])
+
+
 class Classification(Objective[Example]):
     """Batches are (images (B, 3, H, W), labels (B,)).
 
@@ -90,9 +96,7 @@ class Classification(Objective[Example]):
             [(name, images)] = inputs.items()
             # timm pairs first and last, and so on. Here image i meets image i + batch_size/2, so that processes which
             # share the batch have both or none; drawn is the same in each of them.
-            half = len(images) // 2
-            images, targets = (torch.cat([each[:half], each[half:].flip(0)]) for each in (images, targets))
-            images, targets = self.mixup(images, targets)  # in place
+            images, targets = map(_turned, self.mixup(_turned(images), _turned(targets)))  # the inner one in place
             inputs = {name: images}
         logits = trainer.output(inputs).float()
         if self.mixup:

@@ -6,6 +6,7 @@ what is trained and how fast, averaged weights, checkpoints, a look at every los
 
 import contextlib
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.training.nonfinite import explain_blow_up
 from t5lib.training.optimizers import OPTIMIZERS, freeze, groups
 from t5lib.training.recipe import LoopConfig
+from t5lib.training.stochastic import share_draws, undo
 from t5lib.utils import processes
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
@@ -111,7 +113,9 @@ def train(
             f"train: the model's weights are {', '.join(narrow)}, in which small steps are lost; load it with "
             "torch_dtype=torch.float32 and set precision: bf16"
         )
-    return Trainer(model, objective, config, steps).run(batches, resume_dir, log)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated|Grad strides do not match bucket view")
+        return Trainer(model, objective, config, steps).run(batches, resume_dir, log)
 
 
 class Trainer(Work):
@@ -138,6 +142,7 @@ class Trainer(Work):
             )
         self.ema = _averaged(model, config.ema) if config.ema else None
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(groups(model, config)))
+        self.dropping = share_draws(model, self.part)
         self.compiled = contextlib.ExitStack()
         self.compile_blocks(model)
         if config.gradient_checkpointing:
@@ -216,11 +221,8 @@ class Trainer(Work):
         return {"loss": value, **rates, "grad_norm": norm}
 
     def _seed(self, number: int) -> None:
-        """What is drawn while a batch is learned from follows from its number: Python's and NumPy's numbers, which
-        decide about the whole batch, and torch's, which are of single samples (stochastic depth)."""
+        """What is drawn while a batch is learned from follows from its number, in all processes that share it alike."""
         set_seed(derived_seed(self.config.seed, DRAWN, number) >> 32)
-        if self.part.row:
-            torch.manual_seed(derived_seed(self.config.seed, DRAWN, number, self.part.row) >> 1)
 
     def _blow_up(self, values: list[float], example: Any) -> None:
         """Raise, in all processes, what the first of them whose loss is not finite finds out; `values`: loss and norm
@@ -280,6 +282,7 @@ class Trainer(Work):
     def close(self) -> None:
         """The model is a plain one again, in eval mode, with a gradient for everything that had one."""
         self.compiled.close()
+        undo(self.dropping)
         if self.config.gradient_checkpointing:
             self.adapter.checkpoint_gradients(self.plain, False)
         if self.config.trainable == "lora":

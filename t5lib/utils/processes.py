@@ -158,7 +158,7 @@ def alike(tensors: Sequence["Tensor"]) -> None:
 
     if not alone():
         for tensor in tensors:
-            distributed.broadcast(tensor, 0)
+            distributed.broadcast(tensor.detach(), 0)
 
 
 def variance(tensor: "Tensor", dim: tuple[int, ...], part: Part) -> "Tensor":

@@ -99,5 +99,7 @@ def start(module: str, arguments: Sequence[str], processes: int) -> None:
 def _environment(environment: Mapping[str, str], processes: int) -> dict[str, str]:
     """What the processes get beside our own: their share of the cores, and the way to start at once."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    extra = {"OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(max(1, cores // processes)))}
+    extra = {"OMP_NUM_THREADS": str(max(1, cores // processes))}
+    extra["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # or DDP would warn that it looks for unused weights, and why not to
+    extra = {name: environment.get(name, value) for name, value in extra.items()}
     return extra | ({warm.ADDRESS: environment[warm.KEPT]} if warm.KEPT in environment else {})

@@ -199,7 +199,7 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         from t5lib.report.sample_grid import sample_grid
 
         scores = evaluator.scores(drawn)
-        few = {name: each.images[:shown] for name, each in drawn.items()}
+        few = {name: each.pixels[:shown] for name, each in drawn.items()}
         plots.save(sample_grid(few, evaluator.prompts[:shown]), self.stage.out / "samples.png")
         self.stage.artifact(self.stage.out / "samples.png")
         return scores

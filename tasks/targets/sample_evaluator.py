@@ -61,7 +61,7 @@ class Drawn:
     channels: int
 
     @cached_property
-    def images(self) -> Tensor:
+    def pixels(self) -> Tensor:
         """(n, C, H, W) uint8."""
         return read_images(self.files, channels=self.channels)
 
@@ -136,12 +136,12 @@ class SampleEvaluator:
     def scores(self, drawn: dict[str, Drawn]) -> dict[str, dict[str, Any]]:
         """What applies (t5lib.report.score_table.METRICS) to each model and to real images; "source" must be there."""
         held_out = real_images.stacked(list({id(image): image for image in self.asked}.values()))
-        pictures = {name: each.images for name, each in drawn.items()}
+        pictures = {name: each.pixels for name, each in drawn.items()}
         found = scores.fidelity(pictures, held_out, self._extractor, device=device())
         for name, each in drawn.items():
-            found[name] = {"loss": each.loss, **found[name], **self._following(each.images)}
+            found[name] = {"loss": each.loss, **found[name], **self._following(each.pixels)}
             if name != "source":
-                found[name] |= scores.distance_to(each.images, drawn["source"].images, self._dinov2)
+                found[name] |= scores.distance_to(each.pixels, drawn["source"].pixels, self._dinov2)
         if self._reference != REAL:
             found = {name: {**each, "reference": self._reference} for name, each in found.items()}
         found[self._reference] = self._following(real_images.stacked(self.asked))

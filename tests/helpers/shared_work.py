@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ Work = tuple[list[float], dict[str, np.ndarray]]
 
 def classify(changes: dict[str, Any], folder: Path | None = None, stop: int = 1000, drop: float = 0.0) -> Work:
     """Four steps. `stop`: break off in all processes at the batch of this number."""
-    model = _converted(tiny_vit("average_pool", drop_path_rate=drop))
+    model = _converted(tiny_vit("average_pool", drop_path_rate=drop, proj_drop_rate=drop / 2))
     config, losses = dataclasses.replace(CLASSIFY, **changes), list[float]()
     source = _numbered(lambda number: batch(number, size=config.batch_size), stop)
     run(model, config, source=source, steps=4, resume_dir=folder, log=lambda values, _: losses.append(values["loss"]))
@@ -82,6 +82,13 @@ def calibrate(changes: dict[str, Any], folder: Path | None = None, stop: int = 1
     batches = noised_inputs(latents, RectifiedFlow(), 5)
     report = t5lib.calibrate(model, teacher=teacher, batches=batches, config=config, **options)
     return [*losses, *report.error_after.values()], _weights(model)
+
+
+def stages(names: Sequence[str], root: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The metrics of these stages of the target `tiny`."""
+    from tasks.targets.run import run_stage
+
+    return {name: run_stage(name, "tiny", params=settings, root=root) for name in names}
 
 
 def _converted(model: nn.Module) -> nn.Module:

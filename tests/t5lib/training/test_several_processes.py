@@ -3,18 +3,11 @@
 import numpy as np
 import pytest
 import shared_work
-from group import Group
 
 from t5lib.utils.errors import T5Error
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("processes")]
 NUMBERS = (2, 4)
-
-
-@pytest.fixture(scope="module")
-def groups():
-    with Group(2) as two, Group(4) as four:
-        yield {2: two, 4: four}
 
 
 def assert_same(answers: list, alone: shared_work.Work) -> None:
@@ -50,9 +43,11 @@ def test_losses_and_weights_of_one_two_and_four_processes_agree(work, changes, g
         assert_same(groups[number](function, changes), alone)
 
 
-def test_stochastic_depth_follows_from_the_batch_where_processes_take_batches_in_turn(groups):
-    arguments = {"accumulate": 4}, None, 1000, 0.5
-    assert_same(groups[4](shared_work.classify, *arguments), shared_work.classify(*arguments))
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_is_dropped_at_random_follows_from_the_batch_and_from_no_process(accumulate, groups):
+    """Shared batches, and batches in turn."""
+    arguments = {"accumulate": accumulate}, None, 1000, 0.5
+    assert_same(groups[2](shared_work.classify, *arguments), shared_work.classify(*arguments))
 
 
 @pytest.mark.parametrize(("work", "stop", "logged"), [("classify", 3, 2), ("calibrate", 5, 7)])
