@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from ctypes import CDLL
 from pathlib import Path
+from typing import Any
 
 from t5lib.utils.config import AtLeastOne, from_dict, settings
 from t5lib.utils.errors import T5Error
@@ -27,24 +28,47 @@ class LaunchConfig:
     """How many processes share the work of a stage.
 
     Attributes:
-        processes: on this machine; null for one on each accelerator that torch sees, and one where there is none.
+        processes: on this machine; null for one on each accelerator that torch sees, or as many of them as can share
+            the batches of the stage, and one where there is none.
     """
 
     processes: AtLeastOne | None = None
 
 
-def number(root: Path) -> int:
-    """How many processes a stage is to be started in.
+def number(root: Path, sections: Mapping[str, Any]) -> int:
+    """How many processes a stage that reads these sections is to be started in.
 
     Raises:
-        T5Error: a section `launch` with other settings.
+        T5Error: a section `launch` with other settings, or so many processes as cannot share the stage's batches.
     """
     config = from_dict(LaunchConfig, params.read(root).get("launch") or {}, "params.yaml: launch")
-    if config.processes:
-        return config.processes
-    import torch
+    wanted = config.processes
+    if wanted is None:
+        import torch
 
-    return max(1, torch.accelerator.device_count())
+        wanted = max(1, torch.accelerator.device_count())
+    most = next(fewer for fewer in range(wanted, 0, -1) if not _uneven(sections, fewer))
+    if most < wanted:
+        reason = f"{wanted} processes cannot share {_uneven(sections, wanted)}"
+        if config.processes:
+            raise T5Error(f"params.yaml: launch.processes: {reason}; expected such as {most}, or other batches")
+        print(f"{most} of {wanted} accelerators: {reason}", flush=True)
+    return most
+
+
+def _uneven(settings: Mapping[str, Any], processes: int) -> str:
+    """The batches in sections that so many processes cannot share (t5lib.training.trainer.part_of), in words; "" if
+    they can share all."""
+    for name, section in settings.items():
+        if not isinstance(section, Mapping) or section.get("steps") == 0:
+            continue
+        if inner := _uneven(section, processes):
+            return f"{name}.{inner}"
+        size, turns = section.get("batch_size", 0), section.get("accumulate", 1)
+        pairs = 2 if section.get("mixup") or section.get("cutmix") else 1
+        if "lr" in section and turns % processes and size % (processes * pairs):
+            return f"{name}.batch_size {size} with accumulate {turns}{', in pairs' if pairs == 2 else ''}"
+    return ""
 
 
 def joined() -> bool:

@@ -122,11 +122,17 @@ def main(run: Callable[..., dict[str, Any]]) -> None:
     target = parser.parse_args().target
     for stop in (signal.SIGINT, signal.SIGTERM):  # also where a background shell made us ignore Ctrl-C
         signal.signal(stop, signal.default_int_handler)
-    together = run.__globals__.get("TOGETHER", False)
+    together, reads = run.__globals__.get("TOGETHER", False), run.__globals__["READS"]
     try:
         if launch.joined() and not _join(together):
             return
-        number = launch.number(Path(".")) if together and not launch.joined() else 1
+        number = 1
+        if processes.leads():
+            # Every setting, and every file, also those that later stages read: no work shall be lost to a slip.
+            settings = resolve(".", target)
+            local_sources.check(Path("."), target, settings)
+            if together and not launch.joined():
+                number = launch.number(Path("."), {section: settings[section] for section in reads})
         if number > 1:
             _launch(name, target, number)
         else:
@@ -139,9 +145,6 @@ def main(run: Callable[..., dict[str, Any]]) -> None:
 
 def _do(name: str, target: str) -> None:
     started = time.monotonic()
-    if processes.leads():
-        # Every setting, and every file, also those that later stages read: no work shall be lost to a slip.
-        local_sources.check(Path("."), target, resolve(".", target))
     metrics = run_stage(name, target, track=True)
     shown = [f"{key} {value:.4g}" for key, value in flatten(metrics).items() if isinstance(value, int | float)]
     print(f"{name} done in {time.monotonic() - started:.0f} s: {', '.join(shown[:6])}", flush=True)
