@@ -194,13 +194,13 @@ class Alignment(Objective[Inputs]):
 
     def begin(self, trainer: Trainer) -> None:
         trainer.plain.eval()  # what is dropped at random in training would only blur what is to be matched
-        self.teacher.to(trainer.device).eval()
-        trainer.compile_blocks(self.teacher)
+        self.placed = trainer.beside(self.teacher).eval()
+        trainer.compile_blocks(self.placed)
         if self.config.compile:
             self.errors = torch.compile(token_errors, dynamic=False)
         self.recorders = [
             Recorder(self.family, trainer.plain, self.features, self.config.damping),
-            Recorder(self.family, self.teacher, self.features),
+            Recorder(self.family, self.placed, self.features),
         ]
 
     def made_of(self) -> dict[str, Any]:
@@ -223,7 +223,7 @@ class Alignment(Objective[Inputs]):
     def loss(self, example: Inputs, trainer: Trainer) -> Tensor:
         ours, theirs = self.recorders
         with torch.no_grad(), theirs.recording():
-            wanted = trainer.output(example, self.teacher)
+            wanted = trainer.output(example, self.placed)
         with ours.recording():
             output = trainer.output(example)
         grid = self.family.grid(trainer.plain, example)

@@ -81,7 +81,7 @@ class Classification(Objective[Example]):
                 f"{self.config.batch_size} in pairs; expected a multiple of {2 * trainer.part.rows}, or start fewer"
             )
         if self.teacher is not None:
-            self.teacher.to(trainer.device).eval()
+            self.teacher = trainer.beside(self.teacher).eval()
 
     def example(self, batch: tuple[Tensor, Tensor], number: int, trainer: Trainer) -> Example:
         images, labels = (part.to(trainer.device, non_blocking=True) for part in batch)

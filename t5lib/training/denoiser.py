@@ -85,7 +85,7 @@ class Denoising(Objective[Noised]):
         if self.config.teacher == "ema" and trainer.ema:
             self.teacher = trainer.ema.module
         elif self.teacher is not None:
-            self.teacher = self.teacher.to(trainer.device).eval()
+            self.teacher = trainer.beside(self.teacher).eval()
         trainer.compile_blocks(self.teacher)
 
     def example(self, batch: Batch, number: int, trainer: Trainer) -> Noised:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from t5lib.data.batches import Batches, open_batches
 from t5lib.families import family_of
 from t5lib.families.inputs import Inputs
-from t5lib.training import checkpoints, lora
+from t5lib.training import checkpoints, lora, sharding
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.training.nonfinite import explain_blow_up
 from t5lib.training.optimizers import OPTIMIZERS, freeze, groups
@@ -119,7 +119,12 @@ def train(
 
 
 class Trainer(Work):
-    """Model, optimizer, averaged weights and counters of one training; Accelerate places them."""
+    """Model, optimizer, averaged weights and counters of one training; Accelerate places them.
+
+    Attributes:
+        plain: the model that is trained, without what DDP wraps around it. With FSDP2 a copy in pieces, whose weights
+            `whole`, the model of the caller, gets at the end.
+    """
 
     def __init__(self, model: nn.Module, objective: Objective, config: LoopConfig, steps: int):
         processes.state()  # before Accelerate makes one of its own
@@ -127,7 +132,8 @@ class Trainer(Work):
         self.accelerator = Accelerator(
             mixed_precision="no", cpu=not torch.accelerator.is_available(), kwargs_handlers=[DDP]
         )
-        self.config, self.total, self.plain, self.objective = config, steps, model, objective
+        self.config, self.total, self.whole, self.objective = config, steps, model, objective
+        self.in_pieces = sharding.wanted()
         self.part = part_of(config)
         self.adapter = family_of(model)
         make_optimizer = OPTIMIZERS[config.optimizer]()
@@ -141,14 +147,22 @@ class Trainer(Work):
                 "model.requires_grad_() first, or only for those that shall learn"
             )
         self.ema = _averaged(model, config.ema) if config.ema else None
-        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(groups(model, config)))
+        if self.in_pieces:
+            if self.ema:
+                self.ema.module, self.ema.foreach = self.beside(self.ema.module), False
+            model = self.beside(model)
+        self.plain = model
+        optimizer = make_optimizer(groups(model, config))
+        self.model = model if self.in_pieces else self.accelerator.prepare(model)
+        self.optimizer = self.accelerator.prepare(optimizer)
         self.dropping = share_draws(model, self.part)
         self.compiled = contextlib.ExitStack()
         self.compile_blocks(model)
         if config.gradient_checkpointing:
             self.adapter.checkpoint_gradients(model, True)
         self.done = Done()
-        self.made_by = checkpoints.maker(model, config, steps=steps, **objective.made_of())
+        pieces = {"strategy": "fsdp2"} if self.in_pieces else {}
+        self.made_by = checkpoints.maker(model, config, steps=steps, **pieces, **objective.made_of())
         objective.begin(self)
 
     @property
@@ -162,6 +176,10 @@ class Trainer(Work):
         """What the model (or a teacher beside it) says of inputs."""
         with self.autocast():
             return self.adapter.call(model or self.model, inputs)
+
+    def beside(self, model: nn.Module) -> nn.Module:
+        """A model in the place, and in the pieces, of the one that is trained: a teacher."""
+        return sharding.sharded(model, self.device) if self.in_pieces else model.to(self.device)
 
     def compile_blocks(self, model: nn.Module) -> None:
         """Compile the model's blocks, or those of a teacher beside it, until the training ends, if it is to be so."""
@@ -186,6 +204,8 @@ class Trainer(Work):
             )
             if self.ema:
                 self.plain.load_state_dict(self.ema.module.state_dict())
+            if self.in_pieces:  # after an error they would wait for each other
+                sharding.gather(self.plain, self.whole)
         finally:
             self.close()
         seconds = self.done.seconds
@@ -204,11 +224,12 @@ class Trainer(Work):
             self._seed(number)
             example = self.objective.example(batch, number, self)
             last = number == numbers[-1]
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self._gradients_shared(last):
                 loss = self.objective.loss(example, self)
                 self.accelerator.backward(loss / len(batches))
             losses.append(loss.detach())
         norm = self.accelerator.clip_grad_norm_(self.plain.parameters(), self.config.clip_norm or math.inf)
+        norm = sharding.full(norm)
         of_all = self.accelerator.gather(torch.stack([torch.stack(losses).mean(), norm]))
         values = of_all.tolist()  # the only wait for the device in a step
         value, norm = sum(values[::2]) / len(values[::2]), values[1]
@@ -220,6 +241,14 @@ class Trainer(Work):
             self.ema.update(self.plain, step=self.done.step + 1)
         return {"loss": value, **rates, "grad_norm": norm}
 
+    def _gradients_shared(self, shared: bool) -> contextlib.AbstractContextManager[None]:
+        """Around a backward pass, after which processes average their gradients or not yet."""
+        if self.in_pieces:
+            self.model.set_requires_gradient_sync(shared)
+        elif not shared:
+            return self.accelerator.no_sync(self.model)
+        return contextlib.nullcontext()
+
     def _seed(self, number: int) -> None:
         """What is drawn while a batch is learned from follows from its number, in all processes that share it alike."""
         set_seed(derived_seed(self.config.seed, DRAWN, number) >> 32)
@@ -229,7 +258,7 @@ class Trainer(Work):
         of each."""
         broken = next((place for place, loss in enumerate(values[::2]) if not math.isfinite(loss)), 0)
         said = ""
-        if self.accelerator.process_index == broken:
+        if self.accelerator.process_index == broken or self.in_pieces:
             self.compiled.close()  # what looks for the cause hooks into every module
             inputs, step = self.objective.inputs(example), self.done.step + 1
             said = explain_blow_up(self.plain, inputs, self.config, step, *values[2 * broken : 2 * broken + 2])
@@ -241,20 +270,29 @@ class Trainer(Work):
     def save(self, folder: Path) -> None:
         """Write `folder`/step-N; a kill at any moment leaves this one or the one before it whole.
 
-        All processes have the same; the first writes it. Not by Accelerate, whose checkpoints are of one number of
-        processes and are unpickled.
+        All processes have the same, and the first writes it; or all write their pieces. Not by Accelerate, whose
+        checkpoints are of one number of processes and are unpickled.
         """
-        place = folder / f".step-{self.done.step:07d}"
-        if self.accelerator.is_main_process:
-            with checkpoints.writing(folder):
+        place, main = folder / f".step-{self.done.step:07d}", self.accelerator.is_main_process
+        with checkpoints.writing(folder):
+            if main:
                 checkpoints.begin(place)
+            self.accelerator.wait_for_everyone()
+            if self.in_pieces:
+                sharding.save(place, *self._pieces())
+                self.accelerator.wait_for_everyone()
+            elif main:
                 save_model(self.plain, str(place / "model.safetensors"))
                 torch.save(self.optimizer.state_dict(), place / MOMENTS)
-                write_json(place / "done.json", asdict(self.done))
                 if self.ema:
                     save_model(self.ema, str(place / "ema.safetensors"))
+            if main:
+                write_json(place / "done.json", asdict(self.done))
                 checkpoints.finish(place, self.made_by, self.config.checkpoints_kept)
         self.accelerator.wait_for_everyone()
+
+    def _pieces(self) -> tuple[nn.Module, torch.optim.Optimizer, nn.Module | None]:
+        return self.plain, self.optimizer.optimizer, self.ema.module if self.ema else None
 
     def load(self, folder: Path) -> None:
         """Continue from the newest whole checkpoint in `folder`, if there is one (t5lib.training.checkpoints)."""
@@ -266,9 +304,12 @@ class Trainer(Work):
         if place is None:
             return
         with checkpoints.loading(place):
+            self.done = Done(**read_json(place / "done.json"))
+            if self.in_pieces:
+                sharding.load(place, *self._pieces())
+                return
             load_model(self.plain, place / "model.safetensors")
             self.optimizer.load_state_dict(torch.load(place / MOMENTS, map_location="cpu", weights_only=True))
-            self.done = Done(**read_json(place / "done.json"))
             if self.ema:
                 load_model(self.ema, place / "ema.safetensors")
 
@@ -283,6 +324,8 @@ class Trainer(Work):
         """The model is a plain one again, in eval mode, with a gradient for everything that had one."""
         self.compiled.close()
         undo(self.dropping)
+        if self.in_pieces:
+            self.plain = self.whole.to(self.device)
         if self.config.gradient_checkpointing:
             self.adapter.checkpoint_gradients(self.plain, False)
         if self.config.trainable == "lora":

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
     from torch import Tensor
 
+STRATEGY = "T5_STRATEGY"  # the variable with which a training is told to hold a model in pieces: "fsdp2"
 Value = TypeVar("Value")
 # How long a process waits for another that works alone. What ends them all when one has died is their launcher.
 PATIENCE = timedelta(days=7)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from ctypes import CDLL
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from t5lib.utils.config import AtLeastOne, from_dict, settings
 from t5lib.utils.errors import T5Error
@@ -30,19 +30,29 @@ class LaunchConfig:
     Attributes:
         processes: on this machine; null for one on each accelerator that torch sees, or as many of them as can share
             the batches of the stage, and one where there is none.
+        strategy: "ddp", every process with all weights; or "fsdp2", with a piece of weights, gradients and optimizer,
+            for a training that is too large for one card.
     """
 
     processes: AtLeastOne | None = None
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
 
 
-def number(root: Path, sections: Mapping[str, Any]) -> int:
+def config(root: Path) -> LaunchConfig:
+    """Raises T5Error for a section `launch` with other settings."""
+    return from_dict(LaunchConfig, params.read(root).get("launch") or {}, "params.yaml: launch")
+
+
+def number(chosen: int | None, sections: Mapping[str, Any]) -> int:
     """How many processes a stage that reads these sections is to be started in.
 
+    Args:
+        chosen: LaunchConfig.processes.
+
     Raises:
-        T5Error: a section `launch` with other settings, or so many processes as cannot share the stage's batches.
+        T5Error: so many processes cannot share the stage's batches.
     """
-    config = from_dict(LaunchConfig, params.read(root).get("launch") or {}, "params.yaml: launch")
-    wanted = config.processes
+    wanted = chosen
     if wanted is None:
         import torch
 
@@ -50,7 +60,7 @@ def number(root: Path, sections: Mapping[str, Any]) -> int:
     most = next(fewer for fewer in range(wanted, 0, -1) if not _uneven(sections, fewer))
     if most < wanted:
         reason = f"{wanted} processes cannot share {_uneven(sections, wanted)}"
-        if config.processes:
+        if chosen:
             raise T5Error(f"params.yaml: launch.processes: {reason}; expected such as {most}, or other batches")
         print(f"{most} of {wanted} accelerators: {reason}", flush=True)
     return most

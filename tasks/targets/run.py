@@ -126,13 +126,14 @@ def main(run: Callable[..., dict[str, Any]]) -> None:
     try:
         if launch.joined() and not _join(together):
             return
-        number = 1
+        number, config = 1, launch.config(Path("."))
+        os.environ.setdefault(processes.STRATEGY, config.strategy)
         if processes.leads():
             # Every setting, and every file, also those that later stages read: no work shall be lost to a slip.
             settings = resolve(".", target)
             local_sources.check(Path("."), target, settings)
             if together and not launch.joined():
-                number = launch.number(Path("."), {section: settings[section] for section in reads})
+                number = launch.number(config.processes, {section: settings[section] for section in reads})
         if number > 1:
             _launch(name, target, number)
         else:

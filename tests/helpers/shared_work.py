@@ -2,16 +2,19 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from tiny import random_images, tiny_vit
 from tiny_denoisers import sd3_batch, tiny_sd3
 from torch import nn
+from torch.distributed.tensor import DTensor
 from training_job import batch, run
 
 import t5lib
@@ -21,7 +24,7 @@ from t5lib.training.classifier import TrainConfig
 from t5lib.training.denoiser import DenoiserTrainConfig, Denoising, validation_loss
 from t5lib.training.layer_groups import CalibrateConfig
 from t5lib.training.objectives import RectifiedFlow, noised_inputs
-from t5lib.training.trainer import train
+from t5lib.training.trainer import Trainer, train
 from t5lib.utils import processes
 
 CLASSIFY = TrainConfig(
@@ -82,6 +85,29 @@ def calibrate(changes: dict[str, Any], folder: Path | None = None, stop: int = 1
     batches = noised_inputs(latents, RectifiedFlow(), 5)
     report = t5lib.calibrate(model, teacher=teacher, batches=batches, config=config, **options)
     return [*losses, *report.error_after.values()], _weights(model)
+
+
+def in_pieces(work: Callable[..., Work], *arguments: Any) -> Work:
+    """With FSDP2, and all weights that are trained, their gradients and what AdamW keeps of them in pieces."""
+    step, seen = Trainer.step, set[bool]()
+
+    def watched(trainer: Trainer) -> dict[str, float]:
+        told = step(trainer)
+        of_adam = [each["exp_avg"] for each in trainer.optimizer.optimizer.state.values()]
+        averaged = [*trainer.ema.module.parameters()] if trainer.ema else []
+        every = [*trainer.plain.parameters(), *of_adam, *averaged]
+        seen.add(all(isinstance(tensor, DTensor) for tensor in every))
+        seen.add(sum(tensor.to_local().numel() for tensor in every) < 0.7 * sum(tensor.numel() for tensor in every))
+        return told
+
+    os.environ[processes.STRATEGY] = "fsdp2"
+    try:
+        with patch.object(Trainer, "step", watched):
+            done = work(*arguments)
+    finally:
+        del os.environ[processes.STRATEGY]
+    assert seen == {True}
+    return done
 
 
 def stages(names: Sequence[str], root: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -43,6 +43,26 @@ def test_losses_and_weights_of_one_two_and_four_processes_agree(work, changes, g
         assert_same(groups[number](function, changes), alone)
 
 
+@pytest.mark.parametrize(
+    ("work", "changes"),
+    [("denoise", {"ema": 0.9, "gradient_checkpointing": True}), ("denoise", {"accumulate": 3}), ("align", {})],
+    ids=str,
+)
+def test_fsdp2_holds_weights_gradients_and_averages_in_pieces_and_agrees(work, changes, groups):
+    function = getattr(shared_work, work)
+    assert_same(groups[2](shared_work.in_pieces, function, changes), function(changes))
+
+
+def test_pieces_of_four_processes_go_on_in_two(groups, tmp_path):
+    answers = groups[4](shared_work.in_pieces, shared_work.classify, {}, tmp_path, 3)
+    assert all(isinstance(answer, ZeroDivisionError) for answer in answers), answers
+    answers = groups[2](shared_work.in_pieces, shared_work.classify, {}, tmp_path)
+    assert isinstance(answers[0], tuple), answers
+    losses, weights = shared_work.classify({})
+    assert len(answers[0][0]) == 2
+    assert_same(answers, (losses[2:], weights))
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_what_is_dropped_at_random_follows_from_the_batch_and_from_no_process(accumulate, groups):
     """Shared batches, and batches in turn."""

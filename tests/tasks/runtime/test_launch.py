@@ -149,19 +149,18 @@ def test_they_end_when_their_launcher_is_killed(repo, convert):
 def test_no_stage_depends_on_the_section_and_its_settings_are_checked(repo):
     stages = yaml.safe_load((Path(__file__).parents[3] / "dvc.yaml").read_text())["stages"]
     assert not [name for name, stage in stages.items() if any("launch" in each for each in stage["do"]["params"])]
-    assert launch.number(repo.root, {}) == 2
+    assert launch.config(repo.root) == launch.LaunchConfig(processes=2)
     repo.set("processes: 2", "process: 2")
     with pytest.raises(T5Error, match=r"params.yaml: launch.*process"):
-        launch.number(repo.root, {})
+        launch.config(repo.root)
 
 
-def test_so_many_accelerators_are_taken_as_can_share_the_batches(small_repo, monkeypatch, capsys):
+def test_so_many_accelerators_are_taken_as_can_share_the_batches(monkeypatch, capsys):
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 8)
     recipe = {"lr": 1e-4, "batch_size": 4, "accumulate": 4}
     for changes, number in (({}, 4), ({"accumulate": 16}, 8), ({"accumulate": 1, "mixup": 0.8}, 2), ({"steps": 0}, 8)):
-        assert launch.number(small_repo.root, {"freeze": {"train": recipe | changes}}) == number, changes
+        assert launch.number(None, {"freeze": {"train": recipe | changes}}) == number, changes
     assert "4 of 8 accelerators: 8 processes cannot share freeze.train.batch_size 4 with" in capsys.readouterr().out
-    assert launch.number(small_repo.root, {"evaluate": {"sampling": {"batch_size": 3}}}) == 8
-    small_repo.set("targets:", "launch: {processes: 3}\ntargets:")
+    assert launch.number(None, {"evaluate": {"sampling": {"batch_size": 3}}}) == 8
     with pytest.raises(T5Error, match=r"processes: 3 processes cannot share calibrate.batch_size 4 .*such as 2"):
-        launch.number(small_repo.root, {"calibrate": {"lr": 1e-2, "batch_size": 4}})
+        launch.number(3, {"calibrate": {"lr": 1e-2, "batch_size": 4}})
