@@ -5,6 +5,7 @@ from tasks.targets.base import Target
 from tasks.targets.run import main
 
 READS = ("align", "data")
+TOGETHER = True
 
 
 def run(target: Target) -> dict[str, float]:
@@ -12,7 +13,7 @@ def run(target: Target) -> dict[str, float]:
     config, stage = target.section(), target.stage
     model = target.load("calibrate")
     if not config.steps:
-        t5lib.save(model, stage.out)
+        target.save(model)
         return {"steps": 0, "seconds": 0.0}
     report = t5lib.align(
         model,
@@ -22,7 +23,7 @@ def run(target: Target) -> dict[str, float]:
         resume_dir=stage.resume_dir(),
         log=stage.log,
     )
-    t5lib.save(model, stage.out)
+    target.save(model)
     metrics = {"steps": report.steps, "seconds": report.seconds}
     for moment, errors in (("before", report.error_before), ("after", report.error_after)):
         metrics |= {f"error_{moment}.{part}": error for part, error in errors.items()}

@@ -5,6 +5,7 @@ from tasks.targets.base import Target
 from tasks.targets.run import main
 
 READS = ("calibrate", "data")
+TOGETHER = True
 
 
 def run(target: Target) -> dict[str, float]:
@@ -14,7 +15,7 @@ def run(target: Target) -> dict[str, float]:
     report = t5lib.calibrate(
         model, teacher=teacher, batches=batches, config=config, resume_dir=stage.resume_dir(), log=stage.log
     )
-    t5lib.save(model, stage.out)
+    target.save(model)
     metrics = {"steps": report.steps, "seconds": report.seconds}
     for moment, errors in (("before", report.error_before), ("after", report.error_after)):
         metrics[f"error_{moment}"] = sum(errors.values()) / len(errors)

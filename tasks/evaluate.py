@@ -7,6 +7,7 @@ from tasks.targets.base import Target
 from tasks.targets.run import main
 
 READS = ("evaluate", "align", "data")
+TOGETHER = True
 
 
 def run(target: Target) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import t5lib
-from t5lib.training.trainer import LoopConfig
+from t5lib.training.recipe import LoopConfig
 from tasks.targets.base import Target
 from tasks.targets.run import main
 
 READS = ("finetune", "data")
+TOGETHER = True
 
 
 def run(target: Target) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def tune_stage(target: Target, start: str) -> dict[str, Any]:
     recipe = target.section("finetune")
     if reason := target.nothing_to_tune_on():
         print(f"{target.stage.name} is skipped: {reason}; the model of {start} is passed on as it is", flush=True)
-        t5lib.save(target.load(start), target.stage.out)
+        target.save(target.load(start))
         return {"steps": 0, "seconds": 0.0, "skipped": reason}
     return train_stage(target, start, recipe)
 
@@ -34,7 +34,7 @@ def train_stage(target: Target, start: str, recipe: LoopConfig, gate: object | N
     """
     model = target.load(start)
     report = target.fit(model, recipe)
-    t5lib.save(model, target.stage.out)
+    target.save(model)
     metrics = target.held_out(model)
     if gate is not None:
         metrics |= target.check_gate(metrics, gate)

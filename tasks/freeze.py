@@ -5,6 +5,7 @@ from tasks.targets.base import Target
 from tasks.targets.run import main
 
 READS = ("freeze", "data")
+TOGETHER = True
 
 
 def run(target: Target) -> dict[str, float]:

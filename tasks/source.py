@@ -6,6 +6,7 @@ from tasks.targets.base import Target
 from tasks.targets.run import main
 
 READS = ("source", "data")
+TOGETHER = True
 
 
 def run(target: Target) -> dict[str, Any]:

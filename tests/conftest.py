@@ -146,6 +146,15 @@ def _turn(item: pytest.Item) -> int:
     return 2 if item.path.is_relative_to(ROOT / "tests/kernels") else 0
 
 
+@pytest.fixture(scope="session")
+def groups():
+    """Groups of two and of four processes that work together (tests/helpers/group.py), for the tests of one worker."""
+    from group import Group
+
+    with Group(2) as two, Group(4) as four:
+        yield {2: two, 4: four}
+
+
 class SmallRepo:
     """A repository with the stages fetch → convert → evaluate, and what tests do with it."""
 

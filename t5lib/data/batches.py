@@ -1,28 +1,59 @@
 """What training and calibration are fed with: batches from any number on, and the seeds of what is random in them."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from t5lib.utils.errors import T5Error
+from t5lib.utils.processes import WHOLE, Part
 from t5lib.utils.seeds import derived_seed
 
 # An iterable of batches (repeated when it ends), or a function from a batch number to an iterator from there on.
-# Only the function resumes without reading again what was used.
-Batches = Iterable[Any] | Callable[[int], Iterator[Any]]
+# Only the function resumes without reading again what was used. Where several processes work together, all are given
+# the same batches, and each takes its part of them; a function with an argument `part` gives that alone.
+Batches = Iterable[Any] | Callable[..., Iterator[Any]]
 
 
-def open_batches(batches: Batches, start: int) -> Iterator[Any]:
-    """An endless iterator that begins with batch number `start`.
+def open_batches(batches: Batches, start: int, part: Part = WHOLE) -> Iterator[Any]:
+    """An endless iterator that begins with batch number `start`, of what this process takes.
 
     Raises:
-        T5Error: it is neither of what Batches may be, or holds no batch.
+        T5Error: it is neither of what Batches may be, or holds no batch; while iterating, a batch that the processes
+            cannot share evenly.
     """
     if callable(batches):
-        return _endless(_iterable(_called(batches, start)), start)
-    return _skipped(_repeated(_iterable(batches)), start)
+        if _knows_parts(batches):
+            return _endless(_iterable(batches(start, part=part)), start)
+        whole = _endless(_iterable(_called(batches, start)), start)
+    else:
+        whole = _skipped(_repeated(_iterable(batches)), start)
+    if part == WHOLE:
+        return whole
+    return (_rows(batch, part) for batch in islice(whole, part.turn, None, part.turns))
+
+
+def _rows(batch: Any, part: Part) -> Any:
+    """Those of a batch, whatever a loader makes of one (t5lib.families.inputs), that are of this part."""
+    if isinstance(batch, Mapping):
+        return {name: _rows(value, part) for name, value in batch.items()}
+    if isinstance(batch, Tensor | np.ndarray):
+        return batch[part.of(len(batch))]
+    if isinstance(batch, tuple | list) and batch:
+        single = all(isinstance(each, Tensor | np.ndarray) and each.ndim == 3 for each in batch)
+        return batch[part.of(len(batch))] if single else tuple(_rows(each, part) for each in batch)
+    return batch
+
+
+def _knows_parts(batches: Callable[..., Any]) -> bool:
+    try:
+        return "part" in inspect.signature(batches).parameters
+    except ValueError:  # a function of C, which tells no signature
+        return False
 
 
 def _called(batches: Callable[[int], Any], start: int) -> Any:

@@ -21,6 +21,7 @@ import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +39,7 @@ from t5lib.data.encoders import ImageEncoder, TextEncoder
 from t5lib.data.latents import MANIFEST, NULL, ShardIndex, digest_of, member
 from t5lib.data.shards import Shard, ShardSet, label_of
 from t5lib.data.tars import Sample
+from t5lib.utils import processes
 from t5lib.utils.config import BatchSize, Workers, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file, read_json, sha256, write_bytes, write_json
@@ -65,7 +67,7 @@ def encode(
     shards: ShardSet, folder: Path | str, *, images: ImageEncoder, text: TextEncoder | None, config: EncodingConfig
 ) -> Path:
     """Encode `shards` into `folder` and return the manifest there. Shards that are finished are not made again; while
-    another process encodes into this folder, it is waited for.
+    another process encodes into this folder, it is waited for. Processes that work together share the shards.
 
     Args:
         text: encodes the captions; None: the samples carry a class (.cls) in place of a caption.
@@ -76,28 +78,26 @@ def encode(
     """
     folder, work = Path(folder), _Work(images, text, config, bucket_sizes(config.buckets), len(shards.classes))
     work.check(shards)
-    with exclusive(folder.parent / f".{folder.name}.lock", f"encoding into {folder}"):
+    lock = folder.parent / f".{folder.name}.lock"
+    with exclusive(lock, f"encoding into {folder}") if processes.leads() else nullcontext():
         return _encode(shards, folder, work)
 
 
 def _encode(shards: ShardSet, folder: Path, work: "_Work") -> Path:
     inputs = {shard.sha256[:ID_LENGTH]: shard for shard in shards.shards}
-    settings = work.settings()
-    _prepare(folder, settings, set(inputs))
-    if work.text:
-        write_bytes(folder / NULL, save({name: value[0] for name, value in _embeds(work.text, [""]).items()}))
-        ShardIndex.write(folder / NULL, [])
-    indices, done = {}, 0
-    with progress(f"encode {shards.name}", shards.count) as bar:
-        for name, shard in inputs.items():
+    settings, part = work.settings(), processes.turns()
+    processes.by_first(lambda: _prepare(folder, settings, set(inputs), work.text))
+    ours, done = list(inputs.items())[part.turn :: part.turns], 0
+    with progress(f"encode {shards.name}", sum(shard.count for _, shard in ours)) as bar:
+        for name, shard in ours:
             tar = folder / f"{name}.tar"
             if not _finished(tar, shard):
                 (folder / MANIFEST).unlink(missing_ok=True)
                 work.shard(shard, tar, _onwards(bar, done))
-            indices[tar] = ShardIndex.read(tar)
             done += shard.count
             bar.advance(done)
-    return _write_manifest(shards, folder, indices, settings)
+    processes.wait()
+    return processes.by_first(lambda: _write_manifest(shards, folder, [folder / f"{n}.tar" for n in inputs], settings))
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,9 @@ def _onwards(bar: StepReporter, before: int) -> Callable[[int], None]:
     return lambda count: bar.advance(before + count)
 
 
-def _prepare(folder: Path, settings: dict[str, Any], wanted: set[str]) -> None:
-    """Keep what an earlier run with these settings finished; remove half-made, outdated and superfluous files."""
+def _prepare(folder: Path, settings: dict[str, Any], wanted: set[str], text: TextEncoder | None) -> None:
+    """Keep what an earlier run with these settings finished; remove half-made, outdated and superfluous files. Encode
+    the empty caption."""
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / ENCODING
     if not note.exists() and any(folder.iterdir()):
@@ -211,6 +212,9 @@ def _prepare(folder: Path, settings: dict[str, Any], wanted: set[str]) -> None:
             (folder / MANIFEST).unlink(missing_ok=True)
             path.unlink()
     write_json(note, settings)
+    if text:
+        write_bytes(folder / NULL, save({name: value[0] for name, value in _embeds(text, [""]).items()}))
+        ShardIndex.write(folder / NULL, [])
 
 
 def _finished(tar: Path, shard: Shard) -> bool:
@@ -222,7 +226,8 @@ def _finished(tar: Path, shard: Shard) -> bool:
     return len(index.samples) == shard.count and sha256(tar) == index.sha256
 
 
-def _write_manifest(shards: ShardSet, folder: Path, indices: dict[Path, ShardIndex], settings: dict[str, Any]) -> Path:
+def _write_manifest(shards: ShardSet, folder: Path, tars: list[Path], settings: dict[str, Any]) -> Path:
+    indices = {tar: ShardIndex.read(tar) for tar in tars}
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     ShardSet(
         name=shards.name,

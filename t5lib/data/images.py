@@ -1,8 +1,9 @@
 """Image batches for training and evaluation, read from shards; repeatable, and resumable at any batch.
 
-Batch b is made by worker b mod workers, and every (rank, worker) slot owns a fixed share of each epoch, so the stream
-follows from the seed and the number of slots alone. Every random choice is seeded by what it decides about
-(order: epoch and slot; augmentation: epoch and the sample's position in the manifest), never by what came before.
+Batch b is of slot b mod workers, and every slot owns a fixed share of each epoch, so the stream follows from the seed
+and the number of workers alone. Of several processes each has that many workers, and reads the same stream; samples of
+another one's are passed over before they are decoded. Every random choice is seeded by what it decides about (order:
+epoch and slot; augmentation: epoch and the sample's position in the manifest), never by what came before.
 
 Shapes: B batch, H and W pixels of the network's input.
 """
@@ -28,6 +29,7 @@ from t5lib.data.shards import ShardSet, label_of
 from t5lib.data.tars import Sample
 from t5lib.utils.config import BatchSize, Pair, Pixels, Share, Triple, Workers, settings
 from t5lib.utils.errors import T5Error
+from t5lib.utils.processes import WHOLE, Part
 from t5lib.utils.seeds import derived_seed
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -130,25 +132,27 @@ def train_batches(
     seed: int,
     start: int = 0,
     workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    part: Part = WHOLE,
 ) -> Iterator[Batch]:
     """Shuffled batches without end: images (B, 3, H, W) float32 and classes (B,) int64, every one of them full.
 
     The same arguments give the same batches; with `start=k` what an uninterrupted stream gives from batch k on,
-    found by skipping samples before they are decoded. Slots are rank × workers. With fewer shards than slots every
+    found by skipping samples before they are decoded. Slots are as many as workers. With fewer shards than slots every
     slot reads all shards and keeps every n-th sample, otherwise each has its own run of the shards; either way the
     slots share out every epoch evenly and without overlap. The global random states are left as they were.
+
+    Args:
+        part: of every batch, or of all batches, that this process makes.
 
     Raises:
         T5Error: arguments out of range; while iterating, a damaged shard or sample, by name.
     """
     _require(seed >= 0, "seed", seed, "0 or more")
     _require(start >= 0, "start", start, "0 or more batches")
-    _check_split(batch_size, workers, rank, world_size)
-    slots = world_size * max(workers, 1)
-    _require(shards.count >= slots, "workers × world_size", slots, f"at most the {shards.count} samples there are")
-    return _load(_TrainStream(shards, transform, batch_size, rank, world_size, seed, start), workers)
+    _check_split(batch_size, workers)
+    _require(shards.count >= workers, "workers", workers, f"at most the {shards.count} samples there are")
+    rows = part.of(batch_size, "batch_size")
+    return _load(_TrainStream(shards, transform, batch_size, rows, part, seed, start), workers)
 
 
 def eval_batches(
@@ -168,7 +172,8 @@ def eval_batches(
     Raises:
         T5Error: arguments out of range; while iterating, a damaged shard or sample, by name.
     """
-    _check_split(batch_size, workers, rank, world_size)
+    _check_split(batch_size, workers)
+    _require(0 <= rank < world_size, "rank", rank, f"0 to {world_size - 1}, below world_size")
     _require(limit is None or limit >= 1, "limit", limit, "at least 1 sample, or null for all")
     keep = range(rank, min(limit or shards.count, shards.count), world_size)
     return _load(_EvalStream(shards, transform, batch_size, keep), workers)
@@ -214,18 +219,20 @@ class _Stream(IterableDataset):
 
 @dataclass
 class _TrainStream(_Stream):
-    rank: int
-    world_size: int
+    rows: slice
+    part: Part
     seed: int
     start: int
 
     def batches(self, worker: int, workers: int) -> Iterator[Batch]:
-        worker = (worker + self.start) % workers  # the loader asks worker 0 first, whatever batch comes first
-        done = len(range(worker, self.start, workers))
-        slot, slots = self.rank * workers + worker, self.world_size * workers
-        samples = self.samples(slot, slots, skip=done * self.batch_size)
+        """Those of this process in turn, from all its workers: every `workers`-th is this one's, and of one slot."""
+        first = self.start + self.part.turn + worker * self.part.turns
+        samples = self.samples(first % workers, workers, skip=first // workers * self.batch_size)
+        others = (self.part.turns - 1) * self.batch_size  # samples of the slot's batches that other processes make
         while True:
-            yield tuple(default_collate([self.augmented(*item) for item in islice(samples, self.batch_size)]))
+            batch = list(islice(samples, self.batch_size))
+            yield tuple(default_collate([self.augmented(*item) for item in batch[self.rows]]))
+            next(islice(samples, others, others), None)
 
     def samples(self, slot: int, slots: int, skip: int) -> Iterator[tuple[int, int, Sample]]:
         """(epoch, position in the manifest, sample) without end, from the slot's `skip`-th sample on."""
@@ -298,10 +305,9 @@ def _seeded(*key: int) -> Iterator[None]:
         torch.default_generator.set_state(states[2])
 
 
-def _check_split(batch_size: int, workers: int, rank: int, world_size: int) -> None:
+def _check_split(batch_size: int, workers: int) -> None:
     _require(batch_size >= 1, "batch_size", batch_size, "at least 1")
     _require(workers >= 0, "workers", workers, "0 or more processes")
-    _require(0 <= rank < world_size, "rank", rank, f"0 to {world_size - 1}, below world_size")
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

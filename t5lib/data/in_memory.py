@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from t5lib.data.sampler import Sampler
 from t5lib.data.shards import ShardSet
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file, sha256, write_text
+from t5lib.utils.processes import WHOLE, Part
 from t5lib.utils.progress import progress
 from t5lib.utils.seeds import numpy_generator
 
@@ -58,7 +58,7 @@ class InMemoryImages:
         tensors = load_file(file, device=str(device))
         return cls(tensors["images"], tensors["labels"], data)
 
-    def batches(self, batch_size: int, *, seed: int, hflip: float = 0.0) -> Callable[[int], Iterator[Batch]]:
+    def batches(self, batch_size: int, *, seed: int, hflip: float = 0.0) -> Callable[..., Iterator[Batch]]:
         """A function from a batch number to the endless training batches from there on (t5lib.data.batches).
 
         Every epoch is a new order of all images; batches are always full, so one may span two epochs.
@@ -76,10 +76,11 @@ class InMemoryImages:
 
         sampler = Sampler((len(self),), batch_size, seed)
 
-        def from_batch(start: int) -> Iterator[Batch]:
-            for number in count(start):
-                chosen = torch.from_numpy(sampler(number)[1]).to(self.images.device)
-                mirrored = torch.from_numpy(numpy_generator(seed, FLIP, number).random(batch_size) < hflip)
+        def from_batch(start: int, part: Part = WHOLE) -> Iterator[Batch]:
+            rows = part.of(batch_size, "batch_size")
+            for number in part.numbers(start):
+                chosen = torch.from_numpy(sampler(number)[1][rows]).to(self.images.device)
+                mirrored = torch.from_numpy((numpy_generator(seed, FLIP, number).random(batch_size) < hflip)[rows])
                 images = _mirrored(self.images[chosen], mirrored.to(self.images.device))
                 yield self._normalized(images), self.labels[chosen]
 

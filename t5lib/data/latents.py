@@ -12,7 +12,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +30,7 @@ from t5lib.data.tars import quoted
 from t5lib.utils.config import Several, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, sha256, write_json
+from t5lib.utils.processes import WHOLE, Part
 from t5lib.utils.progress import progress
 from t5lib.utils.seeds import numpy_generator
 
@@ -108,9 +109,10 @@ class LatentSet:
         return sum(self.counts)
 
     def batches(
-        self, batch_size: int, *, seed: int, drop: float = 0.0, workers: int = 0, rank: int = 0, world_size: int = 1
-    ) -> Callable[[int], Iterator[Batch]]:
-        """A function from a batch number to the endless shuffled batches from there on (t5lib.data.batches).
+        self, batch_size: int, *, seed: int, drop: float = 0.0, workers: int = 0
+    ) -> Callable[..., Iterator[Batch]]:
+        """A function from a batch number to the endless shuffled batches from there on (t5lib.data.batches), of which a
+        process reads its part alone.
 
         Every batch is full. The samples of one size come in a new order again and again, none a second time before all
         others; in an epoch each size has its share of the batches, what does not fill one is carried over. Where
@@ -124,24 +126,27 @@ class LatentSet:
         Raises:
             T5Error: arguments out of range; while iterating, a damaged shard.
         """
-        whole, expected = batch_size * world_size, f"batches of 1 to {len(self)} in all"
-        if batch_size < 1 or whole > len(self) or not 0 <= rank < world_size:
-            raise T5Error(f"batch_size {batch_size}, rank {rank} of {world_size}; expected {expected}, rank below them")
+        if not 1 <= batch_size <= len(self):
+            raise T5Error(f"batch_size is {batch_size}; expected 1 to {len(self)}, as many as there are samples")
         if seed < 0 or not 0 <= drop <= 1 or workers < 0:
             raise T5Error(f"seed {seed}, drop {drop}, workers {workers}; expected 0 or more, drop a probability")
-        sampler = Sampler(self.counts, whole, seed)
-        numbered = _Numbered(self, sampler, drop, range(rank * batch_size, (rank + 1) * batch_size))
-        return lambda start: self._stream(numbered, start, workers)
+        sampler = Sampler(self.counts, batch_size, seed)
 
-    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+        def from_batch(start: int, part: Part = WHOLE) -> Iterator[Batch]:
+            numbered = _Numbered(self, sampler, drop, part.of(batch_size, "batch_size"))
+            return self._stream(numbered, part.numbers(start), workers)
+
+        return from_batch
+
+    def eval_batches(self, batch_size: int, part: Part = WHOLE) -> Iterator[Batch]:
         """Every sample once, size by size in the manifest's order, not mirrored; the last batch of a size may be
-        short."""
-        for size, total in enumerate(self.counts):
-            for first in range(0, total, batch_size):
-                rows = np.arange(first, min(first + batch_size, total))
-                yield self._batch(size, rows, np.zeros(len(rows), bool), np.zeros(len(rows), bool))
+        short. Of several processes each gets its batches in turn."""
+        places = [(s, first) for s, total in enumerate(self.counts) for first in range(0, total, batch_size)]
+        for size, first in places[part.turn :: part.turns]:
+            rows = np.arange(first, min(first + batch_size, self.counts[size]))
+            yield self._batch(size, rows, np.zeros(len(rows), bool), np.zeros(len(rows), bool))
 
-    def _stream(self, numbered: "_Numbered", start: int, workers: int) -> Iterator[Batch]:
+    def _stream(self, numbered: "_Numbered", numbers: Iterator[int], workers: int) -> Iterator[Batch]:
         raise NotImplementedError
 
     def _read(self, size: int, rows: np.ndarray) -> Stored:
@@ -201,11 +206,11 @@ class LatentShards(LatentSet):
         null = self.null and {name: value.to(device) for name, value in self.null.items()}
         return InMemoryLatents(groups, sizes=self.sizes, null=null, num_classes=self.num_classes)
 
-    def _stream(self, numbered: "_Numbered", start: int, workers: int) -> Iterator[Batch]:
+    def _stream(self, numbered: "_Numbered", numbers: Iterator[int], workers: int) -> Iterator[Batch]:
         loader = DataLoader(
             numbered,
             batch_size=None,
-            sampler=count(start),
+            sampler=numbers,
             num_workers=workers,
             collate_fn=_as_it_is,
             pin_memory=workers > 0 and torch.cuda.is_available(),
@@ -275,8 +280,8 @@ class InMemoryLatents(LatentSet):
         self.groups, self.sizes, self.null, self.num_classes = list(groups), tuple(sizes), null, num_classes
         self.counts = tuple(len(group["latent"]) for group in groups)
 
-    def _stream(self, numbered: "_Numbered", start: int, workers: int) -> Iterator[Batch]:
-        return (numbered.batch(number) for number in count(start))
+    def _stream(self, numbered: "_Numbered", numbers: Iterator[int], workers: int) -> Iterator[Batch]:
+        return (numbered.batch(number) for number in numbers)
 
     def _read(self, size: int, rows: np.ndarray) -> Stored:
         chosen = torch.from_numpy(rows)
@@ -285,18 +290,18 @@ class InMemoryLatents(LatentSet):
 
 @dataclass
 class _Numbered(Dataset):
-    """Batches by their number, for a loader's workers: of the whole batch this process has the places `part`."""
+    """Batches by their number, for a loader's workers; this process reads the samples `rows` of each."""
 
     source: LatentSet
     sampler: Sampler
     drop: float
-    part: range
+    rows: slice
 
     def batch(self, number: int) -> Batch:
         size, rows = self.sampler(number)
         chance = numpy_generator(self.sampler.seed, CHANCE, number).random((2, len(rows)))
-        part = slice(self.part.start, self.part.stop)
-        return self.source._batch(size, rows[part], chance[0, part] < self.drop, chance[1, part] < 0.5)
+        dropped, mirrored = chance[0, self.rows] < self.drop, chance[1, self.rows] < 0.5
+        return self.source._batch(size, rows[self.rows], dropped, mirrored)
 
     def __getitem__(self, number: int) -> Batch | T5Error:
         try:

@@ -56,8 +56,12 @@ class Sampler:
         return orders[epoch]
 
 
-def shuffled(count: int, times: int, *key: int) -> Iterator[Tensor]:
-    """`times` fresh random orders of `count` samples, as indices; they follow from `key`."""
-    generator = numpy_generator(*key)
+def shuffled(count: int, strata: int, times: int, *key: int) -> Iterator[Tensor]:
+    """`times` fresh random orders of `count` samples, as indices; they follow from `key`.
+
+    At place i of every order is a sample whose number is i modulo `strata`: where their number divides `strata`,
+    processes that hold every so many samples have equal shares of any part of an order.
+    """
+    generator, table = numpy_generator(*key), np.arange(count).reshape(-1, strata)
     for _ in range(times):
-        yield torch.from_numpy(generator.permutation(count))
+        yield torch.from_numpy(generator.permuted(table, axis=0).ravel())

@@ -24,6 +24,7 @@ from t5lib.data.buckets import Size
 from t5lib.data.latents import MANIFEST, member
 from t5lib.data.shards import Shard, ShardSet
 from t5lib.evaluation.generation import GenerateConfig, sample
+from t5lib.utils import processes
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file, sha256
 from t5lib.utils.progress import StepReporter, progress
@@ -55,7 +56,7 @@ def draw_shards(
     classes: Sequence[str] = (),
 ) -> ShardSet:
     """Draw all of `wanted`, in order, into shards in `folder`. Shards that are finished are not drawn again; what was
-    drawn of something else, or with other settings, is.
+    drawn of something else, or with other settings, is. Processes that work together take the shards in turn.
 
     Args:
         load: gives the pipeline, on its device; not called where nothing is left to draw.
@@ -71,20 +72,31 @@ def draw_shards(
     folder.mkdir(parents=True, exist_ok=True)
     source = f"{source}; drawn, settings {_fingerprint(wanted, config)}"
     empty = ShardSet(name=name, licence=LICENCE, source=source, classes=tuple(classes), count=0, shards=())
-    shards, pipeline = _finished(folder, source), None
+    shards, pipeline = processes.by_first(lambda: _finished(folder, source)), None
     done = sum(shard.count for shard in shards.values())
+    missing = [first for first in range(0, len(wanted), SHARD) if _tar(folder, first) not in shards]
+    turns = processes.turns()
     with progress(f"draw {name}", len(wanted), done) as bar:
-        for first in range(0, len(wanted), SHARD):
-            tar, part = folder / f"{first // SHARD:05}.tar", wanted[first : first + SHARD]
-            if tar in shards:
-                continue
-            pipeline = pipeline or load()
-            _write(tar, first, part, _drawn(pipeline, part, config, _onwards(bar, done)))
-            shards[tar] = Shard(path=str(tar), count=len(part), sha256=sha256(tar))
-            done += len(part)
+        for start in range(0, len(missing), turns.turns):
+            ours = missing[start : start + turns.turns][turns.turn : turns.turn + 1]
+            for first in ours:
+                tar, part = _tar(folder, first), wanted[first : first + SHARD]
+                pipeline = pipeline or load()
+                _write(tar, first, part, _drawn(pipeline, part, config, _onwards(bar, done)))
+                shards[tar] = Shard(path=str(tar), count=len(part), sha256=sha256(tar))
+            for of_another in processes.gathered({_tar(folder, first): shards[_tar(folder, first)] for first in ours}):
+                shards |= of_another
+            done = sum(shard.count for shard in shards.values())
             listed = replace(empty, count=done, shards=tuple(shards[path] for path in sorted(shards)))
-            listed.write(folder / MANIFEST, root=folder)
+            if processes.leads():
+                listed.write(folder / MANIFEST, root=folder)
+    processes.wait()
     return ShardSet.read(folder / MANIFEST)
+
+
+def _tar(folder: Path, first: int) -> Path:
+    """Of the images from number `first` on."""
+    return folder / f"{first // SHARD:05}.tar"
 
 
 def joined(name: str, *sets: ShardSet) -> ShardSet:

@@ -30,11 +30,13 @@ from t5lib.families.inputs import Inputs, check_finite, placed
 from t5lib.layers.grid import TokenGrid
 from t5lib.training.loop import Log
 from t5lib.training.pair import check_pair, dtypes
-from t5lib.training.recorder import Recorder, output_error, token_errors
-from t5lib.training.trainer import LoopConfig, Objective, Trainer, TrainReport, train
+from t5lib.training.recipe import LoopConfig
+from t5lib.training.recorder import Recorder, output_error, token_errors, token_variance
+from t5lib.training.trainer import Objective, Trainer, TrainReport, train
 from t5lib.utils.config import BatchSize, Rate, Share, Weight, WholeNumber, checked, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
+from t5lib.utils.processes import Part
 from t5lib.utils.seeds import own_random_states
 from t5lib.utils.weights import digest
 
@@ -123,6 +125,7 @@ def align(
         teacher: the softmax model it was converted from; it is not changed. With precision "bf16" its weights may be
             bfloat16, at half the memory.
         batches: as in t5lib.calibrate: images, or the keyword arguments of a denoiser. Sizes may change between them.
+            Several processes pass the same.
         config: the recipe.
         resume_dir: checkpoints; a second call with the same folder continues and, on a CPU, ends with the same bits.
         log: called in the main process with loss, learning rates, gradient norm, and the step.
@@ -150,7 +153,7 @@ def _aligned(
         try:
             report = train(
                 model,
-                lambda start: open_batches(batches, start + 1),  # the first is measured on
+                lambda start, part: open_batches(batches, start + 1, part),  # the first is measured on
                 objective,
                 recipe,
                 steps=config.steps,
@@ -191,13 +194,13 @@ class Alignment(Objective[Inputs]):
 
     def begin(self, trainer: Trainer) -> None:
         trainer.plain.eval()  # what is dropped at random in training would only blur what is to be matched
-        self.teacher.to(trainer.device).eval()
-        trainer.compile_blocks(self.teacher)
+        self.placed = trainer.beside(self.teacher).eval()
+        trainer.compile_blocks(self.placed)
         if self.config.compile:
             self.errors = torch.compile(token_errors, dynamic=False)
         self.recorders = [
             Recorder(self.family, trainer.plain, self.features, self.config.damping),
-            Recorder(self.family, self.teacher, self.features),
+            Recorder(self.family, self.placed, self.features),
         ]
 
     def made_of(self) -> dict[str, Any]:
@@ -220,21 +223,27 @@ class Alignment(Objective[Inputs]):
     def loss(self, example: Inputs, trainer: Trainer) -> Tensor:
         ours, theirs = self.recorders
         with torch.no_grad(), theirs.recording():
-            wanted = trainer.output(example, self.teacher)
+            wanted = trainer.output(example, self.placed)
         with ours.recording():
             output = trainer.output(example)
         grid = self.family.grid(trainer.plain, example)
-        return self.weighed(ours, theirs, output, wanted, grid)
+        return self.weighed(ours, theirs, output, wanted, grid, trainer.part)
 
-    def weighed(self, ours: "Recorder", theirs: "Recorder", output: Tensor, wanted: Tensor, grid: TokenGrid) -> Tensor:
-        """The sum of all errors by their weights, a scalar."""
+    def weighed(
+        self, ours: "Recorder", theirs: "Recorder", output: Tensor, wanted: Tensor, grid: TokenGrid, part: Part
+    ) -> Tensor:
+        """The sum of all errors by their weights, a scalar; `part`: of the images, that are here."""
         config = self.config
-        loss = config.output * output_error(output, wanted) if config.output else output.new_zeros(())
+        # also with weight 0: several processes wait for a gradient of all that the output follows from
+        loss = config.output * output_error(output, wanted, part)
         for weight, our_block, their_block in zip(self.weights, ours.blocks, theirs.blocks, strict=True):
             if weight:
-                loss = loss + weight * self._with_prefix(self.errors(our_block, their_block, grid))
+                variance = token_variance(their_block, grid, part)
+                errors = self.errors(our_block, their_block, grid, variance=variance)
+                loss = loss + weight * self._with_prefix(errors)
         if self.features:
-            errors = self.errors(ours.features, theirs.features, grid, cosine=bool(config.cosine))
+            variance = token_variance(theirs.features, grid, part)
+            errors = self.errors(ours.features, theirs.features, grid, cosine=bool(config.cosine), variance=variance)
             loss = loss + config.features_weight * self._with_prefix(errors)
             if config.cosine:
                 loss = loss + config.cosine * errors["cosine"]

@@ -9,6 +9,7 @@ Shapes: B images, L layers, H heads, N tokens, D head width, C channels.
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -31,9 +32,11 @@ from t5lib.training.layer_groups import CalibrateConfig, Example, LayerGroup, Pl
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.training.pair import check_pair, dtypes
 from t5lib.training.softmax_layers import SoftmaxChoice, put_softmax_back
+from t5lib.utils import processes
 from t5lib.utils.config import checked
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
+from t5lib.utils.processes import WHOLE
 from t5lib.utils.seeds import own_random_states
 from t5lib.utils.weights import digest
 
@@ -79,14 +82,14 @@ def calibrate(
         teacher: the softmax model it was converted from, on the same device.
         batches: what the models are called with (labels are not used): images (B, 3, H, W), or tuples that begin with
             them; keyword arguments of a denoiser (t5lib.training.objectives.noised_inputs makes them of latents). See
-            t5lib.data.batches. Sizes may change between batches.
+            t5lib.data.batches. Sizes may change between batches. Several processes pass the same.
         config: the recipe.
         resume_dir: where partial work is kept; a second call with the same folder continues from there.
-        log: called with {"loss": …, "lr": …} and the step.
+        log: called in the main process with {"loss": …, "lr": …} and the step.
 
     Raises:
-        T5Error: the models do not match, the loss is not finite, checkpoints were made by another recipe or code, or
-            there is too little room for them.
+        T5Error: the models do not match, the loss is not finite, batches that the processes cannot share, checkpoints
+            made by another recipe or code, or too little room for them.
     """
     config, resume_dir = checked(config, CalibrateConfig), checkpoints.opened(resume_dir)
     check_pair(model, teacher)
@@ -97,10 +100,11 @@ def calibrate(
         probe = inputs_of(next(source))  # measured on, left out of the fit
         fit = _Fit(model, teacher, config, probe)
         report = CalibrationReport(error_before=fit.error_before, steps=config.steps)
-        if resume_dir and fit.restore(resume_dir) and not fit.over(config.steps):
-            source = open_batches(batches, fit.batches)
+        resumed = resume_dir is not None and fit.restore(resume_dir)
+        if (resumed or fit.part != WHOLE) and not fit.over(config.steps):
+            source = open_batches(batches, fit.batches, fit.part)
         fit.source = map(inputs_of, source)
-        every = config.checkpoint_every
+        every, log = config.checkpoint_every, log if processes.state().is_main_process else None
         try:
             run_steps(fit, title="calibrate", total=config.steps, resume_dir=resume_dir, every=every, log=log)
         finally:
@@ -119,16 +123,20 @@ class _Fit(Work):
 
     def __init__(self, model: nn.Module, teacher: nn.Module, config: CalibrateConfig, probe: Inputs):
         self.config, self.layers, self.teacher = config, ttt_layers(model), teacher
-        self.family = family_of(model)
+        self.family, self.part = family_of(model), processes.rows()
+        self.part.of(config.batch_size, "calibrate: batch_size")
         self.sources = {name: self._source(name, layer) for name, layer in self.layers.items()}
         self.device = next(teacher.parameters()).device
         seen = self.see(probe)
         check_fit(config, [layer.mixer for layer in self.layers.values()])
         self.groups = self._groups(seen)
-        parameters = [{"params": [p for g in self.groups for p in g.mixer.parameters()], "peak": config.lr}]
+        new = [parameter for group in self.groups for parameter in group.mixer.parameters()]
+        parameters: list[dict[str, Any]] = [{"params": new, "peak": config.lr}]
         if config.lr_inherited:
             parameters.append({"params": list(self._inherited()), "peak": config.lr_inherited})
         parameters = [group for group in parameters if group["params"]]
+        self.parameters = [parameter for group in parameters for parameter in group["params"]]
+        processes.alike(self.parameters)
         self.optimizer = torch.optim.Adam(parameters, lr=config.lr, fused=self.device.type == "cuda")
         self.error_before = self.errors(seen)
         self.done, self.drawn = Done(), self._draws()
@@ -167,14 +175,19 @@ class _Fit(Work):
         factor = warmed_up(step, self.config.warmup) * cosine(step / steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
+        pairs = list(zip(self.groups, batch, strict=True))
+        scales = [group.variances(places, example, self.part) for group, example in pairs]
         with self.autocast():
-            losses = torch.cat([g.loss(places, *part) for g, part in zip(self.groups, batch, strict=True)])
+            parts = [g.loss(places, scale, *ex) for (g, ex), scale in zip(pairs, scales, strict=True)]
+        losses = torch.cat(parts)
         losses.sum().backward()
+        processes.average([p.grad for p in self.parameters if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if (step + 1) % LOG_EVERY and step + 1 != steps:
             return {}
-        self._check_finite(losses.detach(), step + 1)
+        processes.average([losses := losses.detach()])
+        self._check_finite(losses, step + 1)
         return {"loss": losses.mean().item(), "lr": self.optimizer.param_groups[0]["lr"]}
 
     def _draws(self) -> Iterator[tuple[Places, list[Example]]]:
@@ -188,13 +201,23 @@ class _Fit(Work):
             self.batches, self.first = self.batches + self.config.pool, step
 
     def _pool(self) -> Iterator[tuple[Places, list[Example]]]:
-        """The steps of a few batches, those of one size together, each image `reuse` times in random order."""
-        for inputs in joined_by_size([next(self.source) for _ in range(self.config.pool)]):
+        """The steps of a few batches, those of one size together, each image `reuse` times in random order.
+
+        Several processes hold every so many of the images, and so of those of any step.
+        """
+        batches, number = [next(self.source) for _ in range(self.config.pool)], self.part.rows
+        strata = math.gcd(self.config.batch_size, *(count(inputs) * number for inputs in batches))
+        for inputs in joined_by_size(batches):
             seen = self.see(inputs)
             pool = self.examples(seen)
-            orders = shuffled(count(inputs), self.config.reuse, self.config.seed, self.first)
+            orders = shuffled(count(inputs) * number, strata, self.config.reuse, self.config.seed, self.first)
             for chosen in (part for order in orders for part in order.split(self.config.batch_size)):
-                yield seen.places, [tuple(part[chosen] for part in parts) for parts in pool]
+                ours = chosen[self.part.row :: number] // number
+                yield seen.places, [tuple(part[ours] for part in parts) for parts in pool]
+
+    def any_process(self, holds: bool) -> bool:
+        """Asked now and then: the answer waits for the device."""
+        return not self.done.step % LOG_EVERY and processes.any_of(holds) if self.part.rows > 1 else holds
 
     def _check_finite(self, losses: Tensor, step: int) -> None:
         if not losses.isfinite().all():
@@ -209,7 +232,10 @@ class _Fit(Work):
     def errors(self, seen: Seen) -> dict[str, float]:
         """Squared error over variance of every layer, whatever the objective."""
         with self.autocast():
-            parts = [g.error(seen.places, *part) for g, part in zip(self.groups, self.examples(seen), strict=True)]
+            parts = [
+                group.error(seen.places, group.variances(seen.places, example, WHOLE), *example)
+                for group, example in zip(self.groups, self.examples(seen), strict=True)
+            ]
         names = [name for group in self.groups for name in group.layers]
         by_name = dict(zip(names, torch.cat(parts).tolist(), strict=True))
         return {name: by_name[name] for name in self.layers}
@@ -224,17 +250,20 @@ class _Fit(Work):
         content |= {"optimizer": self.optimizer.state_dict(), "inherited": [p.detach() for p in self._inherited()]}
         content["mixers"] = [group.mixer.state_dict() for group in self.groups]
         place = folder / f".step-{self.done.step:07d}"
-        with checkpoints.writing(folder):
-            checkpoints.begin(place)
-            torch.save(content, place / STATE)
-            checkpoints.finish(place, self.made_by, self.config.checkpoints_kept)
+        if processes.state().is_main_process:
+            with checkpoints.writing(folder):
+                checkpoints.begin(place)
+                torch.save(content, place / STATE)
+                checkpoints.finish(place, self.made_by, self.config.checkpoints_kept)
 
     def restore(self, folder: Path) -> bool:
         """Continue from the newest whole checkpoint; False where there is none."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        size = 3 * sum(parameter.nbytes for parameter in parameters)  # with Adam's two moments
-        checkpoints.require_space(folder, size, self.config.checkpoints_kept)
-        place = checkpoints.newest(folder, self.made_by)
+        place = None
+        if processes.state().is_main_process:
+            size = 3 * sum(parameter.nbytes for parameter in self.parameters)  # with Adam's two moments
+            checkpoints.require_space(folder, size, self.config.checkpoints_kept)
+            place = checkpoints.newest(folder, self.made_by)
+        place = processes.all_know(place)
         if place is None:
             return False
         content = torch.load(place / STATE, map_location=self.device, weights_only=True)

@@ -1,7 +1,7 @@
 """Checkpoints of a fit: folders step-N that are whole or not there, and whose files are known by their checksums.
 
-A checkpoint also says what made it: the recipe, the new layers, the teacher, the number of processes, the code. A fit
-goes on only where all of that is the same; otherwise what came out would be the result of neither.
+A checkpoint also says what made it: the recipe, the new layers, the teacher, the code, but not how many
+processes did. A fit goes on only where all of that is the same; otherwise what came out would be the result of neither.
 """
 
 import functools

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from t5lib.data.images import AugmentConfig
 from t5lib.families.inputs import Inputs
-from t5lib.training.trainer import LoopConfig, Objective, Trainer
+from t5lib.training.recipe import LoopConfig
+from t5lib.training.trainer import Objective, Trainer
 from t5lib.utils.config import Share, settings
 from t5lib.utils.errors import T5Error
 
@@ -39,9 +40,15 @@ class TrainConfig(LoopConfig):
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise T5Error(f"mixup and cutmix pair images; batch_size {self.batch_size} must be even")
 
-    def steps(self, num_images: int, num_processes: int = 1) -> int:
+    def steps(self, num_images: int) -> int:
         """Optimizer steps for `epochs` passes over `num_images`."""
-        return max(1, round(self.epochs * num_images / (self.batch_size * self.accumulate * num_processes)))
+        return max(1, round(self.epochs * num_images / (self.batch_size * self.accumulate)))
+
+
+def _turned(batch: Tensor) -> Tensor:
+    """With the second half in reverse order."""
+    half = len(batch) // 2
+    return torch.cat([batch[:half], batch[half:].flip(0)])
 
 
 class Classification(Objective[Example]):
@@ -68,8 +75,13 @@ class Classification(Objective[Example]):
             self.mixup = Mixup(config.mixup, config.cutmix, **smoothing)
 
     def begin(self, trainer: Trainer) -> None:
+        if self.mixup and self.config.batch_size % (2 * trainer.part.rows):
+            raise T5Error(
+                f"mixup and cutmix pair images, and {trainer.part.rows} processes cannot share batches of "
+                f"{self.config.batch_size} in pairs; expected a multiple of {2 * trainer.part.rows}, or start fewer"
+            )
         if self.teacher is not None:
-            self.teacher.to(trainer.device).eval()
+            self.teacher = trainer.beside(self.teacher).eval()
 
     def example(self, batch: tuple[Tensor, Tensor], number: int, trainer: Trainer) -> Example:
         images, labels = (part.to(trainer.device, non_blocking=True) for part in batch)
@@ -82,7 +94,9 @@ class Classification(Objective[Example]):
         inputs, targets = example
         if self.mixup:
             [(name, images)] = inputs.items()
-            images, targets = self.mixup(images.clone(), targets)  # it works in place
+            # timm pairs first and last, and so on. Here image i meets image i + batch_size/2, so that processes which
+            # share the batch have both or none; drawn is the same in each of them.
+            images, targets = map(_turned, self.mixup(_turned(images), _turned(targets)))  # the inner one in place
             inputs = {name: images}
         logits = trainer.output(inputs).float()
         if self.mixup:

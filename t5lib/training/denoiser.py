@@ -15,9 +15,12 @@ from t5lib.data.batches import seeded
 from t5lib.families import family_of
 from t5lib.families.inputs import Inputs
 from t5lib.training.objectives import Batch, Noised, Noising
-from t5lib.training.trainer import Decay, LoopConfig, Objective, Trainer
+from t5lib.training.recipe import Decay, LoopConfig
+from t5lib.training.trainer import Objective, Trainer
+from t5lib.utils import processes
 from t5lib.utils.config import AtLeastOne, BatchSize, Rate, Share, Weight, settings
 from t5lib.utils.errors import T5Error
+from t5lib.utils.processes import WHOLE, Part
 
 TRAINING, VALIDATION = range(2)  # what tells the noise of one from that of the other with the same seed
 
@@ -53,7 +56,7 @@ class Denoising(Objective[Noised]):
     """Batches are latents and conditions, as t5lib.training.objectives says.
 
     Args:
-        config: of the recipe: align and teacher; noise follows from its seed, the process and the batch's number.
+        config: of the recipe: align and teacher; noise follows from its seed and the batch's number.
         noising: how latents are noised, and the loss.
         teacher: the softmax original, when config.align is set and config.teacher is "source". With precision "bf16"
             its weights may be bfloat16, at half the memory.
@@ -82,12 +85,11 @@ class Denoising(Objective[Noised]):
         if self.config.teacher == "ema" and trainer.ema:
             self.teacher = trainer.ema.module
         elif self.teacher is not None:
-            self.teacher = self.teacher.to(trainer.device).eval()
+            self.teacher = trainer.beside(self.teacher).eval()
         trainer.compile_blocks(self.teacher)
 
     def example(self, batch: Batch, number: int, trainer: Trainer) -> Noised:
-        generator = seeded(self.config.seed, TRAINING, number, trainer.accelerator.process_index)
-        noised = self.noising.noised(batch, generator)
+        noised = self.noising.noised(batch, seeded(self.config.seed, TRAINING, number), trainer.part)
         trainer.adapter.check_inputs(trainer.plain, noised.inputs)
         return noised.to(trainer.device)
 
@@ -107,27 +109,36 @@ class Denoising(Objective[Noised]):
 
 @torch.no_grad()
 def validation_loss(
-    models: dict[str, nn.Module], batches: Iterable[Batch], *, noising: Noising, seed: int = 0, precision: str = "fp32"
+    models: dict[str, nn.Module],
+    batches: Iterable[Batch],
+    *,
+    noising: Noising,
+    seed: int = 0,
+    precision: str = "fp32",
+    part: Part = WHOLE,
 ) -> dict[str, float]:
     """The noising's loss of each model, on the same latents, noise and noise levels: those of `seed`.
 
     Args:
         models: by name, all on one device; left in eval mode.
-        batches: finite.
+        batches: finite; where several processes take the batches in turn, this one's.
         precision: "fp32" or "bf16" (autocast).
+        part: of the batches, that `batches` are.
 
     Raises:
         T5Error: no batch.
     """
     device = next(next(iter(models.values())).parameters()).device
     sums, count = torch.zeros(len(models), dtype=torch.float64), 0
-    for number, batch in enumerate(batches):
+    for number, batch in zip(part.numbers(0), batches, strict=False):
         noised = noising.noised(batch, seeded(seed, VALIDATION, number)).to(device)
         for index, model in enumerate(models.values()):
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 output = family_of(model).call(model.eval(), noised.inputs)
             sums[index] += noising.loss(output, noised).item() * len(noised.clean)
         count += len(noised.clean)
+    of_all = processes.gathered((sums, count)) if part.turns > 1 else [(sums, count)]
+    sums, count = torch.stack([each for each, _ in of_all]).sum(0), sum(each for _, each in of_all)
     if not count:
         raise T5Error("the validation batches are empty; expected at least one batch of latents")
     return dict(zip(models, (sums / count).tolist(), strict=True))

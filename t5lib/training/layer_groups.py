@@ -18,8 +18,10 @@ from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.mixers import Mixer
 from t5lib.training.checkpoints import Kept
+from t5lib.utils import processes
 from t5lib.utils.config import AtLeastOne, BatchSize, Rate, Repeats, WholeNumber, settings
 from t5lib.utils.errors import T5Error
+from t5lib.utils.processes import Part
 
 Example = tuple[Tensor, ...]
 
@@ -30,7 +32,7 @@ class CalibrateConfig:
 
     Attributes:
         steps: optimizer steps; 0 skips calibration.
-        batch_size: images a step.
+        batch_size: images a step, of all processes together.
         lr: peak learning rate of the new weights (Adam); linear warm-up over `warmup` steps, then cosine to 0.
         lr_inherited: peak learning rate of the q, k and v projections and q and k norms, which are fitted along; 0
             keeps them as they are, at the price of a larger error (docs/results).
@@ -171,8 +173,19 @@ class LayerGroup:
         maps = [self.family.project(self.sources[name], seen.calls[name])[:2] for name in self.layers]
         return *known, target, *(torch.cat(part, dim=1) for part in zip(*maps, strict=True))
 
-    def error(self, places: Places, *example: Tensor) -> Tensor:
-        """Squared error of each layer's heads over the variance of its target, (L,).
+    def variances(self, places: Places, example: Example, part: Part) -> Example:
+        """Of the target of each layer, (L,): of its image tokens and, where it has text, of that.
+
+        Args:
+            part: of the images that the variance is of, that `example` holds.
+        """
+        target = example[3 if self.projected else self.parts].float()
+        border = places.grid.patches.stop
+        kinds = [target[:, :, :border], target[:, :, border:]]
+        return tuple(processes.variance(kind, (0, 2, 3), part) for kind in kinds if kind.shape[2])
+
+    def error(self, places: Places, variances: Example, *example: Tensor) -> Tensor:
+        """Squared error of each layer's heads over the variance of its target (`variances`), (L,).
 
         Image and text have a variance each, and count as many times as they have tokens.
         """
@@ -183,12 +196,13 @@ class LayerGroup:
         o = o.view(B, len(self.layers), -1, N, D).transpose(2, 3).flatten(3).float()
         target = target.float()
         image, tokens = grid.patches.stop, target.shape[2]
-        error = _relative_error(o[:, :, :image], target[:, :, :image])
+        error = _squared_error(o[:, :, :image], target[:, :, :image]) / variances[0]
         if image == tokens:
             return error
-        return torch.lerp(error, _relative_error(o[:, :, image:], target[:, :, image:]), 1 - image / tokens)
+        text = _squared_error(o[:, :, image:], target[:, :, image:]) / variances[1]
+        return torch.lerp(error, text, 1 - image / tokens)
 
-    def _attention_loss(self, places: Places, *example: Tensor) -> Tensor:
+    def _attention_loss(self, places: Places, variances: Example, *example: Tensor) -> Tensor:
         """Cross-entropy from the teacher's softmax map to the mixer's map, mean over heads and queries, (L,)."""
         (q, k, _), (_, teacher_q, teacher_k) = self._split(example, places)
         wanted = (teacher_q.float() * teacher_q.shape[-1] ** -0.5 @ teacher_k.float().mT).softmax(-1)
@@ -226,10 +240,9 @@ class LayerGroup:
                 destination.copy_(source)
 
 
-def _relative_error(o: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over variance of each layer, (B, L, tokens, H·D) to (L,)."""
-    variance = target.var(dim=(0, 2, 3), correction=0)
-    return (o - target).square().mean(dim=(0, 2, 3)) / variance
+def _squared_error(o: Tensor, target: Tensor) -> Tensor:
+    """Mean of each layer, (B, L, tokens, H·D) to (L,)."""
+    return (o - target).square().mean(dim=(0, 2, 3))
 
 
 def _tensors(mixer: nn.Module) -> dict[str, Tensor]:

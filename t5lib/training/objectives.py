@@ -22,6 +22,7 @@ from t5lib.data.batches import Batches, open_batches, seeded
 from t5lib.families.inputs import Inputs, placed
 from t5lib.utils.config import Positive, settings
 from t5lib.utils.errors import T5Error
+from t5lib.utils.processes import WHOLE, Part
 
 Batch = dict[str, Tensor]
 LOOKED_AT = 2  # what tells the noise of a calibration, or of a look at a model, from that of a training
@@ -75,12 +76,12 @@ class RectifiedFlow:
     mode_scale: Annotated[float, Field(ge=-1, le=1.75)] = 1.29  # beyond, levels would leave 0 to 1
     guidance: Annotated[float, Field(ge=0, le=100)] | None = None
 
-    def noised(self, batch: Batch, generator: torch.Generator) -> Noised:
-        """Draw a noise level for every image, and noise, from a CPU generator: the same numbers on any device."""
-        clean, noise = _clean_and_noise(batch, generator)
-        drawn = compute_density_for_timestep_sampling(
-            self.weighting, len(clean), self.logit_mean, self.logit_std, self.mode_scale, generator=generator
-        )
+    def noised(self, batch: Batch, generator: torch.Generator, part: Part = WHOLE) -> Noised:
+        """Draw a noise level for every image, and noise, from a CPU generator: the same numbers on any device, and for
+        an image of a batch of which a process has a part alone."""
+        clean, noise = _clean_and_noise(batch, generator, part)
+        density = (self.weighting, len(clean) * part.rows, self.logit_mean, self.logit_std, self.mode_scale)
+        drawn = compute_density_for_timestep_sampling(*density, generator=generator)[part.row :: part.rows]
         scheduler = _flow(self.shift)
         indices = (drawn * len(scheduler.sigmas)).long().clamp_max(len(scheduler.sigmas) - 1)
         sigma = scheduler.sigmas[indices]
@@ -129,10 +130,11 @@ class NoiseAndVariance:
                 "as 1.0e-4 and 0.02"
             )
 
-    def noised(self, batch: Batch, generator: torch.Generator) -> Noised:
-        """Draw a step for every image, and noise, from a CPU generator: the same numbers on any device."""
-        clean, noise = _clean_and_noise(batch, generator)
-        step = torch.randint(self.steps, (len(clean),), generator=generator)
+    def noised(self, batch: Batch, generator: torch.Generator, part: Part = WHOLE) -> Noised:
+        """Draw a step for every image, and noise, from a CPU generator: the same numbers on any device, and for an
+        image of a batch of which a process has a part alone."""
+        clean, noise = _clean_and_noise(batch, generator, part)
+        step = torch.randint(self.steps, (len(clean) * part.rows,), generator=generator)[part.row :: part.rows]
         scheduler = self._scheduler()
         noisy = scheduler.add_noise(clean, noise, step)  # type: ignore[arg-type]  # int32, says diffusers; int64 will do
         inputs = {"hidden_states": noisy, "timestep": step, **_conditions(batch)}
@@ -210,16 +212,16 @@ def noised_inputs(batches: Batches, noising: Noising, seed: int) -> Batches:
         seed: of the noise, which follows from it and the batch's number.
     """
 
-    def from_batch(start: int) -> Iterator[Inputs]:
-        for number, batch in enumerate(open_batches(batches, start), start):
-            yield noised_batch(batch, noising, seed, number)
+    def from_batch(start: int, part: Part = WHOLE) -> Iterator[Inputs]:
+        for number, batch in zip(part.numbers(start), open_batches(batches, start, part), strict=False):
+            yield noised_batch(batch, noising, seed, number, part)
 
     return from_batch
 
 
-def noised_batch(batch: Batch, noising: Noising, seed: int, number: int = 0) -> Inputs:
+def noised_batch(batch: Batch, noising: Noising, seed: int, number: int = 0, part: Part = WHOLE) -> Inputs:
     """What a denoiser is called with for a batch of latents, each at one level: to look at a model."""
-    return noising.noised(batch, seeded(seed, LOOKED_AT, number)).inputs
+    return noising.noised(batch, seeded(seed, LOOKED_AT, number), part).inputs
 
 
 def noising_of(scheduler: ConfigMixin, **changes: Any) -> Noising:
@@ -256,13 +258,14 @@ def _shift(settings: dict[str, Any]) -> float:
     return math.exp(settings["max_shift"]) if settings["time_shift_type"] == "exponential" else settings["max_shift"]
 
 
-def _clean_and_noise(batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _clean_and_noise(batch: Batch, generator: torch.Generator, part: Part) -> tuple[Tensor, Tensor]:
     clean = batch.get("latents")
     if clean is None or clean.ndim != 4:
         shape = None if clean is None else tuple(clean.shape)
         raise T5Error(f"a batch must hold 'latents' (B, C, h, w), got {shape} among {sorted(batch)}")
     clean = clean.cpu().float()
-    return clean, torch.randn(clean.shape, generator=generator)
+    noise = torch.randn(len(clean) * part.rows, *clean.shape[1:], generator=generator)
+    return clean, noise[part.row :: part.rows]
 
 
 def _conditions(batch: Batch) -> dict[str, Tensor]:

@@ -17,8 +17,10 @@ from t5lib.families import family_of
 from t5lib.families.base import Adapter
 from t5lib.families.inputs import Inputs
 from t5lib.layers.grid import TokenGrid
+from t5lib.utils import processes
 from t5lib.utils.errors import T5Error
 from t5lib.utils.modes import evaluating
+from t5lib.utils.processes import WHOLE, Part
 
 
 class Recorder:
@@ -128,17 +130,31 @@ def check_features(model: nn.Module, name: str, inputs: Inputs) -> None:
         recorder.remove()
 
 
-def token_errors(ours: Tensor, theirs: Tensor, grid: TokenGrid, cosine: bool = False) -> dict[str, Tensor]:
+def token_variance(theirs: Tensor, grid: TokenGrid, part: Part) -> Tensor:
+    """Of the teacher's image tokens (B, N, C) over images and tokens, a mean over channels, a scalar in float32.
+
+    What all tokens have in common does not count.
+
+    Args:
+        part: of the images that it is of, that are here.
+    """
+    return processes.variance(theirs.float()[:, grid.patches], (0, 1), part).mean()
+
+
+def token_errors(
+    ours: Tensor, theirs: Tensor, grid: TokenGrid, cosine: bool = False, variance: Tensor | None = None
+) -> dict[str, Tensor]:
     """Squared error of tokens (B, N, C) over the variance of the teacher's image tokens, scalars in float32.
 
-    The variance is that over images and tokens, summed over channels: what all tokens have in common does not count.
+    Args:
+        variance: where it is of more images than these (`token_variance`).
 
     Returns:
         "image"; "prefix" where there are prefix tokens; "cosine", 1 minus the mean cosine of image tokens, if asked.
     """
     ours, theirs, patches = ours.float(), theirs.float(), grid.patches
     image, wanted = ours[:, patches], theirs[:, patches]
-    scale = wanted.var(dim=(0, 1), correction=0).mean()
+    scale = token_variance(theirs, grid, WHOLE) if variance is None else variance
     errors = {"image": (image - wanted).square().mean() / scale}
     if patches.start:
         errors["prefix"] = (ours[:, : patches.start] - theirs[:, : patches.start]).square().mean() / scale
@@ -147,7 +163,12 @@ def token_errors(ours: Tensor, theirs: Tensor, grid: TokenGrid, cosine: bool = F
     return errors
 
 
-def output_error(output: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error over the variance of all that the teacher's output holds, a scalar in float32."""
+def output_error(output: Tensor, wanted: Tensor, part: Part = WHOLE) -> Tensor:
+    """Squared error over the variance of all that the teacher's output holds, a scalar in float32.
+
+    Args:
+        part: of the images that the variance is of, that are here.
+    """
     output, wanted = output.float(), wanted.float()
-    return (output - wanted).square().mean() / wanted.var(correction=0)
+    variance = processes.variance(wanted, tuple(range(wanted.ndim)), part)
+    return (output - wanted).square().mean() / variance

@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from t5lib.utils.processes import leads
+
 LOG_EVERY_SECONDS = 15.0
 
 
@@ -32,9 +34,25 @@ class StepReporter:
             print(f"{self.title}: {done}/{self.total}  {shown}  about {left:.0f} s left", flush=True)
 
 
+class Silent(StepReporter):
+    """Tells nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def advance(self, done: int, **values: float) -> None:
+        pass
+
+
 @contextmanager
 def progress(title: str, total: int, start: int = 0) -> Iterator[StepReporter]:
-    """Show `title` with a bar of `total` steps, `start` of them done before; in a log that is said."""
+    """Show `title` with a bar of `total` steps, `start` of them done before; in a log that is said.
+
+    Of several processes that work together the first shows it.
+    """
+    if not leads():
+        yield Silent()
+        return
     if not sys.stderr.isatty():
         if start:
             print(f"{title}: resumed at step {start} of {total}", flush=True)

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from t5lib.utils import processes
 from t5lib.utils.errors import T5Error
 
 FULL = re.compile(r"No space left on device|[Qq]uota exceeded|disk is full|PytorchStreamWriter failed writing")
 NO_MEMORY = re.compile(r"out of memory|t allocate memory|annot allocate memory|bad_alloc|DataLoader worker .* killed")
+# What a process hears from gloo or NCCL when one that it works with is gone.
+GONE = re.compile(r"Connection (closed|reset) by peer|NCCL error|ncclRemoteError|Broken pipe")
 LEAST = 1 << 20  # bytes; where less is free an error that gives no reason is put down to the disk
 
 
@@ -59,6 +62,8 @@ def _reason(cause: BaseException, place: Path) -> str | None:
     if isinstance(cause, MemoryError) or number == errno.ENOMEM or NO_MEMORY.search(str(cause)):
         said = str(cause).strip().partition("\n")[0] or type(cause).__name__
         return f"memory is short ({said}); take a smaller batch_size, or end other programs,"
+    if isinstance(cause, RuntimeError) and GONE.search(str(cause)) and not processes.alone():
+        return "another process of this stage has ended, which ends it in all of them; see what that one said,"
     return None
 
 

@@ -1,4 +1,7 @@
-"""What a stage is given: its settings, its inputs, and the places for what it makes, so that a crash costs little."""
+"""What a stage is given: its settings, its inputs, and the places for what it makes, so that a crash costs little.
+
+Where several processes share the work of a stage, the first of them writes what there is to write.
+"""
 
 import hashlib
 import json
@@ -11,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from t5lib.utils import processes
 from t5lib.utils.config import AnySettings, from_dict, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import link_or_copy, read_json, remove_leftovers, sha256, write_json, write_text
@@ -20,6 +24,7 @@ from tasks.runtime.tracking.run import NoRun
 
 OWN_CODE = Path(__file__).parents[1]
 CODE = "code.json"  # in the scratch folder of a stage: which of its own files began the work
+HISTORY = "history.jsonl"  # there, and among the outputs: points of curves
 FINISHED = "finished"  # in the scratch folder of a stage that succeeded, until DVC has recorded it
 
 
@@ -72,7 +77,7 @@ class Stage:
         self._must_be_declared(f"data/out/{self.target}/{stage}")
         if not path.is_dir():
             raise T5Error(f"{path} does not exist, and '{self.name}' needs it; {self._remedy(stage)}")
-        if stage not in self._used:
+        if stage not in self._used and processes.leads():
             self._still_open(f'input("{stage}")')
             self._used[stage] = _checksum(path)
             if stage == "shards":
@@ -97,16 +102,21 @@ class Stage:
     def resume_dir(self) -> Path:
         """The folder for checkpoints: the same one again after a crash, as long as settings and inputs are the same.
 
-        Call it (and `log`) after params(), input() and metrics() were asked for the last new one. It is removed on
-        success; under DVC, once DVC has recorded that.
+        Call it (and `log`) after params(), input() and metrics() were asked for the last new one, and first of all in
+        all processes that share the work. It is removed on success; under DVC, once DVC has recorded that.
         """
         if self._resume_dir is None:
-            made_from = json.dumps([self.resolved, self._used], sort_keys=True)
-            self._resume_dir = self._partial_work / hashlib.sha256(made_from.encode()).hexdigest()[:16]
-            self._resume_dir.mkdir(parents=True, exist_ok=True)
-            _rewrite_history(self._history, self._history)  # a killed run may have left half a line
-            self._compare_code(self._resume_dir / CODE)
+            self._resume_dir = processes.by_first(self._prepared)
         return self._resume_dir
+
+    def _prepared(self) -> Path:
+        made_from = json.dumps([self.resolved, self._used], sort_keys=True)
+        folder = self._partial_work / hashlib.sha256(made_from.encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        history = folder / HISTORY
+        _rewrite_history(history, history)  # a killed run may have left half a line
+        self._compare_code(folder / CODE)
+        return folder
 
     def _compare_code(self, note: Path) -> None:
         """Say that partial work was begun by other code of this stage; checkpoints refuse other code of the library."""
@@ -135,12 +145,17 @@ class Stage:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file among the outputs, and show it in MLflow."""
-        write_json(self.out / name, value)
-        self.artifact(self.out / name)
+        if processes.leads():
+            write_json(self.out / name, value)
+            self.artifact(self.out / name)
 
     def publish(self, name: str) -> None:
-        """Put a folder of resume_dir() among the outputs; it stays there too, by hard links where possible."""
-        shutil.copytree(self.resume_dir() / name, self.out / name, copy_function=link_or_copy)
+        """Put a folder of resume_dir() among the outputs; it stays there too, by hard links where possible.
+
+        Of several processes all call it, and find it there afterwards.
+        """
+        folder = self.resume_dir() / name
+        processes.by_first(lambda: shutil.copytree(folder, self.out / name, copy_function=link_or_copy))
 
     @property
     def metrics_file(self) -> Path:
@@ -169,7 +184,7 @@ class Stage:
 
     @property
     def _history(self) -> Path:
-        return self.resume_dir() / "history.jsonl"
+        return self.resume_dir() / HISTORY
 
     def _must_be_declared(self, what: str) -> None:
         if self._declared is not None and what not in self._declared:
@@ -194,6 +209,7 @@ class Stage:
 
     def begin(self) -> None:
         """Clear what an earlier run left, so that nothing stale is ever taken for a result."""
+        self.error_file.unlink(missing_ok=True)
         remove_recorded(self.root, self.target)
         if self._partial_work.is_dir():
             remove_leftovers(self._partial_work)
@@ -201,14 +217,13 @@ class Stage:
         for folder in (self.out, self._outputs / self.name):
             if folder.is_dir():
                 shutil.rmtree(folder)
-        for file in (self.metrics_file, self.error_file):
-            file.unlink(missing_ok=True)
+        self.metrics_file.unlink(missing_ok=True)
         self.out.mkdir(parents=True)
 
     def succeed(self, metrics: dict[str, Any]) -> None:
         """Put outputs and metrics in their place."""
         if self._resume_dir is not None:
-            _rewrite_history(self._history, self.out / "history.jsonl")
+            _rewrite_history(self._history, self.out / HISTORY)
         self.out.replace(self._outputs / self.name)
         write_json(self.metrics_file, metrics)
         if "DVC_STAGE" in os.environ and self._partial_work.is_dir():  # DVC drops the outputs if it is killed now
@@ -216,8 +231,13 @@ class Stage:
         else:
             shutil.rmtree(self._partial_work, ignore_errors=True)
 
-    def fail(self, error: BaseException) -> None:
-        """Leave the error where the flow finds it; partial work stays in resume_dir()."""
+    def fail(self, error: BaseException) -> bool:
+        """Leave the error where the flow finds it; partial work stays in resume_dir().
+
+        False where it is but the end of another process's error, which is there already.
+        """
+        if not processes.alone() and self.error_file.exists():
+            return False
         shutil.rmtree(self.out, ignore_errors=True)
         if isinstance(error, KeyboardInterrupt):
             message = "interrupted; run it again to go on from its last checkpoint"
@@ -232,6 +252,7 @@ class Stage:
                     "traceback": "".join(traceback.format_exception(error)),
                 },
             )
+        return True
 
 
 def remove_recorded(root: Path, target: str) -> None:

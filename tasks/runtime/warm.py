@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NoReturn
 
 ADDRESS = "T5_WARM_START"  # the socket's path
+KEPT = "T5_WARM_START_FOR_OTHERS"  # the same in a fork, for processes that the stage starts (tasks/runtime/launch.py)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LENGTH, ANSWER = struct.Struct("!I"), struct.Struct("!B")
 STARTED = 255  # is no exit status that a stage has
@@ -103,6 +104,8 @@ def hand_over(module: str, arguments: Sequence[str]) -> None:
                 signal.signal(number, handler)
             return
         status = server.recv(ANSWER.size)
+    if not status and "RANK" in os.environ:
+        os.kill(os.getpid(), signal.SIGKILL)  # so that the launcher of several sees what happened
     if not status:
         sys.exit(f"{module}: its process was killed; if memory was short, take a smaller batch_size")
     sys.exit(ANSWER.unpack(status)[0])
@@ -140,7 +143,7 @@ def _take_over(caller: socket.socket) -> tuple[str, list[str]]:
         os.close(given)
     os.environ.clear()
     os.environ.update(environment)
-    del os.environ[ADDRESS]  # or `tasks`, imported afresh, would hand us over to ourselves
+    os.environ[KEPT] = os.environ.pop(ADDRESS)  # or `tasks`, imported afresh, would hand us over to ourselves
     os.chdir(folder)
     sys.path[0] = folder
     sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]  # as PYTHONUNBUFFERED has it

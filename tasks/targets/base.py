@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from pydantic import Field
 from torch import nn
 
@@ -27,8 +26,10 @@ from t5lib.report.common import Quality
 from t5lib.report.data import ReportData
 from t5lib.training.alignment import AlignConfig
 from t5lib.training.layer_groups import CalibrateConfig, check_fit
+from t5lib.training.recipe import LoopConfig
 from t5lib.training.recorder import check_features
-from t5lib.training.trainer import LoopConfig, TrainReport
+from t5lib.training.trainer import TrainReport
+from t5lib.utils import processes
 from t5lib.utils.config import AtLeastOne, WholeNumber, settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import MODEL_FILES
@@ -95,6 +96,10 @@ class Target(ABC, Generic[Recipe]):
     def load(self, made_by: str) -> nn.Module:
         """The model that another stage made, on the device of this process."""
         return t5lib.load(self.stage.input(made_by), device())
+
+    def save(self, model: nn.Module) -> None:
+        """Make `model` the result of the stage; of several processes the first does it."""
+        processes.by_first(lambda: t5lib.save(model, self.stage.out))
 
     @classmethod
     @abstractmethod
@@ -256,7 +261,8 @@ def named(section: str) -> Iterator[None]:
 
 def device() -> torch.device:
     """The device of this process, as Accelerate assigns it."""
-    return PartialState().device
+    place = processes.state().device
+    return torch.device("cpu") if place.type == "cpu" else place  # it numbers CPUs, which safetensors does not know
 
 
 def precision(wanted: str = "auto") -> str:

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,9 +22,11 @@ from t5lib.report.common import Quality
 from t5lib.report.data import ReportData
 from t5lib.training.classifier import Classification, TrainConfig
 from t5lib.training.trainer import TrainReport, train
+from t5lib.utils import processes
 from t5lib.utils.config import AtLeastOne, Rate, settings, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file, sha256
+from t5lib.utils.processes import WHOLE, Part
 from t5lib.utils.progress import progress
 from tasks.runtime.needs import Needs
 from tasks.runtime.tracking.registry.product import Product
@@ -138,6 +139,9 @@ class ClassifierTarget(Target[TrainConfig]):
     def shards(self) -> dict[str, int]:
         """Check the shards and write train.json and val.json."""
         config, classes = self.section("shards"), self.section("data").num_classes
+        return processes.by_first(lambda: self._checked(config, classes))
+
+    def _checked(self, config: ShardsConfig, classes: int) -> dict[str, int]:
         sets = {split: open_labelled(config, split, classes, self.stage) for split in ("train", "val")}
         _refuse_mismatch(sets["train"], sets["val"], classes)
         for split, shards in sets.items():
@@ -152,14 +156,13 @@ class ClassifierTarget(Target[TrainConfig]):
         if config.head == "fit":
             data, images = self.section("data"), self._shards("train")
             count = min(config.images or images.count, images.count)
-            batches = eval_batches(
-                images, transform(data), batch_size=data.eval_batch_size, limit=count, workers=data.workers
-            )
+            options = {"limit": count, "workers": data.workers, **_ours()}
+            batches = eval_batches(images, transform(data), batch_size=data.eval_batch_size, **options)
             fit_head(model, batches, count, config.l2)
         if config.finetune:
             steps = self.fit(model, config.finetune).steps
         seconds = time.monotonic() - begun
-        t5lib.save(model, self.stage.out)
+        self.save(model)
         return self.held_out(model) | {"seconds": seconds, "steps": steps}
 
     def evaluate(self, models: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -196,7 +199,7 @@ class ClassifierTarget(Target[TrainConfig]):
             self._stream(recipe.augment, recipe.batch_size, recipe.seed),
             Classification(recipe, data.num_classes, teacher),
             recipe,
-            steps=recipe.steps(count, PartialState().num_processes),
+            steps=recipe.steps(count),
             resume_dir=self.stage.resume_dir(),
             log=self.stage.log,
         )
@@ -204,8 +207,9 @@ class ClassifierTarget(Target[TrainConfig]):
     def held_out(self, model: nn.Module) -> dict[str, float]:
         """See Target; the predictions are kept beside what the stage made, for the stage `evaluate`."""
         logits, labels = self._predict({"model": model}, precision())
-        with atomic_file(self.stage.out / KEPT) as file:
-            save_file(logits, file, metadata={"precision": precision()})
+        if processes.leads():
+            with atomic_file(self.stage.out / KEPT) as file:
+                save_file(logits, file, metadata={"precision": precision()})
         measured = score(logits["model"], labels)
         return {"top1": measured.top1, "loss": measured.loss}
 
@@ -248,10 +252,10 @@ class ClassifierTarget(Target[TrainConfig]):
         return ShardSet.read(self.stage.input("shards") / f"{split}.json")
 
     def _stream(self, augment: AugmentConfig, batch_size: int, seed: int) -> Batches:
-        """Endless training batches of this process, from any batch number on."""
-        state, images, data = PartialState(), self._shards("train"), self.section("data")
+        """Endless training batches, from any batch number on."""
+        images, data = self._shards("train"), self.section("data")
 
-        def from_batch(start: int):
+        def from_batch(start: int, part: Part = WHOLE):
             return train_batches(
                 images,
                 transform(data, augment),
@@ -259,8 +263,7 @@ class ClassifierTarget(Target[TrainConfig]):
                 seed=seed,
                 start=start,
                 workers=data.workers,
-                rank=state.process_index,
-                world_size=state.num_processes,
+                part=part,
             )
 
         return from_batch
@@ -268,9 +271,11 @@ class ClassifierTarget(Target[TrainConfig]):
     def _predict(self, models: dict[str, nn.Module], mode: str) -> tuple[dict[str, Tensor], Tensor]:
         """The logits of models on all validation images, and the labels."""
         data, images = self.section("data"), self._shards("val")
-        batches = eval_batches(images, transform(data), batch_size=data.eval_batch_size, workers=data.workers)
-        with progress("evaluate", images.count) as bar:
-            return predict(models, batches, precision=mode, on_batch=bar.advance)
+        options, ours = {"batch_size": data.eval_batch_size, "workers": data.workers}, _ours()
+        batches = eval_batches(images, transform(data), **options, **ours)
+        with progress("evaluate", images.count // ours["world_size"]) as bar:
+            logits, labels = predict(models, batches, precision=mode, on_batch=bar.advance)
+        return {name: processes.in_order(each) for name, each in logits.items()}, processes.in_order(labels)
 
 
 def _check_images(embedding: nn.Module, data: DataConfig) -> None:
@@ -293,6 +298,11 @@ def _kept_logits(folder: Path, mode: str) -> Tensor | None:
         return None
     with safe_open(folder / KEPT, "pt") as file:
         return file.get_tensor("model") if file.metadata()["precision"] == mode else None
+
+
+def _ours() -> dict[str, int]:
+    """Which of the images this process runs a model on, for eval_batches."""
+    return {"rank": processes.state().process_index, "world_size": processes.state().num_processes}
 
 
 def _refuse_classes(shards: ShardSet, num_classes: int) -> None:

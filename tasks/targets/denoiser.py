@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from accelerate import PartialState
 from pydantic import Field
 from torch import nn
 
@@ -22,6 +21,7 @@ from t5lib.report.data import ReportData
 from t5lib.training.denoiser import DenoiserTrainConfig, Denoising, validation_loss
 from t5lib.training.objectives import Noising, noised_batch, noised_inputs, noising_of
 from t5lib.training.trainer import TrainReport, train
+from t5lib.utils import processes
 from t5lib.utils.config import BatchSize, Share, Workers, settings, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, sha256, write_json
@@ -33,7 +33,7 @@ from tasks.targets.denoiser_checks import check_numbers, check_pipeline, check_s
 from tasks.targets.denoiser_images import ORIGINS, ShardsConfig, encoders, gathered, only_samples, origins
 from tasks.targets.image_shards import listed, taken
 from tasks.targets.pipeline_checks import check_parts, check_weights, described, differences
-from tasks.targets.sample_evaluator import EvaluateConfig, SampleEvaluator
+from tasks.targets.sample_evaluator import Drawn, EvaluateConfig, SampleEvaluator
 
 SCHEDULER = "scheduler"  # its folder in what the stage `source` made
 DISTANCES = ("fid", "fd_dinov2")  # to real images: the score of a denoiser
@@ -161,11 +161,13 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         work = stage.resume_dir()
         for split, shards in sets.items():
             encode(shards, work / split, images=images, text=text, config=config.encode)
+        made_of = origins(config, sets)
         for split, shards in sets.items():
             stage.publish(split)
-            shards.write(stage.out / f"images-{split}.json", root=stage.root)
-        made_of = origins(config, sets)
-        write_json(stage.out / ORIGINS, made_of)
+            if processes.leads():
+                shards.write(stage.out / f"images-{split}.json", root=stage.root)
+        if processes.leads():
+            write_json(stage.out / ORIGINS, made_of)
         samples = {f"{split}_samples": each["samples"] for split, each in made_of.items() if each["samples"]}
         return taken(sets, config) | samples
 
@@ -174,27 +176,32 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         self.section("source")
         fetched, out = self.stage.input("fetch"), self.stage.out
         model = diffusers_folder.transformer(fetched, self.stage.root)
-        t5lib.save(model, out)
-        shutil.copytree(diffusers_folder.folder_of(fetched, self.stage.root) / "scheduler", out / SCHEDULER)
+        self.save(model)
+        schedule = diffusers_folder.folder_of(fetched, self.stage.root) / "scheduler"
+        processes.by_first(lambda: shutil.copytree(schedule, out / SCHEDULER))
         measured = self.held_out(model.to(device()), source=out)
         return measured | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
 
     def evaluate(self, models: dict[str, str]) -> dict[str, dict[str, Any]]:
         """Every model draws the same prompts from the same noise; writes every image and a picture of some."""
-        from t5lib.report import plots  # Matplotlib takes a second
-        from t5lib.report.sample_grid import sample_grid
-
         config, stage = self.section("evaluate"), self.stage
         self.section("data")  # asked for before resume_dir, which depends on it
         folders = {name: stage.input(made_by) for name, made_by in models.items()}
         evaluator = self.sample_evaluator(config)
         images = stage.resume_dir() / "images"
         drawn = {name: evaluator.draw(name, folder, images / name) for name, folder in folders.items()}
-        scores = evaluator.scores(drawn)
+        scores = processes.by_first(lambda: self._scored(evaluator, drawn, config.shown))
         stage.publish("images")
-        few = {name: each.images[: config.shown] for name, each in drawn.items()}
-        plots.save(sample_grid(few, evaluator.prompts[: config.shown]), stage.out / "samples.png")
-        stage.artifact(stage.out / "samples.png")
+        return scores
+
+    def _scored(self, evaluator: SampleEvaluator, drawn: dict[str, Drawn], shown: int) -> dict[str, dict[str, Any]]:
+        from t5lib.report import plots  # Matplotlib takes a second
+        from t5lib.report.sample_grid import sample_grid
+
+        scores = evaluator.scores(drawn)
+        few = {name: each.pixels[:shown] for name, each in drawn.items()}
+        plots.save(sample_grid(few, evaluator.prompts[:shown]), self.stage.out / "samples.png")
+        self.stage.artifact(self.stage.out / "samples.png")
         return scores
 
     def nothing_to_tune_on(self) -> str | None:
@@ -249,7 +256,8 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
             source: what the stage `source` made; None where it is that of another stage.
         """
         loss = self._loss(model, source)
-        write_json(self.stage.out / KEPT, {"loss": loss, "precision": precision()})
+        if processes.leads():
+            write_json(self.stage.out / KEPT, {"loss": loss, "precision": precision()})
         return {"loss": loss}
 
     def check_gate(self, measured: dict[str, float], config: FreezeConfig) -> dict[str, float]:
@@ -273,9 +281,9 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
 
     def _loss(self, model: nn.Module, source: Path | None = None) -> float:
         """On all validation images, each at one noise level; the same noise and levels for every model."""
-        batches = self._latents("val").eval_batches(self.section("data").eval_batch_size)
-        noising = self._noising(source)
-        return validation_loss({"model": model}, batches, noising=noising, precision=precision())["model"]
+        part, noising = processes.turns(), self._noising(source)
+        batches = self._latents("val").eval_batches(self.section("data").eval_batch_size, part)
+        return validation_loss({"model": model}, batches, noising=noising, precision=precision(), part=part)["model"]
 
     def product(self, scores: dict[str, Any]) -> Product:
         """See Target. A pipeline of the hub is fetched from there again; another one goes along."""
@@ -317,16 +325,10 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         return latents.in_memory(device()) if self.section("data").in_memory else latents
 
     def _stream(self, batch_size: int, seed: int) -> Batches:
-        """Endless training batches of this process, from any batch number on."""
-        state, data = PartialState(), self.section("data")
-        return self._latents("train").batches(
-            batch_size,
-            seed=seed,
-            drop=data.drop,
-            workers=0 if data.in_memory else data.workers,
-            rank=state.process_index,
-            world_size=state.num_processes,
-        )
+        """Endless training batches, from any batch number on."""
+        data = self.section("data")
+        workers = 0 if data.in_memory else data.workers
+        return self._latents("train").batches(batch_size, seed=seed, drop=data.drop, workers=workers)
 
     def _noising(self, source: Path | None = None) -> Noising:
         """Of the scheduler that the stage `source` kept, with the changes in the section `data`."""

@@ -9,6 +9,7 @@ from t5lib.data.encoding import EncodingConfig
 from t5lib.data.shards import ShardSet
 from t5lib.evaluation.generation import TextTokens
 from t5lib.evaluation.sample_shards import joined
+from t5lib.utils import processes
 from t5lib.utils.config import settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
@@ -75,9 +76,7 @@ def gathered(config: ShardsConfig, stage: Stage, folder: Path) -> dict[str, Shar
     Args:
         folder: of the pipeline.
     """
-    images = {split: _images(config, split, stage, folder) for split in SPLITS if getattr(config, split) is not None}
-    if len(images) == len(SPLITS):
-        refuse_overlap(images["train"], images["val"])
+    images = processes.by_first(lambda: _all_images(config, stage, folder))
     if not config.samples:
         return images
     splits = [split for split in SPLITS if config.drawn(split)]
@@ -114,6 +113,13 @@ def encoders(folder: Path, config: ShardsConfig) -> tuple[ImageEncoder, TextEnco
     parts = encoding_pipeline(folder, config.dtype)
     text = TextEncoder(parts, max_sequence_length=config.max_sequence_length, **options)
     return ImageEncoder(parts.vae, **image_options), text
+
+
+def _all_images(config: ShardsConfig, stage: Stage, folder: Path) -> dict[str, ShardSet]:
+    images = {split: _images(config, split, stage, folder) for split in SPLITS if getattr(config, split) is not None}
+    if len(images) == len(SPLITS):
+        refuse_overlap(images["train"], images["val"])
+    return images
 
 
 def _images(config: ShardsConfig, split: str, stage: Stage, folder: Path) -> ShardSet:

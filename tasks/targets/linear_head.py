@@ -7,12 +7,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from t5lib.data.images import Batch
+from t5lib.utils import processes
 from t5lib.utils.errors import T5Error
 from t5lib.utils.progress import progress
 
 
 def fit_head(model: nn.Module, batches: Iterable[Batch], count: int, l2: float) -> None:
     """Fit `model.head` on the features of `batches` (images (B, 3, H, W), labels (B,)): `count` images, each once.
+
+    Of several processes each has every so many of the images, and all end with the same head.
 
     Args:
         l2: weight of the head's squared norm, on standardized features.
@@ -21,7 +24,7 @@ def fit_head(model: nn.Module, batches: Iterable[Batch], count: int, l2: float) 
         T5Error: the model's head is not one linear layer.
     """
     _check_head(model)
-    features, labels = _features(model, batches, count)
+    features, labels = (processes.in_order(part) for part in _features(model, batches, count))
     mean, std = features.mean(0), features.std(0) + 1e-6
     features = (features - mean) / std
     weight = torch.zeros_like(model.head.weight, dtype=torch.float32, requires_grad=True)
@@ -38,6 +41,7 @@ def fit_head(model: nn.Module, batches: Iterable[Batch], count: int, l2: float) 
     with torch.no_grad():
         model.head.weight.copy_(weight / std)
         model.head.bias.copy_(bias - (weight / std) @ mean)
+    processes.alike([model.head.weight.data, model.head.bias.data])
 
 
 def _check_head(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ A stage is a module of tasks/ with the sections that it reads and what it does w
 Neither DVC nor Prefect nor MLflow is needed to run one.
 """
 
+import os
 import signal
 import sys
 import time
@@ -24,9 +25,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from t5lib.utils import processes
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import sha256
-from tasks.runtime import command_line, local_sources
+from tasks.runtime import command_line, launch, local_sources
 from tasks.runtime.failures import in_words
 from tasks.runtime.params import read_target
 from tasks.runtime.stage import Stage
@@ -53,27 +55,51 @@ def run_stage(
         T5Error: disk, permission or memory stopped it, in words.
         Exception: what else the stage raises; either is also written to `data/scratch/<target>/<stage>.error.json`.
     """
-    root = Path(root)
+    stage, run = _stage(name, target, params, Path(root))
+    if not processes.leads():
+        return _follow(stage, run)
+    with in_words(stage.root, stage.kept), stage.alone():
+        return _lead(stage, run, track)
+
+
+def _stage(
+    name: str, target: str, params: dict[str, Any] | None, root: Path
+) -> tuple[Stage, Callable[[], dict[str, Any]]]:
+    """The stage, and what it does."""
     settings = read_target(root, target) if params is None else params
     module, of_kind = import_module(f"tasks.{name}"), kind(settings)
     sections = {section: of_kind.SECTIONS[section] for section in module.READS}
     stage = Stage(name, target, settings=settings, sections=sections, root=root)
-    with in_words(root, stage.kept), stage.alone():
-        return _run_alone(stage, lambda: module.run(of_kind(stage)), track)
+    return stage, lambda: module.run(of_kind(stage))
 
 
-def _run_alone(stage: Stage, run: Callable[[], dict[str, Any]], track: bool) -> dict[str, Any]:
+def _follow(stage: Stage, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Share the work of a stage that the first process makes."""
+    try:
+        with in_words(stage.root, stage.kept):
+            processes.wait()
+            return run()
+    except BaseException as error:
+        if not stage.fail(error):
+            sys.exit(1)
+        raise
+
+
+def _lead(stage: Stage, run: Callable[[], dict[str, Any]], track: bool) -> dict[str, Any]:
     try:
         with in_words(stage.root, stage.kept):
             stage.begin()
+            processes.wait()
             if track:
                 stage.run_log = start_stage(stage.root, stage.target, stage.name, stage.settings)
             metrics = run()
             stage.succeed(metrics)
     except BaseException as error:
-        stage.fail(error)
+        own = stage.fail(error)
         stage.run_log.set_tags({"device": device()})
-        stage.run_log.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        stage.run_log.finish("KILLED" if own and isinstance(error, KeyboardInterrupt) else "FAILED")
+        if not own:
+            sys.exit(1)
         raise
     stage.run_log.log_metrics(metrics)
     stage.run_log.set_tags({"device": device(), "metrics_sha256": sha256(stage.metrics_file)})
@@ -84,7 +110,11 @@ def _run_alone(stage: Stage, run: Callable[[], dict[str, Any]], track: bool) -> 
 
 
 def main(run: Callable[..., dict[str, Any]]) -> None:
-    """The command line of the stage `run` is of: one argument, the target. Exit status 1 on error, 130 when stopped."""
+    """The command line of the stage `run` is of: one argument, the target. Exit status 1 on error, 130 when stopped.
+
+    A module that says TOGETHER = True is run in several processes (tasks/runtime/launch.py). Where a launcher started
+    several for another stage, the first of them does it.
+    """
     name = Path(run.__code__.co_filename).stem
     command = f"python -m tasks.{name} dinov2-fashion"
     parser = command_line.parser(f"tasks.{name}", f"{run.__globals__['__doc__']}\n\n    {command}\n\n{HOW}")
@@ -92,14 +122,52 @@ def main(run: Callable[..., dict[str, Any]]) -> None:
     target = parser.parse_args().target
     for stop in (signal.SIGINT, signal.SIGTERM):  # also where a background shell made us ignore Ctrl-C
         signal.signal(stop, signal.default_int_handler)
-    started = time.monotonic()
+    together, reads = run.__globals__.get("TOGETHER", False), run.__globals__["READS"]
     try:
-        # Every setting, and every file, also those that later stages read: no work shall be lost to a slip.
-        local_sources.check(Path("."), target, resolve(".", target))
-        metrics = run_stage(name, target, track=True)
+        if launch.joined() and not _join(together):
+            return
+        number, config = 1, launch.config(Path("."))
+        os.environ.setdefault(processes.STRATEGY, config.strategy)
+        if processes.leads():
+            # Every setting, and every file, also those that later stages read: no work shall be lost to a slip.
+            settings = resolve(".", target)
+            local_sources.check(Path("."), target, settings)
+            if together and not launch.joined():
+                number = launch.number(config.processes, {section: settings[section] for section in reads})
+        if number > 1:
+            _launch(name, target, number)
+        else:
+            _do(name, target)
     except T5Error as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(launch.INTERRUPTED)
+
+
+def _do(name: str, target: str) -> None:
+    started = time.monotonic()
+    metrics = run_stage(name, target, track=True)
     shown = [f"{key} {value:.4g}" for key, value in flatten(metrics).items() if isinstance(value, int | float)]
     print(f"{name} done in {time.monotonic() - started:.0f} s: {', '.join(shown[:6])}", flush=True)
+
+
+def _join(together: bool) -> bool:
+    """Become one of the processes that a launcher started; False where there is nothing to do for this one."""
+    launch.end_with_launcher()
+    if not processes.leads():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
+        return together
+    if not together:
+        launch.leave()
+    return True
+
+
+def _launch(name: str, target: str, number: int) -> None:
+    """Run the stage in so many processes; one that is killed cannot say so itself."""
+    print(f"{name}: {number} processes", flush=True)
+    try:
+        launch.start(f"tasks.{name}", [target], number)
+    except T5Error as error:
+        stage, _ = _stage(name, target, None, Path("."))
+        stage.fail(error)
+        raise

@@ -15,6 +15,7 @@ from t5lib.evaluation import cutout_retrieval, features, scores
 from t5lib.evaluation.generation import GenerateConfig, generate, read_images
 from t5lib.evaluation.prompts import Job, seed_of
 from t5lib.pipelines import load_pipeline
+from t5lib.utils import processes
 from t5lib.utils.config import settings
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
@@ -53,10 +54,16 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a model did: its held-out loss, and images (n, C, H, W) uint8, one for each of `SampleEvaluator.asked`."""
+    """What a model did: its held-out loss, and a file for each of `SampleEvaluator.asked`."""
 
     loss: float
-    images: Tensor
+    files: list[Path]
+    channels: int
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """(n, C, H, W) uint8."""
+        return read_images(self.files, channels=self.channels)
 
 
 class SampleEvaluator:
@@ -103,7 +110,10 @@ class SampleEvaluator:
         return [image.prompt if isinstance(image.prompt, str) else str(image.name) for image in self.asked]
 
     def draw(self, name: str, model: Path, images: Path) -> Drawn:
-        """Load the model (of t5lib.save), take its loss, and draw into `images` what is not there yet; bf16 on CUDA."""
+        """Load the model (of t5lib.save), take its loss, and draw into `images` what is not there yet; bf16 on CUDA.
+
+        Several processes take the batches of images in turn, so that each is drawn together with the same others.
+        """
         dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
         loaded = t5lib.load(model, device())
         loss = self._held_out(model, loaded)
@@ -116,18 +126,22 @@ class SampleEvaluator:
             Job(path=images / f"{number:05}.png", prompt=image.prompt, seeds=(seed_of(0, number, 0),))
             for number, image in enumerate(self.asked)
         ]
-        generate(self._pipe, jobs, self.config.sampling, model=name)
-        return Drawn(loss, read_images([job.path for job in jobs], channels=self.channels))
+        state, size = processes.state(), self.config.sampling.batch_size
+        first = range(state.process_index * size, len(jobs), state.num_processes * size)
+        ours = [job for start in first for job in jobs[start : start + size]]
+        generate(self._pipe, ours, self.config.sampling, model=name)
+        processes.wait()
+        return Drawn(loss, [job.path for job in jobs], self.channels)
 
     def scores(self, drawn: dict[str, Drawn]) -> dict[str, dict[str, Any]]:
         """What applies (t5lib.report.score_table.METRICS) to each model and to real images; "source" must be there."""
         held_out = real_images.stacked(list({id(image): image for image in self.asked}.values()))
-        pictures = {name: each.images for name, each in drawn.items()}
+        pictures = {name: each.pixels for name, each in drawn.items()}
         found = scores.fidelity(pictures, held_out, self._extractor, device=device())
         for name, each in drawn.items():
-            found[name] = {"loss": each.loss, **found[name], **self._following(each.images)}
+            found[name] = {"loss": each.loss, **found[name], **self._following(each.pixels)}
             if name != "source":
-                found[name] |= scores.distance_to(each.images, drawn["source"].images, self._dinov2)
+                found[name] |= scores.distance_to(each.pixels, drawn["source"].pixels, self._dinov2)
         if self._reference != REAL:
             found = {name: {**each, "reference": self._reference} for name, each in found.items()}
         found[self._reference] = self._following(real_images.stacked(self.asked))

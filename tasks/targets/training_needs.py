@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from t5lib.training.trainer import LoopConfig
+from t5lib.training.recipe import LoopConfig
 from t5lib.utils.errors import T5Error
 from tasks.runtime import cards
 from tasks.runtime.needs import Check, Memory

@@ -1,7 +1,6 @@
 """A small training, to be run by tests in this process, or in others that are killed or that train together."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterator
 from itertools import count
@@ -56,23 +55,6 @@ def job(out: Path, resume_dir: Path, pause_at: int | None = None) -> None:
     model = converted()
     run(model, ALL_ON, source=pausing, resume_dir=resume_dir)
     save_file(model.state_dict(), out)
-
-
-def part_of_two(rank: int, port: int, folder: Path, config: TrainConfig) -> None:
-    """Train on one half of every batch of eight, together with another process, as under torchrun."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    model, losses = deterministic(), []
-
-    def halves(start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for number in count(start):
-            yield tuple(part[rank * 4 : rank * 4 + 4] for part in batch(number, size=8))
-
-    log = {"log": lambda values, _: losses.append(values["loss"])}
-    run(model, config, source=halves, resume_dir=folder / "checkpoints", **log)
-    save_file(model.state_dict(), folder / f"rank{rank}.safetensors")
-    (folder / f"rank{rank}.logged").write_text(str(len(losses)))
 
 
 def deterministic() -> nn.Module:

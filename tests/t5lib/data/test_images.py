@@ -19,6 +19,7 @@ from t5lib.data.images import AugmentConfig, DataConfig, _TrainStream, eval_batc
 from t5lib.data.shards import ShardSet
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import sha256, write_json
+from t5lib.utils.processes import WHOLE, Part
 
 PLAIN = DataConfig(img_size=14, num_classes=10, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 HEAVY = AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", hflip=0.5, scale=(0.3, 1.0), re_prob=0.5)
@@ -104,7 +105,7 @@ def test_a_stream_can_be_repeated_and_taken_up_at_any_batch(four, workers):
 
 def test_fewer_shards_than_slots_can_be_taken_up_too(tmp_path):
     lone = numbered(tmp_path, 23)
-    options = {"workers": 2, "rank": 1, "world_size": 2}
+    options = {"batch_size": 4, "workers": 2, "part": Part(row=1, rows=2)}
     assert_same(first(9, lone, **options)[4:], first(5, lone, **options, start=4))
 
 
@@ -139,13 +140,21 @@ def test_samples_and_shards_are_each_mixed_anew_in_every_epoch(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("counts", [(42,), (13, 7, 22), (10, 10, 11, 11)], ids=str)
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_out_an_epoch_without_overlap(tmp_path, counts, world_size):
-    shards = numbered(tmp_path, *counts)
-    parts = [
-        first(42 // world_size, shards, batch_size=1, rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
-    assert Counter(n for part in parts for images, _ in part for n in numbers(images)) == Counter(range(42))
+def test_an_epoch_has_every_sample_once(tmp_path, counts):
+    batches = first(7, numbered(tmp_path, *counts), batch_size=6)
+    assert Counter(n for images, _ in batches for n in numbers(images)) == Counter(range(42))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [2, 3])
+def test_processes_make_their_part_of_the_one_stream_whatever_their_number(four, workers, number):
+    """Beyond an epoch, and taken up in the middle; the shards are of unequal sizes."""
+    whole = first(18, four, batch_size=6, workers=workers)[6:]
+    options = {"batch_size": 6, "workers": workers, "start": 6}
+    for place in range(number):
+        assert_same(whole[place::number], first(12 // number, four, **options, part=Part(turn=place, turns=number)))
+        rows = [(images[place::number], labels[place::number]) for images, labels in whole]
+        assert_same(rows, first(12, four, **options, part=Part(row=place, rows=number)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -300,8 +309,8 @@ def test_a_manifest_that_cannot_be_true_is_refused(tmp_path, change, message):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"start": -1}, "start is -1"),
         ({"seed": -1}, "seed is -1"),
-        ({"rank": 2, "world_size": 2}, "rank is 2; expected 0 to 1"),
-        ({"world_size": 48}, "workers × world_size is 48; expected at most the 47 samples"),
+        ({"part": Part(row=1, rows=3)}, "batch_size holds 4 samples, which 3 processes cannot share evenly"),
+        ({"workers": 48}, "workers is 48; expected at most the 47 samples"),
     ],
 )
 def test_arguments_are_refused_before_any_batch(four, options, message):
@@ -346,7 +355,7 @@ def test_full_strength_posterize_works():
 
 
 def test_workers_can_be_spawned(four):
-    stream = _TrainStream(four, transform(PLAIN, HEAVY), 4, 0, 1, seed=0, start=2)
+    stream = _TrainStream(four, transform(PLAIN, HEAVY), 4, slice(4), WHOLE, seed=0, start=2)
     assert_same(list(islice(pickle.loads(pickle.dumps(stream)), 2)), list(islice(stream, 2)))
 
 

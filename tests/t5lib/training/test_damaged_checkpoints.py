@@ -55,17 +55,16 @@ def damage(path: Path, how: str) -> None:
         path.write_bytes(change(path.read_bytes()))
 
 
-def test_none_of_84_damages_is_taken_for_a_whole_checkpoint(saved, tmp_path, caplog):
+def test_none_of_72_damages_is_taken_for_a_whole_checkpoint(saved, tmp_path, caplog):
     trainer = Trainer(converted(), Classification(ALL_ON, 7), ALL_ON, STEPS)
     files = sorted(path.name for path in (saved / "step-0000006").iterdir())
     assert files == [
-        "done.json", "ema.safetensors", "files.json", "made_by.json", "model.safetensors", "optimizer.bin",
-        "random_states_0.pkl",
+        "done.json", "ema.safetensors", "files.json", "made_by.json", "model.safetensors", "optimizer.pt",
     ]  # fmt: skip
     older = copied(saved, tmp_path / "older")
     shutil.rmtree(older / "step-0000006")
     trainer.load(older)
-    expected, random = state(trainer.plain), torch.get_rng_state()
+    expected = state(trainer.plain)
     tried = 0
     for file in files:
         for how in DAMAGES:
@@ -74,14 +73,12 @@ def test_none_of_84_damages_is_taken_for_a_whole_checkpoint(saved, tmp_path, cap
             caplog.clear()
             with torch.no_grad():
                 trainer.plain.head.weight.zero_()
-            torch.manual_seed(0)
             trainer.load(folder)
             assert trainer.done.step == 3 and same(state(trainer.plain), expected), (file, how)
-            assert torch.equal(torch.get_rng_state(), random), (file, how)
             assert f"{folder}/step-0000006 is damaged" in caplog.text and "going on from" in caplog.text
             tried += 1
     trainer.close()
-    assert tried == 84
+    assert tried == 72
 
 
 @pytest.mark.parametrize("files", ["calibrate.pt", "made_by.json", "files.json"])

@@ -73,7 +73,7 @@ def test_first_loss_is_the_objectives_on_noise_that_follows_from_seed_and_batch(
     make, batches, objective = MODELS[kind]
     model, expected = make(), []
     for number in range(2):
-        noised = objective.noised(next(batches(number)), seeded(PLAIN.seed, 0, number, 0))
+        noised = objective.noised(next(batches(number)), seeded(PLAIN.seed, 0, number))
         expected.append(objective.loss(model(**noised.inputs, return_dict=False)[0], noised).item())
     config = dataclasses.replace(PLAIN, steps=1, accumulate=2)
     assert losses(model, config) == pytest.approx([sum(expected) / 2], rel=1e-5)
@@ -134,7 +134,7 @@ def test_averaged_weights_teach_and_are_the_result():
     run(model, config, log=lambda values, _: (told.append(values["loss"]), weights.append(state(model))))
     average, objective = weights[0], RectifiedFlow()
     for number, student in enumerate(weights[:-1]):
-        noised = objective.noised(sd3_batch(number), seeded(0, 0, number, 0))
+        noised = objective.noised(sd3_batch(number), seeded(0, 0, number))
         given, wanted = (predicted(values, noised) for values in (student, average))
         seen.append((objective.loss(given, noised) + 50 * F.mse_loss(given, wanted)).item())
         decay = min(0.5, 1 - (1 + number) ** (-2 / 3))  # timm's warm-up of the decay
@@ -155,7 +155,7 @@ def predicted(weights: dict[str, torch.Tensor], noised) -> torch.Tensor:
 def test_source_teaches_its_prediction_and_stays_as_it_is(kind):
     make, batches, objective = MODELS[kind]
     model, source = make(), make(seed=1)
-    noised = objective.noised(next(batches(0)), seeded(0, 0, 0, 0))
+    noised = objective.noised(next(batches(0)), seeded(0, 0, 0))
     with torch.no_grad():
         given, wanted = (each(**noised.inputs, return_dict=False)[0] for each in (model, source))
     distance = F.mse_loss(given[:, :4], wanted[:, :4])  # of what both denoise with, not of DiT's variance

@@ -1,0 +1,58 @@
+"""The settings that every training has."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from t5lib.training.checkpoints import Kept
+from t5lib.utils.config import AtLeastOne, BatchSize, Rate, Share, WholeNumber, settings
+
+Decay = Annotated[float, Field(gt=0, lt=1)]
+
+
+@settings
+class LoopConfig:
+    """The part of a training recipe that does not depend on the loss.
+
+    Attributes:
+        batch_size: examples a forward pass, of all processes together.
+        accumulate: forward passes a step. Several processes take them in turn where their number divides it, or else
+            share each of them, so their number must divide `accumulate` or `batch_size`. A step is the same anyway.
+        lr, lr_new: peak learning rates of inherited and of new parameters (adapters count as new).
+        min_lr: the cosine's end, as a part of the peak; 1 for a constant rate.
+        warmup: part of all steps with linearly rising learning rate.
+        weight_decay: AdamW's, for matrices; vectors, biases and what timm spares (position tables) get none.
+        clip_norm: bound of the gradient's norm; null for none.
+        ema: decay of the averaged weights, which are then the result; null for none.
+        trainable: "all"; "new" for the freeze protocol; "lora" for low-rank adapters of the projections around the
+            new layers, merged at the end, everything else frozen (t5lib.training.lora); of a softmax model, around
+            all attentions.
+        lora_rank, lora_alpha: width of the adapters, and their factor times lora_rank.
+        precision: "fp32" or "bf16" (autocast).
+        compile: torch.compile the transformer blocks, each by itself; one compilation serves all that are alike.
+        gradient_checkpointing: compute a block's activations again in the backward pass instead of keeping them.
+        optimizer: "adamw"; "adamw8bit", whose state takes a quarter of the memory (needs bitsandbytes); "muon", which
+            steps inherited matrices by their orthogonalized momentum (arXiv 2502.16982) and the rest as AdamW does.
+        checkpoint_every: steps between checkpoints.
+        checkpoints_kept: how many of them are kept, for the case that a disk damages the newest.
+    """
+
+    batch_size: BatchSize = 64
+    accumulate: BatchSize = 1
+    lr: Rate = 2e-5
+    lr_new: Rate = 4e-4
+    min_lr: Share = 0.01
+    warmup: Share = 0.1
+    weight_decay: Rate = 0.05
+    clip_norm: Annotated[float, Field(ge=1e-6)] | None = 1.0
+    ema: Decay | None = None
+    trainable: Literal["all", "new", "lora"] = "all"
+    lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    lora_alpha: Annotated[float, Field(gt=0, le=1e4)] = 16.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    checkpoint_every: AtLeastOne = 100
+    checkpoints_kept: Kept = 2
+    seed: WholeNumber = 0

@@ -1,0 +1,139 @@
+"""As many processes for a stage as params.yaml says: started by Accelerate's launcher, or joined where torchrun, SLURM
+or `accelerate launch` started them already.
+
+The section `launch` is of the whole repository. No result depends on it, and so no stage does: on another machine
+nothing is run again.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from ctypes import CDLL
+from pathlib import Path
+from typing import Any, Literal
+
+from t5lib.utils.config import AtLeastOne, from_dict, settings
+from t5lib.utils.errors import T5Error
+from tasks.runtime import params, warm
+
+OUTER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # what a launcher tells the processes that it starts
+INTERRUPTED = 130
+DEATH_SIGNAL = 1  # of Linux's prctl: PR_SET_PDEATHSIG
+
+
+@settings
+class LaunchConfig:
+    """How many processes share the work of a stage.
+
+    Attributes:
+        processes: on this machine; null for one on each accelerator that torch sees, or as many of them as can share
+            the batches of the stage, and one where there is none.
+        strategy: "ddp", every process with all weights; or "fsdp2", with a piece of weights, gradients and optimizer,
+            for a training that is too large for one card.
+    """
+
+    processes: AtLeastOne | None = None
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+
+
+def config(root: Path) -> LaunchConfig:
+    """Raises T5Error for a section `launch` with other settings."""
+    return from_dict(LaunchConfig, params.read(root).get("launch") or {}, "params.yaml: launch")
+
+
+def number(chosen: int | None, sections: Mapping[str, Any]) -> int:
+    """How many processes a stage that reads these sections is to be started in.
+
+    Args:
+        chosen: LaunchConfig.processes.
+
+    Raises:
+        T5Error: so many processes cannot share the stage's batches.
+    """
+    wanted = chosen
+    if wanted is None:
+        import torch
+
+        wanted = max(1, torch.accelerator.device_count())
+    most = next(fewer for fewer in range(wanted, 0, -1) if not _uneven(sections, fewer))
+    if most < wanted:
+        reason = f"{wanted} processes cannot share {_uneven(sections, wanted)}"
+        if chosen:
+            raise T5Error(f"params.yaml: launch.processes: {reason}; expected such as {most}, or other batches")
+        print(f"{most} of {wanted} accelerators: {reason}", flush=True)
+    return most
+
+
+def _uneven(settings: Mapping[str, Any], processes: int) -> str:
+    """The batches in sections that so many processes cannot share (t5lib.training.trainer.part_of), in words; "" if
+    they can share all."""
+    for name, section in settings.items():
+        if not isinstance(section, Mapping) or section.get("steps") == 0:
+            continue
+        if inner := _uneven(section, processes):
+            return f"{name}.{inner}"
+        size, turns = section.get("batch_size", 0), section.get("accumulate", 1)
+        pairs = 2 if section.get("mixup") or section.get("cutmix") else 1
+        if "lr" in section and turns % processes and size % (processes * pairs):
+            return f"{name}.batch_size {size} with accumulate {turns}{', in pairs' if pairs == 2 else ''}"
+    return ""
+
+
+def joined() -> bool:
+    """Whether a launcher has started this process, with others."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def leave() -> None:
+    """This process works alone, although a launcher started others."""
+    for name in OUTER:
+        os.environ.pop(name, None)
+
+
+def end_with_launcher() -> None:
+    """Let this process be interrupted when its launcher is killed, which can tell nobody any more."""
+    if sys.platform == "linux":
+        CDLL(None).prctl(DEATH_SIGNAL, signal.SIGTERM)
+
+
+def start(module: str, arguments: Sequence[str], processes: int) -> None:
+    """Run `python -m module arguments` in so many processes of one group, until all have ended.
+
+    An error in one of them ends them all. Their outputs are ours.
+
+    Raises:
+        T5Error: one was killed.
+        SystemExit: one failed, and has said why; 130 when we were interrupted, once all have saved what they do.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # long words of its own about what they say
+    os.environ |= _environment(os.environ, processes)
+    options = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--module", module, *arguments]
+    try:
+        launch_command(launch_command_parser().parse_args(options))
+    except SignalException:
+        sys.exit(INTERRUPTED)
+    except ChildFailedError as error:
+        ends = {place: failure.exitcode for place, failure in error.failures.items()}
+        for place, status in ends.items():
+            if status == -signal.SIGKILL:
+                raise T5Error(
+                    f"process {place} of {processes} was killed, and the others were ended; if memory was short, take "
+                    "a smaller batch_size"
+                ) from None
+        sys.exit(INTERRUPTED if INTERRUPTED in ends.values() else 1)
+
+
+def _environment(environment: Mapping[str, str], processes: int) -> dict[str, str]:
+    """What the processes get beside our own: their share of the cores, and the way to start at once."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    extra = {"OMP_NUM_THREADS": str(max(1, cores // processes))}
+    extra["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # or DDP would warn that it looks for unused weights, and why not to
+    extra = {name: environment.get(name, value) for name, value in extra.items()}
+    return extra | ({warm.ADDRESS: environment[warm.KEPT]} if warm.KEPT in environment else {})
