@@ -163,7 +163,7 @@ PAGES = {
         {
             '["softmax"] * 6 + ["swiglu"] * 6': '["softmax", "swiglu"]',
             'plan(model, 518, "cuda"': f'plan(model, {SIDE}, "cpu"',
-            "PlanConfig(batch=8)": "PlanConfig(repeats=1, warmup=1, factors=(1.0,))",
+            "PlanConfig(batch=8)": "PlanConfig(repeats=9, factors=(1.0,))",
             '[half], "cuda")': '[half], "cpu")',
         },
     ),

@@ -315,14 +315,6 @@ def test_gradient_checkpointing_gives_equal_gradients():
         torch.testing.assert_close(gradient, plain[name], msg=name)
 
 
-@torch.no_grad()
-def test_the_whole_model_compiles_as_one_graph_also_after_the_size_changed():
-    converted = t5lib.convert(tiny_sd3(num_layers=2, dual_attention_layers=(0,)), CONFIG)
-    compiled = torch.compile(copy.deepcopy(converted), fullgraph=True, backend="eager")
-    for size in ({}, {"height": 12, "width": 10, "text": 6}, {}):
-        torch.testing.assert_close(run(compiled, **size), run(converted, **size))
-
-
 @pytest.mark.parametrize(("inherit", "started"), [("attention", ("ff", "ff_context")), ("mlp", ("attn", "attn2"))])
 def test_what_is_not_inherited_starts_afresh(inherit, started):
     model = tiny_sd3()
