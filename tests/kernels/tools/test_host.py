@@ -1,0 +1,33 @@
+"""Time on the host: which ways of calling are timed, and that nothing is told without a card."""
+
+import json
+
+import pytest
+import torch
+from t5kernels.tools import host
+from triton_device import needs_cuda
+
+
+def test_a_round_times_its_calls_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    clock = iter(range(1000))
+    monkeypatch.setattr(host.time, "perf_counter", lambda: next(clock))
+    made, used = [], []
+    assert host.host_us(lambda: used.append(made.pop()), lambda: made.append(1)) == 1e6 / host.CALLS
+    assert len(used) == host.CALLS * host.ROUNDS and not made
+
+
+def test_without_a_card_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        host.main(["--out", str(tmp_path / "host.json")])
+    assert "no CUDA device" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_every_way_of_calling_is_timed(tmp_path):
+    host.main(["--out", str(tmp_path / "host.json")])
+    for row in json.loads((tmp_path / "host.json").read_text())["rows"]:
+        times = [value for name, value in row.items() if name.endswith("_us")]
+        assert len(times) == 6 and all(time > 0 for time in times)
