@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from t5kernels.tools.bench import write
 from t5kernels.tools.cases import Case, Inputs
 
 CASES = (
@@ -67,11 +68,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("no CUDA device; this measures how long Python takes to start kernels on one")
-    report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": []}
+    rows: list[dict[str, Any]] = []
     for case in CASES:
-        report["rows"].append(measure(case))
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
-        print(json.dumps(report["rows"][-1], indent=1), flush=True)
+        rows.append(measure(case))
+        write(options.out, {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows})
+        print(json.dumps(rows[-1], indent=1), flush=True)
 
 
 if __name__ == "__main__":
