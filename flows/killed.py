@@ -23,7 +23,7 @@ def sign_and_sweep(log: logging.Logger | logging.LoggerAdapter) -> None:
                 if is_gone(run):
                     crash(client, run)
     except Exception as error:  # the record must not stop the work
-        log.warning("Prefect's record of earlier runs could not be cleared up: %s: %s", type(error).__name__, error)
+        log.warning("Prefect's record of earlier runs could not be cleaned up: %s: %s", type(error).__name__, error)
 
 
 def in_state(state: StateType) -> filters.FlowRunFilter:

@@ -61,7 +61,7 @@ def number(chosen: int | None, sections: Mapping[str, Any]) -> int:
     if most < wanted:
         reason = f"{wanted} processes cannot share {_uneven(sections, wanted)}"
         if chosen:
-            raise T5Error(f"params.yaml: launch.processes: {reason}; expected such as {most}, or other batches")
+            raise T5Error(f"params.yaml: launch.processes: {reason}; take {most}, for example, or other batch sizes")
         print(f"{most} of {wanted} accelerators: {reason}", flush=True)
     return most
 

@@ -369,7 +369,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", default=sets, help="layer sets to compare, as convert.layers takes them")
     parser.add_argument("--steps", type=int, nargs="+", required=True, help="steps of the fine-tunes; 0: no fine-tune")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds; every arm is run with each")
-    parser.add_argument("--out", type=Path, required=True, help="path of the .json, .md and .png, without ending")
+    parser.add_argument("--out", type=Path, required=True, help="path of the .json, .md and .png, with no file ending")
     parser.add_argument("--work", type=Path, default=Path("data/scratch/curves"), help="where partial work is kept")
     parser.add_argument(
         "--until",

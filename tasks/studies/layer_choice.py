@@ -388,7 +388,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="torch.compile the calibration step")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="device that all of it runs on")
-    parser.add_argument("--out", type=Path, required=True, help="path of the .json, .md and .png, without ending")
+    parser.add_argument("--out", type=Path, required=True, help="path of the .json, .md and .png, with no file ending")
     parser.add_argument("--work", type=Path, default=Path("data/scratch/plan"), help="where partial work is kept")
     return parser
 

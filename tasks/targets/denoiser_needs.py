@@ -107,7 +107,7 @@ def needs(sections: dict[str, Any], root: Path, target: str, *, online: bool) ->
     remotes = _remotes(sections, root, target, fetched=folder is not None)
     one = _denoiser(sections, configs, train, val)
     if one is None:
-        unknown = Check("size of the model", "its config is not within reach", known=False)
+        unknown = Check("size of the model", "its config cannot be reached", known=False)
         return Needs(remotes, checks=(*checks, unknown))
     made = {stage.stem for stage in root.glob(f"data/out/{target}/*.json")}
     return Needs(remotes, _rooms(one, made), tuple(_memories(one)), tuple(_works(one, made)), tuple(checks))

@@ -45,7 +45,7 @@ def note_of_flow(target: str, settings: dict[str, Any], commit: str) -> str:
     model = fetch.get("architecture") or "a diffusers pipeline"
     method = ", ".join(f"{name} `{convert[name]}`" for name in TELLING if name in convert)
     origin = f" from `{without_secrets(str(fetch['source']))}`" if "source" in fetch else ""
-    state = "" if not commit.endswith("-dirty") else ", with changes that were not committed"
+    state = "" if not commit.endswith("-dirty") else ", with uncommitted changes"
     return (
         f"Softmax attention of {model}{origin} is replaced: {method}.\n\n"
         f"- Again: `python -m flows.t5 {target}` at commit `{commit.removesuffix('-dirty')}`{state}\n"

@@ -26,7 +26,7 @@ def _never_fatal(method: Callable) -> Callable:
                 method(self, *args, **kwargs)
             except Exception as error:
                 self.broken, self.id = True, None
-                tell(error, "this run is not recorded further")
+                tell(error, "the rest of this run is not recorded")
 
     return guarded
 

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "write OUT.md and a picture OUT-TABLE.png for every table, from a result file alone"
     sub = command(tables, about, "smoke.json --out smoke")
     sub.add_argument("file", type=Path, help="what `run` wrote")
-    sub.add_argument("--out", type=Path, required=True, help="path of the .md and the pictures, without ending")
+    sub.add_argument("--out", type=Path, required=True, help="path of the .md and the pictures, with no file ending")
     about = "record a result file in MLflow; what is recorded already is not doubled"
     sub = command(record, about, "smoke.json", name="import")
     sub.add_argument("file", type=Path, help="what `run` wrote, here or on another machine")

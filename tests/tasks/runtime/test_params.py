@@ -92,7 +92,7 @@ def test_a_changed_target_is_written_beside_the_others_and_read_as_what_it_is(sm
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("other", "has a target 'other' of its own; take another name"), ("a/b", "'a/b' is no name for a target")],
+    [("other", "already defines a target 'other'; take another name"), ("a/b", "'a/b' is not a name for a target")],
 )
 def test_a_changed_target_takes_no_place_of_another(small_repo, name, message):
     before = (small_repo.root / "params.yaml").read_text()
