@@ -142,12 +142,12 @@ def read_description(folder: Path | str) -> dict[str, Any]:
         raise T5Error(f"{folder}/{DESCRIPTION} holds a {type(description).__name__}; save or copy the folder again")
     found = description.get("format")
     if found != FORMAT or type(found) is not int:  # true is 1, too
-        raise T5Error(f"{folder}/{DESCRIPTION} is of format {shown(found)}; this t5lib reads {FORMAT}: update it")
+        raise T5Error(f"{folder}/{DESCRIPTION} has format {shown(found)}; this t5lib reads {FORMAT}: update it")
     expected = ENTRIES | {name: kind for name, kind in OPTIONAL.items() if name in description}
     wrong = [name for name, kinds in expected.items() if not isinstance(description.get(name, False), kinds)]
     if wrong:
         told = ", ".join(f"{name}: {description.get(name, 'missing')!r:.40}" for name in wrong)
-        raise T5Error(f"{folder}/{DESCRIPTION} has no such entries as t5lib.save writes, {told}; save or copy it again")
+        raise T5Error(f"{folder}/{DESCRIPTION} does not hold what t5lib.save writes ({told}); save or copy it again")
     digest = _digest(description)
     if description.get("sha256", {}).get("description", digest) != digest:
         raise T5Error(
@@ -166,7 +166,7 @@ def _digest(description: dict[str, Any]) -> str:
 def _read_weights(folder: Path, digests: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     if unproved := [name for name in (WEIGHTS, "description") if name not in digests]:
         _log.warning(
-            "%s: nothing proves that it is as it was saved: %s holds no sha256 of %s",
+            "%s: it cannot be checked for changes: %s records no sha256 of %s",
             *(folder, DESCRIPTION, " and ".join(unproved)),
         )
     try:
@@ -195,13 +195,13 @@ def _check_replaceable(folder: Path) -> None:
     if folder.is_dir():
         held = {path.name for path in folder.iterdir()}
         if held and not ((folder / WEIGHTS).is_file() and (folder / DESCRIPTION).is_file()):
-            raise T5Error(f"{folder} is no saved model, and saving would replace it; pass a new folder")
+            raise T5Error(f"{folder} is not a saved model, and saving would replace it; pass a new folder")
         if others := sorted(held - {WEIGHTS, DESCRIPTION}):
             raise T5Error(
                 f"{folder} holds {', '.join(others[:4])} beside a saved model; move that, or pass a new folder"
             )
     elif folder.exists():
-        raise T5Error(f"{folder} is no saved model but a file, and saving would replace it; pass a new folder")
+        raise T5Error(f"{folder} is a file, not a saved model, and saving would replace it; pass a new folder")
 
 
 def _check_plain(architecture: str, arguments: dict[str, Any]) -> None:

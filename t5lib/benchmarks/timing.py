@@ -242,7 +242,7 @@ def check_output(output: Tensor, model: nn.Module, inputs: Inputs, where: str) -
     if not (output.isfinite().all() and error <= tolerance):
         raise T5Error(
             f"{where}: the {output.dtype} output is {error:.2g} (relative) from the same model in {dtype}, expected "
-            f"finite and at most {tolerance:g}; no speed is given for wrong results. Try dtype: float32"
+            f"finite and at most {tolerance:g}; no speed is reported for wrong results. Try dtype: float32"
         )
     return error
 

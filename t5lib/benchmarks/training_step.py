@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=usual.steps, help="timed steps of each case")
     parser.add_argument("--text-tokens", type=int, default=usual.text_tokens, help="tokens of a caption")
-    parser.add_argument("--small", action="store_true", help="take a small model instead, to see that all runs")
+    parser.add_argument("--small", action="store_true", help="take a small model instead, to see that everything runs")
     given = parser.parse_args(arguments)
     installed: tuple[Literal["adamw", "adamw8bit"], ...] = ("adamw",)
     if importlib.util.find_spec("bitsandbytes"):

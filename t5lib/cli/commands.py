@@ -50,7 +50,7 @@ Weights = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Your own weights of it, in timm's or transformers' names: .safetensors, .pt, an index, or a folder.",
+        help="Your own weights for it, in timm's or transformers' names: .safetensors, .pt, an index, or a folder.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -58,7 +58,7 @@ class ImageReader:
         images = self.readable(paths)
         if not images:
             raise T5Error(
-                f"no image can be read, such as {paths[0]} ({self.unreadable[paths[0]]}); replace or remove such files"
+                f"none of the images can be read, such as {paths[0]} ({self.unreadable[paths[0]]}); replace them"
             )
         return torch.stack(images)
 
@@ -71,7 +71,7 @@ class ImageReader:
         """Note the files that were left out, and those of which one frame of several was taken."""
         if self.unreadable:
             path, reason = next(iter(self.unreadable.items()))
-            note(f"left out, for it cannot be read: {counted(len(self.unreadable), 'file')}, such as {path} ({reason})")
+            note(f"left out: {counted(len(self.unreadable), 'file')} that cannot be read, such as {path} ({reason})")
         if self.animated:
             note(
                 f"of {counted(len(self.animated), 'animation')} the first frame is taken, such as {min(self.animated)}"

@@ -38,7 +38,7 @@ def outline(source: Source) -> nn.Module:
     """The model without weights, on the meta device: quick to make, and enough to refuse what cannot be done.
 
     Raises:
-        T5Error: unknown name (names the nearest), no pretrained weights, an image size that is no multiple of the
+        T5Error: unknown name (names the nearest), no pretrained weights, an image size that is not a multiple of the
             patch size, or a model that cannot be converted.
     """
     with torch.device("meta"):
@@ -108,7 +108,7 @@ def _check_name(source: Source) -> None:
     if not timm.is_model(source.name.partition(".")[0]) or ("." in source.name and source.name not in known):
         near = [name for name in known if source.name in name][:3] or difflib.get_close_matches(source.name, known)
         hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
-        raise T5Error(f"timm {timm.__version__} knows no model '{source.name}', and there is no such folder; {hint}")
+        raise T5Error(f"timm {timm.__version__} has no model '{source.name}', and there is no such folder; {hint}")
     if source.pretrained and not source.weights and not timm.is_model_pretrained(source.name):
         raise T5Error(f"timm has no pretrained weights for {source.name}; give --weights FILE, or --no-pretrained")
 
@@ -117,7 +117,7 @@ def _check_size(source: Source, model: nn.Module) -> None:
     for side, patch in zip(source.img_size or (), model.patch_embed.feat_ratio(as_scalar=False), strict=False):
         if side % patch:
             nearest = max(1, round(side / patch)) * patch
-            raise T5Error(f"--img-size: {side} is no multiple of the patch size {patch}; nearest is {nearest}")
+            raise T5Error(f"--img-size: {side} is not a multiple of the patch size {patch}; the nearest is {nearest}")
 
 
 @contextmanager

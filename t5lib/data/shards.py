@@ -88,7 +88,7 @@ class Shard:
             found = f"more than {total}" if seen > total else seen
             raise T5Error(
                 f"{self.path} holds {found} samples, its manifest says {total}; "
-                "the manifest is not of this file: make it again"
+                "the manifest is not this file's: make it again"
             )
 
     def verify(self) -> None:

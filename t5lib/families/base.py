@@ -244,7 +244,7 @@ class Adapter(ABC):
         channels, wanted = inputs[self.input_name].shape[1], self.in_channels(model)
         if channels != wanted:
             raise T5Error(
-                f"images of {channels} channels are given to a model of {wanted}; convert them first "
+                f"images of {channels} channels were given to a model that takes {wanted}; convert them first "
                 "(a grey image to RGB: images.expand(-1, 3, -1, -1))"
             )
         self.grid(model, inputs)
@@ -275,7 +275,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def check_resolution(self, model: nn.Module, size: ExampleSize) -> None:
-        """Raises T5Error when the resolution is no multiple of what a token covers, or more than the model's positions
+        """Raises T5Error when the resolution is not a multiple of a token's, or more than the model's positions
         hold."""
 
     @abstractmethod
@@ -321,4 +321,4 @@ def check_multiple(resolution: int, unit: int, what: str) -> None:
     """Raises T5Error unless `resolution` is a multiple of `unit`, which is `what`."""
     if resolution % unit:
         nearest = max(1, round(resolution / unit)) * unit
-        raise T5Error(f"resolution {resolution} is no multiple of {what} {unit}; nearest is {nearest}")
+        raise T5Error(f"resolution {resolution} is not a multiple of {what} {unit}; the nearest is {nearest}")

@@ -82,9 +82,9 @@ class DiffusersTTTAttention(TTTLayer):
             given = ["attention_mask"] * (mask is not None) + sorted(SEEN & others.keys())
             raise T5Error(f"a TTT layer sees all tokens and no others; call it without {', '.join(given)}")
         if others:  # as diffusers' own do with what their processor does not take
-            _log.warning("a TTT layer does not take %s, which will be ignored", ", ".join(others))
+            _log.warning("a TTT layer does not take %s, which is ignored", ", ".join(others))
         if text is not None and self.add_k_proj is None:
-            raise T5Error("a TTT layer in the place of self-attention sees its own tokens; call it without others")
+            raise T5Error("a TTT layer that replaces self-attention sees its own tokens only; call it without others")
         away = {parameter.device for parameter in self.mixer.parameters()} - {x.device}
         if away:
             raise T5Error(

@@ -128,7 +128,7 @@ class DiffusersAdapter(Adapter):
     def check_convertible(self, model: nn.Module) -> None:
         if type(model) not in (self.softmax_class, self.converted_class):
             name = self.softmax_class.__name__
-            raise T5Error(f"{type(model).__name__} is not diffusers' {name} but made of it; pass that itself")
+            raise T5Error(f"{type(model).__name__} wraps or subclasses diffusers' {name}; pass the original")
         if "forward" in vars(model):
             raise T5Error(
                 f"the forward of this {type(model).__name__} is not that of its class (offloading, a cache, a patch); "

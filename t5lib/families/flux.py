@@ -59,7 +59,7 @@ def grid_of(ids: Tensor | None) -> tuple[int, int]:
         T5Error: they are not those of one image, row by row.
     """
     if ids is None:
-        raise T5Error("a converted Flux is called without img_ids, which tell its grid; pass them as the pipeline does")
+        raise T5Error("a converted Flux is called without img_ids, which give its grid; pass them as the pipeline does")
     own = (ids[0] if ids.ndim == 3 else ids).cpu()
     columns = int((own[:, 1] == 0).cumprod(0).sum())  # 1 and more are not 0 in any precision
     grid = TokenGrid(len(own) // max(columns, 1), columns)

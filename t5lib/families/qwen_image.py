@@ -39,7 +39,7 @@ def grid_of(shapes: list[Any] | None) -> tuple[int, int]:
     """
     if not shapes:
         raise T5Error(
-            "a converted Qwen-Image is called without img_shapes, which tell its grid; pass them as the pipeline does"
+            "a converted Qwen-Image is called without img_shapes, which give its grid; pass them as the pipeline does"
         )
     every = [tuple(each) for latent in shapes for each in (latent if isinstance(latent, list) else [latent])]
     if len(every) > len(shapes) or len(set(every)) > 1 or every[0][0] != 1:

@@ -228,7 +228,7 @@ class TransformersVit(Adapter):
         """
         kind = softmax_class(type(model))
         if getattr(transformers, kind.__name__, None) is not kind:
-            raise T5Error(f"{kind.__name__} is no class of transformers, so it could not be found again when loaded")
+            raise T5Error(f"{kind.__name__} is not a class of transformers, so loading could not find it again")
         asked = OPTIONS.keys() & inspect.signature(kind.__init__).parameters.keys()
         options = {name: _part(model, OPTIONS[name]) is not None for name in sorted(asked)}
         return kind.__name__, {"config": plain_config(model.config).to_dict(), **options}
@@ -236,7 +236,7 @@ class TransformersVit(Adapter):
     def build(self, architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> nn.Module:
         kind: Any = getattr(transformers, architecture, None)
         if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
-            raise T5Error(f"transformers {transformers.__version__} knows no model '{architecture}'; update it")
+            raise T5Error(f"transformers {transformers.__version__} has no model '{architecture}'; update it")
         config_class: Any = kind.config_class
         options = {name: arguments[name] for name in OPTIONS if name in arguments}
         model = kind(config_class.from_dict(arguments["config"]), **options).eval()

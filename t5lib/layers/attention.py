@@ -50,7 +50,7 @@ class TTTLayer(nn.Module):
 
     def __prepare_scriptable__(self) -> "TTTLayer":
         """What torch.jit.script calls first."""
-        raise T5Error("a TTT layer is no TorchScript; use torch.export or torch.compile (or revert the model)")
+        raise T5Error("TorchScript cannot take a TTT layer; use torch.export or torch.compile (or revert the model)")
 
     def add_mixer(self, config: TTTConfig, like: nn.Linear) -> None:
         """Make the mixer, in the precision and the place of `like`, the projection of queries.

@@ -359,7 +359,7 @@ class _Switch:
     def __call__(self, assignment: Assignment) -> nn.Module:
         for name, kind in zip(self.names, assignment, strict=True):
             if (kind, name) not in self.layers:
-                raise T5Error(f"no calibrated model of kind '{kind}' was given for {name}")
+                raise T5Error(f"no calibrated model of kind '{kind}' was passed for {name}")
             self.model.set_submodule(name, self.layers[kind, name])
         return self.model
 
@@ -391,7 +391,7 @@ def _check_layer(kind: str, name: str, model: nn.Module) -> None:
     if not isinstance(layer, TTTAttention):
         raise T5Error(f"{name} of the model for '{kind}' is a {type(layer).__name__}; convert and calibrate all layers")
     if layer.mixer.config.inherit == "attention":
-        raise T5Error(f"'{kind}' starts its MLPs afresh (inherit: attention), so no layer of it is any good alone")
+        raise T5Error(f"'{kind}' starts its MLPs afresh (inherit: attention), so none of its layers works alone")
 
 
 def _base(used: Mapping[str, TTTConfig]) -> TTTConfig:

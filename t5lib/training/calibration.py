@@ -224,7 +224,7 @@ class _Fit(Work):
             names = [name for group in self.groups for name in group.layers]
             broken = [name for name, ok in zip(names, losses.isfinite().tolist(), strict=True) if not ok]
             raise T5Error(
-                f"calibration broke at step {step}: the error of {', '.join(broken)} is not finite; "
+                f"calibration failed at step {step}: the error of {', '.join(broken)} is not finite; "
                 f"lower calibrate.lr ({self.config.lr}), or keep key_norm 'instance' (others can diverge)"
             )
 

@@ -63,7 +63,7 @@ def opened(resume_dir: Path | str | None) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, TypeError, ValueError) as error:
         raise T5Error(
-            f"resume_dir is {resume_dir!r:.200}, which can be no folder ({error}); pass the path of one, or None"
+            f"resume_dir is {resume_dir!r:.200}, which cannot be a folder ({error}); pass the path of one, or None"
         ) from None
     return folder
 
@@ -100,19 +100,17 @@ def newest(folder: Path, made_by: dict[str, Any]) -> Path | None:
         try:
             problem = _damage(place)
         except OSError as error:
-            raise T5Error(
-                f"{error.filename} cannot be read ({error.strerror}); mend that, or {_over(folder)}"
-            ) from None
+            raise T5Error(f"{error.filename} cannot be read ({error.strerror}); fix that, or {_over(folder)}") from None
         if not problem:
             if damaged:
-                _log.warning("going on from the checkpoint before it, %s", place)
+                _log.warning("resuming from the checkpoint before it, %s", place)
             _refuse_other_maker(read_json(place / MAKER), made_by, place)
             return place
         _log.warning("%s is damaged (%s) and is removed", place, problem)
         shutil.rmtree(place)
         damaged = True
     if damaged:
-        _log.warning("%s holds no other checkpoint; beginning anew", folder)
+        _log.warning("%s holds no other checkpoint; starting over", folder)
     return None
 
 
@@ -152,7 +150,7 @@ def loading(place: Path) -> Iterator[None]:
         raise
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise T5Error(f"{place} is of another model ({reason}); pass that model, or {_over(place.parent)}") from error
+        raise T5Error(f"{place} is another model's ({reason}); pass that model, or {_over(place.parent)}") from error
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -173,7 +171,7 @@ def _damage(place: Path) -> str:
     except T5Error:
         return f"{FILES} is missing or broken"
     if not isinstance(known, dict) or sorted(known) != _names(place):
-        return f"it holds {', '.join(_names(place)) or 'nothing'}, and {FILES} tells of other files"
+        return f"it holds {', '.join(_names(place)) or 'nothing'},but {FILES} lists other files"
     return ", ".join(f"{name} changed" for name, checksum in known.items() if sha256(place / name) != checksum)
 
 
@@ -189,8 +187,8 @@ def _refuse_other_maker(there: dict[str, Any], here: dict[str, Any], place: Path
     if changes:
         more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
         raise T5Error(
-            f"{place} was made otherwise ({'; '.join(sorted(changes)[:5])}{more}): going on would give the result of "
-            f"neither. Restore what it was made with, or {_over(place.parent)}"
+            f"{place} was made with other settings ({'; '.join(sorted(changes)[:5])}{more}), which cannot be mixed. "
+            f"Restore those settings, or {_over(place.parent)}"
         )
 
 

@@ -27,7 +27,7 @@ def check_pair(model: nn.Module, teacher: nn.Module) -> None:
             or the teacher has other weights than those that `model` inherited.
     """
     if torch.is_inference_mode_enabled():
-        raise T5Error("under torch.inference_mode nothing can be fitted; call it outside, no_grad is no obstacle")
+        raise T5Error("nothing can be fitted under torch.inference_mode; call it outside (no_grad is fine)")
     if family_of(model) is not family_of(teacher):
         raise T5Error(f"the teacher is of the family {family_of(teacher).name}, the model of {family_of(model).name}")
     if not ttt_layers(model):

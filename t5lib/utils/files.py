@@ -36,7 +36,7 @@ def refuse_inside_model(path: Path | str) -> None:
     """Raises T5Error when a folder above `path` holds a model, which has to stay what was saved."""
     for folder in Path(path).absolute().parents:
         if any(all((folder / name).is_file() for name in names) for names in MODEL_FILES):
-            raise T5Error(f"{path} is inside of {folder}, which holds a model and nothing else; name another place")
+            raise T5Error(f"{path} is inside {folder}, which holds a model and nothing else; name another place")
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def refuse_endless(path: Path | str) -> None:
         raise T5Error(f"{path} is a device, pipe or socket; expected a file")
     if stat.S_ISREG(found.st_mode) and found.st_size > LARGEST_HOLE and _begins_with_hole(path):
         raise T5Error(
-            f"{path} has {found.st_size / 1e9:.0f} GB and begins with a hole: it was never written; get it anew"
+            f"{path} has {found.st_size / 1e9:.0f} GB and begins with a hole: it was never written; fetch it again"
         )
 
 

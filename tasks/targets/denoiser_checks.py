@@ -61,7 +61,7 @@ def _check_conditions(folder: Path, config: Any, images: tuple[ShardSet | None, 
     if diffusers_folder.takes_text(folder):
         sources = [source for source in (config.train, config.val) if source]
         if remote := [source for source in sources if not source.startswith("file:")]:
-            raise T5Error(f"'{remote[0][:200]}' is no source of captioned images; expected file:FOLDER or file:PATTERN")
+            raise T5Error(f"'{remote[0][:200]}' is not a source of captioned images; expected file:FOLDER or :PATTERN")
         return
     own = diffusers_folder.classes(folder)  # the label after the last one is that of no class
     for each in filter(None, images):

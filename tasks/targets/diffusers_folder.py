@@ -83,7 +83,7 @@ def transformer_class(folder: Path) -> str:
         T5Error: `folder` holds no pipeline, or one of a kind that cannot be converted.
     """
     if not (folder / "model_index.json").is_file():
-        raise T5Error(f"{folder} is no diffusers pipeline: it has no model_index.json; expected the folder of one")
+        raise T5Error(f"{folder} is not a diffusers pipeline: it has no model_index.json; expected the folder of one")
     index = read_object(folder / "model_index.json")
     entry = index.get("transformer")
     kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry

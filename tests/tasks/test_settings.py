@@ -193,7 +193,7 @@ def test_settings_of_a_pipeline_of_the_hub_are_checked_against_it_once_it_is_fet
     targets.checked(good, "x", tmp_path)
     model = str(ROOT / "data/sd35-micro/model")
     write_json(tmp_path / "data/out/x/fetch/pipeline.json", {"source": good["fetch"]["source"], "path": model})
-    with pytest.raises(T5Error, match=r"^x: .*1023 is no multiple"):
+    with pytest.raises(T5Error, match=r"^x: .*1023 is not a multiple"):
         targets.checked(good, "x", tmp_path)
 
 
@@ -219,8 +219,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: {b: 1, c: 2, b: 3}", "'b' is given twice in one mapping, again in line 1"),
-        ("a: &a {b: 1}\nc:\n  <<: *a\n  d: 1\n  d: 2", "'d' is given twice in one mapping, again in line 5"),
+        ("a: {b: 1, c: 2, b: 3}", "'b' is given twice in a mapping, again on line 1"),
+        ("a: &a {b: 1}\nc:\n  <<: *a\n  d: 1\n  d: 2", "'d' is given twice in a mapping, again on line 5"),
         ("a: &a {b: 1}\nc: {<<: *a, <<: *a}", "'<<' is given twice"),
         ("layers: {0: softmax, '0': swiglu}", "'0' is given twice"),
         (BOMB, "holds more than 100000 values"),

@@ -12,7 +12,7 @@ from t5lib.weights import timm_vit
 
 NAME = KINDS["augreg"][0]
 ODD = [
-    ({"checkpoint_path": "weights.pth"}, "checkpoint_path is no argument of a model but one that loads weights"),
+    ({"checkpoint_path": "weights.pth"}, "checkpoint_path loads weights and is not an argument of a model"),
     ({"pretrained": True, "pretrained_cfg": {"file": "x"}}, "pretrained, pretrained_cfg is no argument"),
     ({"pretrained_cfg_overlay": {"file": "x"}, "cache_dir": "x"}, "cache_dir, pretrained_cfg_overlay is no argument"),
     ({"features_only": True}, "features_only makes timm wrap the model"),
@@ -52,7 +52,7 @@ def test_odd_arguments_are_told_by_name_wherever_a_model_is_made(arguments, mess
 
 @pytest.mark.parametrize("name", ["vit_tinny", "hf-hub:timm/vit", "local-dir:weights", ""])
 def test_names_that_timm_does_not_know_itself_are_refused(name):
-    with pytest.raises(T5Error, match=f"knows no architecture '{name}'"):
+    with pytest.raises(T5Error, match=f"has no architecture '{name}'"):
         create(name, {})
 
 

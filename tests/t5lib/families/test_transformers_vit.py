@@ -163,7 +163,7 @@ def test_a_model_of_somebody_elses_class_is_converted_but_not_saved(tmp_path):
 
     model = t5lib.convert(Mine(transformers.ViTConfig(**SMALL)))
     assert call(model, random_images(2)).isfinite().all() and isinstance(model, Mine)
-    with pytest.raises(T5Error, match="Mine is no class of transformers"):
+    with pytest.raises(T5Error, match="Mine is not a class of transformers"):
         t5lib.save(model, tmp_path / "saved")
 
 
@@ -266,7 +266,7 @@ def test_example_inputs_and_other_resolutions_are_what_a_benchmark_needs():
     model, size = t5lib.convert(tiny_transformer("clip_projection")), ExampleSize(resolution=48, batch=3)
     larger, inputs = ADAPTER.at_resolution(model, size), ADAPTER.example_inputs(model, size)
     assert ADAPTER.call(larger, inputs).shape == (3, 16) and ADAPTER.num_tokens(larger, inputs) == 37
-    with pytest.raises(T5Error, match="resolution 50 is no multiple of the patch size 8"):
+    with pytest.raises(T5Error, match="resolution 50 is not a multiple of the patch size 8"):
         ADAPTER.at_resolution(model, ExampleSize(resolution=50))
 
 
@@ -380,4 +380,4 @@ def test_models_that_were_changed_are_refused_by_name():
     del other.vit.layers[1].attention.q_proj
     refused(other, r"vit\.layers\.1\.attention, a ViTAttention, has other parts in transformers .* than t5lib knows")
     holder = nn.ModuleDict({"encoder": tiny_transformer("dinov2")})
-    refused(holder, "wraps a Dinov2Model; pass that: model.encoder")
+    refused(holder, "wraps a Dinov2Model; pass that instead: model.encoder")

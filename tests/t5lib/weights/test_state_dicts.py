@@ -114,7 +114,7 @@ def test_a_missing_shard_and_a_broken_index_are_named(index):
     wrong = ("../../secret.bin", 3, "..", index.name)
     for content in ("{}", "[]", *(json.dumps({"weight_map": {"a": file}}) for file in wrong)):
         index.write_text(content)
-        with pytest.raises(T5Error, match=r"is no index of shards|lacks \.\.,"):
+        with pytest.raises(T5Error, match=r"is not an index of shards|lacks \.\.,"):
             read(index)
 
 

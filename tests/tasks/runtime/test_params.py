@@ -115,7 +115,7 @@ def test_settings_are_replaced_by_words_at_any_depth_and_checked():
     assert found["shards"]["train"] == "file:elsewhere.json" and found["convert"]["layers"] == {"0-1": "swiglu"}
     for word, message in (
         ("evaluate.sampling.stepps=3", "unknown setting 'stepps'; did you mean 'steps'"),
-        ("evaluate.samples.steps=3", "'samples' is no section of sd35-micro"),
+        ("evaluate.samples.steps=3", "'samples' is not a section of sd35-micro"),
         ("steps=3", "sd35-micro with --set.steps is read by no stage"),
         ("finetune.steps", "expected SECTION.NAME=VALUE"),
     ):
