@@ -145,7 +145,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=10, help="timed passes")
     parser.add_argument(
-        "--blocks", type=int, help="take only so many blocks, where a pass takes seconds (default: all)"
+        "--blocks", type=int, help="take only this many blocks, where a pass takes seconds (default: all)"
     )
     args = parser.parse_args()
     if not torch.cuda.is_available():

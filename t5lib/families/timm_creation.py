@@ -45,7 +45,7 @@ def create(architecture: str, arguments: dict[str, Any]) -> nn.Module:
         hint = f"did you mean '{near[0]}'?" if near else "see timm.list_models(); is this timm older than the model?"
         raise T5Error(f"timm {timm.__version__} has no architecture '{architecture}'; {hint}")
     if loading := sorted(LOADS_WEIGHTS & arguments.keys()):
-        raise T5Error(f"{', '.join(loading)} loads weights and is not an argument of a model; leave it out")
+        raise T5Error(f"{', '.join(loading)}: no model takes this argument, which loads weights; leave it out")
     if arguments.get("features_only"):
         raise T5Error("features_only makes timm wrap the model in another; leave it out and call forward_intermediates")
     sizes = {field.name for field in dataclasses.fields(Sizes)}

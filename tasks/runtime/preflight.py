@@ -19,7 +19,7 @@ from tasks.runtime.needs import Check, Memory, Needs, Remote, Room, Work
 
 OK, LITTLE, UNKNOWN, WRONG, MISSING = "ok", "too little", "unknown", "wrong", "missing"
 LONG = 6  # hours of a stage from which on it is said how to make it shorter
-NAME_IT = "this machine has no card; name one to plan for:  --card H200"
+NAME_IT = "this machine has no card; name one to plan for: --card H200"
 FICLONE = 0x40049409  # Linux: make a file share the blocks of another
 CACHE_TYPES = "reflink,copy"  # DVC's own
 LINKING = "dvc config --local cache.type hardlink"

@@ -140,9 +140,9 @@ def run(
         plots.save(picture(read_json(out.with_suffix(".json"))), out.with_suffix(".png"))
         plots.save(samples(planned), out.with_name(f"{out.stem}-samples.png"))
     if problems:
-        raise T5Error(f"{len(problems)} of {len(planned)} arms broke: {'; '.join(problems)}")
+        raise T5Error(f"{len(problems)} of {len(planned)} arms failed: {'; '.join(problems)}")
     if not written:
-        raise T5Error(f"no point was done within {seconds:.0f} s; give it more time")
+        raise T5Error(f"no point was finished within {seconds:.0f} s; give it more time")
     return read_json(out.with_suffix(".json"))
 
 
@@ -376,7 +376,7 @@ def main() -> None:
         type=float,
         default=math.inf,
         metavar="SECONDS",
-        help="begin nothing after that many seconds (default: no end)",
+        help="start nothing after this many seconds (default: no limit)",
     )
     common.add_jobs(parser)
     common.add_changes(parser)

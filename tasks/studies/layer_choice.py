@@ -355,7 +355,7 @@ def main() -> None:
 PLAIN_OPTIONS = {
     "scan_images": "training images kept from calibration, to choose on",
     "budgets": "wanted costs, spread between softmax and the cheapest map",
-    "verify": "whole models to measure at most",
+    "verify": "most whole models to measure",
     "shortlist": "the solver's best maps that are measured before one is chosen",
     "eval_batch_size": "images per step of scan and comparison",
 }
@@ -367,7 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (("train", "to calibrate and choose on"), ("test", "for the last comparison")):
         parser.add_argument(f"--{name}", required=True, help=f"manifest of shards, or decoded images, {text}")
         usual = getattr(Settings, f"{name}_images")
-        parser.add_argument(f"--{name}-images", type=int, default=usual, help="use at most so many of them")
+        parser.add_argument(f"--{name}-images", type=int, default=usual, help="use at most this many of them")
     parser.add_argument("--resolution", type=int, required=True, help="side of the images in pixels")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="seeds of calibration; every seed makes a choice of its own"

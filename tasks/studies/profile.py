@@ -43,7 +43,7 @@ def run(target: str, settings: dict[str, Any], stages: list[str], out: Path, roo
         memory = f", {record['peak_gib']:.1f} GiB" if "peak_gib" in record else ""
         print(f"{name}: {record['seconds']:.1f} s{memory}", flush=True)
         if "error" in record:
-            raise T5Error(f"stage '{name}' of '{target}' broke: {record['error']}")
+            raise T5Error(f"stage '{name}' of '{target}' failed: {record['error']}")
     return result
 
 

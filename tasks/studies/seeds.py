@@ -61,7 +61,7 @@ def run(
     """
     jobs = [Job(target, seed, with_seed(settings, seed), work / f"seed-{seed}") for seed in seeds]
     outcomes = list(common.run_jobs(run_seed, jobs, at_once))
-    problems = [f"seed {outcome.job.seed} broke: {outcome.problem}" for outcome in outcomes if outcome.problem]
+    problems = [f"seed {outcome.job.seed} failed: {outcome.problem}" for outcome in outcomes if outcome.problem]
     if problems:
         raise T5Error("\n".join(problems))
     runs = {outcome.job.seed: outcome.result for outcome in outcomes if outcome.result is not None}

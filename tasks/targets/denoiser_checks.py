@@ -49,7 +49,7 @@ def _check_sizes(folder: Path, sizes: tuple[tuple[int, int], ...]) -> None:
     model, pixels = diffusers_folder.blank(folder), diffusers_folder.pixels_per_latent(folder)
     adapter, unit = family_of(model), pixels * diffusers_folder.patch(folder)
     if wrong := [size for size in sizes if any(side % unit for side in size)]:
-        raise T5Error(f"{wrong[:5]} are no multiples of {unit} pixels, as wide as a token is")
+        raise T5Error(f"{wrong[:5]} are not multiples of {unit} pixels, the width of a token")
     for height, width in sizes:
         adapter.check_resolution(model, ExampleSize(max(height, width), pixels_per_latent=pixels))
         latents = torch.empty(1, adapter.in_channels(model), height // pixels, width // pixels, device="meta")

@@ -57,8 +57,8 @@ class ShardsConfig(ImagesConfig):
         missing = [split for split in SPLITS if split not in sources]
         if missing and not self.samples:
             raise T5Error(
-                f"{' and '.join(missing)} missing, and samples too; name images, or let the softmax model draw what is "
-                "learned from, such as samples: {prompts: file:data/prompts/plain.txt, count: 2000}"
+                f"{' and '.join(missing)} missing, and samples too; name images, or let the softmax model draw images to "
+                "learn from, such as samples: {prompts: file:data/prompts/plain.txt, count: 2000}"
             )
         if len(sources) == len(SPLITS):
             check_sources(**sources)

@@ -110,7 +110,7 @@ def folder_of(fetched: Path, root: Path) -> Path:
         size = path.stat().st_size if path.is_file() else None
         if size != file["bytes"]:
             state = "does not exist" if size is None else f"has {size} bytes, not {file['bytes']}"
-            raise T5Error(f"{path} {state}, as when it was fetched; put it back, or {_again(fetched)}")
+            raise T5Error(f"{path} {state}, unlike when it was fetched; put it back, or {_again(fetched)}")
     return folder
 
 

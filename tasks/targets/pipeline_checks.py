@@ -23,7 +23,7 @@ from tasks.targets.expected_pipelines import (
 )
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-AGAIN = "take the publisher's full pipeline, or mend the folder"
+AGAIN = "take the publisher's full pipeline, or repair the folder"
 Header = dict[str, tuple[str, list[int]]]  # precision and shape by name
 
 

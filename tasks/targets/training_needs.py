@@ -58,7 +58,7 @@ def check_control(recipe: LoopConfig) -> list[Check]:
     """What the stage control, whose model has no new layers, cannot do; it comes after the fine-tune."""
     if recipe.trainable != "new":
         return []
-    why = "set finetune.trainable: all, or lora; stage control trains the softmax source so, and nothing of it is new"
+    why = "set finetune.trainable: all, or lora; stage control trains the softmax source too, which has no new parts"
     return [Check("finetune.trainable", "new", why)]
 
 

@@ -165,7 +165,7 @@ def test_weights_come_from_a_file_with_its_own_number_of_classes(tmp_path):
     [
         (0.6, 0.1, True, "'instance' (the default), which takes it out"),
         (0.3, 0.25, True, "check that these are the weights you mean"),
-        (0.6, 0.1, False, "no diagnosis"),
+        (0.6, 0.1, False, "not a diagnosis"),
     ],
 )
 def test_reading_follows_from_the_numbers(mean, control, pretrained, expected):

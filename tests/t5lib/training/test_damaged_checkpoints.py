@@ -152,7 +152,7 @@ def test_what_only_costs_may_change_between_the_runs(saved, tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "_refuse_other_maker", lambda *_: None)
-    with pytest.raises(T5Error, match="is of another model"):
+    with pytest.raises(T5Error, match="is another model's"):
         run(converted(inner="two_layer"), ALL_ON, resume_dir=copied(saved, tmp_path / "x"))
 
 

@@ -70,7 +70,7 @@ BROKEN = {
     ),
     "sparse": ({"w": torch.eye(2).to_sparse()}, r"holds sparse tensors, in w torch\.sparse_coo; save value\.to_dense"),
     "no values": ({"w": torch.ones(2, device="meta")}, r"names without values \(on the meta device\), w"),
-    "numbers as names": ({0: torch.ones(2), "w": torch.ones(2)}, r"weights under \[0\], which are no names"),
+    "numbers as names": ({0: torch.ones(2), "w": torch.ones(2)}, r"weights under \[0\], which are not names"),
     "in itself": (IN_ITSELF, r"holds no weights; found \['model'\]"),
     "int64": ({"tokens": torch.arange(4)}, r"whole numbers, in tokens torch\.int64: it is quantized, or"),
     "NaN": ({"head.weight": torch.tensor([1, torch.nan])}, r"not finite, in 1 weights: head\.weight \(1 of 2\)"),
