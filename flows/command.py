@@ -41,7 +41,7 @@ def run(
 
 @contextmanager
 def warmed(libraries: Sequence[str]) -> Iterator[dict[str, str]]:
-    """As `warm.serving`; within another of its kind, which `run` opens before the flow begins, it is that one."""
+    """Like `warm.serving`; inside another call, such as the one that `run` opens, it yields that one's environment."""
     if warm.ADDRESS in os.environ:
         yield {warm.ADDRESS: os.environ[warm.ADDRESS]}
         return

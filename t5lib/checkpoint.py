@@ -151,8 +151,8 @@ def read_description(folder: Path | str) -> dict[str, Any]:
     digest = _digest(description)
     if description.get("sha256", {}).get("description", digest) != digest:
         raise T5Error(
-            f"{folder}/{DESCRIPTION} was changed after t5lib.save wrote it: its sha256 is another than the one it "
-            'tells; copy it again, or, if the change is meant, take "description" out of its entry "sha256"'
+            f"{folder}/{DESCRIPTION} was changed after t5lib.save wrote it: its sha256 is not the one it "
+            'records; copy it again, or, if the change is meant, take "description" out of its entry "sha256"'
         )
     return description
 
@@ -166,15 +166,15 @@ def _digest(description: dict[str, Any]) -> str:
 def _read_weights(folder: Path, digests: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     if unproved := [name for name in (WEIGHTS, "description") if name not in digests]:
         _log.warning(
-            "%s: it cannot be checked for changes: %s records no sha256 of %s",
+            "%s cannot be checked for changes: %s records no sha256 of %s",
             *(folder, DESCRIPTION, " and ".join(unproved)),
         )
     try:
         refuse_endless(folder / WEIGHTS)
         if WEIGHTS in digests and digests[WEIGHTS] != sha256(folder / WEIGHTS):
             raise T5Error(
-                f"{folder}/{WEIGHTS} is not the file that t5lib.save wrote: its sha256 is another than {DESCRIPTION} "
-                f'tells; copy it again, or, if the change is meant, take "{WEIGHTS}" out of the entry "sha256" there'
+                f"{folder}/{WEIGHTS} is not the file that t5lib.save wrote: its sha256 is not what {DESCRIPTION} "
+                f'records; copy it again, or, if the change is meant, take "{WEIGHTS}" out of the entry "sha256" there'
             )
         return load_file(folder / WEIGHTS, device=str(device))
     except (OSError, SafetensorError) as error:
@@ -219,7 +219,7 @@ def _check_same(model: nn.Module, twin: nn.Module) -> None:
     """Changes of other people's, of an adapter's or a quantizer's would not come back."""
     if found := differences(model, twin):
         raise T5Error(
-            f"{', '.join(found[:3])}: t5.json cannot tell that, so the model would be loaded without it, and compute "
+            f"{', '.join(found[:3])}: t5.json cannot record that, so the model would be loaded without it and compute "
             "something else; take the change out first (a hook: its handle's remove()), or save the state_dict beside "
             "the code that makes the model"
         )

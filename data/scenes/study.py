@@ -124,7 +124,7 @@ class Study:
         return fit_probe(features, self.scenes.kinds.to(self.device)[entities], classes, config)
 
     def source_probe(self, fold: int, size: Size) -> Probe:
-        """That of the softmax model; kept in the working folder."""
+        """The probe of the softmax model; it is kept in the working folder."""
         file = self.work / f"probe-{fold}-{size.name}.safetensors"
         if not file.exists():
             probe = self.fit_probe_of(self.source, fold, size)

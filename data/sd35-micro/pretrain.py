@@ -241,7 +241,7 @@ def train(world: World, config: MicroConfig, settings: Settings, scratch: Path, 
 
 @torch.no_grad()
 def psnr(world: World, vae, settings: Settings) -> dict[str, float]:
-    """Of decoded means against pictures, in decibels, by size."""
+    """PSNR of decoded means against pictures, in decibels, by size."""
     found = {}
     for size in SIZES:
         pictures = compose(world.sprites, world.scenes(64, settings.seed, HELD_OUT, size), size)

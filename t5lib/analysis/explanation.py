@@ -167,7 +167,7 @@ def explain(
 
 
 def kind_of(attention: nn.Module) -> str:
-    """Such as "swiglu, dwc_qk"; "softmax" of a layer that was left."""
+    """The kind, such as "swiglu, dwc_qk"; "softmax" for a layer that was not converted."""
     if not isinstance(attention, TTTLayer):
         return "softmax"
     return f"{attention.mixer.config.inner}, {attention.mixer.config.locality}"

@@ -29,7 +29,7 @@ def _distance(found: dict[str, Any], new: list[int]) -> str:
         verdict = "farther than the softmax layers"
     return (
         f"Converted layers look {verdict}: {converted:.1f} patches on average, softmax {softmax:.1f}; looking "
-        f"everywhere alike would give {uniform:.1f}."
+        f"everywhere equally would give {uniform:.1f}."
     )
 
 

@@ -51,7 +51,7 @@ class Unmixed(nn.Module):
 
 
 def models(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """By name; the converted ones carry the softmax model's weights."""
+    """The models by name; the converted ones carry the softmax model's weights."""
     softmax = shape.make(device, dtype)
     every = {"softmax": softmax}
     for name in sorted(shape.family.layer_sets(softmax), reverse=True):  # "paper", where there is one, then "all"
@@ -137,7 +137,7 @@ def report(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = command_line.parser("t5lib.benchmarks.inference", str(__doc__))
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file; it is written after every resolution")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, after every resolution")
     parser.add_argument("--model", choices=SHAPES, default=SD35, help="whose shape the model has")
     sides = [1024, 2048, 512, 4096]
     parser.add_argument(

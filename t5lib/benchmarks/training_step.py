@@ -236,7 +236,7 @@ def _machine(device: torch.device) -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line.parser("t5lib.benchmarks.training_step", str(__doc__))
     usual = CostConfig()
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file; it is written after every case")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, after every case")
     parser.add_argument("--sizes", type=int, nargs="+", default=usual.sizes, help="image sides in pixels")
     parser.add_argument("--layers", nargs="+", default=usual.layers, help="models to measure: softmax, paper, all")
     parser.add_argument("--compile", choices=("off", "on", "both"), default="both", help="whether to torch.compile")

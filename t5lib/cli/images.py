@@ -41,7 +41,7 @@ class ImageReader:
 
     @classmethod
     def of(cls, model: nn.Module) -> "ImageReader":
-        """As a model of timm wants them: its input size, timm's normalization and crop for its weights."""
+        """A reader for a timm model: its input size, timm's normalization and crop for its weights."""
         if model.in_chans != 3:
             raise T5Error(f"the model takes images of {model.in_chans} channels; image files are read as RGB, with 3")
         height, width = model.patch_embed.img_size
@@ -74,7 +74,8 @@ class ImageReader:
             note(f"left out: {counted(len(self.unreadable), 'file')} that cannot be read, such as {path} ({reason})")
         if self.animated:
             note(
-                f"of {counted(len(self.animated), 'animation')} the first frame is taken, such as {min(self.animated)}"
+                f"only the first frame is used of {counted(len(self.animated), 'animation')}, such as "
+                f"{min(self.animated)}"
             )
 
     def _read(self, path: Path) -> Tensor | None:

@@ -60,7 +60,7 @@ def outline(source: Source) -> nn.Module:
 
 
 def timm_adapter(description: dict[str, Any], folder: Path) -> Adapter:
-    """Of the model in `folder`, which t5.json describes so. Raises T5Error when it is none of timm's."""
+    """The adapter of the model in `folder`, which t5.json describes so. Raises T5Error when it is none of timm's."""
     family = adapter(description.get("family", "timm_vit"))  # folders of the first versions do not name it
     if family.package != "timm":
         raise T5Error(

@@ -65,7 +65,7 @@ def check_access(rest: str, token: str | None = None) -> None:
 
 @dataclass(frozen=True)
 class Listed:
-    """Of a repo's files that a source names: how many, their bytes together; and whether the repo is gated."""
+    """The files of a repo that a source names: their number, their bytes together, and whether the repo is gated."""
 
     files: int
     size: int

@@ -251,7 +251,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def in_channels(self, model: nn.Module) -> int:
-        """Of the images or latents that the model is called with."""
+        """Channels of the images or latents that the model is called with."""
 
     @abstractmethod
     def call(self, model: nn.Module, inputs: Inputs) -> Tensor:
@@ -306,7 +306,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def skeleton(self, architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> nn.Module:
-        """As `build`, without weights, to load some into."""
+        """Like `build`, but without weights, to load some into."""
 
     @abstractmethod
     def fresh(self, model: nn.Module, seed: int) -> nn.Module:

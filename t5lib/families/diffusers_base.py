@@ -33,7 +33,7 @@ LONGEST_SCHEDULE = 4000  # that of "Improved Denoising Diffusion Probabilistic M
 
 
 class ConvertedModel:
-    """Stands before diffusers' class among the bases of a converted one.
+    """A mixin that comes before diffusers' class among the bases of a converted class.
 
     Weights are loaded whole and none is made up; layerwise casting leaves new ones as they are.
     """
@@ -47,7 +47,7 @@ class ConvertedModel:
 
     @classmethod
     def from_pretrained(cls, *source: Any, output_loading_info: bool = False, **options: Any) -> Any:
-        """As diffusers' own.
+        """Load as diffusers' own method does.
 
         Raises:
             T5Error: the files lack weights of the model that config.json describes, or hold others, or numbers that

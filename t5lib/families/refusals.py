@@ -9,7 +9,7 @@ CONVERTIBLE = (
     ". ViTs of timm and transformers convert (ViT, DeiT, DINOv2, DINOv3, SigLIP, CLIP, EVA02 …), and SD3, DiT, Flux, "
     "PixArt and Qwen-Image of diffusers; docs/models.md names all"
 )
-ROTARY = "it rotates queries and keys by their positions (rotary embedding), in a way that t5lib does not know yet"
+ROTARY = "it rotates queries and keys by their positions (rotary embedding) in a way that t5lib does not know yet"
 PACKING = "it packs images of several sizes into one sequence and masks what pads it, and a TTT layer takes no mask"
 NAFLEX = "it packs images of several sizes into one sequence and masks what pads it (NaFlex); a TTT layer takes no mask"
 WINDOWS = "it attends within windows, whose cost is linear already"

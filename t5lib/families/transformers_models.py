@@ -26,7 +26,7 @@ PREFIX = "t5_"  # of model types
 
 
 class ConvertedModel:
-    """Stands before transformers' class among the bases of a converted one."""
+    """A mixin that comes before transformers' class among the bases of a converted class."""
 
     config: PreTrainedConfig
 
@@ -37,7 +37,7 @@ class ConvertedModel:
 
     @classmethod
     def from_pretrained(cls, *source: Any, output_loading_info: bool = False, **options: Any) -> Any:
-        """As transformers' own; heads may be new.
+        """Load as transformers' own method does; heads may be new.
 
         Raises:
             T5Error: the files are those of a softmax model, or lack weights of the blocks or hold others.
@@ -49,7 +49,7 @@ class ConvertedModel:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *destination: Any, **options: Any) -> None:
-        """As transformers' own.
+        """Save as transformers' own method does.
 
         Raises:
             T5Error: this is a part of a converted model whose configuration does not tell the new layers.
@@ -71,7 +71,7 @@ class ConvertedModel:
 
 @functools.cache
 def converted_class(kind: Any) -> type:
-    """Of the converted models of transformers' class `kind`."""
+    """The class of converted models of transformers' class `kind`."""
     attributes: dict[str, Any] = {"config_class": converted_config(kind.config_class)}
     if names := names_of(kind):
         attributes["forward"] = _of_whole_images(one_pass(kind.forward, names.patches, names.blocks))
@@ -80,7 +80,7 @@ def converted_class(kind: Any) -> type:
 
 @functools.cache
 def converted_config(kind: Any) -> type[PreTrainedConfig]:
-    """Of the configurations of converted models whose own are of transformers' class `kind`."""
+    """The class of converted models' configurations, where transformers' own is `kind`."""
     model_type = PREFIX + kind.model_type
     if renamings := get_checkpoint_conversion_mapping(kind.model_type):  # weights have other names in files
         register_checkpoint_conversion_mapping(model_type, renamings, overwrite=True)

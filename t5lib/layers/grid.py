@@ -124,7 +124,7 @@ def current_grid(num_prefix_tokens: int = 0) -> TokenGrid:
     """
     if _thread.current is None:
         raise T5Error(
-            "a converted layer was called outside of a forward of its model, where nothing tells the grid of its "
+            "a converted layer was called outside a forward of its model, where nothing gives the grid of its "
             "tokens; call the model, or pass grid=TokenGrid(rows, columns, num_prefix_tokens) to the layer, or call "
             "blocks within t5lib.layers.grid.grid_scope(TokenGrid(…)). A list that takes the place of the model's own "
             "blocks does not carry the grid: change that in place. A wrapper around single blocks that calls them "

@@ -38,7 +38,7 @@ CROSS_ENTROPY, KL, COSINE = "cross-entropy", "kl", "cosine"
 
 
 def layer_text(assignment: Assignment) -> str:
-    """As `t5 convert --layers` takes it: "0-5=softmax,6-11=swiglu"."""
+    """The assignment as `t5 convert --layers` takes it: "0-5=softmax,6-11=swiglu"."""
     return ",".join(f"{numbers}={kind}" for numbers, kind in format_layers(list(assignment)).items())
 
 

@@ -134,9 +134,9 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         before = _checkpoints(folder)
-        left = f"{before[0].name} is kept" if before else "there is none before it"
+        left = f"{before[0].name} is kept" if before else "there is no earlier one"
         raise T5Error(
-            f"a checkpoint could not be written to {folder} ({error}); {left}. Free some space or mend the disk, and "
+            f"a checkpoint could not be written to {folder} ({error}); {left}. Free some space or fix the disk, and "
             "run again"
         ) from error
 

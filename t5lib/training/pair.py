@@ -45,7 +45,7 @@ def check_pair(model: nn.Module, teacher: nn.Module) -> None:
 
 
 def dtypes(model: nn.Module) -> set[torch.dtype]:
-    """Of all weights that are floating-point numbers."""
+    """The dtypes of all weights that are floating-point numbers."""
     return {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
 
 
@@ -73,8 +73,8 @@ def check_weights(model: nn.Module, teacher: nn.Module) -> None:
         )
     if distance > MOVED:
         logger.warning(
-            "the teacher's weights and those that the model inherited are %.2g apart: right if the model was trained "
-            "since its conversion, else pass the very model that was converted",
+            "the teacher's weights and those that the model inherited are %.2g apart: expected if the model was "
+            "trained since its conversion; otherwise pass the softmax model that was converted",
             distance,
         )
 

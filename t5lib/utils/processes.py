@@ -38,7 +38,7 @@ class Part:
     rows: int = 1
 
     def numbers(self, start: int) -> Iterator[int]:
-        """Of the batches, from number `start` on, without end."""
+        """The numbers of its batches, from `start` on, without end."""
         return count(start + self.turn, self.turns)
 
     def of(self, samples: int, what: str = "a batch") -> slice:

@@ -67,7 +67,7 @@ def refuse(target: str, found: Iterable[Item]) -> None:
 
 
 def table(found: list[Item]) -> str:
-    """As text: columns, and under a line what to change."""
+    """The items as text: columns, and below a line what to change."""
     rows = [("", "needs", "there is", "verdict")]
     rows += [(item.what, item.needs, item.there, item.verdict) for item in found]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -130,7 +130,7 @@ def _disk(root: Path, rooms: list[Room], begun: int) -> list[Item]:
 
 
 def free_bytes(root: Path) -> int:
-    """Of the disk that data/ is on, or will be."""
+    """Free bytes of the disk that data/ is on, or will be."""
     place = root / "data"
     return shutil.disk_usage(place if place.exists() else root).free
 

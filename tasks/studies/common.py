@@ -86,7 +86,7 @@ def with_seed(settings: Any, seed: int) -> Any:
 
 
 def checksum(value: Any) -> str:
-    """Of plain values; the same for the same values in any order of keys."""
+    """Checksum of plain values; it does not depend on the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 

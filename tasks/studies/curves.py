@@ -67,7 +67,7 @@ class Job:
 
     @property
     def root(self) -> Path:
-        """Of these settings alone: pictures that lie there are not drawn again."""
+        """The folder of these settings alone: pictures that lie there are not drawn again."""
         name = self.arm.name.replace(", ", "-").replace(" ", "-")
         return self.work / f"{name}--seed-{self.seed}--{common.checksum(self.settings)}"
 

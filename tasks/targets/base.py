@@ -186,7 +186,7 @@ class Target(ABC, Generic[Recipe]):
         """The part of the report that depends on the kind of model."""
 
     def model_files(self) -> dict[str, Path]:
-        """Those of the fine-tuned model that t5lib.load reads, by their place in a Product."""
+        """The files of the fine-tuned model that t5lib.load reads, by their place in a Product."""
         made = self.stage.input("finetune")
         return {f"model/{name}": made / name for name in MODEL_FILES[0]}
 

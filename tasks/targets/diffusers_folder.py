@@ -198,7 +198,7 @@ def takes_text(folder: Path) -> bool:
 
 
 def classes(folder: Path) -> int:
-    """Of a class-conditional denoiser."""
+    """Number of classes of a class-conditional denoiser."""
     return read_json(folder / "transformer/config.json")["num_embeds_ada_norm"]
 
 
@@ -221,5 +221,5 @@ def patch(folder: Path) -> int:
 
 
 def image_channels(folder: Path) -> int:
-    """Of the images it makes: 3, or what a transformer of pixels takes."""
+    """Channels of the images it makes: 3, or what a transformer of pixels takes."""
     return 3 if (folder / "vae").is_dir() else read_json(folder / "transformer/config.json")["in_channels"]

@@ -48,7 +48,7 @@ MEANINGS: dict[str, dict[str | None, str]] = {
 
 @dataclass(frozen=True)
 class Expected:
-    """Of a repository.
+    """What is expected of a repository.
 
     Attributes:
         configs: settings by file; a tuple stands for any of its values.

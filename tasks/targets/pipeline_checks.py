@@ -101,7 +101,7 @@ def check_weights(folder: Path) -> None:
 
 
 def header_of(part: Path) -> Header:
-    """Of all safetensors in a pipeline's part; none is read.
+    """Headers of all safetensors in a part of a pipeline; no weights are read.
 
     Raises:
         T5Error: one of them is damaged.

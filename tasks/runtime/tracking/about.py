@@ -34,7 +34,7 @@ def tags_of(settings: dict[str, Any], commit: str, code: str) -> dict[str, str]:
 
 
 def name_of_flow(target: str, settings: dict[str, Any]) -> str:
-    """Such as "dinov2-fashion · swiglu, instance, dwc_qk · 2026-09-25 14:03"."""
+    """A name such as "dinov2-fashion · swiglu, instance, dwc_qk · 2026-09-25 14:03"."""
     method = ", ".join(tags_of(settings, "", "")[name] for name in TELLING if name in (settings.get("convert") or {}))
     return " · ".join(filter(None, [target, method, time.strftime("%Y-%m-%d %H:%M")]))
 

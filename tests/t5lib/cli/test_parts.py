@@ -43,7 +43,7 @@ def test_image_files_are_decoded_as_everywhere_and_animations_are_said(tmp_path,
     told = capsys.readouterr().err
     assert "1 file, such as" in told and "it is empty, 0 bytes" in told
     assert "\x1b" not in told and r"\x1b[2J.jpg" in told
-    assert "of 1 animation the first frame is taken, such as" in told
+    assert "only the first frame is used of 1 animation, such as" in told
 
 
 class Numbers:

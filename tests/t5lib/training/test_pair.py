@@ -95,7 +95,7 @@ def test_a_model_that_was_trained_since_is_taken_and_the_difference_told(caplog)
             parameter.mul_(1.1)
     with caplog.at_level(logging.WARNING):
         check_pair(model, teacher)
-    assert "are 0.1 apart: right if the model was trained since its conversion" in caplog.text
+    assert "are 0.1 apart: expected if the model was trained since its conversion" in caplog.text
 
 
 def test_weights_that_conversion_started_afresh_are_no_difference():
