@@ -1,4 +1,4 @@
-"""How a flow is run from the command line: slips are told before Prefect starts a server, signals end it in order."""
+"""How a flow runs from the command line: mistakes show before Prefect starts a server, and signals end it cleanly."""
 
 import os
 import sys

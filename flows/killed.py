@@ -1,4 +1,4 @@
-"""Flow runs whose process is gone do not seem to run for ever, which would also keep others waiting."""
+"""Flow runs whose process is gone are marked as crashed: they would seem to run forever and keep others waiting."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Who listens on a port of this machine: ours, a stranger, nobody."""
+"""Who listens on a port of this machine: our server, another program, or nobody."""
 
 import socket
 import urllib.error

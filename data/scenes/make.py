@@ -193,7 +193,7 @@ def cut_out(image: Image.Image) -> Image.Image | None:
 
 
 def wallpapers(root: Path, names: tuple[str, ...]) -> Iterator[tuple[str, Path, Image.Image]]:
-    """Photographs by name; where a folder holds one in several sizes, the largest file that is no link.
+    """Photographs by name; if a folder holds one in several sizes, the largest file that is not a link.
 
     Raises:
         T5Error: one of them is not there.

@@ -224,7 +224,7 @@ def mirrored(model: nn.Module) -> nn.Module:
 
 
 def calibrated(study: Study, arm: str, fold: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The arm's model after calibration, and what is told of it."""
+    """The arm's model after calibration, and what is reported of it."""
     settings = ARMS[arm] | {"seed": study.options.seed}
     softmax_layers = settings.pop("softmax_layers", 0)
     if softmax_layers:  # arms that differ in what is put back share one calibration of all layers
@@ -259,7 +259,7 @@ def _fitted(study: Study, name: str, config: TTTConfig, fold: int) -> tuple[nn.M
 
 
 def aligned(study: Study, student: nn.Module, fold: int, changes: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Align `student`, in place; what is told of it."""
+    """Align `student`, in place, and return what is reported of it."""
     options, curve = study.options, []
     recipe = {"precision": study.precision, "compile": options.compile, "seed": options.seed} | changes
     config = AlignConfig(steps=steps, batch_size=options.batch, **recipe)

@@ -52,7 +52,7 @@ class Scenes:
         self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
 
     def sizes(self) -> list[Size]:
-        """Half size, full size, and a part of it that is no square."""
+        """Half size, full size, and a part of it that is not square."""
         whole = self.side // PATCH
         return [
             Size(whole // 2, whole // 2, 2 * PATCH),

@@ -96,7 +96,7 @@ def measure(
 def run(
     out: Path, resolutions: list[int], *, device: torch.device, shape: Shape, config: TimingConfig
 ) -> dict[str, Any]:
-    """Measure what is not in `out` yet; returns and writes all of it."""
+    """Measure what is not in `out` yet; write and return everything."""
     rules = Rules.of(config, device)
     about = {"device": describe_device(device), "torch": torch.__version__, "batch": config.batch}
     about |= {"compile": rules.compiled, "dtype": str(rules.dtype).removeprefix("torch.")}

@@ -219,7 +219,7 @@ def attention_choice(device: torch.device) -> AbstractContextManager:
 
 
 def reference_dtype(model: nn.Module, inputs: Inputs) -> torch.dtype:
-    """float64; float32 on so many tokens that float64 attention, with its N × N maps, has no room."""
+    """float64, or float32 for so many tokens that the N × N maps of float64 attention do not fit."""
     return torch.float32 if family_of(model).num_tokens(model, inputs) > MOST_IN_FLOAT64 else torch.float64
 
 

@@ -93,7 +93,7 @@ def load(source: Source, device: torch.device) -> nn.Module:
 
 
 def reader(source: Source, model: nn.Module) -> ImageReader:
-    """Reads image files as `model`, which `source` stands for, wants them."""
+    """A reader that prepares image files as `model`, which `source` names, needs them."""
     return _transformers_folders().reader(source.folder) if source.of_transformers else ImageReader.of(model)
 
 

@@ -89,7 +89,7 @@ def member(name: str, size: int) -> tarfile.TarInfo:
 
 
 def digest_of(content: bytes) -> str:
-    """What tells one sample's bytes from any others: 32 hexadecimal digits of their sha256."""
+    """Digest that identifies a sample's bytes: 32 hexadecimal digits of their sha256."""
     return hashlib.sha256(content).hexdigest()[:32]
 
 

@@ -84,7 +84,7 @@ def look(rest: str, token: str | None = None) -> Listed:
 
 
 def download(rest: str, partial: Path, token: str | None) -> Path:
-    """Download the files of a pinned repo into `partial` and check every size, and every checksum that the hub tells.
+    """Download the files of a pinned repo into `partial`; check every size, and every checksum that the hub gives.
 
     Returns the file if the source names one, otherwise a folder that holds the files under their names in the repo.
     """

@@ -77,7 +77,7 @@ class DiffusersTTTAttention(TTTLayer):
         return self.mixed(AttentionCall((hidden_states, *text)), self.grid(grid))
 
     def check_call(self, x: Tensor, text: Tensor | None, mask: Tensor | None, others: dict[str, Any]) -> None:
-        """Raises T5Error when the layer cannot do what it is called with; `others` are only told of."""
+        """Raises T5Error when the layer cannot do what it is called with; `others` only cause a warning."""
         if mask is not None or SEEN & others.keys():
             given = ["attention_mask"] * (mask is not None) + sorted(SEEN & others.keys())
             raise T5Error(f"a TTT layer sees all tokens and no others; call it without {', '.join(given)}")

@@ -180,7 +180,7 @@ class DiffusersAdapter(Adapter):
         return [f"{root}.{parameter}" for root, part in parts for parameter, _ in part.named_parameters()]
 
     def mark(self, model: nn.Module, config: TTTConfig) -> None:
-        """Make `model` one of the converted class, in place, whose config.json will tell its layers."""
+        """Make `model` one of the converted class, in place, whose config.json will describe its layers."""
         model.__class__ = self.converted_class
         model.register_to_config(t5_config=to_dict(config))
         super().mark(model, config)

@@ -105,7 +105,7 @@ class PackedLatentsAdapter(DiffusersAdapter):
         return True
 
     def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
-        """See Adapter; also that guidance is there where the model is told it, and only there."""
+        """See Adapter; also that guidance is there if the model takes it, and only then."""
         told, kind = model.config.guidance_embeds, type(model).__name__
         if told and "guidance" not in inputs:
             raise T5Error(

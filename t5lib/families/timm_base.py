@@ -141,7 +141,7 @@ class TimmAdapter(Adapter):
         ]
 
     def after_heads(self, attention: nn.Module) -> nn.Module:
-        """The part of an attention that is given the merged heads."""
+        """The part of an attention that receives the merged heads."""
         return attention.norm
 
     def call_of(self, x: Tensor, *_others: Any, **_named: Any) -> AttentionCall:

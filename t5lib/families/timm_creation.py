@@ -1,4 +1,4 @@
-"""Models that timm makes of arguments which may come from a file: whatever is wrong with them is told beforehand."""
+"""Models that timm makes from arguments, which may come from a file: errors in them are reported beforehand."""
 
 import dataclasses
 import difflib

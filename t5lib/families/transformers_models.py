@@ -89,7 +89,7 @@ def converted_config(kind: Any) -> type[PreTrainedConfig]:
 
 
 def mark_config(model: PreTrainedModel, told: dict[str, Any]) -> None:
-    """Let the configuration of `model` tell its new layers, as plain values. One that other models may share stays."""
+    """Note the new layers of `model` in its configuration, as plain values. One that other models may share stays."""
     kind: Any = type(model.config)
     if kind is softmax_class(kind):
         _set_config(model, _of_class(model.config, converted_config(kind)))

@@ -125,7 +125,7 @@ class TransformersVit(Adapter):
         return [f"{root}.{parameter}" for parameter, _ in part.named_parameters()]
 
     def mark(self, model: nn.Module, config: TTTConfig) -> None:
-        """Make `model` one of the converted class, in place, whose config.json will tell its layers."""
+        """Make `model` one of the converted class, in place, whose config.json will describe its layers."""
         model.__class__ = converted_class(softmax_class(type(model)))
         mark_config(model, to_dict(config))
         super().mark(model, config)

@@ -201,7 +201,7 @@ class UnbiasedTTTAttention(TTTAttention):
 
 
 def head_width(attention: nn.Module) -> int:
-    """Channels of a head of an attention of timm, which not all of them tell."""
+    """Channels of a head of a timm attention, which not all of them record."""
     if hasattr(attention, "head_dim"):
         return attention.head_dim
     return attention.qkv.out_features // (3 * attention.num_heads)

@@ -41,7 +41,7 @@ class TokenGrid:
         return slice(self.num_prefix_tokens, self.num_prefix_tokens + self.rows * self.columns)
 
     def with_suffix(self, num_suffix_tokens: int) -> "TokenGrid":
-        """This layout with so many tokens after it."""
+        """This layout with suffix tokens after it."""
         return replace(self, num_suffix_tokens=num_suffix_tokens)
 
     def check(self, num_tokens: int) -> None:

@@ -165,7 +165,7 @@ class Plan:
         return break_even_tokens(rows)
 
     def side(self, tokens: int) -> int:
-        """The side in pixels of a square image with so many tokens."""
+        """The side in pixels of a square image with that many tokens."""
         return round(self.patch * math.sqrt(max(tokens - self.prefix, 1)))
 
     @property

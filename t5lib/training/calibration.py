@@ -169,7 +169,7 @@ class _Fit(Work):
             return [group.examples(seen) for group in self.groups]
 
     def step(self) -> dict[str, float]:
-        """One optimizer step; tells the mean loss now and then, since reading a number waits for the device."""
+        """One optimizer step; the mean loss comes only now and then, since reading a number waits for the device."""
         places, batch = next(self.drawn)
         step, steps = self.done.step, self.config.steps
         factor = warmed_up(step, self.config.warmup) * cosine(step / steps)

@@ -76,7 +76,7 @@ def begin(place: Path) -> None:
 
 
 def finish(place: Path, made_by: dict[str, Any], kept: int) -> None:
-    """What was written to `place` becomes the newest checkpoint; only so many (`kept`) remain.
+    """What was written to `place` becomes the newest checkpoint; only the newest `kept` remain.
 
     A kill at any moment leaves this one or the one before it whole.
     """
@@ -129,7 +129,7 @@ def require_space(folder: Path, size: int, kept: int) -> None:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Within, what keeps a checkpoint from being written is told in one line."""
+    """Within, what keeps a checkpoint from being written becomes a one-line T5Error."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -143,7 +143,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def loading(place: Path) -> Iterator[None]:
-    """Within, what keeps a whole checkpoint from being loaded is told in one line."""
+    """Within, what keeps a whole checkpoint from being loaded becomes a one-line T5Error."""
     try:
         yield
     except torch.OutOfMemoryError:

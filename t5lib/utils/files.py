@@ -109,7 +109,7 @@ def read_text(path: Path | str) -> str:
 
 
 def refuse_endless(path: Path | str) -> None:
-    """Raises T5Error for what is no file to read: a device or pipe, or a hole of gigabytes."""
+    """Raises T5Error for what is not a file to read: a device or pipe, or a hole of gigabytes."""
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise T5Error(f"{path} is a device, pipe or socket; expected a file")

@@ -125,7 +125,7 @@ def _fill(
 
 
 def to_ours(weights: dict[str, Tensor], depth: int, heads: int) -> dict[str, Tensor]:
-    """Released names to diffusers' and ours, as told above; "pos_embed" and unknown names stay."""
+    """Rename weights to diffusers' names and ours, as described above; "pos_embed" and unknown names stay."""
     ours: dict[str, Tensor] = {}
     for name, value in weights.items():
         module, _, kind = name.rpartition(".")

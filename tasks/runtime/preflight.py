@@ -1,4 +1,4 @@
-"""Does this machine have what a target needs? A line an item, each with a verdict and what to change.
+"""Does this machine have what a target needs? One line per item, with a verdict and what to change.
 
 What is certain and does not fit is refused before anything begins; what is estimated and does not fit is told.
 """
@@ -136,7 +136,7 @@ def free_bytes(root: Path) -> int:
 
 
 def begun_bytes(root: Path, target: str, needs: Needs) -> int:
-    """What lies on the disk of stages and downloads that are not finished."""
+    """Bytes on the disk of stages and downloads that are not finished."""
     places = [root / "data/scratch" / target]
     for remote in needs.remotes:
         name = re.sub(r"[^\w.]+", "-", remote.source.partition("@")[0])  # as t5lib.download.kept calls its folder

@@ -23,7 +23,7 @@ GIB = 2**30
 
 
 def run(target: str, settings: dict[str, Any], stages: list[str], out: Path, root: Path) -> dict[str, Any]:
-    """Run `stages` in `root` and write what each took to `out`; an error ends it, and stands there too.
+    """Run `stages` in `root` and write what each took to `out`; an error ends the run and is written too.
 
     Raises:
         T5Error: a stage broke.

@@ -1,4 +1,4 @@
-"""What is said of a run: what was made, from what, by whom and on what."""
+"""The description of a run: what was made, from what, by whom and on what."""
 
 import os
 import platform
