@@ -355,7 +355,7 @@ def _check(adapter: Adapter, softmax_model: nn.Module, converted_model: nn.Modul
         other.append(f"device {devices[0]} and {devices[1]}")
     if other:
         raise T5Error(
-            f"explain: the models differ in {'; '.join(other[:3])}: pass the softmax model and what was made of it"
+            f"explain: the models differ in {'; '.join(other[:3])}: pass a softmax model and its converted one"
         )
     for model, which in ((softmax_model, "the softmax model"), (converted_model, "the converted model")):
         check_numbers(dict(model.named_parameters()), which)

@@ -112,7 +112,7 @@ def transform(data: DataConfig, augment: AugmentConfig | None = None) -> Transfo
         with patch.dict(auto_augment.NAME_TO_OP, dict.fromkeys(POSTERIZE, _posterize)):
             training = create_transform(**common, is_training=True, re_mode="pixel", **asdict(augment))
     except (AssertionError, KeyError, ValueError, TypeError) as error:
-        example = "expected such as 'rand-m9-mstd0.5-inc1' or 'original'"
+        example = "expected e.g. 'rand-m9-mstd0.5-inc1' or 'original'"
         raise T5Error(f"timm does not understand auto_augment '{augment.auto_augment}'; {example}") from error
     if augment.scale is None:
         training.transforms[:1] = plain.transforms[:2]  # resize and centre crop in place of timm's random crop

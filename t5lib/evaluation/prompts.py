@@ -167,7 +167,7 @@ def _read_text(path: Path) -> str:
 
 def _expected(layout: str) -> str:
     return {
-        "plain": "a text file with a prompt a line",
-        "geneval": "GenEval's evaluation_metadata.jsonl, a JSON object a line",
+        "plain": "a text file with one prompt per line",
+        "geneval": "GenEval's evaluation_metadata.jsonl, one JSON object per line",
         "dpg": "a folder of .txt files, a prompt in each (DPG-Bench's dpg_bench/prompts)",
     }[layout]

@@ -57,7 +57,7 @@ class ConvertedModel:
         if not getattr(self.config, "t5_config", None):
             raise T5Error(
                 f"this {type(self).__name__} is a part of a converted model, and only the whole model's config.json "
-                "tells the new layers; save that, or convert this part by itself"
+                "describes the new layers; save that, or convert this part by itself"
             )
         super().save_pretrained(*destination, **options)  # type: ignore[misc]  # of the model beside it
 

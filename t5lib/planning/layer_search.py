@@ -425,4 +425,6 @@ def _differing(ours: TTTConfig, theirs: TTTConfig) -> list[str]:
 def _check_budget(cost: Costs, budget: float) -> None:
     cheapest = math.fsum(min(row.values()) for row in cost)
     if budget < cheapest * (1 - 1e-9) or budget <= 0:
-        raise T5Error(f"a budget of {budget:.4g} is out of reach: the cheapest assignment costs {cheapest:.4g}")
+        raise T5Error(
+            f"a budget of {budget:.4g} is out of reach: the cheapest assignment costs {cheapest:.4g}; allow that"
+        )

@@ -191,7 +191,7 @@ def test_saving_never_deletes_what_is_no_saved_model(tmp_path):
         t5lib.save(tiny_vit(), tmp_path)
     t5lib.save(tiny_vit(), tmp_path / "model")
     (tmp_path / "model/README.md").write_text("about it")
-    with pytest.raises(T5Error, match=r"holds README\.md beside a saved model; move that, or pass a new folder"):
+    with pytest.raises(T5Error, match=r"holds README\.mdbesides a saved model; move it away, or pass a new folder"):
         t5lib.save(tiny_vit(), tmp_path / "model")
     kept = [file.read_text() for file in (tmp_path / "thesis.tex", tmp_path / "t5.json", tmp_path / "model/README.md")]
     assert kept == ["years of work", "notes of mine", "about it"]

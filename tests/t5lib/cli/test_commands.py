@@ -157,7 +157,7 @@ class TestRefusedBeforeAnyWork:
 
     def test_settings(self, softmax, photos, tmp_path):
         out = tmp_path / "out"
-        assert "expected such as 0-5,8" in refused("convert", softmax, out, "--layers", "some")
+        assert "expected e.g. 0-5,8" in refused("convert", softmax, out, "--layers", "some")
         assert "224x320" in refused("convert", softmax, out, "--img-size", "big")
         assert "did you mean 'swiglu'" in refused("convert", softmax, out, "--inner", "swigul")
         assert "from 0 to 1" in refused("convert", softmax, out, "--layers", "2")

@@ -136,7 +136,7 @@ def test_a_layer_that_a_map_names_twice_is_refused(text):
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "1--2", "1,,2"])
 def test_layers_that_mean_nothing_are_refused(text):
-    with pytest.raises(T5Error, match="expected such as 0-5,8"):
+    with pytest.raises(T5Error, match=r"expected e\.g\. 0-5,8"):
         parse_layers(text)
 
 

@@ -92,7 +92,7 @@ def test_images_of_any_size_are_taken_as_by_the_original(kind):
         grid = ADAPTER.grid(model, {"pixel_values": random_images(2, *size)})
         assert (grid.rows, grid.columns) == (size[0] // 8, size[1] // 8)
         assert grid.num_prefix_tokens == PREFIX.get(kind, 1)
-    with pytest.raises(T5Error, match="images are 32×7 px, less than a patch of 8×8"):
+    with pytest.raises(T5Error, match="images are 32×7 px, smaller than a patch of 8×8"):
         ADAPTER.grid(model, {"pixel_values": random_images(1, 32, 7)})
 
 
@@ -274,7 +274,7 @@ def test_batches_may_come_with_labels_but_with_nothing_else():
     model = tiny_transformer("clip_dual")
     told = {"pixel_values": random_images(2), "labels": torch.arange(2)}
     assert ADAPTER.inputs(told).keys() == {"pixel_values"}
-    with pytest.raises(T5Error, match=r"a batch holds input_ids beside pixel_values.*pass the images alone"):
+    with pytest.raises(T5Error, match=r"a batch holds input_ids besides pixel_values.*pass the images alone"):
         ADAPTER.check_inputs(model, ADAPTER.inputs({**told, "input_ids": torch.zeros(2, 3, dtype=torch.long)}))
 
 
