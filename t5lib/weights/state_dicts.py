@@ -159,7 +159,7 @@ def _numbers(weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         raise T5Error(f"{source} holds names without values (on the meta device), {', '.join(meta[:4])}; save it again")
     if whole := [f"{n} {v.dtype}" for n, v in weights.items() if v.ndim and (_packed(v) or not v.is_floating_point())]:
         raise T5Error(
-            f"{source} holds integer or quantized numbers, in {', '.join(whole[:4])}: it is quantized, or holds no weights; take the "
+            f"{source} holds integer or quantized numbers, in {', '.join(whole[:4])}; take the "
             "checkpoint in full or half precision"
         )
     check_numbers(weights, source)

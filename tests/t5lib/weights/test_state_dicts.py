@@ -65,7 +65,7 @@ def test_of_model_and_average_either_is_had_by_entry_or_by_prefix(tmp_path):
 BROKEN = {
     "int8": (
         {"head.weight": torch.ones(2, 2, dtype=torch.int8)},
-        r"integer or quantized numbers, in head\.weight torch\.int8",
+        r"quantized numbers, in head\.weight torch\.int8",
     ),
     "four bits": (
         {"w": torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)},
@@ -77,7 +77,7 @@ BROKEN = {
     "in itself": (IN_ITSELF, r"holds no weights; found \['model'\]"),
     "int64": (
         {"tokens": torch.arange(4)},
-        r"integer or quantized numbers, in tokens torch\.int64: it is quantized, or",
+        r"integer or quantized numbers, in tokens torch\.int64;",
     ),
     "NaN": ({"head.weight": torch.tensor([1, torch.nan])}, r"not finite, in 1 weights: head\.weight \(1 of 2\)"),
     "infinite in eight bits": (
