@@ -198,7 +198,7 @@ def _check_replaceable(folder: Path) -> None:
             raise T5Error(f"{folder} is not a saved model, and saving would replace it; pass a new folder")
         if others := sorted(held - {WEIGHTS, DESCRIPTION}):
             raise T5Error(
-                f"{folder} holds {', '.join(others[:4])}besides a saved model; move it away, or pass a new folder"
+                f"{folder} holds {', '.join(others[:4])} besides a saved model; move it away, or pass a new folder"
             )
     elif folder.exists():
         raise T5Error(f"{folder} is a file, not a saved model, and saving would replace it; pass a new folder")

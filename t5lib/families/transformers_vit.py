@@ -79,7 +79,7 @@ class TransformersVit(Adapter):
         rows, columns = (side // patch for side, patch in zip((height, width), tower.patches.stride, strict=True))
         if not rows or not columns:
             patch = "×".join(map(str, tower.patches.stride))
-            raise T5Error(f"imagesare {height}×{width} px, smaller than a patch of {patch}; enlarge them")
+            raise T5Error(f"images are {height}×{width} px, smaller than a patch of {patch}; enlarge them")
         return TokenGrid(rows, columns, tower.num_prefix_tokens)
 
     def embedding(self, model: nn.Module) -> nn.Conv2d:
@@ -169,7 +169,7 @@ class TransformersVit(Adapter):
     def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
         if others := sorted(inputs.keys() - {self.input_name}):
             raise T5Error(
-                f"a batch holds {', '.join(others)}besides {self.input_name}, but only the vision tower is called; "
+                f"a batch holds {', '.join(others)} besides {self.input_name}, but only the vision tower is called; "
                 f"pass the images alone: {{'{self.input_name}': …}}"
             )
         super().check_inputs(model, inputs)

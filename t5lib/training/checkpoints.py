@@ -171,7 +171,7 @@ def _damage(place: Path) -> str:
     except T5Error:
         return f"{FILES} is missing or broken"
     if not isinstance(known, dict) or sorted(known) != _names(place):
-        return f"it holds {', '.join(_names(place)) or 'nothing'},but {FILES} lists other files"
+        return f"it holds {', '.join(_names(place)) or 'nothing'}, but {FILES} lists other files"
     return ", ".join(f"{name} changed" for name, checksum in known.items() if sha256(place / name) != checksum)
 
 

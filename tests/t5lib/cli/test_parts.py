@@ -41,7 +41,7 @@ def test_image_files_are_decoded_as_everywhere_and_animations_are_said(tmp_path,
     assert images.shape == (2, 3, 32, 32) and images.abs().max() < 0.01  # 128 is 0 for mean and std one half
     reader.report()
     told = capsys.readouterr().err
-    assert "1 file, such as" in told and "it is empty, 0 bytes" in told
+    assert "left out: 1 file that cannot be read, such as" in told and "it is empty, 0 bytes" in told
     assert "\x1b" not in told and r"\x1b[2J.jpg" in told
     assert "only the first frame is used of 1 animation, such as" in told
 

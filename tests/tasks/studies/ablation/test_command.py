@@ -137,7 +137,7 @@ def test_a_bug_costs_one_variant_and_is_raised_at_the_end(root, monkeypatch):
     monkeypatch.setattr(
         variant, "run", lambda u, seed, *a, **k: 1 / 0 if u.variant == "softmax" else real(u, seed, *a, **k)
     )
-    with pytest.raises(T5Error, match=r"(?s)softmax broke: .*ZeroDivisionError"):
+    with pytest.raises(T5Error, match=r"(?s)softmax failed: .*ZeroDivisionError"):
         run(only=["softmax", "wide"], seeds=[0])
     assert set(read_json("out.json")["records"]) == {"wide"}
 
