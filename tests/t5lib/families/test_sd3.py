@@ -349,7 +349,7 @@ def test_calls_that_a_linear_layer_cannot_answer_are_refused():
         block.attn2(x, x)
     with pytest.raises(T5Error, match="grid 4×6 holds 24 tokens"):
         block.attn2(x[:, 1:], grid=TokenGrid(4, 6))
-    with pytest.raises(T5Error, match=r"outside of a forward of its model.*pass grid=TokenGrid"):
+    with pytest.raises(T5Error, match=r"outside a forward of its model.*pass grid=TokenGrid"):
         block.attn2(x)
 
 
