@@ -275,7 +275,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def check_resolution(self, model: nn.Module, size: ExampleSize) -> None:
-        """Raises T5Error unless the resolution is a multiple of what a token covers and within the model's positions."""
+        """Raises T5Error unless the resolution is a multiple of what a token covers, within the model's positions."""
 
     @abstractmethod
     def at_resolution(self, model: nn.Module, size: ExampleSize) -> nn.Module:
