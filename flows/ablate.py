@@ -42,7 +42,7 @@ def ablate(name: str = "dinov2-fashion", seeds: list[int] | None = None, out: st
     Args:
         name: of a file in tasks/studies/ablation, or the path of a file, such as my.yaml.
         seeds: default: those of the ablation.
-        out: where the results go, without ending; default: docs/results/ablation-NAME.
+        out: where the results go, without a file ending; default: docs/results/ablation-NAME.
 
     Raises:
         T5Error: a slip in the settings, before any work; or what broke, after all else is done.
@@ -60,7 +60,7 @@ def _run(root: Path, name: str, seeds: list[int] | None, out: str, variables: di
     seeds = seeds or plan["seeds"]
     variants = [unit["variant"] for unit in plan["units"]]
     get_run_logger().info(
-        "%s: prepare → %d variants with seeds %s (%s) → tables; what is done with the same settings is skipped",
+        "%s: prepare → %d variants with seeds %s (%s) → tables; what finished with the same settings is skipped",
         *(plan["name"], len(variants), ", ".join(map(str, seeds)), ", ".join(variants)),
     )
     chosen = ["--seeds", *map(str, seeds)]
@@ -123,7 +123,7 @@ def main() -> None:
     known = f"an ablation ({', '.join(names())}) or a file, such as my.yaml"
     parser.add_argument("name", nargs="?", default="dinov2-fashion", help=known)
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds to run (default: those of the ablation)")
-    parser.add_argument("--out", help="where the results go, without ending (default: docs/results/ablation-NAME)")
+    parser.add_argument("--out", help="where the results go, with no file ending (default: docs/results/ablation-NAME)")
     arguments = parser.parse_args()
     files = command.run(
         lambda: LIBRARIES,

@@ -1,4 +1,4 @@
-"""How a flow is run from the command line: slips are told before Prefect starts a server, signals end it in order."""
+"""How a flow runs from the command line: mistakes show before Prefect starts a server, and signals end it cleanly."""
 
 import os
 import sys
@@ -41,7 +41,7 @@ def run(
 
 @contextmanager
 def warmed(libraries: Sequence[str]) -> Iterator[dict[str, str]]:
-    """As `warm.serving`; within another of its kind, which `run` opens before the flow begins, it is that one."""
+    """Like `warm.serving`; inside another call, such as the one that `run` opens, it yields that one's environment."""
     if warm.ADDRESS in os.environ:
         yield {warm.ADDRESS: os.environ[warm.ADDRESS]}
         return

@@ -48,7 +48,7 @@ def _waited(root: Path, lines: Iterable[str], say: Callable[[str], None]) -> boo
     holders = {int(match["pid"]): match["command"] for match in map(HOLDER.match, lines) if match}
     for pid, command in holders.items():
         if _is_dvc(pid):
-            say(f"process {pid} ({command}) works on the same files; waiting until it ends")
+            say(f"process {pid} ({command}) is working on the same files; waiting until it ends")
         while _is_dvc(pid):
             time.sleep(0.5)
     if holders:

@@ -1,4 +1,4 @@
-"""Flow runs whose process is gone do not seem to run for ever, which would also keep others waiting."""
+"""Flow runs whose process is gone are marked as crashed: they would seem to run forever and keep others waiting."""
 
 import logging
 
@@ -23,7 +23,7 @@ def sign_and_sweep(log: logging.Logger | logging.LoggerAdapter) -> None:
                 if is_gone(run):
                     crash(client, run)
     except Exception as error:  # the record must not stop the work
-        log.warning("Prefect's record of earlier runs could not be cleared up: %s: %s", type(error).__name__, error)
+        log.warning("Prefect's record of earlier runs could not be cleaned up: %s: %s", type(error).__name__, error)
 
 
 def in_state(state: StateType) -> filters.FlowRunFilter:

@@ -1,4 +1,4 @@
-"""Who listens on a port of this machine: ours, a stranger, nobody."""
+"""Who listens on a port of this machine: our server, another program, or nobody."""
 
 import socket
 import urllib.error
@@ -19,7 +19,7 @@ def must_be_free(port: int, command: str) -> None:
     if not _connects(port):
         return
     raise T5Error(
-        f"port {port} is taken by {_holder(port)}; it is left alone. Take another port: {command.format(_free(port))}"
+        f"port {port} is taken by {_holder(port)}and is left alone. Take another port: {command.format(_free(port))}"
     )
 
 

@@ -61,9 +61,9 @@ def failed(error: T5Error, what: str, kept: str) -> State:
     """
     lines = [f"{what} failed: {error}"]
     if isinstance(error, StageError):
-        remedy = "it may pass by itself, so" if error.retryable else "mend that, then"
+        remedy = "it may go away by itself, so" if error.retryable else "fix that, then"
         lines = [f"{what} failed in the stage {error}", f"What to do: {remedy} run the same again; {kept}"]
-        lines += [f"All that the stage said: {error.log}"] if error.log else []
+        lines += [f"The stage's full output: {error.log}"] if error.log else []
     get_run_logger().error("\n".join(lines))
     # A returned state, not an exception, so that Prefect shows the message alone.
     return Failed(message=str(error), data=error)
@@ -80,7 +80,7 @@ def publish(name: str, markdown: str, description: str) -> None:
     try:
         create_markdown_artifact(markdown, key=key, description=description)
     except Exception as error:  # the record must not stop the work
-        get_run_logger().warning("the result is not on Prefect's page: %s: %s", type(error).__name__, error)
+        get_run_logger().warning("the result could not be shown on Prefect's page: %s: %s", type(error).__name__, error)
 
 
 def described(figures: dict[str, Any], places: dict[str, str]) -> str:

@@ -38,7 +38,7 @@ def _must_be_ours(pool: WorkPool) -> None:
     if pool.type != TYPE:
         raise T5Error(
             f"the server has a work pool '{NAME}' of type {pool.type} ({pool.description or 'no description'}), which "
-            f"`make up` did not make; it is left alone. If nobody needs it: `.venv/bin/prefect work-pool delete {NAME}`"
+            f"`make up` did not make and leaves alone. If nobody needs it: `.venv/bin/prefect work-pool delete {NAME}`"
         )
 
 

@@ -1,4 +1,4 @@
-"""The temporary server that Prefect starts for a flow where there is no other ends with that flow."""
+"""The temporary server that Prefect starts for a flow, if there is no other, ends with that flow."""
 
 from functools import cache
 

@@ -31,7 +31,7 @@ Start a run:   .venv/bin/prefect deployment run t5/convert-vit --watch
 Another one:   .venv/bin/prefect deployment run t5/convert-vit --watch --param target=deit-tiny
 Its log:       .venv/bin/prefect flow-run logs UUID   (--watch shows it as it comes; ERROR says why a run failed)
 What it made:  .venv/bin/prefect artifact ls
-At a time:     one run, the others wait; .venv/bin/prefect work-pool set-concurrency-limit local 2 allows two"""
+Runs at once:  one, the others wait; .venv/bin/prefect work-pool set-concurrency-limit local 2 allows two"""
 
 
 def up(root: Path, port: int, *, patience: float = 120.0) -> None:
@@ -58,7 +58,7 @@ def _up(root: Path, port: int, patience: float) -> None:
     if server := _running(home, "server"):
         if not listening.answers(server, port):
             raise T5Error(
-                f"the server that `make up` started does not answer at {url}; `make down` first, then `make up`"
+                f"the server that `make up` started does not answer at {url}; run `make down`, then `make up`"
             )
     else:
         listening.must_be_free(port, "make up PORT={}")
@@ -187,7 +187,7 @@ def main() -> None:
             print(HOW_TO_TRIGGER.format(port=port, home=HOME))
             if elsewhere := os.environ.get("PREFECT_API_URL"):
                 print(
-                    f"PREFECT_API_URL names {without_secrets(elsewhere)}: `unset PREFECT_API_URL` to speak to this one"
+                    f"PREFECT_API_URL names {without_secrets(elsewhere)}: run `unset PREFECT_API_URL` to use this one"
                 )
         elif arguments.action == "down":
             down(Path.cwd())

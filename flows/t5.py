@@ -91,9 +91,9 @@ def _built(root: Path, target: str, variables: dict[str, str]) -> dict[str, Any]
     if params.enable(root, target):
         log.warning("params.yaml: added '%s' to `enabled`; plain `dvc repro` builds it from now on", target)
     names = graph.stages(root, target)
-    log.info("%s: %s; stages of which nothing changed are skipped", target, " → ".join(names))
+    log.info("%s: %s; unchanged stages are skipped", target, " → ".join(names))
     if takes := params.takes(root, target):
-        log.info("Built from nothing, it takes %s", takes)
+        log.info("Built from scratch, it takes %s", takes)
     run = tracking.start_flow(root, target, settings, names)
     try:
         for name in names:

@@ -142,17 +142,17 @@ def read_description(folder: Path | str) -> dict[str, Any]:
         raise T5Error(f"{folder}/{DESCRIPTION} holds a {type(description).__name__}; save or copy the folder again")
     found = description.get("format")
     if found != FORMAT or type(found) is not int:  # true is 1, too
-        raise T5Error(f"{folder}/{DESCRIPTION} is of format {shown(found)}; this t5lib reads {FORMAT}: update it")
+        raise T5Error(f"{folder}/{DESCRIPTION} has format {shown(found)}; this t5lib reads {FORMAT}: update it")
     expected = ENTRIES | {name: kind for name, kind in OPTIONAL.items() if name in description}
     wrong = [name for name, kinds in expected.items() if not isinstance(description.get(name, False), kinds)]
     if wrong:
         told = ", ".join(f"{name}: {description.get(name, 'missing')!r:.40}" for name in wrong)
-        raise T5Error(f"{folder}/{DESCRIPTION} has no such entries as t5lib.save writes, {told}; save or copy it again")
+        raise T5Error(f"{folder}/{DESCRIPTION} does not hold what t5lib.save writes ({told}); save or copy it again")
     digest = _digest(description)
     if description.get("sha256", {}).get("description", digest) != digest:
         raise T5Error(
-            f"{folder}/{DESCRIPTION} was changed after t5lib.save wrote it: its sha256 is another than the one it "
-            'tells; copy it again, or, if the change is meant, take "description" out of its entry "sha256"'
+            f"{folder}/{DESCRIPTION} was changed after t5lib.save wrote it: its sha256 is not the one it "
+            'records; copy it again, or, if the change is meant, take "description" out of its entry "sha256"'
         )
     return description
 
@@ -166,15 +166,15 @@ def _digest(description: dict[str, Any]) -> str:
 def _read_weights(folder: Path, digests: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     if unproved := [name for name in (WEIGHTS, "description") if name not in digests]:
         _log.warning(
-            "%s: nothing proves that it is as it was saved: %s holds no sha256 of %s",
+            "%s cannot be checked for changes: %s records no sha256 of %s",
             *(folder, DESCRIPTION, " and ".join(unproved)),
         )
     try:
         refuse_endless(folder / WEIGHTS)
         if WEIGHTS in digests and digests[WEIGHTS] != sha256(folder / WEIGHTS):
             raise T5Error(
-                f"{folder}/{WEIGHTS} is not the file that t5lib.save wrote: its sha256 is another than {DESCRIPTION} "
-                f'tells; copy it again, or, if the change is meant, take "{WEIGHTS}" out of the entry "sha256" there'
+                f"{folder}/{WEIGHTS} is not the file that t5lib.save wrote: its sha256 is not what {DESCRIPTION} "
+                f'records; copy it again, or, if the change is meant, take "{WEIGHTS}" out of the entry "sha256" there'
             )
         return load_file(folder / WEIGHTS, device=str(device))
     except (OSError, SafetensorError) as error:
@@ -195,13 +195,13 @@ def _check_replaceable(folder: Path) -> None:
     if folder.is_dir():
         held = {path.name for path in folder.iterdir()}
         if held and not ((folder / WEIGHTS).is_file() and (folder / DESCRIPTION).is_file()):
-            raise T5Error(f"{folder} is no saved model, and saving would replace it; pass a new folder")
+            raise T5Error(f"{folder} is not a saved model, and saving would replace it; pass a new folder")
         if others := sorted(held - {WEIGHTS, DESCRIPTION}):
             raise T5Error(
-                f"{folder} holds {', '.join(others[:4])} beside a saved model; move that, or pass a new folder"
+                f"{folder} holds {', '.join(others[:4])} besides a saved model; move it away, or pass a new folder"
             )
     elif folder.exists():
-        raise T5Error(f"{folder} is no saved model but a file, and saving would replace it; pass a new folder")
+        raise T5Error(f"{folder} is a file, not a saved model, and saving would replace it; pass a new folder")
 
 
 def _check_plain(architecture: str, arguments: dict[str, Any]) -> None:
@@ -219,7 +219,7 @@ def _check_same(model: nn.Module, twin: nn.Module) -> None:
     """Changes of other people's, of an adapter's or a quantizer's would not come back."""
     if found := differences(model, twin):
         raise T5Error(
-            f"{', '.join(found[:3])}: t5.json cannot tell that, so the model would be loaded without it, and compute "
+            f"{', '.join(found[:3])}: t5.json cannot record that, so the model would be loaded without it and compute "
             "something else; take the change out first (a hook: its handle's remove()), or save the state_dict beside "
             "the code that makes the model"
         )

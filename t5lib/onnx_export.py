@@ -120,7 +120,7 @@ class _Called(nn.Module):
 def _checked_path(path: Path | str) -> Path:
     path = as_path(path)
     if path.suffix != ".onnx" or path.is_dir():
-        raise T5Error(f"{path} is no name of an ONNX file; expected one that ends in .onnx")
+        raise T5Error(f"{path} is not the name of an ONNX file; expected one that ends in .onnx")
     if not path.parent.is_dir():
         raise T5Error(f"{path} cannot be written: there is no folder {path.parent}; make it, or name another place")
     refuse_inside_model(path)

@@ -109,7 +109,7 @@ def _index_of_hub(source: str, options: dict[str, Any]) -> dict[str, Any]:
         return DiffusionPipeline.load_config(source, **options)  # type: ignore[return-value]  # with these arguments
     except Exception as error:  # of the hub's client, the network, the file itself
         raise T5Error(
-            f"{source} is no folder here, and the hub gave no pipeline of that name "
+            f"{source} is not a folder here, and the hub has no pipeline of that name to give "
             f"({str(error).splitlines()[0]}); check the path, or the name, the network and HF_TOKEN"
         ) from error
 
@@ -144,9 +144,7 @@ def _precisions(folder: Path) -> dict[str, str]:
     # Single numbers and positions are counters beside the weights.
     kinds = {name: kind for name, (kind, ndim) in held.items() if ndim and not name.endswith("position_ids")}
     if whole := [f"{name} {kind}" for name, kind in kinds.items() if not kind.startswith(("F", "BF"))]:
-        raise T5Error(
-            f"{folder} holds whole numbers or quantized ones, in {', '.join(whole[:4])}; take the full pipeline"
-        )
+        raise T5Error(f"{folder} holds integer or quantized weights, in {', '.join(whole[:4])}; take the full pipeline")
     return kinds
 
 

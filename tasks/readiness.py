@@ -23,7 +23,7 @@ def main() -> None:
         "--card", help=f"the card to plan for ({', '.join(cards.CARDS)}); default: the first card of this machine"
     )
     parser.add_argument(
-        "--memory", type=float, metavar="GIB", help="memory of that card (default: what cards of its name have)"
+        "--memory", type=float, metavar="GIB", help="memory of that card (default: what cards of that name have)"
     )
     arguments = parser.parse_args()
     try:

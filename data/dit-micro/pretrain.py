@@ -183,7 +183,7 @@ def run(settings: Settings, images: Path, out: Path, scratch: Path, stop: float 
     parameters = sum(weight.numel() for weight in model.parameters())
     record = train(model, data, settings, scratch, stop)
     if not record.finished:
-        print("stopped; the same command goes on")
+        print("stopped; the same command resumes")
         sys.exit(3)
     facts = {
         "settings": asdict(settings),
@@ -200,9 +200,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, default=FOLDER.parent / "fashion-mnist/train.json", help="manifest")
     parser.add_argument("--out", type=Path, default=FOLDER / "model", help="the pipeline's folder")
-    parser.add_argument("--scratch", type=Path, required=True, help="folder of the state that a later run goes on from")
+    parser.add_argument("--scratch", type=Path, required=True, help="folder of the state that a later run resumes from")
     parser.add_argument("--minutes", type=float, default=Settings.minutes)
-    parser.add_argument("--steps", type=int, default=Settings.steps, help="at most so many")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="most steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--stop-after", type=float, default=float("inf"), help="seconds, then save the state and exit 3"

@@ -140,7 +140,7 @@ def _run(command: list[str], folder: Path) -> str:
     try:
         return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
     except FileNotFoundError:
-        raise T5Error(f"there is no {command[0]} here; build the pieces on Debian or a system made from it") from None
+        raise T5Error(f"this machine has no {command[0]}; build the pieces on Debian or a derivative of it") from None
     except subprocess.CalledProcessError as error:
         raise T5Error(f"'{' '.join(command)}' failed: {error.stderr.strip()[-500:]}") from None
 
@@ -193,7 +193,7 @@ def cut_out(image: Image.Image) -> Image.Image | None:
 
 
 def wallpapers(root: Path, names: tuple[str, ...]) -> Iterator[tuple[str, Path, Image.Image]]:
-    """Photographs by name; where a folder holds one in several sizes, the largest file that is no link.
+    """Photographs by name; if a folder holds one in several sizes, the largest file that is not a link.
 
     Raises:
         T5Error: one of them is not there.

@@ -124,7 +124,7 @@ class Study:
         return fit_probe(features, self.scenes.kinds.to(self.device)[entities], classes, config)
 
     def source_probe(self, fold: int, size: Size) -> Probe:
-        """That of the softmax model; kept in the working folder."""
+        """The probe of the softmax model; it is kept in the working folder."""
         file = self.work / f"probe-{fold}-{size.name}.safetensors"
         if not file.exists():
             probe = self.fit_probe_of(self.source, fold, size)
@@ -224,7 +224,7 @@ def mirrored(model: nn.Module) -> nn.Module:
 
 
 def calibrated(study: Study, arm: str, fold: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The arm's model after calibration, and what is told of it."""
+    """The arm's model after calibration, and what is reported of it."""
     settings = ARMS[arm] | {"seed": study.options.seed}
     softmax_layers = settings.pop("softmax_layers", 0)
     if softmax_layers:  # arms that differ in what is put back share one calibration of all layers
@@ -259,7 +259,7 @@ def _fitted(study: Study, name: str, config: TTTConfig, fold: int) -> tuple[nn.M
 
 
 def aligned(study: Study, student: nn.Module, fold: int, changes: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Align `student`, in place; what is told of it."""
+    """Align `student`, in place, and return what is reported of it."""
     options, curve = study.options, []
     recipe = {"precision": study.precision, "compile": options.compile, "seed": options.seed} | changes
     config = AlignConfig(steps=steps, batch_size=options.batch, **recipe)
@@ -366,10 +366,10 @@ def main() -> None:
     parser.add_argument("--folds", type=int, nargs="+", default=[0])
     parser.add_argument("--trials", nargs="+", default=list(TRIALS), choices=list(TRIALS))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--arm", default="t5-last+-auto", choices=list(ARMS), help="that trials are made with")
+    parser.add_argument("--arm", default="t5-last+-auto", choices=list(ARMS), help="arm that trials are made with")
     parser.add_argument("--calibrate", type=int, default=1500, help="steps")
     parser.add_argument("--align", type=int, default=3500, help="steps")
-    parser.add_argument("--recipe-file", type=Path, help="changes of the alignment's settings; waited for")
+    parser.add_argument("--recipe-file", type=Path, help="file of changes to the alignment's settings, waited for")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--large", type=float, default=0.2, help="share of the alignment's steps at full size")
     parser.add_argument(
@@ -381,8 +381,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="the alignment")
     parser.add_argument("--pictures", action="store_true")
-    parser.add_argument("--spare", type=float, default=30, help="seconds of them that measuring takes")
-    parser.add_argument("--until", type=float, help="seconds since 1970 by which to end")
+    parser.add_argument("--spare", type=float, default=30, help="seconds to keep for measuring")
+    parser.add_argument("--until", type=float, help="time by which to end, in seconds since 1970")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.what == "choose":

@@ -52,7 +52,7 @@ class Scenes:
         self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
 
     def sizes(self) -> list[Size]:
-        """Half size, full size, and a part of it that is no square."""
+        """Half size, full size, and a part of it that is not square."""
         whole = self.side // PATCH
         return [
             Size(whole // 2, whole // 2, 2 * PATCH),
@@ -83,7 +83,7 @@ class Scenes:
             yield self.normalized(part, size.cell), torch.from_numpy(entities)
 
     def probed(self, folds: list[int], size: Size, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each of these folds so many scenes that there are PROBE_PATCHES patches in all, or fewer."""
+        """Scenes of each of these folds, with PROBE_PATCHES patches in all, or fewer."""
         most = max(1, PROBE_PATCHES // (size.rows * size.columns * len(folds)))
         for fold in folds:
             yield from self.measured(fold, size, batch, most)
@@ -119,7 +119,7 @@ class Scenes:
 
 
 def resized_parts(images: Tensor, side: int, draw: np.random.Generator) -> Tensor:
-    """Of each of the images (n, 3, S, S) a square part from `side` to S pixels, shrunk to `side`, perhaps mirrored."""
+    """A square part of each image (n, 3, S, S), from `side` to S pixels, shrunk to `side`, perhaps mirrored."""
     parts = []
     for image in images.float():
         size = int(draw.integers(side, image.shape[-1] + 1))

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent
 
 
 def prompts(each: int, seed: int) -> list[str]:
-    """Of every emoji so many different captions, in mixed order."""
+    """`each` different captions of every emoji, in mixed order."""
     rng, made = random.Random(seed), []
     scenes = [(count, colour) for count in range(1, len(COUNTS) + 1) for colour in COLOURS]
     for kind in read_sprites(FOLDER / "sprites.json")[0]:

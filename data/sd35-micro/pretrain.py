@@ -241,7 +241,7 @@ def train(world: World, config: MicroConfig, settings: Settings, scratch: Path, 
 
 @torch.no_grad()
 def psnr(world: World, vae, settings: Settings) -> dict[str, float]:
-    """Of decoded means against pictures, in decibels, by size."""
+    """PSNR of decoded means against pictures, in decibels, by size."""
     found = {}
     for size in SIZES:
         pictures = compose(world.sprites, world.scenes(64, settings.seed, HELD_OUT, size), size)
@@ -303,12 +303,10 @@ def write(out: Path, pipeline: StableDiffusion3Pipeline, facts: dict, world: Wor
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FOLDER / "model", help="the pipeline's folder")
-    parser.add_argument("--scratch", type=Path, required=True, help="folder of the state that a later run goes on from")
+    parser.add_argument("--scratch", type=Path, required=True, help="folder of the state that a later run resumes from")
     parser.add_argument("--vae-minutes", type=float, default=Settings.vae_minutes)
     parser.add_argument("--minutes", type=float, default=Settings.minutes, help="of transformer and text encoders")
-    parser.add_argument(
-        "--steps", type=int, default=Settings.steps, help="at most so many, in each of the two trainings"
-    )
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="most steps, in each of the two trainings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--stop-after", type=float, default=float("inf"), help="seconds, then save the state and exit 3"
@@ -333,7 +331,7 @@ def run(
     world = World.make(torch.device("cuda" if torch.cuda.is_available() else "cpu"), kinds)
     trained = train(world, config, settings, scratch, stop)
     if trained is None:
-        print("stopped; the same command goes on")
+        print("stopped; the same command resumes")
         sys.exit(3)
     write(out, *trained, world, settings)
 

@@ -24,8 +24,8 @@ MEMORY_ONLY = ALLOCATIONS | {f"aten::{name}" for name in VIEWS} | {"aten::alias"
 
 
 class Place(NamedTuple):
-    """Where an argument of a launch lies: so many bytes from the start of a base, which is an input, an output or the
-    workspace."""
+    """Where an argument of a launch lies: its offset in bytes from the start of a base, which is an input, an output or
+    the workspace."""
 
     argument: int
     base: int

@@ -167,7 +167,7 @@ def explain(
 
 
 def kind_of(attention: nn.Module) -> str:
-    """Such as "swiglu, dwc_qk"; "softmax" of a layer that was left."""
+    """The kind, such as "swiglu, dwc_qk"; "softmax" for a layer that was not converted."""
     if not isinstance(attention, TTTLayer):
         return "softmax"
     return f"{attention.mixer.config.inner}, {attention.mixer.config.locality}"
@@ -355,7 +355,7 @@ def _check(adapter: Adapter, softmax_model: nn.Module, converted_model: nn.Modul
         other.append(f"device {devices[0]} and {devices[1]}")
     if other:
         raise T5Error(
-            f"explain: the models differ in {'; '.join(other[:3])}: pass the softmax model and what was made of it"
+            f"explain: the models differ in {'; '.join(other[:3])}: pass a softmax model and its converted one"
         )
     for model, which in ((softmax_model, "the softmax model"), (converted_model, "the converted model")):
         check_numbers(dict(model.named_parameters()), which)

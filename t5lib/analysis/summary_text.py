@@ -24,12 +24,12 @@ def _distance(found: dict[str, Any], new: list[int]) -> str:
     elif converted < softmax:
         verdict = "nearer than the softmax layers"
     elif converted > uniform - NEARLY * abs(uniform - softmax):
-        verdict = "everywhere, with hardly a preference for what is near"
+        verdict = "everywhere, with hardly any preference for what is near"
     else:
         verdict = "farther than the softmax layers"
     return (
         f"Converted layers look {verdict}: {converted:.1f} patches on average, softmax {softmax:.1f}; looking "
-        f"everywhere alike would give {uniform:.1f}."
+        f"everywhere equally would give {uniform:.1f}."
     )
 
 
@@ -48,7 +48,7 @@ def _similarity(found: dict[str, Any]) -> str:
     weakest = min(range(len(cka)), key=lambda index: cka[index])
     return (
         f"The two models' block outputs have a CKA of {_mean(cka):.2f} on average, least after "
-        f"{found['layers'][weakest].rpartition('.')[0]} ({cka[weakest]:.2f}); 1 is alike up to rotation and scale."
+        f"{found['layers'][weakest].rpartition('.')[0]} ({cka[weakest]:.2f}); 1 is identical up to rotation and scale."
     )
 
 

@@ -51,7 +51,7 @@ class Unmixed(nn.Module):
 
 
 def models(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """By name; the converted ones carry the softmax model's weights."""
+    """The models by name; the converted ones carry the softmax model's weights."""
     softmax = shape.make(device, dtype)
     every = {"softmax": softmax}
     for name in sorted(shape.family.layer_sets(softmax), reverse=True):  # "paper", where there is one, then "all"
@@ -96,7 +96,7 @@ def measure(
 def run(
     out: Path, resolutions: list[int], *, device: torch.device, shape: Shape, config: TimingConfig
 ) -> dict[str, Any]:
-    """Measure what is not in `out` yet; returns and writes all of it."""
+    """Measure what is not in `out` yet; write and return everything."""
     rules = Rules.of(config, device)
     about = {"device": describe_device(device), "torch": torch.__version__, "batch": config.batch}
     about |= {"compile": rules.compiled, "dtype": str(rules.dtype).removeprefix("torch.")}
@@ -137,7 +137,7 @@ def report(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = command_line.parser("t5lib.benchmarks.inference", str(__doc__))
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file; it is written after every resolution")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, after every resolution")
     parser.add_argument("--model", choices=SHAPES, default=SD35, help="whose shape the model has")
     sides = [1024, 2048, 512, 4096]
     parser.add_argument(
@@ -145,7 +145,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=10, help="timed passes")
     parser.add_argument(
-        "--blocks", type=int, help="take only so many blocks, where a pass takes seconds (default: all)"
+        "--blocks", type=int, help="take only this many blocks, where a pass takes seconds (default: all)"
     )
     args = parser.parse_args()
     if not torch.cuda.is_available():

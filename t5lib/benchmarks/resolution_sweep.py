@@ -89,7 +89,7 @@ def benchmark(
         relative_error was measured against.
 
     Raises:
-        T5Error: a resolution that is no multiple of the patch size, or a model whose output in this dtype is not
+        T5Error: a resolution that is not a multiple of the patch size, or a model whose output in this dtype is not
             finite or is further than the tolerance from its own in `reference_dtype`: wrong results get no speed.
     """
     config, device = config or BenchmarkConfig(), torch.device(device)

@@ -28,7 +28,7 @@ class Shape:
     batch: int = 2
 
     def shallower(self, blocks: int) -> "Shape":
-        """The first so many blocks, of Flux twice as many single ones."""
+        """The first `blocks` blocks; of Flux, twice as many single ones."""
         changed = self.arguments | {"num_layers": blocks}
         if dual := changed.get("dual_attention_layers"):
             changed["dual_attention_layers"] = tuple(index for index in dual if index < blocks)

@@ -219,7 +219,7 @@ def attention_choice(device: torch.device) -> AbstractContextManager:
 
 
 def reference_dtype(model: nn.Module, inputs: Inputs) -> torch.dtype:
-    """float64; float32 on so many tokens that float64 attention, with its N × N maps, has no room."""
+    """float64, or float32 for so many tokens that the N × N maps of float64 attention do not fit."""
     return torch.float32 if family_of(model).num_tokens(model, inputs) > MOST_IN_FLOAT64 else torch.float64
 
 
@@ -242,7 +242,7 @@ def check_output(output: Tensor, model: nn.Module, inputs: Inputs, where: str) -
     if not (output.isfinite().all() and error <= tolerance):
         raise T5Error(
             f"{where}: the {output.dtype} output is {error:.2g} (relative) from the same model in {dtype}, expected "
-            f"finite and at most {tolerance:g}; no speed is given for wrong results. Try dtype: float32"
+            f"finite and at most {tolerance:g}; no speed is reported for wrong results. Try dtype: float32"
         )
     return error
 

@@ -236,7 +236,7 @@ def _machine(device: torch.device) -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line.parser("t5lib.benchmarks.training_step", str(__doc__))
     usual = CostConfig()
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file; it is written after every case")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, after every case")
     parser.add_argument("--sizes", type=int, nargs="+", default=usual.sizes, help="image sides in pixels")
     parser.add_argument("--layers", nargs="+", default=usual.layers, help="models to measure: softmax, paper, all")
     parser.add_argument("--compile", choices=("off", "on", "both"), default="both", help="whether to torch.compile")
@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=usual.steps, help="timed steps of each case")
     parser.add_argument("--text-tokens", type=int, default=usual.text_tokens, help="tokens of a caption")
-    parser.add_argument("--small", action="store_true", help="take a small model instead, to see that all runs")
+    parser.add_argument("--small", action="store_true", help="take a small model instead, to see that everything runs")
     given = parser.parse_args(arguments)
     installed: tuple[Literal["adamw", "adamw8bit"], ...] = ("adamw",)
     if importlib.util.find_spec("bitsandbytes"):

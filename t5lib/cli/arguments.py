@@ -57,14 +57,14 @@ class Source:
             self._check_transformers_folder(folder)
             return
         if not (folder / "t5.json").is_file():
-            found = "is no saved model: it has no t5.json" if folder.is_dir() else "does not exist"
+            found = "is not a saved model: it has no t5.json" if folder.is_dir() else "does not exist"
             raise T5Error(
                 f"{self.name} {found}; expected a timm name, or a folder written by t5lib.save or "
                 "by transformers' save_pretrained"
             )
         description = read_json(folder / "t5.json")
         if not isinstance(description, dict):
-            raise T5Error(f"{folder}/t5.json describes no model; save or copy the folder again")
+            raise T5Error(f"{folder}/t5.json does not describe a model; save or copy the folder again")
         if description.get("t5"):
             raise T5Error(
                 f"{self.name} is converted already: TTT layers are where its softmax attention was. Use the softmax "
@@ -79,7 +79,7 @@ class Source:
                 "model it came from, or give it back its softmax attention in Python: t5lib.revert(model)"
             )
         if self.img_size:
-            raise T5Error(f"{self.name} has an image processor that decides about sizes; leave --img-size out")
+            raise T5Error(f"{self.name} has an image processor that sets the size; leave --img-size out")
 
     def _check_weights(self, weights: Path) -> None:
         if not self.pretrained:
@@ -109,7 +109,7 @@ def is_pipeline(folder: Path | str) -> bool:
 def check_new(folder: Path) -> None:
     """Raises T5Error unless a pipeline may be written to `folder`: nothing is there."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise T5Error(f"{folder} holds something already and is left as it is; name a new folder")
+        raise T5Error(f"{folder} already holds something and is left as it is; name a new folder")
     check_writable(folder)
 
 
@@ -165,7 +165,7 @@ def check_choice(*, images: Path | None, wanted: dict[str, float], out: Path | N
             raise T5Error(f"--{alone[0].replace('_', '-')} is for choosing layers; add --images FOLDER")
         return
     if len(wanted) != 1:
-        raise T5Error("--images is for choosing layers, by one of --speedup X and --budget-ms MS; give one of them")
+        raise T5Error("--images is for choosing layers by --speedup X or --budget-ms MS; give one of them")
     if wanted.get("speedup", 2) <= 1:
         raise T5Error(f"--speedup {wanted['speedup']:g} needs no conversion; expected more than 1, such as 1.3")
     if wanted.get("budget_ms", 1) <= 0:
@@ -177,7 +177,7 @@ def check_writable(folder: Path) -> None:
     refuse_inside_model(folder)
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise T5Error(f"{folder} cannot be written: {nearest} is no folder of yours; name another place")
+        raise T5Error(f"{folder} cannot be written: {nearest} is not a folder you can write to; name another place")
 
 
 def parse_size(text: str | None, option: str = "--img-size") -> tuple[int, int] | None:

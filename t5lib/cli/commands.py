@@ -50,7 +50,7 @@ Weights = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Your own weights of it, in timm's or transformers' names: .safetensors, .pt, an index, or a folder.",
+        help="Your own weights for it, in timm's or transformers' names: .safetensors, .pt, an index, or a folder.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -207,8 +207,8 @@ def convert(
     locality: Annotated[
         str | None,
         typer.Option(
-            help="3 x 3 convolutions: dwc_qk (default, on queries and keys), dwc_v, dconv_v (of kernels that every "
-            "token makes), cpe or none; with +nat3 or +nat5 a part of the output is attention over a 3 x 3 or 5 x 5 "
+            help="3 x 3 convolutions: dwc_qk (default, on queries and keys), dwc_v, dconv_v (with kernels that every "
+            "token predicts), cpe or none; with +nat3 or +nat5 a part of the output is attention over a 3 x 3 or 5 x 5 "
             "neighborhood.",
             rich_help_panel=LAYER,
         ),

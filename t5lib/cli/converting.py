@@ -71,10 +71,10 @@ def _calibrate(
     fitted, held_out = counted(len(batches.rest), "image"), len(batches.held_out)
     note(f"{fitted} to fit on, {held_out} to measure on: {reader.description}")
     if len(request.images) < FEW_IMAGES:
-        note(f"few images: the layers may fit these and no others; {FEW_IMAGES} or more of your own kind are better")
+        note(f"few images: the layers may fit these and no others; use {FEW_IMAGES} or more of your own data")
     folder = partial / _fingerprint(request, recipe, teacher)
     if folder.exists():
-        note("going on with what an earlier run of the same command left")
+        note("resuming an earlier run of the same command")
     try:
         return t5lib.calibrate(model, teacher=teacher, batches=batches, config=recipe, resume_dir=folder)
     except KeyboardInterrupt:
@@ -125,7 +125,7 @@ def _print_account(model: nn.Module, request: Request, *, fitted_along: bool) ->
     facts(
         [
             ("converted", f"{len(layers)} of {total} attention layers ({ranges(layers)}) of {request.source.name}"),
-            ("inherited", f"{inherited:,} numbers, " + ("q, k, v fitted along" if fitted_along else "as they were")),
+            ("inherited", f"{inherited:,} numbers, " + ("q, k, v fitted too" if fitted_along else "as they were")),
             ("new", f"{new:,} numbers ({100 * new / (inherited + new):.1f}%)"),
             ("dropped", f"{dropped:,} numbers"),
             *([("started afresh", f"{reset:,} numbers, at random")] if reset else []),
@@ -137,6 +137,6 @@ def _print_account(model: nn.Module, request: Request, *, fitted_along: bool) ->
     if not request.images:
         console.print()
         say(
-            "Not calibrated: the new layers are random, so a classifier answers at chance level. Fit them to the "
-            "softmax layers with --calibrate FOLDER (images of your own kind, no labels), or fine-tune (t5lib.train)."
+            "Not calibrated: the new layers are random, so a classifier is at chance level. Fit them to the softmax "
+            "layers with --calibrate FOLDER (images of your own data, no labels), or fine-tune (t5lib.train)."
         )

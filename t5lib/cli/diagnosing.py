@@ -51,7 +51,7 @@ def reading(summary: dict[str, float], *, pretrained: bool) -> str:
     mean, control = summary["mean_shift_ratio"], summary["mean_shift_ratio_random_init"]
     measured = f"Mean {mean:.2f}, with random weights {control:.2f}."
     if not pretrained:
-        return f"{measured} Both are random weights (--no-pretrained): a control, no diagnosis."
+        return f"{measured} Both are random weights (--no-pretrained): a control, not a diagnosis."
     if mean < control + MARKED:
         return (
             f"{measured} What the keys share comes from the images and the architecture, hardly from training: check "

@@ -42,7 +42,7 @@ def matching(source: Source, outline: nn.Module, folder: Path) -> Source:
     """
     description = read_description(folder)
     if not description["t5"]:
-        raise T5Error(f"--converted {folder} holds a softmax model; expected what t5 convert made of {source.name}")
+        raise T5Error(f"--converted {folder} holds a softmax model; expected what t5 convert made from {source.name}")
     ours, theirs = description["architecture"], outline.pretrained_cfg["architecture"]
     if ours != theirs:
         raise T5Error(f"--converted {folder} was made from {ours}, not from {theirs}; name the model it came from")

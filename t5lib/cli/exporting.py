@@ -18,16 +18,14 @@ if TYPE_CHECKING:
 
 def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder of t5lib.save, converted or softmax.")],
-    onnx: Annotated[
-        Path, typer.Option(metavar="FILE", help="Where the ONNX file goes; a file that is there is replaced.")
-    ],
+    onnx: Annotated[Path, typer.Option(metavar="FILE", help="Where the ONNX file goes; an existing file is replaced.")],
     img_size: Annotated[
         str | None,
         typer.Option(
             metavar="PIXELS", help="Image size, 224 or 224x320 (height x width), in place of the model's own."
         ),
     ] = None,
-    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="The file takes images of any size.")] = False,
+    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Let the file take images of any size.")] = False,
     images: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Images to check it on (default: random numbers of the model's size)."),

@@ -61,14 +61,14 @@ def generate(
         ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Images at once (default 4).", rich_help_panel=SAMPLING)
+        int | None, typer.Option(metavar="N", min=1, help="Images drawn at once (default 4).", rich_help_panel=SAMPLING)
     ] = None,
     max_sequence_length: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             min=1,
-            help="Tokens that the T5 text encoder takes at most (default: 256).",
+            help="Most tokens that the T5 text encoder takes (default: 256).",
             rich_help_panel=SAMPLING,
         ),
     ] = None,
@@ -168,7 +168,7 @@ def _check_source(source: str) -> None:
     folder = Path(source).expanduser()
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise T5Error(
-            f"{source} is no diffusers pipeline: it has no model_index.json; name a folder of save_pretrained"
+            f"{source} is not a diffusers pipeline: it has no model_index.json; name a folder of save_pretrained"
         )
     if not folder.is_dir() and source.count("/") != 1:
         raise T5Error(f"{source} does not exist; expected a folder of save_pretrained, or a repository's owner/name")

@@ -41,7 +41,7 @@ class ImageReader:
 
     @classmethod
     def of(cls, model: nn.Module) -> "ImageReader":
-        """As a model of timm wants them: its input size, timm's normalization and crop for its weights."""
+        """A reader for a timm model: its input size, timm's normalization and crop for its weights."""
         if model.in_chans != 3:
             raise T5Error(f"the model takes images of {model.in_chans} channels; image files are read as RGB, with 3")
         height, width = model.patch_embed.img_size
@@ -58,7 +58,7 @@ class ImageReader:
         images = self.readable(paths)
         if not images:
             raise T5Error(
-                f"no image can be read, such as {paths[0]} ({self.unreadable[paths[0]]}); replace or remove such files"
+                f"none of the images can be read, such as {paths[0]} ({self.unreadable[paths[0]]}); replace them"
             )
         return torch.stack(images)
 
@@ -71,10 +71,11 @@ class ImageReader:
         """Note the files that were left out, and those of which one frame of several was taken."""
         if self.unreadable:
             path, reason = next(iter(self.unreadable.items()))
-            note(f"left out, for it cannot be read: {counted(len(self.unreadable), 'file')}, such as {path} ({reason})")
+            note(f"left out: {counted(len(self.unreadable), 'file')} that cannot be read, such as {path} ({reason})")
         if self.animated:
             note(
-                f"of {counted(len(self.animated), 'animation')} the first frame is taken, such as {min(self.animated)}"
+                f"only the first frame is used of {counted(len(self.animated), 'animation')}, such as "
+                f"{min(self.animated)}"
             )
 
     def _read(self, path: Path) -> Tensor | None:

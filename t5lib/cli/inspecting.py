@@ -27,7 +27,7 @@ def run(folder: Path) -> dict[str, Any]:
     """Everything about the model in `folder`, JSON-ready; see `_flops` for its FLOPs.
 
     Raises:
-        T5Error: `folder` is no saved model, or its parts do not fit each other.
+        T5Error: `folder` is not a saved model, or its parts do not fit each other.
     """
     with notes.status(f"reading {folder}"):
         description = read_description(folder)

@@ -38,7 +38,7 @@ def outline(source: Source) -> nn.Module:
     """The model without weights, on the meta device: quick to make, and enough to refuse what cannot be done.
 
     Raises:
-        T5Error: unknown name (names the nearest), no pretrained weights, an image size that is no multiple of the
+        T5Error: unknown name (names the nearest), no pretrained weights, an image size that is not a multiple of the
             patch size, or a model that cannot be converted.
     """
     with torch.device("meta"):
@@ -60,7 +60,7 @@ def outline(source: Source) -> nn.Module:
 
 
 def timm_adapter(description: dict[str, Any], folder: Path) -> Adapter:
-    """Of the model in `folder`, which t5.json describes so. Raises T5Error when it is none of timm's."""
+    """The adapter of the model in `folder`, which t5.json describes so. Raises T5Error when it is none of timm's."""
     family = adapter(description.get("family", "timm_vit"))  # folders of the first versions do not name it
     if family.package != "timm":
         raise T5Error(
@@ -93,7 +93,7 @@ def load(source: Source, device: torch.device) -> nn.Module:
 
 
 def reader(source: Source, model: nn.Module) -> ImageReader:
-    """Reads image files as `model`, which `source` stands for, wants them."""
+    """A reader that prepares image files as `model`, which `source` names, needs them."""
     return _transformers_folders().reader(source.folder) if source.of_transformers else ImageReader.of(model)
 
 
@@ -108,7 +108,7 @@ def _check_name(source: Source) -> None:
     if not timm.is_model(source.name.partition(".")[0]) or ("." in source.name and source.name not in known):
         near = [name for name in known if source.name in name][:3] or difflib.get_close_matches(source.name, known)
         hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
-        raise T5Error(f"timm {timm.__version__} knows no model '{source.name}', and there is no such folder; {hint}")
+        raise T5Error(f"timm {timm.__version__} has no model '{source.name}', and there is no such folder; {hint}")
     if source.pretrained and not source.weights and not timm.is_model_pretrained(source.name):
         raise T5Error(f"timm has no pretrained weights for {source.name}; give --weights FILE, or --no-pretrained")
 
@@ -117,7 +117,7 @@ def _check_size(source: Source, model: nn.Module) -> None:
     for side, patch in zip(source.img_size or (), model.patch_embed.feat_ratio(as_scalar=False), strict=False):
         if side % patch:
             nearest = max(1, round(side / patch)) * patch
-            raise T5Error(f"--img-size: {side} is no multiple of the patch size {patch}; nearest is {nearest}")
+            raise T5Error(f"--img-size: {side} is not a multiple of the patch size {patch}; the nearest is {nearest}")
 
 
 @contextmanager

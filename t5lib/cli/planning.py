@@ -147,7 +147,7 @@ def _choose(request: Request, found: Plan, softmax: nn.Module, recipe: Calibrate
     fitted, scanned = _split(request.images, request.seed)
     note(f"{counted(len(fitted), 'image')} to calibrate on, {len(scanned)} to scan on: {reader.description}")
     if len(request.images) < FEW_IMAGES:
-        note(f"few images: the choice may suit these and no others; {FEW_IMAGES} or more of your own kind are better")
+        note(f"few images: the choice may suit these and no others; use {FEW_IMAGES} or more of your own data")
     partial = request.out.parent / f".{request.out.name}.partial" if request.out else None
     batches = CalibrationImages(fitted, reader, recipe.batch_size, request.seed)
     calibrated = {}

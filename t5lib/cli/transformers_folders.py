@@ -51,7 +51,7 @@ def reader(folder: Path) -> ImageReader:
         processor: Any = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise T5Error(
-            f"{folder} does not tell how its model wants images ({_first_line(error)}); save the image processor "
+            f"{folder} does not say how to prepare its model's images ({_first_line(error)}); save the image processor "
             f"there, too: AutoImageProcessor.from_pretrained(NAME).save_pretrained({str(folder)!r})"
         ) from error
     sizes: set[tuple[int, ...]] = set()
@@ -73,7 +73,7 @@ def _described(folder: Path) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
-        raise T5Error(f"{folder} is no model that transformers can make: {_first_line(error)}") from error
+        raise T5Error(f"{folder} is not a model that transformers can build: {_first_line(error)}") from error
     [name, *_] = config.architectures or [""]
     if not hasattr(transformers, name):
         raise T5Error(

@@ -33,7 +33,7 @@ def about(sample: Sample) -> dict[str, Any]:
     except (ValueError, RecursionError):  # no JSON, or nested without end
         entries = None
     if not isinstance(entries, dict):
-        raise SampleError(f"{where(sample)}: .json holds no JSON object, but {content[:40]!r}; write it anew")
+        raise SampleError(f"{where(sample)}: .json holds no JSON object, but {content[:40]!r}; write it again")
     return entries
 
 

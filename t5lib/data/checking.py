@@ -45,7 +45,7 @@ def open_captioned(
     scheme, _, path = source.partition(":")
     if scheme != "file" or not path:
         raise T5Error(
-            f"captioned images: '{source}' is no source; expected file:MANIFEST.json, file:FOLDER or file:GLOB"
+            f"captioned images: '{source}' is not a source; expected file:MANIFEST.json, file:FOLDER or file:GLOB"
         )
     place = Path(root) / Path(path).expanduser()
     return open_shards(place, name=name, source=source, notes=notes, max_skipped=max_skipped, limit=limit)
@@ -169,7 +169,7 @@ def _checked(shards: Sequence[Shard], name: str, classes: int, notes: Path, limi
             if shard.sha256 and content.count != shard.total:
                 raise T5Error(
                     f"{shard.path} holds {content.count} samples, its manifest says {shard.total}; "
-                    "the manifest is not of this file: make it again"
+                    "the manifest is not this file's: make it again"
                 )
             paths[digest] = shard.path
             checked.append(_Checked(shard, digest, content))

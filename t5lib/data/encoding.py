@@ -120,7 +120,7 @@ class _Work:
     def check(self, shards: ShardSet) -> None:
         wrong = [size for size in self.sizes if any(side % self.images.multiple for side in size)]
         if wrong:
-            raise T5Error(f"sizes {wrong}: expected multiples of {self.images.multiple} pixels, as wide as a token is")
+            raise T5Error(f"sizes {wrong}: expected multiples of {self.images.multiple} pixels, the width of a token")
         if not self.text and not shards.classes:
             raise T5Error(f"{shards.name} has no classes; give a text encoder for its captions, or labelled shards")
 

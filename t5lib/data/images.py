@@ -112,7 +112,7 @@ def transform(data: DataConfig, augment: AugmentConfig | None = None) -> Transfo
         with patch.dict(auto_augment.NAME_TO_OP, dict.fromkeys(POSTERIZE, _posterize)):
             training = create_transform(**common, is_training=True, re_mode="pixel", **asdict(augment))
     except (AssertionError, KeyError, ValueError, TypeError) as error:
-        example = "expected such as 'rand-m9-mstd0.5-inc1' or 'original'"
+        example = "expected e.g. 'rand-m9-mstd0.5-inc1' or 'original'"
         raise T5Error(f"timm does not understand auto_augment '{augment.auto_augment}'; {example}") from error
     if augment.scale is None:
         training.transforms[:1] = plain.transforms[:2]  # resize and centre crop in place of timm's random crop
@@ -195,7 +195,7 @@ class _Stream(IterableDataset):
             yield error
 
     def batches(self, worker: int, workers: int) -> Iterator[Batch]:
-        """Those that this worker of so many makes."""
+        """The batches that this worker makes, one of `workers`."""
         raise NotImplementedError
 
     def read(self, order: Sequence[int], keep: range) -> Iterator[tuple[int, Sample]]:
@@ -225,7 +225,7 @@ class _TrainStream(_Stream):
     start: int
 
     def batches(self, worker: int, workers: int) -> Iterator[Batch]:
-        """Those of this process in turn, from all its workers: every `workers`-th is this one's, and of one slot."""
+        """This process's batches come from its workers in turn: every `workers`-th is this one's, and of one slot."""
         first = self.start + self.part.turn + worker * self.part.turns
         samples = self.samples(first % workers, workers, skip=first // workers * self.batch_size)
         others = (self.part.turns - 1) * self.batch_size  # samples of the slot's batches that other processes make

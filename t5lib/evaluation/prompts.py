@@ -149,7 +149,7 @@ def _geneval_prompt(index: int, line: str, where: str) -> Prompt:
 
 def _read_folder(folder: Path) -> list[Prompt]:
     if not folder.is_dir():
-        raise T5Error(f"{folder} is no folder; expected {_expected('dpg')}")
+        raise T5Error(f"{folder} is not a folder; expected {_expected('dpg')}")
     files = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
     prompts = [Prompt(text=" ".join(_read_text(path).split()), name=path.stem) for path in files]
     empty = [prompt.name for prompt in prompts if not prompt.text]
@@ -167,7 +167,7 @@ def _read_text(path: Path) -> str:
 
 def _expected(layout: str) -> str:
     return {
-        "plain": "a text file with a prompt a line",
-        "geneval": "GenEval's evaluation_metadata.jsonl, a JSON object a line",
+        "plain": "a text file with one prompt per line",
+        "geneval": "GenEval's evaluation_metadata.jsonl, one JSON object per line",
         "dpg": "a folder of .txt files, a prompt in each (DPG-Bench's dpg_bench/prompts)",
     }[layout]

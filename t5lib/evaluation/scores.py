@@ -42,7 +42,7 @@ def fidelity(
     """
     for name, images in (*generated.items(), ("real", real)):
         if len(images) < LEAST:
-            raise T5Error(f"{len(images)} images of '{name}': expected at least {LEAST}, better a few thousand")
+            raise T5Error(f"{len(images)} images of '{name}': expected at least {LEAST}, preferably a few thousand")
     with tempfile.TemporaryDirectory(prefix="t5-fidelity-") as folder:
         return {name: _fidelity(images, real, extractor, device, folder) for name, images in generated.items()}
 
@@ -274,7 +274,7 @@ def clip_score(
     """
     folder = Path(weights) if weights else None
     if folder is None or not (folder / "config.json").is_file():
-        where = f"there is no CLIP in {folder}" if folder else "no folder of CLIP was given"
+        where = f"{folder} holds no CLIP" if folder else "no folder of CLIP weights was given"
         return {"clip_note": f"no CLIP score: {where}; `hf download openai/clip-vit-large-patch14` gets one"}
     with extras_named():
         from torchmetrics.multimodal import CLIPScore

@@ -244,14 +244,14 @@ class Adapter(ABC):
         channels, wanted = inputs[self.input_name].shape[1], self.in_channels(model)
         if channels != wanted:
             raise T5Error(
-                f"images of {channels} channels are given to a model of {wanted}; convert them first "
+                f"images of {channels} channels were given to a model that takes {wanted}; convert them first "
                 "(a grey image to RGB: images.expand(-1, 3, -1, -1))"
             )
         self.grid(model, inputs)
 
     @abstractmethod
     def in_channels(self, model: nn.Module) -> int:
-        """Of the images or latents that the model is called with."""
+        """Channels of the images or latents that the model is called with."""
 
     @abstractmethod
     def call(self, model: nn.Module, inputs: Inputs) -> Tensor:
@@ -275,8 +275,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def check_resolution(self, model: nn.Module, size: ExampleSize) -> None:
-        """Raises T5Error when the resolution is no multiple of what a token covers, or more than the model's positions
-        hold."""
+        """Raises T5Error unless the resolution is a multiple of what a token covers, within the model's positions."""
 
     @abstractmethod
     def at_resolution(self, model: nn.Module, size: ExampleSize) -> nn.Module:
@@ -306,7 +305,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def skeleton(self, architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> nn.Module:
-        """As `build`, without weights, to load some into."""
+        """Like `build`, but without weights, to load some into."""
 
     @abstractmethod
     def fresh(self, model: nn.Module, seed: int) -> nn.Module:
@@ -321,4 +320,4 @@ def check_multiple(resolution: int, unit: int, what: str) -> None:
     """Raises T5Error unless `resolution` is a multiple of `unit`, which is `what`."""
     if resolution % unit:
         nearest = max(1, round(resolution / unit)) * unit
-        raise T5Error(f"resolution {resolution} is no multiple of {what} {unit}; nearest is {nearest}")
+        raise T5Error(f"resolution {resolution} is not a multiple of {what} {unit}; the nearest is {nearest}")

@@ -77,14 +77,14 @@ class DiffusersTTTAttention(TTTLayer):
         return self.mixed(AttentionCall((hidden_states, *text)), self.grid(grid))
 
     def check_call(self, x: Tensor, text: Tensor | None, mask: Tensor | None, others: dict[str, Any]) -> None:
-        """Raises T5Error when the layer cannot do what it is called with; `others` are only told of."""
+        """Raises T5Error when the layer cannot do what it is called with; `others` only cause a warning."""
         if mask is not None or SEEN & others.keys():
             given = ["attention_mask"] * (mask is not None) + sorted(SEEN & others.keys())
             raise T5Error(f"a TTT layer sees all tokens and no others; call it without {', '.join(given)}")
         if others:  # as diffusers' own do with what their processor does not take
-            _log.warning("a TTT layer does not take %s, which will be ignored", ", ".join(others))
+            _log.warning("a TTT layer does not take %s, which is ignored", ", ".join(others))
         if text is not None and self.add_k_proj is None:
-            raise T5Error("a TTT layer in the place of self-attention sees its own tokens; call it without others")
+            raise T5Error("a TTT layer that replaces self-attention sees its own tokens only; call it without others")
         away = {parameter.device for parameter in self.mixer.parameters()} - {x.device}
         if away:
             raise T5Error(

@@ -33,7 +33,7 @@ LONGEST_SCHEDULE = 4000  # that of "Improved Denoising Diffusion Probabilistic M
 
 
 class ConvertedModel:
-    """Stands before diffusers' class among the bases of a converted one.
+    """A mixin that comes before diffusers' class among the bases of a converted class.
 
     Weights are loaded whole and none is made up; layerwise casting leaves new ones as they are.
     """
@@ -47,7 +47,7 @@ class ConvertedModel:
 
     @classmethod
     def from_pretrained(cls, *source: Any, output_loading_info: bool = False, **options: Any) -> Any:
-        """As diffusers' own.
+        """Load as diffusers' own method does.
 
         Raises:
             T5Error: the files lack weights of the model that config.json describes, or hold others, or numbers that
@@ -128,7 +128,7 @@ class DiffusersAdapter(Adapter):
     def check_convertible(self, model: nn.Module) -> None:
         if type(model) not in (self.softmax_class, self.converted_class):
             name = self.softmax_class.__name__
-            raise T5Error(f"{type(model).__name__} is not diffusers' {name} but made of it; pass that itself")
+            raise T5Error(f"{type(model).__name__} wraps or subclasses diffusers' {name}; pass the original")
         if "forward" in vars(model):
             raise T5Error(
                 f"the forward of this {type(model).__name__} is not that of its class (offloading, a cache, a patch); "
@@ -180,7 +180,7 @@ class DiffusersAdapter(Adapter):
         return [f"{root}.{parameter}" for root, part in parts for parameter, _ in part.named_parameters()]
 
     def mark(self, model: nn.Module, config: TTTConfig) -> None:
-        """Make `model` one of the converted class, in place, whose config.json will tell its layers."""
+        """Make `model` one of the converted class, in place, whose config.json will describe its layers."""
         model.__class__ = self.converted_class
         model.register_to_config(t5_config=to_dict(config))
         super().mark(model, config)

@@ -117,7 +117,7 @@ class DiT(DiffusersAdapter):
         return {"class_labels": torch.randint(model.config.num_embeds_ada_norm, (size.batch,), generator=generator)}
 
     def restore_class(self, model: nn.Module, config: dict[str, Any]) -> None:
-        """Back to diffusers' class, unless that cannot hold the spacing of the model's timestep embedding."""
+        """Return to diffusers' class, unless that cannot hold the spacing of the model's timestep embedding."""
         if self.holds(config):
             super().restore_class(model, {n: value for n, value in config.items() if n != SPACING})
         else:

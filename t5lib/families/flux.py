@@ -59,7 +59,7 @@ def grid_of(ids: Tensor | None) -> tuple[int, int]:
         T5Error: they are not those of one image, row by row.
     """
     if ids is None:
-        raise T5Error("a converted Flux is called without img_ids, which tell its grid; pass them as the pipeline does")
+        raise T5Error("a converted Flux is called without img_ids, which give its grid; pass them as the pipeline does")
     own = (ids[0] if ids.ndim == 3 else ids).cpu()
     columns = int((own[:, 1] == 0).cumprod(0).sum())  # 1 and more are not 0 in any precision
     grid = TokenGrid(len(own) // max(columns, 1), columns)
@@ -75,7 +75,7 @@ def grid_of(ids: Tensor | None) -> tuple[int, int]:
 
 
 class FluxTTTAttention(RotaryJointTTTAttention):
-    """In the place of a FluxAttention. The angles are cosines and sines (T + N, D) each, text first."""
+    """The layer that replaces a FluxAttention. The angles are cosines and sines (T + N, D) each, text first."""
 
     @staticmethod
     def table(angles: tuple[Tensor, Tensor], tokens: int) -> Tensor:
@@ -123,7 +123,7 @@ class Flux(PackedLatentsAdapter):
                     raise T5Error(f"{name}.{index} is {type(block).__name__}; expected {kind.__name__}")
 
     def attention_names(self, model: nn.Module) -> list[str]:
-        """Those of the joint blocks, then those of the single ones."""
+        """The attentions of the joint blocks, then those of the single ones."""
         return [f"{name}.{index}.attn" for name in BLOCKS for index, _ in enumerate(getattr(model, name))]
 
     def layer_sets(self, model: nn.Module) -> dict[str, tuple[int, ...]]:

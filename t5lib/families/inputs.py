@@ -110,7 +110,7 @@ def count(inputs: Inputs) -> int:
 
 
 def placed(inputs: Inputs, *where: torch.device | torch.dtype | str) -> Inputs:
-    """Moved to a device, and in another precision where they are no numbers of steps or classes."""
+    """Inputs moved to a device, and cast to another precision unless they are numbers of steps or classes."""
     for each in where:
         inputs = {
             name: tensor.to(each, non_blocking=True)
@@ -122,7 +122,7 @@ def placed(inputs: Inputs, *where: torch.device | torch.dtype | str) -> Inputs:
 
 
 def first(inputs: Inputs, number: int) -> Inputs:
-    """Of the first `number` images."""
+    """The inputs of the first `number` images."""
     return {name: tensor[:number] for name, tensor in inputs.items()}
 
 

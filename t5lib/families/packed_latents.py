@@ -30,7 +30,7 @@ STEPS = 1000  # the library counts noise levels in so many steps; these models t
 
 
 class RotaryJointTTTAttention(DiffusersTTTAttention):
-    """In the place of a joint attention with rotary positions, over image and text apart or over one sequence of both.
+    """Replaces a joint attention with rotary positions, over image and text apart or in one sequence.
 
     In one sequence the text comes first. Queries and keys are turned as they were for softmax, and everything else
     comes after it (docs/method.md). A subclass says how its model hands on the angles.
@@ -52,7 +52,7 @@ class RotaryJointTTTAttention(DiffusersTTTAttention):
 
     @classmethod
     def call_of(cls, x: Tensor, text: Tensor | None, angles: Any, grid: TokenGrid) -> AttentionCall:
-        """Of x (B, N, C) and text (B, T, C), or of both in x (B, T + N, C)."""
+        """The call on x (B, N, C) and text (B, T, C), or on both in x (B, T + N, C)."""
         tokens = image_and_text(x, grid) if text is None else (x, text)
         return AttentionCall(tokens, cls.table(angles, tokens[0].shape[1]))
 
@@ -65,7 +65,7 @@ class RotaryJointTTTAttention(DiffusersTTTAttention):
         grid: TokenGrid | None = None,
         **others: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As DiffusersTTTAttention's. `image_rotary_emb`: the angles, as the model makes them."""
+        """See DiffusersTTTAttention. `image_rotary_emb`: the angles, as the model makes them."""
         self.check_call(hidden_states, encoder_hidden_states, attention_mask, others)
         grid = self.grid(grid)
         call = self.call_of(hidden_states, encoder_hidden_states, image_rotary_emb, grid)
@@ -105,11 +105,11 @@ class PackedLatentsAdapter(DiffusersAdapter):
         return True
 
     def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
-        """See Adapter; also that guidance is there where the model is told it, and only there."""
+        """See Adapter; also that guidance is there if the model takes it, and only then."""
         told, kind = model.config.guidance_embeds, type(model).__name__
         if told and "guidance" not in inputs:
             raise T5Error(
-                f"this {kind} is told how strongly to follow its prompt (guidance_embeds); the batch lacks 'guidance': "
+                f"this {kind} takes a strength of guidance (guidance_embeds); the batch lacks 'guidance': "
                 f"noise it by RectifiedFlow(guidance={GUIDANCE}), or noising_of(scheduler, guidance={GUIDANCE})"
             )
         if not told and "guidance" in inputs:

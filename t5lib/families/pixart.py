@@ -73,7 +73,7 @@ class PixArt(DiffusersAdapter):
             raise T5Error(f"{MASK} of a batch is {tuple(mask.shape)}; of this text it is {tuple(text.shape[:2])}")
 
     def call(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """See Adapter; PixArt-α of 1,024 px is told the size of the image too, which the others ignore."""
+        """See Adapter; PixArt-α of 1,024 px also takes the size of the image, which the others ignore."""
         latents = inputs[self.input_name]
         height, width = (side * PIXELS_PER_LATENT for side in latents.shape[-2:])
         size = {

@@ -39,7 +39,7 @@ def grid_of(shapes: list[Any] | None) -> tuple[int, int]:
     """
     if not shapes:
         raise T5Error(
-            "a converted Qwen-Image is called without img_shapes, which tell its grid; pass them as the pipeline does"
+            "a converted Qwen-Image is called without img_shapes, which give its grid; pass them as the pipeline does"
         )
     every = [tuple(each) for latent in shapes for each in (latent if isinstance(latent, list) else [latent])]
     if len(every) > len(shapes) or len(set(every)) > 1 or every[0][0] != 1:
@@ -52,7 +52,7 @@ def grid_of(shapes: list[Any] | None) -> tuple[int, int]:
 
 
 class QwenImageTTTAttention(RotaryJointTTTAttention):
-    """In the place of the joint Attention of Qwen-Image.
+    """The layer that replaces the joint Attention of Qwen-Image.
 
     The angles are complex numbers of modulus 1, (N, D / 2) for the image and (T, D / 2) for the text.
     """
@@ -78,7 +78,7 @@ class QwenImageTTTAttention(RotaryJointTTTAttention):
         grid: TokenGrid | None = None,
         **others: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As RotaryJointTTTAttention's.
+        """See RotaryJointTTTAttention.
 
         Args:
             encoder_hidden_states_mask: (B, T) bool, which tokens are text and no padding. With it the layer runs latent

@@ -9,7 +9,7 @@ CONVERTIBLE = (
     ". ViTs of timm and transformers convert (ViT, DeiT, DINOv2, DINOv3, SigLIP, CLIP, EVA02 …), and SD3, DiT, Flux, "
     "PixArt and Qwen-Image of diffusers; docs/models.md names all"
 )
-ROTARY = "it rotates queries and keys by their positions (rotary embedding), in a way that t5lib does not know yet"
+ROTARY = "it rotates queries and keys by their positions (rotary embedding) in a way that t5lib does not know yet"
 PACKING = "it packs images of several sizes into one sequence and masks what pads it, and a TTT layer takes no mask"
 NAFLEX = "it packs images of several sizes into one sequence and masks what pads it (NaFlex); a TTT layer takes no mask"
 WINDOWS = "it attends within windows, whose cost is linear already"
@@ -20,8 +20,8 @@ WINDOWED = (
 )
 POOLING = "it pools tokens on the way, so that attention has fewer keys than queries or another grid in every stage"
 LINEAR = "its attention is linear already"
-PARALLEL = "it computes attention and MLP from one projection or in parallel, where a TTT layer has no place"
-CROSS = "it attends to text in attentions of their own beside those over the image, which only PixArt may so far"
+PARALLEL = "it computes attention and MLP from one projection or in parallel, where a TTT layer does not fit"
+CROSS = "it attends to text in separate attentions, which t5lib supports only for PixArt so far"
 DIFFERENCE = "it subtracts one softmax map from another, which a TTT layer has no counterpart for"
 HEADS = "it mixes the softmax maps of its heads, which a TTT layer has no counterpart for"
 SCALES = "it attends to tokens of two scales, and a TTT layer has one grid"
@@ -29,10 +29,10 @@ HYBRID = "it is a convolutional network with attention of its own kind in a few 
 CHANNELS = "its attention weighs channels and mixes no tokens"
 LATENTS = "it attends from a few latents to the image, whose cost is linear already"
 VIDEO = "its tokens lie in time too, and a TTT layer needs a grid of rows and columns"
-SOUND = "its tokens are no image, and a TTT layer needs a grid of rows and columns"
+SOUND = "its tokens are not an image, and a TTT layer needs a grid of rows and columns"
 MULTIHEAD = "its attention is torch's MultiheadAttention, which t5lib does not take apart yet"
 UNKNOWN = "t5lib does not know yet where its attentions are, or what they are given besides tokens"
-OTHER = "it is another attention than softmax over the tokens of an image"
+OTHER = "its attention is not softmax over the tokens of an image"
 NONE = "it has no attention"
 
 PLAIN = "take a plain transformer for the task, such as ViT, DeiT, DINOv2, DINOv3, SigLIP or EVA02"
@@ -110,7 +110,7 @@ def of_model(model: Any, convertible: Callable[[nn.Module], bool]) -> str:
     for name, part in model.named_modules():
         if convertible(part):
             where = f"model.{name}" if name.replace(".", "").isidentifier() else f"model.get_submodule({name!r})"
-            return f"{kind} wraps a {type(part).__name__}; pass that: {where}"
+            return f"{kind} wraps a {type(part).__name__}; pass that instead: {where}"
     otherwise = UNKNOWN if type(model).__module__.startswith(("transformers.", "diffusers.")) else OTHER
     if any(isinstance(part, nn.MultiheadAttention) for part in model.modules()):
         otherwise = MULTIHEAD

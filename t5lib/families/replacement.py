@@ -128,7 +128,7 @@ def _check_plain(adapter: Adapter, attention: nn.Module, name: str) -> None:
         raise T5Error(f"the projections of {name} are quantized ({kind}); convert the model first, then quantize it")
     if "forward" in vars(attention):
         raise T5Error(
-            f"{name} has a forward of its own in the place of its class's, which a conversion would lose; take the "
+            f"{name} has a forward of its own in place of its class's, which a conversion would lose; take the "
             f"patch off first: del model.{name}.forward"
         )
 
@@ -200,7 +200,7 @@ def _account(
     if unexplained:
         raise T5Error(
             f"conversion lost track of {', '.join(unexplained)}: every old weight keeps its name and its tensor, and "
-            "new ones are under 'mixer.'; please report this model, or mend the new layer if it is yours"
+            "new ones are under 'mixer.'; please report this model, or fix the new layer if it is yours"
         )
     names = {"inherited": inherited, "new": new, "dropped": dropped, "reset": reset}
     numbers = {what: sum(after[n].numel() for n in tensors) for what, tensors in names.items()}

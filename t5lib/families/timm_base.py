@@ -55,7 +55,7 @@ class TimmAdapter(Adapter):
             raise T5Error("patch_drop_rate is set: dropped patches leave holes in the grid; build the model with 0")
         embedding = self.embedding(model)
         if getattr(embedding, "dynamic_feat_size", None) is None:
-            raise T5Error(f"patch_embed is {type(embedding).__name__}, which does not tell its token grid")
+            raise T5Error(f"patch_embed is {type(embedding).__name__}, which does not give its token grid")
 
     def trunk(self, model: nn.Module) -> nn.Module:
         """The part of the model that holds its patch embedding and blocks."""
@@ -141,7 +141,7 @@ class TimmAdapter(Adapter):
         ]
 
     def after_heads(self, attention: nn.Module) -> nn.Module:
-        """The part of an attention that is given the merged heads."""
+        """The part of an attention that receives the merged heads."""
         return attention.norm
 
     def call_of(self, x: Tensor, *_others: Any, **_named: Any) -> AttentionCall:

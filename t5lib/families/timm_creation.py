@@ -1,4 +1,4 @@
-"""Models that timm makes of arguments which may come from a file: whatever is wrong with them is told beforehand."""
+"""Models that timm makes from arguments, which may come from a file: errors in them are reported beforehand."""
 
 import dataclasses
 import difflib
@@ -43,9 +43,9 @@ def create(architecture: str, arguments: dict[str, Any]) -> nn.Module:
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=1)
         hint = f"did you mean '{near[0]}'?" if near else "see timm.list_models(); is this timm older than the model?"
-        raise T5Error(f"timm {timm.__version__} knows no architecture '{architecture}'; {hint}")
+        raise T5Error(f"timm {timm.__version__} has no architecture '{architecture}'; {hint}")
     if loading := sorted(LOADS_WEIGHTS & arguments.keys()):
-        raise T5Error(f"{', '.join(loading)} is no argument of a model but one that loads weights; leave it out")
+        raise T5Error(f"{', '.join(loading)}: no model takes this argument, which loads weights; leave it out")
     if arguments.get("features_only"):
         raise T5Error("features_only makes timm wrap the model in another; leave it out and call forward_intermediates")
     sizes = {field.name for field in dataclasses.fields(Sizes)}

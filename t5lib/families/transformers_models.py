@@ -26,7 +26,7 @@ PREFIX = "t5_"  # of model types
 
 
 class ConvertedModel:
-    """Stands before transformers' class among the bases of a converted one."""
+    """A mixin that comes before transformers' class among the bases of a converted class."""
 
     config: PreTrainedConfig
 
@@ -37,7 +37,7 @@ class ConvertedModel:
 
     @classmethod
     def from_pretrained(cls, *source: Any, output_loading_info: bool = False, **options: Any) -> Any:
-        """As transformers' own; heads may be new.
+        """Load as transformers' own method does; heads may be new.
 
         Raises:
             T5Error: the files are those of a softmax model, or lack weights of the blocks or hold others.
@@ -49,7 +49,7 @@ class ConvertedModel:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *destination: Any, **options: Any) -> None:
-        """As transformers' own.
+        """Save as transformers' own method does.
 
         Raises:
             T5Error: this is a part of a converted model whose configuration does not tell the new layers.
@@ -57,7 +57,7 @@ class ConvertedModel:
         if not getattr(self.config, "t5_config", None):
             raise T5Error(
                 f"this {type(self).__name__} is a part of a converted model, and only the whole model's config.json "
-                "tells the new layers; save that, or convert this part by itself"
+                "describes the new layers; save that, or convert this part by itself"
             )
         super().save_pretrained(*destination, **options)  # type: ignore[misc]  # of the model beside it
 
@@ -71,7 +71,7 @@ class ConvertedModel:
 
 @functools.cache
 def converted_class(kind: Any) -> type:
-    """Of the converted models of transformers' class `kind`."""
+    """The class of converted models of transformers' class `kind`."""
     attributes: dict[str, Any] = {"config_class": converted_config(kind.config_class)}
     if names := names_of(kind):
         attributes["forward"] = _of_whole_images(one_pass(kind.forward, names.patches, names.blocks))
@@ -80,7 +80,7 @@ def converted_class(kind: Any) -> type:
 
 @functools.cache
 def converted_config(kind: Any) -> type[PreTrainedConfig]:
-    """Of the configurations of converted models whose own are of transformers' class `kind`."""
+    """The class of converted models' configurations, where transformers' own is `kind`."""
     model_type = PREFIX + kind.model_type
     if renamings := get_checkpoint_conversion_mapping(kind.model_type):  # weights have other names in files
         register_checkpoint_conversion_mapping(model_type, renamings, overwrite=True)
@@ -89,7 +89,7 @@ def converted_config(kind: Any) -> type[PreTrainedConfig]:
 
 
 def mark_config(model: PreTrainedModel, told: dict[str, Any]) -> None:
-    """Let the configuration of `model` tell its new layers, as plain values. One that other models may share stays."""
+    """Note the new layers of `model` in its configuration, as plain values. One that other models may share stays."""
     kind: Any = type(model.config)
     if kind is softmax_class(kind):
         _set_config(model, _of_class(model.config, converted_config(kind)))

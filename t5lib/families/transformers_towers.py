@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Names:
-    """Of the parts of a tower.
+    """Names of the parts of a tower.
 
     Attributes:
         patches: the convolution that makes a token of every patch.
@@ -74,13 +74,13 @@ class Tower(NamedTuple):
 
     @property
     def attention_names(self) -> list[str]:
-        """As they are called in the model."""
+        """Names of the attentions in the model."""
         start = f"{self.path}.{self.names.blocks}".lstrip(".")
         return [f"{start}.{index}.{self.names.attention}" for index in range(len(self.blocks))]
 
 
 def names_of(kind: type) -> Names | None:
-    """Of the parts of models of the class `kind`; None where it is no vision tower."""
+    """Names of the parts of models of the class `kind`; None if it is not a vision tower."""
     return next((TOWERS[base.__name__] for base in kind.__mro__ if base.__name__ in TOWERS), None)
 
 

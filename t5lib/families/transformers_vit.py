@@ -79,7 +79,7 @@ class TransformersVit(Adapter):
         rows, columns = (side // patch for side, patch in zip((height, width), tower.patches.stride, strict=True))
         if not rows or not columns:
             patch = "×".join(map(str, tower.patches.stride))
-            raise T5Error(f"images are {height}×{width} px, less than a patch of {patch}; resize them")
+            raise T5Error(f"images are {height}×{width} px, smaller than a patch of {patch}; enlarge them")
         return TokenGrid(rows, columns, tower.num_prefix_tokens)
 
     def embedding(self, model: nn.Module) -> nn.Conv2d:
@@ -125,7 +125,7 @@ class TransformersVit(Adapter):
         return [f"{root}.{parameter}" for parameter, _ in part.named_parameters()]
 
     def mark(self, model: nn.Module, config: TTTConfig) -> None:
-        """Make `model` one of the converted class, in place, whose config.json will tell its layers."""
+        """Make `model` one of the converted class, in place, whose config.json will describe its layers."""
         model.__class__ = converted_class(softmax_class(type(model)))
         mark_config(model, to_dict(config))
         super().mark(model, config)
@@ -169,7 +169,7 @@ class TransformersVit(Adapter):
     def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
         if others := sorted(inputs.keys() - {self.input_name}):
             raise T5Error(
-                f"a batch holds {', '.join(others)} beside {self.input_name}, but only the vision tower is called; "
+                f"a batch holds {', '.join(others)} besides {self.input_name}, but only the vision tower is called; "
                 f"pass the images alone: {{'{self.input_name}': …}}"
             )
         super().check_inputs(model, inputs)
@@ -228,7 +228,7 @@ class TransformersVit(Adapter):
         """
         kind = softmax_class(type(model))
         if getattr(transformers, kind.__name__, None) is not kind:
-            raise T5Error(f"{kind.__name__} is no class of transformers, so it could not be found again when loaded")
+            raise T5Error(f"{kind.__name__} is not a class of transformers, so loading could not find it again")
         asked = OPTIONS.keys() & inspect.signature(kind.__init__).parameters.keys()
         options = {name: _part(model, OPTIONS[name]) is not None for name in sorted(asked)}
         return kind.__name__, {"config": plain_config(model.config).to_dict(), **options}
@@ -236,7 +236,7 @@ class TransformersVit(Adapter):
     def build(self, architecture: str, arguments: dict[str, Any], config: TTTConfig | None) -> nn.Module:
         kind: Any = getattr(transformers, architecture, None)
         if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
-            raise T5Error(f"transformers {transformers.__version__} knows no model '{architecture}'; update it")
+            raise T5Error(f"transformers {transformers.__version__} has no model '{architecture}'; update it")
         config_class: Any = kind.config_class
         options = {name: arguments[name] for name in OPTIONS if name in arguments}
         model = kind(config_class.from_dict(arguments["config"]), **options).eval()

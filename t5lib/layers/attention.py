@@ -50,7 +50,7 @@ class TTTLayer(nn.Module):
 
     def __prepare_scriptable__(self) -> "TTTLayer":
         """What torch.jit.script calls first."""
-        raise T5Error("a TTT layer is no TorchScript; use torch.export or torch.compile (or revert the model)")
+        raise T5Error("TorchScript cannot take a TTT layer; use torch.export or torch.compile (or revert the model)")
 
     def add_mixer(self, config: TTTConfig, like: nn.Linear) -> None:
         """Make the mixer, in the precision and the place of `like`, the projection of queries.
@@ -138,7 +138,7 @@ class TTTAttention(TTTLayer):
 
 
 class RotaryTTTAttention(TTTAttention):
-    """As TTTAttention, in the place of a timm `EvaAttention` or `AttentionRope`, which takes rotary positions.
+    """A TTTAttention that replaces a timm `EvaAttention` or `AttentionRope`, which takes rotary positions.
 
     Queries and keys are turned as they were for softmax, and everything else comes after it: key norm, convolution,
     inner model (docs/method.md). The table is an argument of every call; the layer keeps none.
@@ -162,12 +162,12 @@ class RotaryTTTAttention(TTTAttention):
         is_causal: bool = False,
         grid: TokenGrid | None = None,
     ) -> Tensor:
-        """As TTTAttention's. `rope`: the rotary table of the patches (`t5lib.layers.rotary`), None for no rotation."""
+        """See TTTAttention. `rope`: the rotary table of the patches (`t5lib.layers.rotary`), None for no rotation."""
         return self.mixed(x, rope, attn_mask, is_causal, grid)
 
 
 class UnbiasedTTTAttention(TTTAttention):
-    """As TTTAttention, in the place of an attention of timm that adds a bias of relative positions to its softmax map.
+    """A TTTAttention that replaces a timm attention with a bias of relative positions in its softmax map.
 
     A TTT layer has no such map, so the bias is left out. What makes it stays in the layer, idle, for who reverts it.
     """
@@ -185,7 +185,7 @@ class UnbiasedTTTAttention(TTTAttention):
         *,
         shared_rel_pos_bias: Tensor | None = None,
     ) -> Tensor:
-        """As TTTAttention's. A bias that layers share comes in under the name that it has in ViTs or in BEiT, and is
+        """See TTTAttention. A bias that layers share comes in under the name that it has in ViTs or in BEiT, and is
         left out."""
         return self.mixed(x, None, None, False, grid)
 
@@ -201,7 +201,7 @@ class UnbiasedTTTAttention(TTTAttention):
 
 
 def head_width(attention: nn.Module) -> int:
-    """Channels of a head of an attention of timm, which not all of them tell."""
+    """Channels of a head of a timm attention, which not all of them record."""
     if hasattr(attention, "head_dim"):
         return attention.head_dim
     return attention.qkv.out_features // (3 * attention.num_heads)

@@ -185,7 +185,7 @@ class TTTConfig:
             known = dict.fromkeys(("all", AUTO), tuple(range(count))) | (sets or {})
             if layers not in known:
                 raise T5Error(
-                    f"layers {shown(layers)} means nothing in this kind of model, of which nobody has published such a "
+                    f"layers {shown(layers)} is unknown for this kind of model, for which nobody has published such a "
                     f"set; expected {', '.join(known)} (which measures), indices, or a map"
                 )
             layers = known[layers]

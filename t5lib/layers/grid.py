@@ -41,7 +41,7 @@ class TokenGrid:
         return slice(self.num_prefix_tokens, self.num_prefix_tokens + self.rows * self.columns)
 
     def with_suffix(self, num_suffix_tokens: int) -> "TokenGrid":
-        """This layout with so many tokens after it."""
+        """This layout with suffix tokens after it."""
         return replace(self, num_suffix_tokens=num_suffix_tokens)
 
     def check(self, num_tokens: int) -> None:
@@ -111,7 +111,7 @@ def tell_grid(embedding: nn.Module, rows: int, columns: int) -> None:
         T5Error: the images are stand-ins of torch.fx, which have no size.
     """
     if isinstance(rows, fx.Proxy):
-        raise T5Error("torch.fx traces without sizes, and a TTT layer needs that of its grid; use torch.export")
+        raise T5Error("torch.fx traces without sizes, and a TTT layer needs its grid's size; use torch.export")
     if _thread.running is not None and _thread.running.embedding is embedding:
         _thread.running.grid = torch.empty(rows, columns, 0)
 
@@ -124,11 +124,11 @@ def current_grid(num_prefix_tokens: int = 0) -> TokenGrid:
     """
     if _thread.current is None:
         raise T5Error(
-            "a converted layer was called outside of a forward of its model, where nothing tells the grid of its "
+            "a converted layer was called outside a forward of its model, where nothing gives the grid of its "
             "tokens; call the model, or pass grid=TokenGrid(rows, columns, num_prefix_tokens) to the layer, or call "
             "blocks within t5lib.layers.grid.grid_scope(TokenGrid(…)). A list that takes the place of the model's own "
             "blocks does not carry the grid: change that in place. A wrapper around single blocks that calls them "
-            "again in the backward pass has to wrap what iterating the blocks gives"
+            "again in the backward pass has to wrap what iterating over the blocks gives"
         )
     rows, columns, _ = _thread.current.shape
     return TokenGrid(rows, columns, num_prefix_tokens)

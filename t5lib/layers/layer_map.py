@@ -21,11 +21,11 @@ def parse_indices(text: str) -> list[int]:
         match = re.fullmatch(r"([0-9]{1,8})(?:-([0-9]{1,8}))?", part.strip())
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise T5Error(
-                f"layers '{text[:100]}' is not understood at '{part[:100]}'; expected such as 0-5,8 (counted from 0), "
+                f"layers '{text[:100]}' is not understood at '{part[:100]}'; expected e.g. 0-5,8 (counted from 0), "
                 "or 0-5=softmax,6-11=swiglu"
             )
         if int(match[2] or match[1]) >= MOST_LAYERS:
-            raise T5Error(f"layers '{text[:100]}': no model has {MOST_LAYERS} layers; expected such as 0-5,8")
+            raise T5Error(f"layers '{text[:100]}': no model has {MOST_LAYERS} layers; expected e.g. 0-5,8")
         indices += range(int(match[1]), int(match[2] or match[1]) + 1)
     return indices
 

@@ -165,7 +165,7 @@ class Plan:
         return break_even_tokens(rows)
 
     def side(self, tokens: int) -> int:
-        """The side in pixels of a square image with so many tokens."""
+        """The side in pixels of a square image with that many tokens."""
         return round(self.patch * math.sqrt(max(tokens - self.prefix, 1)))
 
     @property
@@ -228,7 +228,7 @@ def plan(
         on_timing: called with each finished resolution, to show progress.
 
     Raises:
-        T5Error: a model that is no plain ViT of timm, a resolution that is no multiple of the patch size, an unknown
+        T5Error: a model that is no plain ViT of timm, a resolution that is not a multiple of the patch size, an unknown
             kind, outputs that are wrong (t5lib.benchmarks.timing.check_output), or times too noisy to tell a block's.
     """
     config, device = config or PlanConfig(), torch.device(device)
@@ -308,7 +308,7 @@ def _sides(model: nn.Module, resolution: int, kinds: dict[str, TTTConfig], confi
     patch = model.patch_embed.patch_size[0]
     if resolution % patch or resolution < patch:
         nearest = max(1, round(resolution / patch)) * patch
-        raise T5Error(f"resolution {resolution} is no multiple of the patch size {patch}; nearest is {nearest}")
+        raise T5Error(f"resolution {resolution} is not a multiple of the patch size {patch}; the nearest is {nearest}")
     least = max([1, *(kind.window for kind in kinds.values() if kind.window)])
     if resolution // patch < least:
         raise T5Error(

@@ -38,7 +38,7 @@ CROSS_ENTROPY, KL, COSINE = "cross-entropy", "kl", "cosine"
 
 
 def layer_text(assignment: Assignment) -> str:
-    """As `t5 convert --layers` takes it: "0-5=softmax,6-11=swiglu"."""
+    """The assignment as `t5 convert --layers` takes it: "0-5=softmax,6-11=swiglu"."""
     return ",".join(f"{numbers}={kind}" for numbers, kind in format_layers(list(assignment)).items())
 
 
@@ -359,7 +359,7 @@ class _Switch:
     def __call__(self, assignment: Assignment) -> nn.Module:
         for name, kind in zip(self.names, assignment, strict=True):
             if (kind, name) not in self.layers:
-                raise T5Error(f"no calibrated model of kind '{kind}' was given for {name}")
+                raise T5Error(f"no calibrated model of kind '{kind}' was passed for {name}")
             self.model.set_submodule(name, self.layers[kind, name])
         return self.model
 
@@ -391,7 +391,7 @@ def _check_layer(kind: str, name: str, model: nn.Module) -> None:
     if not isinstance(layer, TTTAttention):
         raise T5Error(f"{name} of the model for '{kind}' is a {type(layer).__name__}; convert and calibrate all layers")
     if layer.mixer.config.inherit == "attention":
-        raise T5Error(f"'{kind}' starts its MLPs afresh (inherit: attention), so no layer of it is any good alone")
+        raise T5Error(f"'{kind}' starts its MLPs afresh (inherit: attention), so none of its layers works alone")
 
 
 def _base(used: Mapping[str, TTTConfig]) -> TTTConfig:
@@ -425,4 +425,6 @@ def _differing(ours: TTTConfig, theirs: TTTConfig) -> list[str]:
 def _check_budget(cost: Costs, budget: float) -> None:
     cheapest = math.fsum(min(row.values()) for row in cost)
     if budget < cheapest * (1 - 1e-9) or budget <= 0:
-        raise T5Error(f"a budget of {budget:.4g} is out of reach: the cheapest assignment costs {cheapest:.4g}")
+        raise T5Error(
+            f"a budget of {budget:.4g} is out of reach: the cheapest assignment costs {cheapest:.4g}; allow that"
+        )

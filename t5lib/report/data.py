@@ -1,4 +1,4 @@
-"""What a report tells, as the stages wrote it."""
+"""What a report shows, as the stages wrote it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ REQUIRED = ("convert", "calibrate", "finetune", "evaluate")  # stages that a rep
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """Everything the report tells, as the stages wrote it.
+    """Everything the report shows, as the stages wrote it.
 
     Attributes:
         target: its name in params.yaml.

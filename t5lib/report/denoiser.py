@@ -23,7 +23,7 @@ def quality(data: ReportData) -> Quality:
     return Quality(
         columns=tuple(f"{row['label']}\n({row['better']} is better)" for row in main),
         rows=[row | {"cells": [(_text(score, row["key"]), "") for score in main]} for row in rows],
-        note=f"{measured}. Distances from few images are too large, and compare only with each other. It is one seed.",
+        note=f"{measured}. Few images make distances too large; compare them only with each other. This is one seed.",
         caveat=f"{measured}; this is one seed.",
         sentences=_sentences(data, main),
         tiles=_tiles(data.evaluated, main),

@@ -38,7 +38,7 @@ def all_pictures(found: dict[str, Any], pictures: np.ndarray | None) -> dict[str
 
 
 def curves(found: dict[str, Any]) -> dict[str, Figure]:
-    """Those pictures of an explanation that need no image."""
+    """The pictures of an explanation that need no image."""
     similarity = [found[name] for name in ("layer_error", "block_error", "cka")]
     figures = {
         "similarity": layer_similarity(found["layers"], *similarity),

@@ -88,7 +88,7 @@ class AlignConfig(LoopConfig):
 
     def __post_init__(self):
         if not (self.blocks or self.output or (self.features and (self.features_weight or self.cosine))):
-            raise T5Error("align: blocks, features and output all weigh 0; there is nothing to learn from")
+            raise T5Error("align: blocks, features and output all have weight 0; there is nothing to learn from")
 
     def features_of(self, family: Adapter) -> str | None:
         """The name of the part whose tokens are matched in models of a family."""
@@ -294,7 +294,7 @@ def _check(model: nn.Module, teacher: nn.Module, config: AlignConfig, features: 
             model.get_submodule(features)
         except AttributeError:
             raise T5Error(
-                f"align: features '{features}' is no part of a {type(model).__name__}; name one of "
+                f"align: features '{features}' is not a part of a {type(model).__name__}; name one of "
                 f"{', '.join(name for name, _ in model.named_children())}, or null"
             ) from None
 

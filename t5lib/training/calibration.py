@@ -169,7 +169,7 @@ class _Fit(Work):
             return [group.examples(seen) for group in self.groups]
 
     def step(self) -> dict[str, float]:
-        """One optimizer step; tells the mean loss now and then, since reading a number waits for the device."""
+        """One optimizer step; the mean loss comes only now and then, since reading a number waits for the device."""
         places, batch = next(self.drawn)
         step, steps = self.done.step, self.config.steps
         factor = warmed_up(step, self.config.warmup) * cosine(step / steps)
@@ -224,7 +224,7 @@ class _Fit(Work):
             names = [name for group in self.groups for name in group.layers]
             broken = [name for name, ok in zip(names, losses.isfinite().tolist(), strict=True) if not ok]
             raise T5Error(
-                f"calibration broke at step {step}: the error of {', '.join(broken)} is not finite; "
+                f"calibration failed at step {step}: the error of {', '.join(broken)} is not finite; "
                 f"lower calibrate.lr ({self.config.lr}), or keep key_norm 'instance' (others can diverge)"
             )
 

@@ -63,7 +63,7 @@ def opened(resume_dir: Path | str | None) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, TypeError, ValueError) as error:
         raise T5Error(
-            f"resume_dir is {resume_dir!r:.200}, which can be no folder ({error}); pass the path of one, or None"
+            f"resume_dir is {resume_dir!r:.200}, which cannot be a folder ({error}); pass the path of one, or None"
         ) from None
     return folder
 
@@ -76,7 +76,7 @@ def begin(place: Path) -> None:
 
 
 def finish(place: Path, made_by: dict[str, Any], kept: int) -> None:
-    """What was written to `place` becomes the newest checkpoint; only so many (`kept`) remain.
+    """What was written to `place` becomes the newest checkpoint; only the newest `kept` remain.
 
     A kill at any moment leaves this one or the one before it whole.
     """
@@ -100,19 +100,17 @@ def newest(folder: Path, made_by: dict[str, Any]) -> Path | None:
         try:
             problem = _damage(place)
         except OSError as error:
-            raise T5Error(
-                f"{error.filename} cannot be read ({error.strerror}); mend that, or {_over(folder)}"
-            ) from None
+            raise T5Error(f"{error.filename} cannot be read ({error.strerror}); fix that, or {_over(folder)}") from None
         if not problem:
             if damaged:
-                _log.warning("going on from the checkpoint before it, %s", place)
+                _log.warning("resuming from the checkpoint before it, %s", place)
             _refuse_other_maker(read_json(place / MAKER), made_by, place)
             return place
         _log.warning("%s is damaged (%s) and is removed", place, problem)
         shutil.rmtree(place)
         damaged = True
     if damaged:
-        _log.warning("%s holds no other checkpoint; beginning anew", folder)
+        _log.warning("%s holds no other checkpoint; starting over", folder)
     return None
 
 
@@ -131,28 +129,28 @@ def require_space(folder: Path, size: int, kept: int) -> None:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Within, what keeps a checkpoint from being written is told in one line."""
+    """Within, what keeps a checkpoint from being written becomes a one-line T5Error."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         before = _checkpoints(folder)
-        left = f"{before[0].name} is kept" if before else "there is none before it"
+        left = f"{before[0].name} is kept" if before else "there is no earlier one"
         raise T5Error(
-            f"a checkpoint could not be written to {folder} ({error}); {left}. Free some space or mend the disk, and "
+            f"a checkpoint could not be written to {folder} ({error}); {left}. Free some space or fix the disk, and "
             "run again"
         ) from error
 
 
 @contextmanager
 def loading(place: Path) -> Iterator[None]:
-    """Within, what keeps a whole checkpoint from being loaded is told in one line."""
+    """Within, what keeps a whole checkpoint from being loaded becomes a one-line T5Error."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise T5Error(f"{place} is of another model ({reason}); pass that model, or {_over(place.parent)}") from error
+        raise T5Error(f"{place} is another model's ({reason}); pass that model, or {_over(place.parent)}") from error
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -173,7 +171,7 @@ def _damage(place: Path) -> str:
     except T5Error:
         return f"{FILES} is missing or broken"
     if not isinstance(known, dict) or sorted(known) != _names(place):
-        return f"it holds {', '.join(_names(place)) or 'nothing'}, and {FILES} tells of other files"
+        return f"it holds {', '.join(_names(place)) or 'nothing'}, but {FILES} lists other files"
     return ", ".join(f"{name} changed" for name, checksum in known.items() if sha256(place / name) != checksum)
 
 
@@ -189,8 +187,8 @@ def _refuse_other_maker(there: dict[str, Any], here: dict[str, Any], place: Path
     if changes:
         more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
         raise T5Error(
-            f"{place} was made otherwise ({'; '.join(sorted(changes)[:5])}{more}): going on would give the result of "
-            f"neither. Restore what it was made with, or {_over(place.parent)}"
+            f"{place} was made with other settings ({'; '.join(sorted(changes)[:5])}{more}), which cannot be mixed. "
+            f"Restore those settings, or {_over(place.parent)}"
         )
 
 

@@ -65,7 +65,7 @@ class Classification(Objective[Example]):
 
     def __init__(self, config: TrainConfig, num_classes: int, teacher: nn.Module | None = None):
         if config.distill and teacher is None:
-            raise T5Error("train: distill is set but there is no teacher; pass the softmax model as teacher=")
+            raise T5Error("train: distill is set but no teacher was given; pass the softmax model as teacher=")
         self.config, self.teacher = config, teacher if config.distill else None
         self.mixup = None
         if config.mixup or config.cutmix:

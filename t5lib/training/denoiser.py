@@ -67,7 +67,7 @@ class Denoising(Objective[Noised]):
 
     def __init__(self, config: DenoiserTrainConfig, noising: Noising, teacher: nn.Module | None = None):
         if config.align and config.teacher == "source" and teacher is None:
-            raise T5Error("train: teacher is 'source' but there is none; pass the softmax original as teacher=")
+            raise T5Error("train: teacher is 'source' but no teacher was given; pass the softmax original as teacher=")
         if teacher and config.precision == "fp32" and next(teacher.parameters()).dtype != torch.float32:
             raise T5Error(
                 f"train: the teacher's weights are {next(teacher.parameters()).dtype} and precision is fp32; call "

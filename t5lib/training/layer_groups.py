@@ -174,7 +174,7 @@ class LayerGroup:
         return *known, target, *(torch.cat(part, dim=1) for part in zip(*maps, strict=True))
 
     def variances(self, places: Places, example: Example, part: Part) -> Example:
-        """Of the target of each layer, (L,): of its image tokens and, where it has text, of that.
+        """The variance of each layer's target, (L,): of its image tokens and, where it has text, of that.
 
         Args:
             part: of the images that the variance is of, that `example` holds.

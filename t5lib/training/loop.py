@@ -18,7 +18,7 @@ Log = Callable[[dict[str, float], int], None]  # values worth a curve, and the s
 
 @dataclass
 class Done:
-    """How far a fit is: steps done and seconds spent, in earlier runs too, and the loss that was told last."""
+    """How far a fit is: steps done and seconds spent, in earlier runs too, and the last loss reported."""
 
     step: int = 0
     seconds: float = 0.0

@@ -246,7 +246,7 @@ def noising_of(scheduler: ConfigMixin, **changes: Any) -> Noising:
         )
     most = settings["num_train_timesteps"]
     if changes.get("steps", 0) > most:
-        raise T5Error(f"steps is {changes['steps']}, but the model learned {most} steps; expected as many at most")
+        raise T5Error(f"steps is {changes['steps']}, but the model learned {most} steps; expected at most that many")
     schedule = {name: settings[name] for name in ("beta_start", "beta_end")}
     return NoiseAndVariance(**{"steps": most} | schedule | changes)
 

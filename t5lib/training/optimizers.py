@@ -1,4 +1,4 @@
-"""What of a model is trained, how fast each part of it, and by which optimizer."""
+"""Which parts of a model are trained, how fast, and by which optimizer."""
 
 import contextlib
 import functools

@@ -27,7 +27,7 @@ def check_pair(model: nn.Module, teacher: nn.Module) -> None:
             or the teacher has other weights than those that `model` inherited.
     """
     if torch.is_inference_mode_enabled():
-        raise T5Error("under torch.inference_mode nothing can be fitted; call it outside, no_grad is no obstacle")
+        raise T5Error("nothing can be fitted under torch.inference_mode; call it outside (no_grad is fine)")
     if family_of(model) is not family_of(teacher):
         raise T5Error(f"the teacher is of the family {family_of(teacher).name}, the model of {family_of(model).name}")
     if not ttt_layers(model):
@@ -45,7 +45,7 @@ def check_pair(model: nn.Module, teacher: nn.Module) -> None:
 
 
 def dtypes(model: nn.Module) -> set[torch.dtype]:
-    """Of all weights that are floating-point numbers."""
+    """The dtypes of all weights that are floating-point numbers."""
     return {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
 
 
@@ -73,8 +73,8 @@ def check_weights(model: nn.Module, teacher: nn.Module) -> None:
         )
     if distance > MOVED:
         logger.warning(
-            "the teacher's weights and those that the model inherited are %.2g apart: right if the model was trained "
-            "since its conversion, else pass the very model that was converted",
+            "the teacher's weights and those that the model inherited are %.2g apart: expected if the model was "
+            "trained since its conversion; otherwise pass the softmax model that was converted",
             distance,
         )
 

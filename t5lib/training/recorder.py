@@ -131,7 +131,7 @@ def check_features(model: nn.Module, name: str, inputs: Inputs) -> None:
 
 
 def token_variance(theirs: Tensor, grid: TokenGrid, part: Part) -> Tensor:
-    """Of the teacher's image tokens (B, N, C) over images and tokens, a mean over channels, a scalar in float32.
+    """Variance of the teacher's image tokens (B, N, C) over images and tokens; the mean over channels, in float32.
 
     What all tokens have in common does not count.
 

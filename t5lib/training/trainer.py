@@ -144,7 +144,7 @@ class Trainer(Work):
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise T5Error(
                 "train: no parameter of the model has requires_grad, so there is nothing to train; call "
-                "model.requires_grad_() first, or only for those that shall learn"
+                "model.requires_grad_() first, or only on those to be trained"
             )
         self.ema = _averaged(model, config.ema) if config.ema else None
         if self.in_pieces:
@@ -355,7 +355,7 @@ def part_of(config: LoopConfig) -> Part:
         return processes.rows()
     raise T5Error(
         f"train: {number} processes cannot share batches evenly with batch_size {config.batch_size} and accumulate "
-        f"{config.accumulate}; expected one of them to be a multiple of {number}, or start another number of processes"
+        f"{config.accumulate}; make one of them a multiple of {number}, or change the number of processes"
     )
 
 

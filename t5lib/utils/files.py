@@ -36,7 +36,7 @@ def refuse_inside_model(path: Path | str) -> None:
     """Raises T5Error when a folder above `path` holds a model, which has to stay what was saved."""
     for folder in Path(path).absolute().parents:
         if any(all((folder / name).is_file() for name in names) for names in MODEL_FILES):
-            raise T5Error(f"{path} is inside of {folder}, which holds a model and nothing else; name another place")
+            raise T5Error(f"{path} is inside {folder}, which holds a model and nothing else; name another place")
 
 
 @contextmanager
@@ -109,13 +109,13 @@ def read_text(path: Path | str) -> str:
 
 
 def refuse_endless(path: Path | str) -> None:
-    """Raises T5Error for what is no file to read: a device or pipe, or a hole of gigabytes."""
+    """Raises T5Error for what is not a file to read: a device or pipe, or a hole of gigabytes."""
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise T5Error(f"{path} is a device, pipe or socket; expected a file")
     if stat.S_ISREG(found.st_mode) and found.st_size > LARGEST_HOLE and _begins_with_hole(path):
         raise T5Error(
-            f"{path} has {found.st_size / 1e9:.0f} GB and begins with a hole: it was never written; get it anew"
+            f"{path} has {found.st_size / 1e9:.0f} GB and begins with a hole: it was never written; fetch it again"
         )
 
 

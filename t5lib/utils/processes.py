@@ -38,11 +38,11 @@ class Part:
     rows: int = 1
 
     def numbers(self, start: int) -> Iterator[int]:
-        """Of the batches, from number `start` on, without end."""
+        """The numbers of its batches, from `start` on, without end."""
         return count(start + self.turn, self.turns)
 
     def of(self, samples: int, what: str = "a batch") -> slice:
-        """Which of so many samples. Raises T5Error unless every process gets as many."""
+        """Which of `samples` samples this process takes. Raises T5Error unless every process gets as many."""
         if samples % self.rows:
             raise T5Error(
                 f"{what} holds {samples} samples, which {self.rows} processes cannot share evenly; expected a multiple "
@@ -103,7 +103,7 @@ def by_first(work: Callable[[], Value]) -> Value:
 
 
 def wait() -> None:
-    """Until all of them are here."""
+    """Wait until all processes are here."""
     if not alone():
         state().wait_for_everyone()
 
@@ -119,7 +119,7 @@ def gathered(value: Any) -> list[Any]:
 
 
 def in_order(part: "Tensor") -> "Tensor":
-    """All rows, of which each process has every so many, in every one of them, on this one's device."""
+    """All rows, which the processes hold in turn, gathered in every process on its own device."""
     parts = gathered(part.cpu())
     whole = part.new_empty(sum(map(len, parts)), *part.shape[1:])
     for place, rows in enumerate(parts):

@@ -35,7 +35,7 @@ class StepReporter:
 
 
 class Silent(StepReporter):
-    """Tells nothing."""
+    """Progress that is not shown."""
 
     def __init__(self) -> None:
         pass
@@ -46,7 +46,7 @@ class Silent(StepReporter):
 
 @contextmanager
 def progress(title: str, total: int, start: int = 0) -> Iterator[StepReporter]:
-    """Show `title` with a bar of `total` steps, `start` of them done before; in a log that is said.
+    """Show `title` with a bar of `total` steps, `start` of them done before; a log names that start.
 
     Of several processes that work together the first shows it.
     """

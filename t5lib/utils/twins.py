@@ -43,7 +43,7 @@ def _of_part(name: str, part: "nn.Module", twin: "nn.Module") -> Iterator[str]:
         yield from (f"{where} calls a hook ({getattr(hook, '__qualname__', type(hook).__name__)})" for hook in added)
     for key, value in vars(part).items():
         if inspect.isroutine(getattr(type(part), key, None)):
-            yield f"{where} has a {key} of its own in the place of its class's"
+            yield f"{where} has a {key} of its own in place of its class's"
         elif not key.startswith("_"):
             yield from _of_values(f"{name}.{key}".lstrip("."), value, vars(twin).get(key, _NONE))
 

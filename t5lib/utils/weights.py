@@ -22,7 +22,7 @@ def shards_of(index: Path) -> list[Path]:
     content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not all(_is_shard(name) for name in names.values()):
-        raise T5Error(f"{index} is no index of shards: it has no weight_map of files beside it; fetch it again")
+        raise T5Error(f"{index} is not an index of shards: it has no weight_map of files beside it; fetch it again")
     shards = sorted(set(names.values()))
     if missing := [name for name in shards if not (index.parent / name).is_file()]:
         raise T5Error(
@@ -66,7 +66,7 @@ def check_fit(ours: "dict[str, Tensor]", expected: "dict[str, Tensor]", what: st
     kinds = [f"{n} {our.dtype}" for n, our, their in both if our.is_floating_point() != their.is_floating_point()]
     parts = {"missing": missing, "unknown": unknown, "other shapes": shapes}
     if kinds:
-        parts["whole numbers or quantized"] = kinds
+        parts["integer or quantized"] = kinds
     if any(parts.values()):
         shown = ", ".join(f"{name} {found[:SHOWN]}" for name, found in parts.items())
         raise T5Error(f"{what}: {shown}{remedy and f'; {remedy}'}")

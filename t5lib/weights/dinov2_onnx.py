@@ -63,7 +63,7 @@ def read(path: Path | str) -> dict[str, Tensor]:
     for layer in range(DEPTH):
         state |= {f"blocks.{layer}.{name}": value for name, value in _block(weights, f"encoder/layer.{layer}").items()}
     if f"backbone.encoder.layer.{DEPTH}.norm1.weight" in weights.tensors:
-        raise T5Error(f"{path} has more than {DEPTH} layers; expected DINOv2 ViT-S/14, and only that can be read")
+        raise T5Error(f"{path} has more than {DEPTH} layers; expected DINOv2 ViT-S/14, the only model that can be read")
     return state
 
 

@@ -79,7 +79,7 @@ def load(path: Path | str, *, which: str | None = None, heads: int | None = None
     width = weights["x_embedder.proj.weight"].shape[0]
     heads = heads or HEADS.get(width)
     if heads is None or width % heads:
-        raise T5Error(f"{source} is {width} wide, and its number of heads is not told by weights; pass heads")
+        raise T5Error(f"{source} is {width} wide, and weights do not tell its number of heads; pass heads")
     model, positions = _fill(weights, _describe(weights, source, heads, width // heads), None, source)
     own = model.pos_embed.pos_embed
     if own is None or not torch.allclose(positions, own.to(positions), atol=1e-4):
@@ -125,7 +125,7 @@ def _fill(
 
 
 def to_ours(weights: dict[str, Tensor], depth: int, heads: int) -> dict[str, Tensor]:
-    """Released names to diffusers' and ours, as told above; "pos_embed" and unknown names stay."""
+    """Rename weights to diffusers' names and ours, as described above; "pos_embed" and unknown names stay."""
     ours: dict[str, Tensor] = {}
     for name, value in weights.items():
         module, _, kind = name.rpartition(".")

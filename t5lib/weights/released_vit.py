@@ -66,7 +66,7 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def to_ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Released names to ours, both told above; names that are ours already stay."""
+    """Rename weights from released names to ours, both described above; names that are ours already stay."""
     ours = {}
     for name, value in weights.items():
         match = re.fullmatch(rf"(blocks\.\d+\.attn)\.({'|'.join(RELEASED)})(\..+)?", name)

@@ -34,7 +34,7 @@ def load(path: Path | str) -> SD3Transformer2DModel:
         weights = {name.removeprefix(INSIDE): value for name, value in weights.items() if name.startswith(INSIDE)}
     missing = [name for name in NEEDED if name not in weights]
     if missing:
-        raise T5Error(f"{path} is no Stable Diffusion 3 in one file: it has no {missing}; found {list(weights)[:4]}")
+        raise T5Error(f"{path} is not Stable Diffusion 3 in one file: it has no {missing}; found {list(weights)[:4]}")
     arguments = _describe(weights)
     try:
         ours = convert_sd3_transformer_checkpoint_to_diffusers(weights)  # takes out what it renames

@@ -64,7 +64,7 @@ def read(path: Path | str, which: str | None = None) -> tuple[dict[str, Tensor],
     if not weights:
         raise T5Error(f"{path} holds no weights; found {list(held)[:6]}, expected one of {ALL_ENTRIES}")
     if nameless := [name for name in weights if not isinstance(name, str)]:
-        raise T5Error(f"{path} holds weights under {nameless[:6]}, which are no names; expected weights by name")
+        raise T5Error(f"{path} holds weights under {nameless[:6]}, which are not names; expected weights by name")
     weights, wrappers = _unwrapped(weights, which, str(path), alone=lightning)
     if which == "ema" and not entries and not set(wrappers) & set(WRAPPERS["ema"]):
         raise T5Error(f"{path} has no entry {ENTRIES['ema']}; found {list(held)[:6]}, leave which out")
@@ -103,8 +103,8 @@ def _open(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         cause = re.search(r"GLOBAL (\S+)", str(error))
         raise T5Error(
-            f"{path} was not opened: {cause[1] if cause else 'it is no file of torch.save, or'} could run code. "
-            "Where you trust it, save its weights with safetensors.torch.save_file, and load that"
+            f"{path} was not opened: {cause[1] if cause else 'it is not a file of torch.save, or'} could run code. "
+            "If you trust it, save its weights with safetensors.torch.save_file, and load that"
         ) from None
     except Exception as error:  # the unpickler on bytes that are no pickle raises whatever they lead it to
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -159,7 +159,7 @@ def _numbers(weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         raise T5Error(f"{source} holds names without values (on the meta device), {', '.join(meta[:4])}; save it again")
     if whole := [f"{n} {v.dtype}" for n, v in weights.items() if v.ndim and (_packed(v) or not v.is_floating_point())]:
         raise T5Error(
-            f"{source} holds whole numbers, in {', '.join(whole[:4])}: it is quantized, or holds no weights; take the "
+            f"{source} holds integer or quantized numbers, in {', '.join(whole[:4])}; take the "
             "checkpoint in full or half precision"
         )
     check_numbers(weights, source)

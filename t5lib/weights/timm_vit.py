@@ -98,7 +98,7 @@ def _with_head(weights: dict[str, Tensor], empty: nn.Module, seed: int, own: boo
             "architecture that belongs to it, or pass num_classes for a fresh head"
         )
     if found:
-        _log.warning("the weights' head %s gives way to a fresh one: %s", _shapes(found), _shapes(wanted) or "none")
+        _log.warning("the weights' head %s is replaced by a fresh one: %s", _shapes(found), _shapes(wanted) or "none")
     rng = torch.Generator().manual_seed(seed)
     fresh = {
         name: torch.randn(shape, generator=rng) * 0.02 if name.endswith("weight") else torch.zeros(shape)

@@ -70,7 +70,7 @@ def is_theirs(weights: dict[str, Tensor]) -> bool:
 
 
 def to_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their names to timm's, as told above; tensors are shared but for q, k and v. Unknown names stay."""
+    """Rename weights to timm's names, as described above; tensors are shared but for q, k and v. Unknown names stay."""
     ours: dict[str, Tensor] = {}
     stacked: dict[str, dict[str, Tensor]] = {}
     in_block = _IN_BLOCK if any(".gate_proj." in name for name in weights) else _IN_BLOCK | _WITHOUT_GATE

@@ -110,7 +110,7 @@ def named(name: str, gib: float | None = None) -> Card:
     if known:
         return replace(known[0], name=name, memory=memory or known[0].memory)
     if memory is None:
-        raise T5Error(f"no figures of a card '{name[:100]}'; known: {', '.join(CARDS)}; or give --memory GIB too")
+        raise T5Error(f"no figures for a card '{name[:100]}'; known: {', '.join(CARDS)}; or add --memory GIB")
     return Card(name, memory)
 
 

@@ -21,7 +21,7 @@ def _names() -> str:
 
 
 def parser(module: str, about: str) -> argparse.ArgumentParser:
-    """As t5lib.utils.command_line.parser."""
+    """Make a parser as t5lib.utils.command_line.parser does."""
     return command_line.parser(module, about, _Help)
 
 

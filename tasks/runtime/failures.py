@@ -63,7 +63,7 @@ def _reason(cause: BaseException, place: Path) -> str | None:
         said = str(cause).strip().partition("\n")[0] or type(cause).__name__
         return f"memory is short ({said}); take a smaller batch_size, or end other programs,"
     if isinstance(cause, RuntimeError) and GONE.search(str(cause)) and not processes.alone():
-        return "another process of this stage has ended, which ends it in all of them; see what that one said,"
+        return "another process of this stage has ended, which stopped all of them; see its own message,"
     return None
 
 

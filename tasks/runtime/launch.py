@@ -1,5 +1,5 @@
-"""As many processes for a stage as params.yaml says: started by Accelerate's launcher, or joined where torchrun, SLURM
-or `accelerate launch` started them already.
+"""Start as many processes for a stage as params.yaml says, by Accelerate's launcher, or join those that torchrun, SLURM
+or `accelerate launch` started already.
 
 The section `launch` is of the whole repository. No result depends on it, and so no stage does: on another machine
 nothing is run again.
@@ -61,7 +61,7 @@ def number(chosen: int | None, sections: Mapping[str, Any]) -> int:
     if most < wanted:
         reason = f"{wanted} processes cannot share {_uneven(sections, wanted)}"
         if chosen:
-            raise T5Error(f"params.yaml: launch.processes: {reason}; expected such as {most}, or other batches")
+            raise T5Error(f"params.yaml: launch.processes: {reason}; take {most}, for example, or other batch sizes")
         print(f"{most} of {wanted} accelerators: {reason}", flush=True)
     return most
 
@@ -93,13 +93,13 @@ def leave() -> None:
 
 
 def end_with_launcher() -> None:
-    """Let this process be interrupted when its launcher is killed, which can tell nobody any more."""
+    """Let this process be interrupted when its launcher is killed and can signal nobody any more."""
     if sys.platform == "linux":
         CDLL(None).prctl(DEATH_SIGNAL, signal.SIGTERM)
 
 
 def start(module: str, arguments: Sequence[str], processes: int) -> None:
-    """Run `python -m module arguments` in so many processes of one group, until all have ended.
+    """Run `python -m module arguments` in `processes` processes of one group, until all have ended.
 
     An error in one of them ends them all. Their outputs are ours.
 

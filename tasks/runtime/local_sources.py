@@ -19,12 +19,12 @@ SOURCES = (
     ("fetch", "clip", "CLIP", "download it, or leave fetch.clip out"),
     ("shards", "train", "training images", "put them there"),
     ("shards", "val", "validation images", "put them there"),
-    ("shards", "samples.prompts", "prompts", "write them, one a line"),
+    ("shards", "samples.prompts", "prompts", "write them, one per line"),
     ("evaluate", "cutouts", "cutouts", "make them, or leave evaluate.cutouts out"),
 )
 IMAGES = ("train", "val", "cutouts")
 MADE = "data/out"  # what stages make: a source there may come to be
-CAPTIONED = " as tar files with <key>.jpg and <key>.txt (img2dataset with output_format=webdataset writes such)"
+CAPTIONED = " as tar files with <key>.jpg and <key>.txt (img2dataset with output_format=webdataset writes these)"
 
 
 def check(
@@ -43,7 +43,7 @@ def check(
             continue
         if name in ("train", "val") and "encode" in settings["shards"]:
             remedy += CAPTIONED
-        own = f"name yours: params.yaml, targets.{target}.{section}.{name}"
+        own = f"name yours in params.yaml: targets.{target}.{section}.{name}"
         local = source.startswith("file:")
         if local and (problem := _problem(root, source, images=name in IMAGES)):
             missing.append(f"  {what}: {source} {problem}; {remedy}, or {own}")
@@ -95,4 +95,4 @@ def _check_images(place: Path, source: str) -> None:
     if place.suffix == ".json":
         ShardSet.read(place)
     elif not tarfile.is_tarfile(first := tar_files(place, source)[0]):
-        raise T5Error(f"{first} is no tar file")
+        raise T5Error(f"{first} is not a tar file")

@@ -1,4 +1,4 @@
-"""What a target needs of a machine, as its kind tells (Target.needs): room on the disk, memory of the card, work."""
+"""What a target needs of a machine, as its kind states (Target.needs): room on the disk, memory of the card, work."""
 
 from dataclasses import dataclass
 
@@ -59,7 +59,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Check:
-    """Something that is as it must be, or is not (`problem`, with the remedy).
+    """A requirement that is met, or not (`problem`, with the remedy).
 
     Attributes:
         known: whether it could be looked at.
@@ -75,7 +75,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Needs:
-    """All of it, each in the order in which it is told."""
+    """All needs of a target, each in the order in which it is listed."""
 
     remotes: tuple[Remote, ...] = ()
     rooms: tuple[Room, ...] = ()

@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"'{key.value[:100]}' stands twice in one mapping, again in line {line}; drop one")
+                raise yaml.YAMLError(f"'{key.value[:100]}' is given twice in a mapping, again on line {line}; drop one")
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return node
 
@@ -53,7 +53,7 @@ def parsed(text: str, where: str) -> Any:
     """The plain values of a YAML text. `where` names its origin.
 
     Raises:
-        T5Error: it is not YAML, a key stands twice, or aliases blow it up.
+        T5Error: it is not YAML, a key is given twice, or aliases blow it up.
     """
     try:
         loader = _Loader(text)
@@ -63,9 +63,9 @@ def parsed(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: such as a number of thousands of digits
         raise T5Error(f"{where} is not valid YAML: {str(error)[:500]}") from None
     except RecursionError:
-        raise T5Error(f"{where} is nested absurdly deep, or holds itself; write it flat") from None
+        raise T5Error(f"{where} is nested too deeply, or contains itself; flatten it") from None
     if many:
-        raise T5Error(f"{where} stands for more than {MOST_VALUES} values, aliases spelled out; write fewer")
+        raise T5Error(f"{where} holds more than {MOST_VALUES} values once its aliases are expanded; write fewer")
     return values
 
 
@@ -83,7 +83,7 @@ def read_target(root: Path | str, target: str) -> dict[str, Any]:
     """The sections of `targets.<target>`. Raises T5Error that names the nearest target when there is none."""
     entry = _entry(root, target)
     if not isinstance(entry, dict):
-        raise T5Error(f"params.yaml: targets.{target} is {shown(entry)}; expected its sections")
+        raise T5Error(f"params.yaml: targets.{target} is {shown(entry)}; expected a mapping of its sections")
     return {name: section for name, section in entry.items() if name not in (TAKES, MADE_BY)}
 
 
@@ -143,7 +143,7 @@ def parse_with_changes(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--as", dest="name", metavar="NAME", help="the target that --set makes; default: TARGET-set")
     arguments = parser.parse_args()
     if arguments.name and not arguments.set:
-        parser.error(f"--as {arguments.name} names a target with other settings; add them: --set SECTION.NAME=VALUE")
+        parser.error(f"--as {arguments.name} needs the settings to change; add them: --set SECTION.NAME=VALUE")
     arguments.name = arguments.name or f"{arguments.target}{'-set' if arguments.set else ''}"
     return arguments
 
@@ -154,7 +154,7 @@ def changed(settings: dict[str, Any], changes: Iterable[str], target: str) -> di
     A section that is not there is made; whether there may be one, and what it says, the check of all settings tells.
 
     Raises:
-        T5Error: a word without "=", or a setting inside of what is no section.
+        T5Error: a word without "=", or a setting inside what is not a section.
     """
     settings = _spelled_out(settings)
     for word in changes:
@@ -168,7 +168,7 @@ def changed(settings: dict[str, Any], changes: Iterable[str], target: str) -> di
                 section[key] = {}
             section = section[key]
             if not isinstance(section, dict):
-                raise T5Error(f"--set {word}: '{key}' is no section of {target}; expected SECTION.NAME=VALUE")
+                raise T5Error(f"--set {word}: '{key}' is not a section of {target}; expected SECTION.NAME=VALUE")
         section[name] = parsed(value, f"--set {path}")
     return settings
 
@@ -207,10 +207,10 @@ def with_enabled(text: str, target: str) -> str:
 def check_name(root: Path | str, name: str) -> None:
     """Raises T5Error unless `write_changed` may write a target of this name: a new one, or one that it wrote."""
     if not TARGET_NAME.fullmatch(name):
-        raise T5Error(f"'{name[:100]}' is no name for a target; expected letters, digits, - and _, such as my-quick")
+        raise T5Error(f"'{name[:100]}' is not a name for a target; expected letters, digits, - and _, such as my-quick")
     there = read(root)["targets"].get(name)
     if there is not None and not (isinstance(there, dict) and MADE_BY in there):
-        raise T5Error(f"params.yaml has a target '{name}' of its own; take another name, as in --as {name}-2")
+        raise T5Error(f"params.yaml already defines a target '{name}'; take another name, such as --as {name}-2")
 
 
 def write_changed(root: Path | str, target: str, changes: Sequence[str], name: str) -> None:

@@ -1,4 +1,4 @@
-"""Does this machine have what a target needs? A line an item, each with a verdict and what to change.
+"""Does this machine have what a target needs? One line per item, with a verdict and what to change.
 
 What is certain and does not fit is refused before anything begins; what is estimated and does not fit is told.
 """
@@ -19,7 +19,7 @@ from tasks.runtime.needs import Check, Memory, Needs, Remote, Room, Work
 
 OK, LITTLE, UNKNOWN, WRONG, MISSING = "ok", "too little", "unknown", "wrong", "missing"
 LONG = 6  # hours of a stage from which on it is said how to make it shorter
-NAME_IT = "there is no card here; name the one it is for: --card H200"
+NAME_IT = "this machine has no card; name one to plan for: --card H200"
 FICLONE = 0x40049409  # Linux: make a file share the blocks of another
 CACHE_TYPES = "reflink,copy"  # DVC's own
 LINKING = "dvc config --local cache.type hardlink"
@@ -50,7 +50,7 @@ def items(root: Path, target: str, needs: Needs, card: Card | None, *, online: b
     for remote in reversed(needs.remotes):
         item, size = _remote(remote) if online else (None, remote.size)
         lines[:0] = [item] if item else []
-        rooms.insert(0, Room(remote.what, size, why="to be fetched" if size else "the hub did not tell"))
+        rooms.insert(0, Room(remote.what, size, why="to be fetched" if size else "the hub gives no size"))
     lines += [_checked(check) for check in needs.checks]
     lines += _disk(root, rooms, begun_bytes(root, target, needs))
     lines += [_memory(memory, card) for memory in needs.memories]
@@ -67,7 +67,7 @@ def refuse(target: str, found: Iterable[Item]) -> None:
 
 
 def table(found: list[Item]) -> str:
-    """As text: columns, and under a line what to change."""
+    """The items as text: columns, and below a line what to change."""
     rows = [("", "needs", "there is", "verdict")]
     rows += [(item.what, item.needs, item.there, item.verdict) for item in found]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -96,8 +96,8 @@ def _remote(remote: Remote) -> tuple[Item, int | None]:
     except SourceError as error:
         told = str(error).replace(f"#{rest.partition('#')[2]}", "")  # the names of its files say nothing here
         size = _gb(remote.size) if remote.size else "?"
-        return Item(what, size, "not within reach", MISSING, told, True), remote.size
-    return Item(what, _gb(listed.size), f"{gated}, {listed.files} files within reach", OK), listed.size
+        return Item(what, size, "not reachable", MISSING, told, True), remote.size
+    return Item(what, _gb(listed.size), f"{gated}, {listed.files} files available", OK), listed.size
 
 
 def _checked(check: Check) -> Item:
@@ -125,18 +125,18 @@ def _disk(root: Path, rooms: list[Room], begun: int) -> list[Item]:
         changes = [room.change for room in rooms if room.change and room.size]
         changes += [f"{LINKING} (DVC keeps a second copy of all outputs)"] if copied else []
         change = "; or ".join([f"free {_gb(known - free)}", *changes])
-    there = f"{_gb(free)} free" + (f", with {_gb(begun)} of what was begun" if begun else "")
-    return [*lines, Item("disk: all of it", _gb(known), there, verdict, change, certain > free)]
+    there = f"{_gb(free)} free" + (f", with {_gb(begun)} of partial work" if begun else "")
+    return [*lines, Item("disk: in total", _gb(known), there, verdict, change, certain > free)]
 
 
 def free_bytes(root: Path) -> int:
-    """Of the disk that data/ is on, or will be."""
+    """Free bytes of the disk that data/ is on, or will be."""
     place = root / "data"
     return shutil.disk_usage(place if place.exists() else root).free
 
 
 def begun_bytes(root: Path, target: str, needs: Needs) -> int:
-    """What lies on the disk of stages and downloads that are not finished."""
+    """Bytes on the disk of stages and downloads that are not finished."""
     places = [root / "data/scratch" / target]
     for remote in needs.remotes:
         name = re.sub(r"[^\w.]+", "-", remote.source.partition("@")[0])  # as t5lib.download.kept calls its folder
@@ -180,7 +180,7 @@ def _memory(memory: Memory, card: Card | None) -> Item:
     if short:
         fitting = next(((words, size) for words, size in memory.smaller if size <= card.memory), None)
         change = (
-            f"set {fitting[0]}: about {_gib(fitting[1])}" if fitting else "no setting makes it fit; take more memory"
+            f"set {fitting[0]}: about {_gib(fitting[1])}" if fitting else "no setting makes it fit; take a larger card"
         )
     return Item(what, need, there, LITTLE if short else OK, change, memory.certain > card.memory)
 
@@ -201,12 +201,12 @@ def _hours(works: tuple[Work, ...], card: Card | None) -> list[Item]:
         long = work.change if seconds > LONG * 3600 else ""
         lines.append(Item(_name(work), _h(seconds), f"measured on an {rate.card}: {rate.source}", OK, long))
     if total:
-        lines.append(Item("hours: all of it", _h(total), "", UNKNOWN if unknown else OK))
+        lines.append(Item("hours: in total", _h(total), "", UNKNOWN if unknown else OK))
     return lines
 
 
 ESTIMATE = (
-    "Memory and hours are estimates for one card: from what we measured on an H100 and an H200, scaled to other cards "
+    "Memory and hours are estimates for one card, measured on an H100 and an H200 and scaled to other cards "
     f"by their peak FLOPs or bandwidth; memory by {MEMORY_SOURCE}. Several cards divide the hours, not the memory."
 )
 

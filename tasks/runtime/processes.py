@@ -5,7 +5,7 @@ import socket
 
 
 def identity() -> str:
-    """Of this process, for `is_gone`: host, process id and when it began (s), by which another with its id differs."""
+    """This process for `is_gone`: host, process id and start time (s), which tells it from others with that id."""
     import psutil
 
     return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"

@@ -125,8 +125,8 @@ class Stage:
         before = read_json(note) if note.is_file() else code
         if changed := sorted(name for name in before.keys() | code.keys() if before.get(name) != code.get(name)):
             print(
-                f"goes on from what an interrupted run left, although {', '.join(changed)} changed since; "
-                f"to begin anew, delete {note.parent}",
+                f"resuming an interrupted run, although {', '.join(changed)} changed since; "
+                f"to start over, delete {note.parent}",
                 flush=True,
             )
         else:
@@ -196,7 +196,7 @@ class Stage:
     def _still_open(self, call: str) -> None:
         if self._resume_dir is not None:
             raise RuntimeError(
-                f"tasks/{self.name}.py: {call} came after resume_dir() or log(), whose folder depends on it"
+                f"tasks/{self.name}.py: {call} came after resume_dir() or log(), whose folder needs it; call it first"
             )
 
     def _remedy(self, stage: str) -> str:

@@ -86,7 +86,7 @@ def with_seed(settings: Any, seed: int) -> Any:
 
 
 def checksum(value: Any) -> str:
-    """Of plain values; the same for the same values in any order of keys."""
+    """Checksum of plain values; it does not depend on the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -186,7 +186,7 @@ def run_jobs(
     until: float = math.inf,
     logs: Path | None = None,
 ) -> Iterator[Outcome[J, R]]:
-    """Do the jobs in order, so many at once, and yield what became of each as soon as it ends.
+    """Do the jobs in order, several at once, and yield the outcome of each as soon as it ends.
 
     A job that fails costs itself alone, even when it takes its process with it. With `at_once` 1 they are done in this
     process; otherwise each process sees one card (cards are dealt round robin) and its share of the CPU's threads.

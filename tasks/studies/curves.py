@@ -67,7 +67,7 @@ class Job:
 
     @property
     def root(self) -> Path:
-        """Of these settings alone: pictures that lie there are not drawn again."""
+        """The folder of these settings alone: pictures that lie there are not drawn again."""
         name = self.arm.name.replace(", ", "-").replace(" ", "-")
         return self.work / f"{name}--seed-{self.seed}--{common.checksum(self.settings)}"
 
@@ -140,9 +140,9 @@ def run(
         plots.save(picture(read_json(out.with_suffix(".json"))), out.with_suffix(".png"))
         plots.save(samples(planned), out.with_name(f"{out.stem}-samples.png"))
     if problems:
-        raise T5Error(f"{len(problems)} of {len(planned)} arms broke: {'; '.join(problems)}")
+        raise T5Error(f"{len(problems)} of {len(planned)} arms failed: {'; '.join(problems)}")
     if not written:
-        raise T5Error(f"no point was done within {seconds:.0f} s; give it more time")
+        raise T5Error(f"no point was finished within {seconds:.0f} s; give it more time")
     return read_json(out.with_suffix(".json"))
 
 
@@ -369,14 +369,14 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", default=sets, help="layer sets to compare, as convert.layers takes them")
     parser.add_argument("--steps", type=int, nargs="+", required=True, help="steps of the fine-tunes; 0: no fine-tune")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds; every arm is run with each")
-    parser.add_argument("--out", type=Path, required=True, help="path of the .json, .md and .png, without ending")
+    parser.add_argument("--out", type=Path, required=True, help="path of the .json, .md and .png, with no file ending")
     parser.add_argument("--work", type=Path, default=Path("data/scratch/curves"), help="where partial work is kept")
     parser.add_argument(
         "--until",
         type=float,
         default=math.inf,
         metavar="SECONDS",
-        help="begin nothing after that many seconds (default: no end)",
+        help="start nothing after this many seconds (default: no limit)",
     )
     common.add_jobs(parser)
     common.add_changes(parser)

@@ -355,7 +355,7 @@ def main() -> None:
 PLAIN_OPTIONS = {
     "scan_images": "training images kept from calibration, to choose on",
     "budgets": "wanted costs, spread between softmax and the cheapest map",
-    "verify": "whole models to measure at most",
+    "verify": "most whole models to measure",
     "shortlist": "the solver's best maps that are measured before one is chosen",
     "eval_batch_size": "images per step of scan and comparison",
 }
@@ -367,7 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (("train", "to calibrate and choose on"), ("test", "for the last comparison")):
         parser.add_argument(f"--{name}", required=True, help=f"manifest of shards, or decoded images, {text}")
         usual = getattr(Settings, f"{name}_images")
-        parser.add_argument(f"--{name}-images", type=int, default=usual, help="use at most so many of them")
+        parser.add_argument(f"--{name}-images", type=int, default=usual, help="use at most this many of them")
     parser.add_argument("--resolution", type=int, required=True, help="side of the images in pixels")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="seeds of calibration; every seed makes a choice of its own"
@@ -388,7 +388,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="torch.compile the calibration step")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="device that all of it runs on")
-    parser.add_argument("--out", type=Path, required=True, help="path of the .json, .md and .png, without ending")
+    parser.add_argument("--out", type=Path, required=True, help="path of the .json, .md and .png, with no file ending")
     parser.add_argument("--work", type=Path, default=Path("data/scratch/plan"), help="where partial work is kept")
     return parser
 

@@ -23,7 +23,7 @@ GIB = 2**30
 
 
 def run(target: str, settings: dict[str, Any], stages: list[str], out: Path, root: Path) -> dict[str, Any]:
-    """Run `stages` in `root` and write what each took to `out`; an error ends it, and stands there too.
+    """Run `stages` in `root` and write what each took to `out`; an error ends the run and is written too.
 
     Raises:
         T5Error: a stage broke.
@@ -43,7 +43,7 @@ def run(target: str, settings: dict[str, Any], stages: list[str], out: Path, roo
         memory = f", {record['peak_gib']:.1f} GiB" if "peak_gib" in record else ""
         print(f"{name}: {record['seconds']:.1f} s{memory}", flush=True)
         if "error" in record:
-            raise T5Error(f"stage '{name}' of '{target}' broke: {record['error']}")
+            raise T5Error(f"stage '{name}' of '{target}' failed: {record['error']}")
     return result
 
 

@@ -61,7 +61,7 @@ def run(
     """
     jobs = [Job(target, seed, with_seed(settings, seed), work / f"seed-{seed}") for seed in seeds]
     outcomes = list(common.run_jobs(run_seed, jobs, at_once))
-    problems = [f"seed {outcome.job.seed} broke: {outcome.problem}" for outcome in outcomes if outcome.problem]
+    problems = [f"seed {outcome.job.seed} failed: {outcome.problem}" for outcome in outcomes if outcome.problem]
     if problems:
         raise T5Error("\n".join(problems))
     runs = {outcome.job.seed: outcome.result for outcome in outcomes if outcome.result is not None}
@@ -195,7 +195,7 @@ def main() -> None:
     parser = common.parser("seeds", __doc__)
     command_line.add_target(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds; each is a run of all stages")
-    parser.add_argument("--out", type=Path, required=True, help="path of the .json, .md and .png, without ending")
+    parser.add_argument("--out", type=Path, required=True, help="path of the .json, .md and .png, with no file ending")
     parser.add_argument("--work", type=Path, default=Path("data/scratch/seeds"), help="where partial work is kept")
     common.add_jobs(parser)
     common.add_changes(parser)

@@ -186,7 +186,7 @@ class Target(ABC, Generic[Recipe]):
         """The part of the report that depends on the kind of model."""
 
     def model_files(self) -> dict[str, Path]:
-        """Those of the fine-tuned model that t5lib.load reads, by their place in a Product."""
+        """The files of the fine-tuned model that t5lib.load reads, by their place in a Product."""
         made = self.stage.input("finetune")
         return {f"model/{name}": made / name for name in MODEL_FILES[0]}
 
@@ -214,7 +214,7 @@ def check_model(model: nn.Module, sections: dict[str, Any], inputs: Inputs) -> N
         raise T5Error(f"explain.probes is {probes}; expected at most {narrowest}, the width of a head")
     features = sections["align"].features_of(adapter)
     if features is not None and features not in [name for name, _ in model.named_modules() if name]:
-        raise T5Error(f"align.features '{features}' is no part of a {type(model).__name__}; name one such as 'norm'")
+        raise T5Error(f"align.features '{features}' is not a part of a {type(model).__name__}; name one such as 'norm'")
     if features is not None:
         _check_features(model, features, tuple((name, each.shape, each.dtype) for name, each in inputs.items()))
 

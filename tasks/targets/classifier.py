@@ -315,8 +315,8 @@ def _refuse_classes(shards: ShardSet, num_classes: int) -> None:
 def _refuse_mismatch(train: ShardSet, val: ShardSet, num_classes: int) -> None:
     if train.classes != val.classes:
         raise T5Error(
-            f"train has {len(train.classes)} classes and val {len(val.classes)}, or they have other names "
-            "or another order; both must come from the same data set"
+            f"the classes of train ({len(train.classes)}) and val ({len(val.classes)}) differ in number, names "
+            "or order; both must come from the same data set"
         )
     _refuse_classes(train, num_classes)
     refuse_overlap(train, val)

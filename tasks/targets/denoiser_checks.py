@@ -49,7 +49,7 @@ def _check_sizes(folder: Path, sizes: tuple[tuple[int, int], ...]) -> None:
     model, pixels = diffusers_folder.blank(folder), diffusers_folder.pixels_per_latent(folder)
     adapter, unit = family_of(model), pixels * diffusers_folder.patch(folder)
     if wrong := [size for size in sizes if any(side % unit for side in size)]:
-        raise T5Error(f"{wrong[:5]} are no multiples of {unit} pixels, as wide as a token is")
+        raise T5Error(f"{wrong[:5]} are not multiples of {unit} pixels, the width of a token")
     for height, width in sizes:
         adapter.check_resolution(model, ExampleSize(max(height, width), pixels_per_latent=pixels))
         latents = torch.empty(1, adapter.in_channels(model), height // pixels, width // pixels, device="meta")
@@ -61,7 +61,7 @@ def _check_conditions(folder: Path, config: Any, images: tuple[ShardSet | None, 
     if diffusers_folder.takes_text(folder):
         sources = [source for source in (config.train, config.val) if source]
         if remote := [source for source in sources if not source.startswith("file:")]:
-            raise T5Error(f"'{remote[0][:200]}' is no source of captioned images; expected file:FOLDER or file:PATTERN")
+            raise T5Error(f"'{remote[0][:200]}' is not a source of captioned images; expected file:FOLDER or :PATTERN")
         return
     own = diffusers_folder.classes(folder)  # the label after the last one is that of no class
     for each in filter(None, images):

@@ -57,8 +57,8 @@ class ShardsConfig(ImagesConfig):
         missing = [split for split in SPLITS if split not in sources]
         if missing and not self.samples:
             raise T5Error(
-                f"{' and '.join(missing)} missing, and samples too; name images, or let the softmax model draw what is "
-                "learned from, such as samples: {prompts: file:data/prompts/plain.txt, count: 2000}"
+                f"{' and '.join(missing)} missing, and samples too; name images, or let the softmax model draw some "
+                "to learn from, such as samples: {prompts: file:data/prompts/plain.txt, count: 2000}"
             )
         if len(sources) == len(SPLITS):
             check_sources(**sources)
@@ -102,7 +102,7 @@ def only_samples(made: Path, split: str) -> bool:
 
 
 def encoders(folder: Path, config: ShardsConfig) -> tuple[ImageEncoder, TextEncoder | None]:
-    """Those of the pipeline in `folder`; no text encoder where it draws from classes."""
+    """The encoders of the pipeline in `folder`; no text encoder where it draws from classes."""
     options: dict[str, Any] = {"dtype": config.dtype, "device": str(device())}
     image_options = options | {
         "channels": diffusers_folder.image_channels(folder),

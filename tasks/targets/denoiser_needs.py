@@ -66,7 +66,7 @@ class Denoiser:
         return self.shape.tokens(area, self.pixels_per_latent, self.sections["shards"].max_sequence_length)
 
     def numbers(self, images: int) -> int:
-        """Of the tokens of so many images in a pass: what activations are counted in."""
+        """Numbers in the tokens of `images` images in a pass, in which activations are counted."""
         return images * sum(self.tokens(self.area)) * self.shape.channels
 
     def flops(self, area: int) -> int:
@@ -86,7 +86,7 @@ class Denoiser:
 
     @property
     def recipes(self) -> dict[str, Any]:
-        """Of the stages that train the whole model, or what is new in it, as one."""
+        """Recipes of the stages that train the whole model, or its new parts, as one."""
         aligned = {"align": self.sections["align"]} if self.sections["align"].steps else {}
         tuned = dict.fromkeys(("finetune", "control"), self.sections["finetune"])
         frozen = {"freeze": self.sections["freeze"].train}
@@ -107,7 +107,7 @@ def needs(sections: dict[str, Any], root: Path, target: str, *, online: bool) ->
     remotes = _remotes(sections, root, target, fetched=folder is not None)
     one = _denoiser(sections, configs, train, val)
     if one is None:
-        unknown = Check("size of the model", "its config is not within reach", known=False)
+        unknown = Check("size of the model", "its config cannot be reached", known=False)
         return Needs(remotes, checks=(*checks, unknown))
     made = {stage.stem for stage in root.glob(f"data/out/{target}/*.json")}
     return Needs(remotes, _rooms(one, made), tuple(_memories(one)), tuple(_works(one, made)), tuple(checks))

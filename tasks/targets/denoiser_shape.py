@@ -18,7 +18,7 @@ DIT |= {"num_embeds_ada_norm": 1000}
 
 @dataclass(frozen=True)
 class Shape:
-    """Of an SD3Transformer2DModel or a DiTTransformer2DModel.
+    """The shape of an SD3Transformer2DModel or a DiTTransformer2DModel.
 
     Attributes:
         dual: attentions over the image alone, beside the `blocks` joint ones.
@@ -40,7 +40,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> "Shape":
-        """Of a transformer's config.json, as diffusers saves it."""
+        """The shape in a transformer's config.json, as diffusers saves it."""
         config = (SD3 if "joint_attention_dim" in config else DIT) | config
         head, incoming = config["attention_head_dim"], config["in_channels"]
         channels = head * config["num_attention_heads"]
@@ -63,7 +63,7 @@ class Shape:
 
     @property
     def saved_bytes(self) -> int:
-        """Of weights and position table in single precision, as the stages save and load them."""
+        """Bytes of weights and position table in single precision, as the stages save and load them."""
         return 4 * (self.parameters + self.positions)
 
     def tokens(self, area: int, pixels_per_latent: int, text: int) -> tuple[int, int]:
@@ -72,7 +72,7 @@ class Shape:
         return image, CLIP_TOKENS + text if self.text_width else 0
 
     def flops(self, image: int, text: int) -> int:
-        """Of one forward pass of one image with softmax attention; a multiply-add counts as 2, matrix products only."""
+        """FLOPs of a forward pass of one image with softmax; only matrix products, a multiply-add counts as 2."""
         c, n, t = self.channels, image, text
         each = 24 * c * c  # of a token in a block: projections and MLP
         total = self.blocks * (each * (n + t) + 4 * (n + t) ** 2 * c) + self.dual * (8 * n * c * c + 4 * n * n * c)

@@ -83,7 +83,7 @@ def transformer_class(folder: Path) -> str:
         T5Error: `folder` holds no pipeline, or one of a kind that cannot be converted.
     """
     if not (folder / "model_index.json").is_file():
-        raise T5Error(f"{folder} is no diffusers pipeline: it has no model_index.json; expected the folder of one")
+        raise T5Error(f"{folder} is not a diffusers pipeline: it has no model_index.json; expected the folder of one")
     index = read_object(folder / "model_index.json")
     entry = index.get("transformer")
     kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
@@ -110,7 +110,7 @@ def folder_of(fetched: Path, root: Path) -> Path:
         size = path.stat().st_size if path.is_file() else None
         if size != file["bytes"]:
             state = "does not exist" if size is None else f"has {size} bytes, not {file['bytes']}"
-            raise T5Error(f"{path} {state}, as when it was fetched; put it back, or {_again(fetched)}")
+            raise T5Error(f"{path} {state}, unlike when it was fetched; put it back, or {_again(fetched)}")
     return folder
 
 
@@ -198,7 +198,7 @@ def takes_text(folder: Path) -> bool:
 
 
 def classes(folder: Path) -> int:
-    """Of a class-conditional denoiser."""
+    """Number of classes of a class-conditional denoiser."""
     return read_json(folder / "transformer/config.json")["num_embeds_ada_norm"]
 
 
@@ -221,5 +221,5 @@ def patch(folder: Path) -> int:
 
 
 def image_channels(folder: Path) -> int:
-    """Of the images it makes: 3, or what a transformer of pixels takes."""
+    """Channels of the images it makes: 3, or what a transformer of pixels takes."""
     return 3 if (folder / "vae").is_dir() else read_json(folder / "transformer/config.json")["in_channels"]

@@ -22,23 +22,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 # What another value means, by file and setting; of others the file's own sentence, under None.
 MEANINGS: dict[str, dict[str | None, str]] = {
-    INDEX: {None: "it is another pipeline than ours was written for"},
+    INDEX: {None: "this code was written for another pipeline"},
     TRANSFORMER: {
-        None: "it is a model of another size: memory, hours and disk are told for the wrong one",
+        None: "the model has another size: memory, hours and disk are estimated for the wrong one",
         "dual_attention_layers": "the layer set 'paper' names other attentions than the paper converted",
-        "qk_norm": "queries and keys are normed otherwise than in the layers that we calibrated",
-        "patch_size": "a token covers another number of pixels: sizes in params.yaml may be no multiples of it",
-        "pos_embed_max_size": "the largest image that it can draw is another one",
+        "qk_norm": "queries and keys are normalized differently from the layers that we calibrated",
+        "patch_size": "a token covers another number of pixels: sizes in params.yaml may not be multiples of it",
+        "pos_embed_max_size": "its largest image has another size",
         "sample_size": "images are of another size where params.yaml names none",
     },
     VAE: {
         None: "a latent covers other pixels, or holds other numbers",
-        "scaling_factor": "encoded images are scaled otherwise; they follow the file, so encode them again",
-        "shift_factor": "encoded images are shifted otherwise; they follow the file, so encode them again",
+        "scaling_factor": "encoded images are scaled differently; they follow the file, so encode them again",
+        "shift_factor": "encoded images are shifted differently; they follow the file, so encode them again",
     },
     SCHEDULER: {
-        None: "latents are noised otherwise, so the loss is not that of section 6 of the method",
-        "shift": "the noise levels of training are others than the paper's",
+        None: "latents are noised differently, so the loss is not that of section 6 of the method",
+        "shift": "the noise levels of training differ from the paper's",
     },
     CLIP: {None: "captions become embeddings of another width than the denoiser takes"},
     BIG_CLIP: {None: "captions become embeddings of another width than the denoiser takes"},
@@ -48,7 +48,7 @@ MEANINGS: dict[str, dict[str | None, str]] = {
 
 @dataclass(frozen=True)
 class Expected:
-    """Of a repository.
+    """What is expected of a repository.
 
     Attributes:
         configs: settings by file; a tuple stands for any of its values.

@@ -26,7 +26,7 @@ class Images:
 
 
 def counted(shards: ImagesConfig, split: str, root: Path) -> Images:
-    """Of "train" or "val", no more than `shards.limit`."""
+    """Number of images of "train" or "val", at most `shards.limit`."""
     source = getattr(shards, split)
     if source is None:
         return Images(0, 0, "none are named")
@@ -54,7 +54,7 @@ def _held(source: str, split: str, root: Path) -> Images:
 
 
 def remote_images(shards: ImagesConfig, root: Path, target: str) -> list[Remote]:
-    """Those of the section `shards` that the hub has, unless they were fetched before."""
+    """The images of the section `shards` that the hub has, unless they were fetched before."""
     if (root / f"data/out/{target}/shards.json").exists():
         return []
     splits = {"training images": shards.train, "validation images": shards.val}

@@ -56,7 +56,7 @@ def check_sources(train: str, val: str) -> None:
     places = [os.path.normpath(source.removeprefix("file:")) for source in (train, val)]
     if places[0] == places[1]:
         raise T5Error(
-            f"val is '{val[:200]}', and so is train; scores on images trained on mean nothing: name others, such as a "
+            f"val is '{val[:200]}', and so is train; scores on training images mean nothing: name others, such as a "
             "split of validation images"
         )
 
@@ -124,5 +124,5 @@ def refuse_overlap(train: ShardSet, val: ShardSet) -> None:
         if shard.sha256 in known:
             raise T5Error(
                 f"{shard.path} of val is also in train ({known[shard.sha256]}); "
-                "scores on images trained on mean nothing: use patterns that keep them apart"
+                "scores on training images mean nothing: use patterns that keep them apart"
             )

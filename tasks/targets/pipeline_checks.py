@@ -23,7 +23,7 @@ from tasks.targets.expected_pipelines import (
 )
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-AGAIN = "take the publisher's full pipeline, or mend the folder"
+AGAIN = "take the publisher's full pipeline, or repair the folder"
 Header = dict[str, tuple[str, list[int]]]  # precision and shape by name
 
 
@@ -101,7 +101,7 @@ def check_weights(folder: Path) -> None:
 
 
 def header_of(part: Path) -> Header:
-    """Of all safetensors in a pipeline's part; none is read.
+    """Headers of all safetensors in a part of a pipeline; no weights are read.
 
     Raises:
         T5Error: one of them is damaged.

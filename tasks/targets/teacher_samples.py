@@ -80,7 +80,7 @@ def check_samples(config: SamplesConfig, root: Path, folder: Path | None, sizes:
     text = diffusers_folder.takes_text(folder)
     if text != bool(config.prompts):
         raise T5Error(
-            "prompts is missing; name a file with a prompt a line, such as file:data/prompts/plain.txt"
+            "prompts is missing; name a file with one prompt per line, such as file:data/prompts/plain.txt"
             if text
             else f"prompts is '{config.prompts}', but the model is class-conditional; leave prompts out: all classes "
             "are drawn in equal shares"

@@ -63,7 +63,7 @@ def _check_argument(name: str, value: Any) -> None:
         elif name == "depth" and value > MOST_BLOCKS:
             problem = f"at most {MOST_BLOCKS} blocks"
         elif name == "in_chans" and value != CHANNELS:
-            problem = f"{CHANNELS}, for images are read as RGB"
+            problem = f"{CHANNELS}, since images are read as RGB"
     if problem:
         raise T5Error(f"model_args.{name} is {shown(value)}; expected {problem}")
 

@@ -17,7 +17,7 @@ NUMBER = 4  # bytes in single precision
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Of a model: `saved` bytes in single precision, tables that are not trained included, and its `parameters`."""
+    """A model's size: `saved` bytes in single precision, untrained tables included, and its `parameters`."""
 
     saved: int
     parameters: int
@@ -30,14 +30,14 @@ def static_bytes(size: Size, recipe: LoopConfig, teacher: bool = False) -> int:
 
 
 def checkpoint_bytes(size: Size, recipe: LoopConfig) -> int:
-    """Of all that are kept, and of the one that is being written."""
+    """Bytes of all checkpoints that are kept, and of the one being written."""
     moments = 2 if recipe.optimizer == "adamw8bit" else 8
     each = size.saved * (2 if recipe.ema else 1) + _trained(size, recipe) * moments
     return round(each * (recipe.checkpoints_kept + 1))
 
 
 def activation_bytes(numbers: int, blocks: int, recipe: LoopConfig) -> int:
-    """Of one forward and backward pass. `numbers`: images × tokens × channels of it."""
+    """Bytes of one forward and backward pass. `numbers`: images × tokens × channels of it."""
     kept = cards.PER_BLOCK_KEPT if recipe.gradient_checkpointing else cards.PER_BLOCK
     return numbers * (kept * blocks + cards.IN_BLOCK) * (1 if recipe.precision == "bf16" else 2)
 
@@ -45,7 +45,7 @@ def activation_bytes(numbers: int, blocks: int, recipe: LoopConfig) -> int:
 def memory(
     stage: str, size: Size, recipe: LoopConfig, blocks: int, numbers: Callable[[int], int], teacher: bool = False
 ) -> Memory:
-    """Of a stage that trains by `recipe`; `numbers` of so many images a forward pass."""
+    """Memory of a stage that trains by `recipe`; `numbers` gives those of so many images in a forward pass."""
 
     def likely(changed: LoopConfig) -> int:
         return static_bytes(size, changed, teacher) + activation_bytes(numbers(changed.batch_size), blocks, changed)
@@ -58,7 +58,7 @@ def check_control(recipe: LoopConfig) -> list[Check]:
     """What the stage control, whose model has no new layers, cannot do; it comes after the fine-tune."""
     if recipe.trainable != "new":
         return []
-    why = "set finetune.trainable: all, or lora; stage control trains the softmax source so, and nothing of it is new"
+    why = "set finetune.trainable: all, or lora; stage control trains the softmax source too, which has no new parts"
     return [Check("finetune.trainable", "new", why)]
 
 

@@ -69,7 +69,7 @@ def states(state):
 def test_a_task_a_step_in_order_each_with_its_last_word(root, caplog):
     caplog.set_level(logging.INFO)
     state = ablate("small", out="small", return_state=True)
-    plan = "small: prepare → 3 variants with seeds 0, 1 (softmax, swiglu, linear) → tables; what is done"
+    plan = "small: prepare → 3 variants with seeds 0, 1 (softmax, swiglu, linear) → tables; what finished"
     assert plan in caplog.text
     assert state.result() == ["small.md", "small-inner.png"]
     assert states(state) == {

@@ -32,7 +32,7 @@ def test_it_waits_for_the_process_that_dvc_names_and_says_so(tmp_path):
     started, said = time.monotonic(), []
     assert dvc_locks.settled(tmp_path, refusal(other.pid), said.append)
     assert time.monotonic() - started > 0.3
-    assert said == [f"process {other.pid} (dvc repro fetch@small) works on the same files; waiting until it ends"]
+    assert said == [f"process {other.pid} (dvc repro fetch@small) is working on the same files; waiting until it ends"]
     other.wait()
 
 

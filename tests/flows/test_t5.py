@@ -63,8 +63,8 @@ def test_stages_run_once_are_recorded_and_reused(mlflow_repo, caplog):
     assert mlflow_repo.calls() == [1, 1, 1]
     assert mlflow_repo.git("status", "--short").split() == ["??", "dvc.lock"]
     lines = [record.getMessage() for record in caplog.records]
-    assert "small: fetch → convert → evaluate; stages of which nothing changed are skipped" in lines
-    assert "Built from nothing, it takes a moment" in lines
+    assert "small: fetch → convert → evaluate; unchanged stages are skipped" in lines
+    assert "Built from scratch, it takes a moment" in lines
     assert "convert at work" in lines
     assert not [line for line in lines if "lock file" in line or "dvc push" in line]
 
@@ -115,8 +115,8 @@ def test_a_failing_stage_shows_its_own_words_and_stops_the_flow(mlflow_repo, unr
     assert "ERROR: failed to reproduce" in log.read_text()
     told = [
         "small failed in the stage convert: top-1 is 9.6, below the floor of 30",
-        "What to do: mend that, then run the same again; finished stages are kept",
-        f"All that the stage said: {log}",
+        "What to do: fix that, then run the same again; finished stages are kept",
+        f"The stage's full output: {log}",
     ]
     APILogWorker.instance().drain()  # flows send what they log now and then
     printed = prefect_cli("flow-run", "logs", str(state.state_details.flow_run_id)).splitlines()
@@ -210,7 +210,7 @@ def test_a_disk_that_is_full_for_dvc_is_told_with_what_is_kept(tmp_path):
         ("smal", "small", "small", "no target 'smal'; did you mean 'small'"),
         ("small", "{steps: 0}", "{stepps: 0}", "small.evaluate: unknown setting 'stepps'; did you mean 'steps'"),
         ("small --set evaluate.stepps=1", "small", "small", "with --set.evaluate: unknown setting 'stepps'; did you"),
-        ("small --set evaluate.steps=1 --as other", "small", "small", "has a target 'other' of its own; take another"),
+        ("small --set evaluate.steps=1 --as other", "small", "small", "already defines a target 'other'; take another"),
     ],
     ids=["target", "setting", "set", "name"],
 )

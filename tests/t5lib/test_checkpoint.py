@@ -180,18 +180,18 @@ def test_saving_again_replaces_the_model(images, tmp_path):
 def test_saving_never_deletes_what_is_no_saved_model(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     for place in (tmp_path, tmp_path / "thesis.tex"):
-        with pytest.raises(T5Error, match=r"is no saved model.*pass a new folder"):
+        with pytest.raises(T5Error, match=r"not a saved model.*pass a new folder"):
             t5lib.save(tiny_vit(), place)
     (tmp_path / "downloads").mkdir()
     (tmp_path / "downloads/model.safetensors").write_text("of somebody else's model")
-    with pytest.raises(T5Error, match=r"is no saved model.*pass a new folder"):
+    with pytest.raises(T5Error, match=r"not a saved model.*pass a new folder"):
         t5lib.save(tiny_vit(), tmp_path / "downloads")
     (tmp_path / "t5.json").write_text("notes of mine")
-    with pytest.raises(T5Error, match=r"is no saved model.*pass a new folder"):
+    with pytest.raises(T5Error, match=r"not a saved model.*pass a new folder"):
         t5lib.save(tiny_vit(), tmp_path)
     t5lib.save(tiny_vit(), tmp_path / "model")
     (tmp_path / "model/README.md").write_text("about it")
-    with pytest.raises(T5Error, match=r"holds README\.md beside a saved model; move that, or pass a new folder"):
+    with pytest.raises(T5Error, match=r"holds README\.md besides a saved model; move it away, or pass a new folder"):
         t5lib.save(tiny_vit(), tmp_path / "model")
     kept = [file.read_text() for file in (tmp_path / "thesis.tex", tmp_path / "t5.json", tmp_path / "model/README.md")]
     assert kept == ["years of work", "notes of mine", "about it"]
@@ -221,7 +221,7 @@ def test_nothing_is_saved_inside_of_another_model(tmp_path):
     (tmp_path / "pipe").mkdir()
     (tmp_path / "pipe/model_index.json").write_text("{}")
     for place in ("model/inner", "model/deep/inner", "pipe/transformer"):
-        with pytest.raises(T5Error, match=r"is inside of .*/(model|pipe), which holds a model and nothing else"):
+        with pytest.raises(T5Error, match=r"is inside .*/(model|pipe), which holds a model and nothing else"):
             t5lib.save(tiny_vit(), tmp_path / place)
     assert sorted(path.name for path in tmp_path.glob("*/*")) == ["model.safetensors", "model_index.json", "t5.json"]
 
@@ -273,7 +273,7 @@ NOT_SAVED = {
     "eps": (lambda model: setattr(model.blocks[0].norm1, "eps", 0.1), r"blocks\.0\.norm1\.eps is 0\.1, not 1e-06: "),
     "GELU": (of_another_gelu, "approximate is 'tanh', not 'none'"),
     "another part": (lambda model: model.head.add_module("more", nn.Tanh()), r"head\.more was added"),
-    "forward": (patched, r"blocks\.1 has a forward of its own in the place of its class's"),
+    "forward": (patched, r"blocks\.1 has a forward of its own in place of its class's"),
     "hook": (hooked, r"norm calls a hook \(hooked.*lambda>\).*its handle's remove\(\)"),
     "pre hook": (lambda model: model.head.register_forward_pre_hook(nn.Tanh()), r"head calls a hook \(Tanh\)"),
     "not finite": (not_finite, r"not finite, in 1 weights: blocks\.1\.norm1\.weight \(1 of 32\); take an earlier"),

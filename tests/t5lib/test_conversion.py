@@ -276,7 +276,7 @@ REFUSED = {
         lambda: nn.DataParallel(tiny_vit()),
         r"DataParallel wraps a Vision.*: model\.module$",
     ),
-    "a sequence": (lambda: nn.Sequential(tiny_vit()), r"pass that: model\.get_submodule\('0'\)$"),
+    "a sequence": (lambda: nn.Sequential(tiny_vit()), r"pass that instead: model\.get_submodule\('0'\)$"),
     "a module of one's own": (lambda: Wrapper(), r"Wrapper wraps .*: model\.net\.backbone$"),
     "a name": (
         lambda: "vit_tiny_patch16_224",

@@ -70,7 +70,7 @@ DAMAGE = {
     "missing": (lambda w, name: w.pop(name), r"missing \[.|lacks weights that .*index"),
     "renamed": (lambda w, name: w.update({f"{name}x": w.pop(name)}), r"missing \[.|lacks weights that .*index"),
     "NaN": (lambda w, name: w[name].view(-1)[0].fill_(torch.nan), "not finite, in 1 weights"),
-    "eight bits": (lambda w, name: w.update({name: w[name].to(torch.int8)}), "holds whole numbers or quantized ones"),
+    "eight bits": (lambda w, name: w.update({name: w[name].to(torch.int8)}), "holds integer or quantized weights"),
 }
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_3")
 OTHERS = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"))

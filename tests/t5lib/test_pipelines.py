@@ -419,7 +419,7 @@ def test_a_mistyped_folder_that_looks_like_a_repository_is_told(monkeypatch):
 
     monkeypatch.setattr(DiffusionPipeline, "load_config", unknown)
     with pytest.raises(
-        T5Error, match=r"out/sd35 is no folder here, and the hub gave no pipeline of that name .*named model"
+        T5Error, match=r"out/sd35 is not a folder here, and the hub has no pipeline of that name to give .*named model"
     ):
         t5lib.load_pipeline("out/sd35")
 

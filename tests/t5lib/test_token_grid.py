@@ -271,7 +271,7 @@ def test_blocks_called_by_hand_get_no_grid_of_another_call_or_model(kind):
 
     def refused(*_: Any) -> None:
         assert first_block(model) is family_of(model).blocks(model)[0]
-        with pytest.raises(T5Error, match=r"outside of a forward of its model.*within t5lib.layers.grid.grid_scope"):
+        with pytest.raises(T5Error, match=r"outside a forward of its model.*within t5lib.layers.grid.grid_scope"):
             first_block(model)(*args, **named)
         family_of(model).embedding(model)(images)
 
@@ -312,7 +312,7 @@ def test_copies_and_pickles_of_a_vit_find_their_grid():
 
 def test_a_layer_called_by_itself_wants_its_grid():
     layer, x = make("vit").blocks[0].attn, torch.randn(1, 17, 32)
-    with pytest.raises(T5Error, match=r"outside of a forward of its model.*pass grid=TokenGrid"):
+    with pytest.raises(T5Error, match=r"outside a forward of its model.*pass grid=TokenGrid"):
         layer(x)
     assert layer(x, grid=TokenGrid(4, 4, num_prefix_tokens=1)).shape == x.shape
     with pytest.raises(T5Error):

@@ -168,9 +168,9 @@ def test_prompts_that_do_not_suit_are_refused_before_any_work(root, kind, tmp_pa
         with pytest.raises(T5Error, match="class-conditional; leave prompts out"):
             checked(settings(kind, root, prompts=f"file:{root}/prompts.txt"), root)
         return
-    with pytest.raises(T5Error, match="prompts is missing; name a file with a prompt a line"):
+    with pytest.raises(T5Error, match="prompts is missing; name a file with one prompt per line"):
         checked(settings(kind, root, prompts=None), root)
-    with pytest.raises(T5Error, match=r"prompts: file:.* is not there; write them, one a line, or name yours"):
+    with pytest.raises(T5Error, match=r"prompts: file:.* is not there; write them, one per line, or name yours"):
         local_sources.check(root, "mine", settings(kind, root, prompts=f"file:{file}"))
     for text, told in (
         ("\n \n", "holds no prompt"),

@@ -193,7 +193,7 @@ def test_settings_of_a_pipeline_of_the_hub_are_checked_against_it_once_it_is_fet
     targets.checked(good, "x", tmp_path)
     model = str(ROOT / "data/sd35-micro/model")
     write_json(tmp_path / "data/out/x/fetch/pipeline.json", {"source": good["fetch"]["source"], "path": model})
-    with pytest.raises(T5Error, match=r"^x: .*1023 is no multiple"):
+    with pytest.raises(T5Error, match=r"^x: .*1023 is not a multiple"):
         targets.checked(good, "x", tmp_path)
 
 
@@ -219,15 +219,15 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: {b: 1, c: 2, b: 3}", "'b' stands twice in one mapping, again in line 1"),
-        ("a: &a {b: 1}\nc:\n  <<: *a\n  d: 1\n  d: 2", "'d' stands twice in one mapping, again in line 5"),
-        ("a: &a {b: 1}\nc: {<<: *a, <<: *a}", "'<<' stands twice"),
-        ("layers: {0: softmax, '0': swiglu}", "'0' stands twice"),
-        (BOMB, "stands for more than 100000 values"),
+        ("a: {b: 1, c: 2, b: 3}", "'b' is given twice in a mapping, again on line 1"),
+        ("a: &a {b: 1}\nc:\n  <<: *a\n  d: 1\n  d: 2", "'d' is given twice in a mapping, again on line 5"),
+        ("a: &a {b: 1}\nc: {<<: *a, <<: *a}", "'<<' is given twice"),
+        ("layers: {0: softmax, '0': swiglu}", "'0' is given twice"),
+        (BOMB, "holds more than 100000 values"),
         (BOMB.replace("[", "{<<: [").replace("]", "]}").replace("x, x", "{x: 1}, {y: 2}"), "valid YAML|more than"),
-        ("a: &a [*a]", "holds itself|recursive"),
-        ("a: &a {b: *a}", "holds itself|recursive"),
-        ("[\n" * 1500, "absurdly deep|not valid YAML"),
+        ("a: &a [*a]", "contains itself|recursive"),
+        ("a: &a {b: *a}", "contains itself|recursive"),
+        ("[\n" * 1500, "nested too deeply|not valid YAML"),
         ("a: " + "9" * 5000, "not valid YAML"),
         ("a: 1\n---\nb: 2", "not valid YAML"),
         ("a: !!python/object/apply:os.system [ls]", "not valid YAML"),
@@ -258,7 +258,10 @@ def test_params_that_are_a_pipe_or_a_hole_are_refused_at_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("targets: {x: 3}", r"targets\.x is 3; expected its sections"), ("targets: {x: null}", r"targets\.x is None")],
+    [
+        ("targets: {x: 3}", r"targets\.x is 3; expected a mapping"),
+        ("targets: {x: null}", r"targets\.x is None"),
+    ],
 )
 def test_a_target_without_sections_is_refused(text, message, tmp_path):
     write_text(tmp_path / "params.yaml", text)
@@ -269,7 +272,7 @@ def test_a_target_without_sections_is_refused(text, message, tmp_path):
 def test_a_stage_refuses_a_slip_in_a_section_that_only_a_later_stage_reads(small_repo):
     small_repo.set("evaluate: {steps: 0}", "evaluate: {steps: 0, steps: 1}")
     run = small_repo.run(sys.executable, "-m", "tasks.fetch", "small")
-    assert run.returncode == 1 and "'steps' stands twice" in run.stderr and small_repo.calls() == [0, 0, 0]
+    assert run.returncode == 1 and "'steps' is given twice" in run.stderr and small_repo.calls() == [0, 0, 0]
     small_repo.set("{steps: 0, steps: 1}", "{stepz: 0}")
     run = small_repo.run(sys.executable, "-m", "tasks.fetch", "small")
     assert run.returncode == 1 and "did you mean 'steps'" in run.stderr and small_repo.calls() == [0, 0, 0]

@@ -176,5 +176,5 @@ def test_a_server_that_stops_in_the_middle_is_told_once_and_the_result_is_kept(r
     assert run_stage("convert", "tiny", params={"convert": {}}, root=root, track=True) == {"top1": 3.0}
     assert time.monotonic() - begun < 15
     said = capsys.readouterr()
-    assert said.err.count("this run is not recorded further") == 1 and len(said.err.splitlines()) == 1
+    assert said.err.count("the rest of this run is not recorded") == 1 and len(said.err.splitlines()) == 1
     assert read_json(root / "data/out/tiny/convert.json") == {"top1": 3.0}

@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fast", action="store_true", help="shorter measurements, noisier")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        raise SystemExit("t5kernels.tools.bench: there is no CUDA device here; run it on the card to be measured")
+        raise SystemExit("t5kernels.tools.bench: this machine has no CUDA device; run it on the card to be measured")
     machine = {**surroundings(), "bytes_a_second": bandwidth(), "flops_a_second": products_a_second()}
     rows: dict[str, dict] = {}
 

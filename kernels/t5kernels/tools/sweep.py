@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file with every tile")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        raise SystemExit("t5kernels.tools.sweep: there is no CUDA device here; run it on the card to be tuned for")
+        raise SystemExit("t5kernels.tools.sweep: this machine has no CUDA device; run it on the card to be tuned for")
     case, report = names[options.case], {**surroundings(), "case": asdict(names[options.case]), "kernels": {}}
     tensor_ms = 1e3 * 2 * case.images * case.tokens * case.heads * case.width / bandwidth()
     for kernel, call in calls(case).items():

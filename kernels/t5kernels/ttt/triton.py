@@ -156,7 +156,7 @@ def launch_accumulate_backward(
 
 
 def weight_gradients(d_stepped: Tensor, d_weights: Tensor) -> Tensor:
-    """Those of all three weights (3, H, D, D).
+    """The gradients of all three weights (3, H, D, D).
 
     Args:
         d_stepped: (B, H, 3, D, D), what `launch_apply_backward` gives.

@@ -183,6 +183,6 @@ def _check_conv(q: Tensor, grid: GridLike | None, q_conv: Conv | None, k_conv: C
     channels = q.shape[1] * q.shape[3]
     shapes = [tuple(t.shape) for t in (*q_conv, *k_conv)]
     if shapes != [(channels, 1, 3, 3), (channels,)] * 2:
-        raise ValueError(f"ttt_layer: convolutions of {shapes}; expected twice {(channels, 1, 3, 3)} and {(channels,)}")
+        raise ValueError(f"ttt_layer: convolutions {shapes}; expected two of {(channels, 1, 3, 3)} and {(channels,)}")
     if grid is None or grid.rows * grid.columns + grid.num_prefix_tokens > q.shape[2]:
         raise ValueError(f"ttt_layer: {grid} for {q.shape[2]} image tokens; expected a grid that they fill")

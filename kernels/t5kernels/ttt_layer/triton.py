@@ -174,7 +174,7 @@ def _conv_gradients(sums: Tensor, weight: Tensor | None, bias: Tensor | None) ->
 
 
 def convolutions(q_weight, q_bias, k_weight, k_bias, grid) -> tuple[Convolution | None, Convolution | None]:
-    """Those of queries and keys, over the same grid; both are None without them."""
+    """The convolutions of queries and keys, over the same grid; both are None without them."""
     if q_weight is None:
         return None, None
     return (

@@ -94,7 +94,7 @@ def record_past_run(
     """
     client = store.client(root)
     if client is None:
-        raise T5Error("MLflow is not installed here, so there is nothing to record in; pip install 't5-ttt[pipeline]'")
+        raise T5Error("MLflow is not installed here, so nothing can be recorded; pip install 't5-ttt[pipeline]'")
     found = client.search_runs([store.experiment(client, root)], f"tags.record = '{tags['record']}'", max_results=1)
     if found:
         known, run_id = found[0].data.metrics, found[0].info.run_id

@@ -1,4 +1,4 @@
-"""What is said of a run: what was made, from what, by whom and on what."""
+"""The description of a run: what was made, from what, by whom and on what."""
 
 import os
 import platform
@@ -34,7 +34,7 @@ def tags_of(settings: dict[str, Any], commit: str, code: str) -> dict[str, str]:
 
 
 def name_of_flow(target: str, settings: dict[str, Any]) -> str:
-    """Such as "dinov2-fashion · swiglu, instance, dwc_qk · 2026-09-25 14:03"."""
+    """A name such as "dinov2-fashion · swiglu, instance, dwc_qk · 2026-09-25 14:03"."""
     method = ", ".join(tags_of(settings, "", "")[name] for name in TELLING if name in (settings.get("convert") or {}))
     return " · ".join(filter(None, [target, method, time.strftime("%Y-%m-%d %H:%M")]))
 
@@ -45,7 +45,7 @@ def note_of_flow(target: str, settings: dict[str, Any], commit: str) -> str:
     model = fetch.get("architecture") or "a diffusers pipeline"
     method = ", ".join(f"{name} `{convert[name]}`" for name in TELLING if name in convert)
     origin = f" from `{without_secrets(str(fetch['source']))}`" if "source" in fetch else ""
-    state = "" if not commit.endswith("-dirty") else ", with changes that were not committed"
+    state = "" if not commit.endswith("-dirty") else ", with uncommitted changes"
     return (
         f"Softmax attention of {model}{origin} is replaced: {method}.\n\n"
         f"- Again: `python -m flows.t5 {target}` at commit `{commit.removesuffix('-dirty')}`{state}\n"

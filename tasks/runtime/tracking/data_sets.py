@@ -1,4 +1,4 @@
-"""The images of a target as MLflow's data sets: manifests, told by their checksums."""
+"""The images of a target as MLflow's data sets: manifests, identified by their checksums."""
 
 import json
 from pathlib import Path

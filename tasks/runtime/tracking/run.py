@@ -26,7 +26,7 @@ def _never_fatal(method: Callable) -> Callable:
                 method(self, *args, **kwargs)
             except Exception as error:
                 self.broken, self.id = True, None
-                tell(error, "this run is not recorded further")
+                tell(error, "the rest of this run is not recorded")
 
     return guarded
 
@@ -137,7 +137,7 @@ class Run(NoRun):
 
     @_never_fatal
     def describe(self, out: Path) -> None:
-        """Of a whole flow, whose results are in `out`: the report, and its summary before the note."""
+        """Show the results of a whole flow in `out`: the report, and its summary before the note."""
         report = [out / "report/report.html", out / "report/summary.md"]
         if not all(file.is_file() for file in report):
             return

@@ -6,5 +6,5 @@ FOLDER = Path(__file__).parent  # of the project's own ablations
 
 
 def names() -> list[str]:
-    """Of the ablations there."""
+    """Names of the ablations in this folder."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = _on_device(_named(command(run, about, "smoke --out smoke.json")))
     sub.add_argument("--out", type=Path, required=True, help="the JSON file for the results; read too, if it is there")
     sub.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants alone (default: all)")
-    words = "begin no variant after that many seconds (default: no end)"
+    words = "start no variant after this many seconds (default: no limit)"
     sub.add_argument("--until", type=float, default=math.inf, metavar="SECONDS", help=words)
     sub.add_argument("--commit", help="the code's version to record (default: that of this git clone)")
     _on_device(_named(command(prepare, "fetch the weights, decode the images and make the sources", "smoke")))
@@ -86,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     about = "write OUT.md and a picture OUT-TABLE.png for every table, from a result file alone"
     sub = command(tables, about, "smoke.json --out smoke")
     sub.add_argument("file", type=Path, help="what `run` wrote")
-    sub.add_argument("--out", type=Path, required=True, help="path of the .md and the pictures, without ending")
-    about = "record a result file in MLflow; what is recorded already is not doubled"
+    sub.add_argument("--out", type=Path, required=True, help="path of the .md and the pictures, with no file ending")
+    about = "record a result file in MLflow; what is recorded already is skipped"
     sub = command(record, about, "smoke.json", name="import")
     sub.add_argument("file", type=Path, help="what `run` wrote, here or on another machine")
     return parser

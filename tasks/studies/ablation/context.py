@@ -103,7 +103,7 @@ class Context:
         torch._dynamo.config.recompile_limit = COMPILED_VERSIONS
 
     def source(self, seed: int) -> Source:
-        """That of the seed, shared: not to be changed."""
+        """The source of the seed, which is shared and must not be changed."""
         if seed not in self._sources:
             folder = SourceJob(self.plan, self.work, seed).folder
             classes = load_file(folder / "predicted.safetensors")["classes"]

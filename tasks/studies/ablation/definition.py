@@ -301,7 +301,7 @@ def _refuse_augmentation(recipe: Settings, where: str) -> None:
     """All runs take their images from the device's memory, where only the mirror image is to be had."""
     more = [key for key, value in recipe["augment"].items() if value and key != "hflip"]
     if more:
-        raise T5Error(f"{where}: an ablation's images know no augmentation but hflip, got {', '.join(more)}; drop it")
+        raise T5Error(f"{where}: an ablation supports no augmentation but hflip, got {', '.join(more)}; drop it")
 
 
 def _table(own: Any, variants: dict[str, Variant], where: str) -> Table:

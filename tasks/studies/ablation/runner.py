@@ -62,10 +62,10 @@ def run(
                 problems[variant] = outcome.problem
             print(f"[{time.time() - begun:5.0f} s] {_line(result, variant, missing, outcome)}", flush=True)
         if todo:
-            print(f"not begun in time: {', '.join(todo)}", flush=True)
+            print(f"not started in time: {', '.join(todo)}", flush=True)
     write_json(out, result)
     if problems:
-        raise T5Error("\n".join(f"{variant} broke: {problem}" for variant, problem in problems.items()))
+        raise T5Error("\n".join(f"{variant} failed: {problem}" for variant, problem in problems.items()))
     return result
 
 
@@ -123,7 +123,7 @@ def _collected(plan: Plan, work: Path, out: Path) -> Result:
     if other:
         kept = out.with_name(f"{out.stem}.{checksum(other)}.json")
         write_json(kept, known | {"records": other})
-        print(f"{out}: results of other settings were moved to {kept}: {', '.join(other)}", flush=True)
+        print(f"{out}: results with other settings were moved to {kept}: {', '.join(other)}", flush=True)
     return result
 
 
@@ -145,7 +145,7 @@ def load(file: Path) -> Result:
     """A result file. Raises T5Error when it is something else."""
     result = read_json(file)
     if not isinstance(result, dict) or result.get("format") != FORMAT or "records" not in result:
-        raise T5Error(f"{file} is no result of `python -m tasks.studies.ablation run` (format {FORMAT}); pass one")
+        raise T5Error(f"{file} is not a result of `python -m tasks.studies.ablation run` (format {FORMAT}); pass one")
     return result
 
 
@@ -163,5 +163,5 @@ def _line(result: Result, variant: str, seeds: list[int], outcome: Outcome) -> s
         if record:
             scores = [f"{name} {score['top1']:.2f}" for name, score in record["models"].items() if name != "source"]
             parts.append(f"seed {seed}: " + ", ".join(scores + [f"{at} stopped" for at in record["stopped"]]))
-    broke = f"; broke: {outcome.last_words}" if outcome.problem else ""
+    broke = f"; failed: {outcome.last_words}" if outcome.problem else ""
     return f"{variant}: {'; '.join(parts) or 'no result'}{broke}"

@@ -192,7 +192,7 @@ def test_a_batch_may_be_empty():
         ({"text": (torch.zeros(1, 2, 3, 8),) * 3}, "expected .B, H, N, D"),
         ({"image": (torch.zeros(1, 2, 13, 16), torch.zeros(1, 2, 9, 16), torch.zeros(1, 2, 13, 16))}, "are .*2, 9, 16"),
         ({"image": (torch.zeros(2, 13, 16),) * 3}, "are .*2, 13, 16"),
-        ({"q_conv": (torch.zeros(4, 1, 3, 3), torch.zeros(4))}, "expected twice"),
+        ({"q_conv": (torch.zeros(4, 1, 3, 3), torch.zeros(4))}, "expected two of"),
         ({"norms": RmsNorms((torch.ones(16), torch.ones(8)))}, "expected one for q and one for k, .16,. each"),
         ({"norms": RmsNorms(*[(torch.ones(16), torch.ones(16))] * 2)}, "of the text if there is any"),
     ],

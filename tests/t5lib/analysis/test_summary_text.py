@@ -28,7 +28,7 @@ def found(**changes):
         ([9, 2.1, 3.1], "about as far as"),
         ([9, 1.0, 2.0], "nearer than"),
         ([9, 3.0, 3.5], "farther than"),
-        ([9, 3.9, 4.0], "everywhere, with hardly a preference"),
+        ([9, 3.9, 4.0], "everywhere, with hardly any preference"),
     ],
 )
 def test_distance_is_judged_between_softmax_and_everywhere_over_converted_layers(converted, verdict):

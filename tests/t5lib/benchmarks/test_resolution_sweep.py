@@ -126,7 +126,7 @@ def test_denoisers_are_measured_on_latents_of_the_size_asked_for(make):
     assert result["checked"]["max_relative_error"] < 1e-4
     small, _, large, _ = result["rows"]
     assert break_even_tokens(result["rows"], "gflops") in range(small["tokens"] + 1, large["tokens"])
-    with pytest.raises(T5Error, match=r"18 is no multiple of .* \(2 latents of 2 pixels\), 4; nearest is 16"):
+    with pytest.raises(T5Error, match=r"18 is not a multiple of .* \(2 latents of 2 pixels\), 4; the nearest is 16"):
         benchmark(softmax, converted, BenchmarkConfig(resolutions=(18,), pixels_per_latent=2))
 
 
@@ -145,7 +145,7 @@ def test_a_denoiser_whose_positions_end_is_told():
 
 
 def test_resolution_must_be_a_multiple_of_the_patch(pair):
-    with pytest.raises(T5Error, match=r"100 .* patch size 14; nearest is 98"):
+    with pytest.raises(T5Error, match=r"100 .* patch size 14; the nearest is 98"):
         benchmark(*pair, BenchmarkConfig(resolutions=(100,)))
 
 

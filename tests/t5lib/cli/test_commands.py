@@ -157,11 +157,13 @@ class TestRefusedBeforeAnyWork:
 
     def test_settings(self, softmax, photos, tmp_path):
         out = tmp_path / "out"
-        assert "expected such as 0-5,8" in refused("convert", softmax, out, "--layers", "some")
+        assert "expected e.g. 0-5,8" in refused("convert", softmax, out, "--layers", "some")
         assert "224x320" in refused("convert", softmax, out, "--img-size", "big")
         assert "did you mean 'swiglu'" in refused("convert", softmax, out, "--inner", "swigul")
         assert "from 0 to 1" in refused("convert", softmax, out, "--layers", "2")
-        assert "no multiple of the patch size 8; nearest is 32" in refused("convert", softmax, out, "--img-size", "30")
+        assert "not a multiple of the patch size 8; the nearest is 32" in refused(
+            "convert", softmax, out, "--img-size", "30"
+        )
         assert "--lr-inherited is for calibration" in refused("convert", softmax, out, "--lr-inherited", "0")
         assert "--device" in refused("convert", softmax, out, "--device", "abacus")
         assert "one cpu" in refused("convert", softmax, out, "--device", "cpu:7")
@@ -242,7 +244,7 @@ class TestDiagnose:
         result = run(*command, tmp_path / "bigger")
         assert "64 × 64 px" in result.stdout and "8 × 8 patches" in result.stdout, result.output
         assert "5 × 5 patches" in run(*command, tmp_path / "bigger", "--img-size", 40).stdout
-        assert "holds a softmax model; expected what t5 convert made of" in refused(*command, softmax)
+        assert "holds a softmax model; expected what t5 convert made from" in refused(*command, softmax)
         assert "is not a saved model" in refused(*command, photos)
         t5lib.save(t5lib.convert(tiny_vit("deit")), tmp_path / "deit")
         assert "was made from deit_tiny_patch16_224, not from vit_tiny" in refused(*command, tmp_path / "deit")
@@ -257,7 +259,7 @@ class TestDiagnose:
         assert "cut.png" in words(result.stderr)
         (tmp_path / "good.png").unlink()
         message = words(run("diagnose", softmax, "--images", tmp_path).stderr)
-        assert "no image can be read, such as" in message
+        assert "none of the images can be read, such as" in message
 
 
 class TestConvert:
@@ -314,7 +316,7 @@ class TestCalibrate:
         before, after = map(float, re.search(r"mean ([\d.]+) ([\d.]+)", told).groups())
         assert after < before / 2
         assert "blocks.0.attn" in told
-        assert "q, k, v fitted along" in told
+        assert "q, k, v fitted too" in told
         assert "11 images to fit on, 1 to measure on" in words(result.stderr)
         new, start = (m.blocks[0].attn.mixer.w1 for m in (t5lib.load(out), t5lib.convert(t5lib.load(softmax))))
         assert not torch.allclose(new, start)

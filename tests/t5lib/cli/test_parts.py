@@ -41,9 +41,9 @@ def test_image_files_are_decoded_as_everywhere_and_animations_are_said(tmp_path,
     assert images.shape == (2, 3, 32, 32) and images.abs().max() < 0.01  # 128 is 0 for mean and std one half
     reader.report()
     told = capsys.readouterr().err
-    assert "1 file, such as" in told and "it is empty, 0 bytes" in told
+    assert "left out: 1 file that cannot be read, such as" in told and "it is empty, 0 bytes" in told
     assert "\x1b" not in told and r"\x1b[2J.jpg" in told
-    assert "of 1 animation the first frame is taken, such as" in told
+    assert "only the first frame is used of 1 animation, such as" in told
 
 
 class Numbers:
@@ -136,7 +136,7 @@ def test_a_layer_that_a_map_names_twice_is_refused(text):
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "1--2", "1,,2"])
 def test_layers_that_mean_nothing_are_refused(text):
-    with pytest.raises(T5Error, match="expected such as 0-5,8"):
+    with pytest.raises(T5Error, match=r"expected e\.g\. 0-5,8"):
         parse_layers(text)
 
 
@@ -165,7 +165,7 @@ def test_weights_come_from_a_file_with_its_own_number_of_classes(tmp_path):
     [
         (0.6, 0.1, True, "'instance' (the default), which takes it out"),
         (0.3, 0.25, True, "check that these are the weights you mean"),
-        (0.6, 0.1, False, "no diagnosis"),
+        (0.6, 0.1, False, "not a diagnosis"),
     ],
 )
 def test_reading_follows_from_the_numbers(mean, control, pretrained, expected):

@@ -58,7 +58,7 @@ def test_a_pipeline_is_diagnosed_on_image_files(pipeline, size, tmp_path):
     assert found["layers"] == family_of(pipeline().transformer).attention_names(pipeline().transformer)
     assert all(0 < ratio < 1 for heads in found["shift_ratio"] for ratio in heads)
     wrong = refused("diagnose", tmp_path / "softmax", "--images", tmp_path, "--img-size", size + 1)
-    assert f"resolution {size + 1} is no multiple of what a token covers" in wrong
+    assert f"resolution {size + 1} is not a multiple of what a token covers" in wrong
 
 
 def test_a_pipeline_of_another_family_is_converted_and_inspected_and_is_diagnosed_in_python(tmp_path):
@@ -76,7 +76,7 @@ def test_what_cannot_be_done_with_a_pipeline_is_told_and_nothing_is_replaced(sof
     assert "no --calibrate; use t5lib in Python" in refused(
         "convert", softmax, tmp_path / "out", "--calibrate", tmp_path / "photos"
     )
-    assert "holds something already" in refused("convert", softmax, tmp_path / "photos")
+    assert "already holds something" in refused("convert", softmax, tmp_path / "photos")
     assert "no --converted; use t5lib" in refused(
         "diagnose", softmax, "--images", tmp_path / "photos", "--converted", tmp_path / "photos"
     )

@@ -86,8 +86,11 @@ class TestRefusedBeforeAnyWork:
             (["--speedup", 1.3], "--speedup is for choosing layers; add --images"),
             (["--out", "x"], "--out is for choosing layers"),
             (["--batch-size", 8], "--batch-size is for choosing layers"),
-            (["--images", "."], "one of --speedup X and --budget-ms MS"),
-            (["--images", ".", "--speedup", 1.3, "--budget-ms", 3], "one of --speedup X and --budget-ms MS"),
+            (["--images", "."], "by --speedup X or --budget-ms MS; give one"),
+            (
+                ["--images", ".", "--speedup", 1.3, "--budget-ms", 3],
+                "by --speedup X or --budget-ms MS; give one",
+            ),
             (["--images", ".", "--speedup", 1], "--speedup 1 needs no conversion"),
             (["--images", ".", "--budget-ms", -1], "--budget-ms -1: expected a positive number"),
             (["--images", "nowhere", "--speedup", 1.3], "nowhere does not exist"),
@@ -98,7 +101,7 @@ class TestRefusedBeforeAnyWork:
         assert message in refused(softmax, "--resolution", 32, *options)
 
     def test_resolutions_off_the_patch_grid(self, softmax):
-        assert "no multiple of the patch size 8; nearest is 32" in refused(softmax, "--resolution", 33)
+        assert "not a multiple of the patch size 8; the nearest is 32" in refused(softmax, "--resolution", 33)
 
     def test_out_that_is_the_model_or_something_else(self, softmax, photos):
         asked = (softmax, "--resolution", 32, "--images", photos, "--speedup", 1.1)

@@ -160,7 +160,7 @@ def test_animations_and_further_images_are_said(open_images, tmp_path, capsys):
     [
         ("file:nowhere", "file:nowhere gives no shards"),
         ("file:.", r"gone\.tar is not a file, or a link to one"),
-        ("s3://bucket", "'s3://bucket' is no source; expected file:MANI"),
+        ("s3://bucket", "'s3://bucket' is not a source; expected file:MANI"),
     ],
 )
 def test_sources_without_shards_are_refused(tmp_path, source, message):

@@ -293,16 +293,16 @@ def in_row(place: int, value) -> Callable[[dict], None]:
     [
         (in_row(0, "9999"), "is not that of its index, which has '9999' there"),
         (in_row(0, "\ud800"), "cannot be read at byte"),
-        (in_row(0, 7), "no index of a shard .samples.0.0: expected str"),
-        (in_row(1, -512), "no index of a shard .samples.0.1 is -512"),
+        (in_row(0, 7), "not the index of a shard .samples.0.0: expected str"),
+        (in_row(1, -512), "not the index of a shard .samples.0.1 is -512"),
         (in_row(1, 2**70), "samples outside of it, or one over another"),
         (
             lambda noted: noted["samples"].__setitem__(1, noted["samples"][0]),
             "samples outside of it, or one over another",
         ),
         (in_row(3, 4), "latents have other sizes than their index says"),
-        (lambda noted: noted.update(samples=[5] * 4), "no index of a shard .samples.0: expected a list, got 5"),
-        (lambda noted: noted.update(size=None), "no index of a shard .size: expected int"),
+        (lambda noted: noted.update(samples=[5] * 4), "not the index of a shard .samples.0: expected a list, got 5"),
+        (lambda noted: noted.update(size=None), "not the index of a shard .size: expected int"),
     ],
 )
 def test_an_index_that_is_not_of_its_shard_is_refused(labels, tmp_path, change, message):

@@ -95,7 +95,7 @@ def test_zeros_after_the_end_are_padding(tar):
         (("1.jpg", "1.__url__"), "'1.__url__' belongs to no sample"),  # webdataset's own name
         (("1.jpg", "1."), "'1.' belongs to no sample"),
         (("1.jpg", ".hidden"), "'.hidden' belongs to no sample"),
-        (("1.jpg", "2.jpg", "1.txt", "2.txt"), "sample '1' do not stand one after the other, .* tar --sort=name"),
+        (("1.jpg", "2.jpg", "1.txt", "2.txt"), "sample '1' are not next to each other, .* tar --sort=name"),
         (("1.jpg", "1.cls", "1.jpg"), "holds '1.jpg' twice"),
         (("1.jpg", "1.JPG"), "holds '1.JPG' twice"),
     ],
@@ -125,7 +125,7 @@ def test_links_are_refused(tmp_path):
         member = tarfile.TarInfo("1.jpg")
         member.type, member.linkname = tarfile.SYMTYPE, "2.jpg"
         out.addfile(member)
-    with pytest.raises(T5Error, match=r"'1.jpg' is no regular file; pack links as files: tar --dereference"):
+    with pytest.raises(T5Error, match=r"'1.jpg' is not a regular file; pack links as files .tar --dereference"):
         check_tar(tmp_path / "a.tar")
 
 

@@ -76,7 +76,7 @@ def test_hf_repo_that_lists_files_outside_of_it_is_refused(hub, tmp_path, name):
     listed = json.loads(hub.content[f"/api/models/owner/repo/revision/{COMMIT}"])
     listed["siblings"].append({"rfilename": name, "size": 1})
     hub.content[f"/api/models/owner/repo/revision/{COMMIT}"] = json.dumps(listed).encode()
-    with pytest.raises(SourceError, match="which lies outside of the repo; fetch nothing from there"):
+    with pytest.raises(SourceError, match="which lies outside the repo; do not use this repo"):
         fetch(f"hf:owner/repo@{COMMIT}#*", tmp_path / "out")
     assert files_in(tmp_path) == {}
 

@@ -10,7 +10,7 @@ from t5lib.utils.errors import SourceError
 
 def interrupt(server, folder):
     server.cut = 300_000
-    with pytest.raises(SourceError, match=r"0\.3 MB of it are here.*run again") as caught:
+    with pytest.raises(SourceError, match=r"0\.3 MB of it are kept here.*run again") as caught:
         fetch(f"{server.url}/data.bin", folder, sha256=sha(DATA))
     assert caught.value.retryable
     assert not folder.exists(), "the destination never holds half a file"

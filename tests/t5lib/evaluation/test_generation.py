@@ -77,7 +77,7 @@ def test_other_families_draw_prompts_of_any_length_too_and_follow_guidance(make)
     alone = sample(pipeline, prompts, seeds, dataclasses.replace(config, batch_size=1))
     assert alike(together, alone)
     assert not torch.equal(sample(pipeline, prompts, seeds, dataclasses.replace(config, guidance=1.0)), together)
-    with pytest.raises(T5Error, match=r"size \(18, 24\): resolution 18 is no multiple of what a patch covers .*, 4"):
+    with pytest.raises(T5Error, match=r"size \(18, 24\): resolution 18 is not a multiple of what a patch covers .*, 4"):
         sample(pipeline, prompts, seeds, dataclasses.replace(config, size=(18, 24)))
 
 
@@ -144,7 +144,7 @@ def test_what_does_not_suit_the_pipeline_is_refused(sd3, dit):
         sample(sd3, [3], [0], GenerateConfig(**QUICK))
     with pytest.raises(T5Error, match=r"makes images of \(8, 8\)"):
         sample(dit, [0], [0], GenerateConfig(size=(16, 16), **QUICK))
-    with pytest.raises(T5Error, match=r"size \(15, 16\): resolution 15 is no multiple of .*, 4; nearest is 16"):
+    with pytest.raises(T5Error, match=r"size \(15, 16\): resolution 15 is not a multiple of .*, 4; the nearest is 16"):
         sample(sd3, ["a"], [0], GenerateConfig(size=(15, 16), **QUICK))
     with pytest.raises(T5Error, match=r"size \(16, 4096\): resolution 4096 gives .*; measure up to \d+ pixels"):
         sample(sd3, ["a"], [0], GenerateConfig(size=(16, 4096), **QUICK))

@@ -101,7 +101,7 @@ def test_class_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("content", "layout", "message"),
     [
-        ("\n \n", "plain", "a prompt a line"),
+        ("\n \n", "plain", "one prompt per line"),
         ("a cat", "geneval", "line 1.*evaluation_metadata"),
         ('{"tag": "colors"}', "geneval", "with 'prompt'"),
         ("a cat", "dpg", "a folder of .txt files"),

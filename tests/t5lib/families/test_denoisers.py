@@ -223,5 +223,5 @@ def test_made_up_inputs_are_what_it_takes(kind):
     family.check_inputs(model, inputs)
     assert run(model, inputs).shape[0] == 2 and inputs["hidden_states"].shape[-2:] == (8, 8)
     assert family.num_tokens(model, inputs) == 16 + (5 if kind.joint else 0)
-    with pytest.raises(T5Error, match="no multiple of what a patch covers"):
+    with pytest.raises(T5Error, match="not a multiple of what a patch covers"):
         family.check_resolution(model, ExampleSize(18, pixels_per_latent=2))

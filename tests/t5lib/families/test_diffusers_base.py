@@ -52,15 +52,15 @@ def test_what_diffusers_model_takes_besides_the_converted_one_takes_and_does_ali
     ):
         named = inputs() | others
         torch.testing.assert_close(converted(**named).sample, softmax(**named, return_dict=False)[0])
-    assert "does not take unknown, which will be ignored" in caplog.text
+    assert "does not take unknown, which is ignored" in caplog.text
 
 
 def test_batches_that_do_not_fit_are_told_by_name():
     model, good = tiny_sd3(), inputs()
     for change, message in (
         ({"hidden_states": torch.ones(4, 8, 12)}, r"a batch must hold images .*, got \(4, 8, 12\)"),
-        ({"hidden_states": torch.ones(2, 5, 8, 12)}, "images of 5 channels are given to a model of 4"),
-        ({"hidden_states": torch.ones(2, 4, 9, 12)}, "resolution 9 is no multiple of the patch size 2"),
+        ({"hidden_states": torch.ones(2, 5, 8, 12)}, "images of 5 channels were given to a model that takes 4"),
+        ({"hidden_states": torch.ones(2, 4, 9, 12)}, "resolution 9 is not a multiple of the patch size 2"),
         ({"hidden_states": torch.ones(2, 4, 64, 12)}, "latents are 64 wide or high; the model takes 2 to 32"),
         ({"hidden_states": torch.ones(2, 4, 0, 12)}, "latents are 0 wide or high"),
         (

@@ -199,7 +199,7 @@ def test_the_heads_of_the_published_sizes_are_known(width, heads, tmp_path):
 def test_checkpoints_that_are_something_else_are_refused(tmp_path):
     file = tmp_path / "dit.pt"
     for state, message in (
-        (own_state(), "is 24 wide, and its number of heads is not told by weights; pass heads"),
+        (own_state(), "is 24 wide, and weights do not tell its number of heads; pass heads"),
         ({"head.weight": torch.ones(1)}, r"is not a DiT in the naming of its own code: it has no \['x_embedder"),
     ):
         torch.save(state, file)

@@ -89,7 +89,7 @@ def test_ids_of_other_than_one_image_row_by_row_are_refused(change, message):
 
 
 def test_without_ids_it_says_what_they_are_for():
-    with pytest.raises(T5Error, match="without img_ids, which tell its grid"):
+    with pytest.raises(T5Error, match="without img_ids, which give its grid"):
         t5lib.convert(tiny_flux())(**named() | {"img_ids": None})
 
 
@@ -205,10 +205,10 @@ def test_what_cannot_be_converted_is_refused_by_name():
 def test_latents_that_do_not_fit_are_told_by_name():
     model = tiny_flux()
     for latents, message in (
-        (torch.ones(2, 5, 8, 12), "images of 5 channels are given to a model of 4"),
-        (torch.ones(2, 4, 9, 12), "resolution 9 is no multiple of the patch size 2"),
+        (torch.ones(2, 5, 8, 12), "images of 5 channels were given to a model that takes 4"),
+        (torch.ones(2, 4, 9, 12), "resolution 9 is not a multiple of the patch size 2"),
     ):
         with pytest.raises(T5Error, match=message):
             flux.ADAPTER.check_inputs(model, inputs(hidden_states=latents))
-    with pytest.raises(T5Error, match="no multiple of what a patch covers"):
+    with pytest.raises(T5Error, match="not a multiple of what a patch covers"):
         flux.ADAPTER.check_resolution(model, ExampleSize(24))

@@ -77,7 +77,7 @@ def test_layers_are_fitted_on_text_without_padding():
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        (None, "without img_shapes, which tell its grid"),
+        (None, "without img_shapes, which give its grid"),
         ([[(1, 4, 6), (1, 4, 6)]] * 3, r"sees no others beside it \(Edit, Layered\)"),
         ([[(1, 4, 6)], [(1, 6, 4)], [(1, 4, 6)]], "all of one size"),
         ([[(2, 2, 6)]] * 3, r"expected \(1, rows, columns\) of one image"),

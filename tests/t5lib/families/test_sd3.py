@@ -337,11 +337,11 @@ def test_calls_that_a_linear_layer_cannot_answer_are_refused():
         block.attn(x, x, attention_mask=x, ip_hidden_states=x)
     with pytest.raises(T5Error, match=r"grid is \(4, 6\); expected TokenGrid\(rows, columns"):
         block.attn2(x, grid=(4, 6))
-    with pytest.raises(T5Error, match="sees its own tokens; call it without others"):
+    with pytest.raises(T5Error, match="sees its own tokens only; call it without others"):
         block.attn2(x, x)
     with pytest.raises(T5Error, match="grid 4×6 holds 24 tokens"):
         block.attn2(x[:, 1:], grid=TokenGrid(4, 6))
-    with pytest.raises(T5Error, match=r"outside of a forward of its model.*pass grid=TokenGrid"):
+    with pytest.raises(T5Error, match=r"outside a forward of its model.*pass grid=TokenGrid"):
         block.attn2(x)
 
 
@@ -355,7 +355,7 @@ def test_what_cannot_be_converted_is_refused_by_name():
     fused.fuse_qkv_projections()
     patched.forward = functools.partial(patched.forward)
     for model, message in (
-        (own, "Own is not diffusers' SD3Transformer2DModel but made of it"),
+        (own, "Own wraps or subclasses diffusers' SD3Transformer2DModel"),
         (other, r"transformer_blocks\.1\.attn2 has the processor AttnProcessor2_0.*expected JointAttnProcessor2_0"),
         (fused, r"the projections of transformer_blocks\.0\.attn are fused; call unfuse_qkv_projections\(\)"),
         (patched, r"the forward of this SD3\w+ is not that of its class.*pipe\.remove_all_hooks\(\)\), convert, then"),

@@ -91,7 +91,7 @@ def test_a_call_is_answered_or_refused_as_by_the_softmax_model(call, images):
 
 def test_torchscript_and_symbolic_tracing_are_refused_by_name():
     converted = t5lib.convert(tiny_vit())
-    with pytest.raises(T5Error, match=r"no TorchScript; use torch\.export"):
+    with pytest.raises(T5Error, match=r"TorchScript cannot take a TTT layer; use torch\.export"):
         torch.jit.script(converted)
     with pytest.raises(T5Error, match=r"torch\.fx traces without sizes.*use torch\.export"):
         torch.fx.symbolic_trace(converted)

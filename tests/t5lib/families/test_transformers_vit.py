@@ -92,7 +92,7 @@ def test_images_of_any_size_are_taken_as_by_the_original(kind):
         grid = ADAPTER.grid(model, {"pixel_values": random_images(2, *size)})
         assert (grid.rows, grid.columns) == (size[0] // 8, size[1] // 8)
         assert grid.num_prefix_tokens == PREFIX.get(kind, 1)
-    with pytest.raises(T5Error, match="images are 32×7 px, less than a patch of 8×8"):
+    with pytest.raises(T5Error, match="images are 32×7 px, smaller than a patch of 8×8"):
         ADAPTER.grid(model, {"pixel_values": random_images(1, 32, 7)})
 
 
@@ -163,7 +163,7 @@ def test_a_model_of_somebody_elses_class_is_converted_but_not_saved(tmp_path):
 
     model = t5lib.convert(Mine(transformers.ViTConfig(**SMALL)))
     assert call(model, random_images(2)).isfinite().all() and isinstance(model, Mine)
-    with pytest.raises(T5Error, match="Mine is no class of transformers"):
+    with pytest.raises(T5Error, match="Mine is not a class of transformers"):
         t5lib.save(model, tmp_path / "saved")
 
 
@@ -266,7 +266,7 @@ def test_example_inputs_and_other_resolutions_are_what_a_benchmark_needs():
     model, size = t5lib.convert(tiny_transformer("clip_projection")), ExampleSize(resolution=48, batch=3)
     larger, inputs = ADAPTER.at_resolution(model, size), ADAPTER.example_inputs(model, size)
     assert ADAPTER.call(larger, inputs).shape == (3, 16) and ADAPTER.num_tokens(larger, inputs) == 37
-    with pytest.raises(T5Error, match="resolution 50 is no multiple of the patch size 8"):
+    with pytest.raises(T5Error, match="resolution 50 is not a multiple of the patch size 8"):
         ADAPTER.at_resolution(model, ExampleSize(resolution=50))
 
 
@@ -274,7 +274,7 @@ def test_batches_may_come_with_labels_but_with_nothing_else():
     model = tiny_transformer("clip_dual")
     told = {"pixel_values": random_images(2), "labels": torch.arange(2)}
     assert ADAPTER.inputs(told).keys() == {"pixel_values"}
-    with pytest.raises(T5Error, match=r"a batch holds input_ids beside pixel_values.*pass the images alone"):
+    with pytest.raises(T5Error, match=r"a batch holds input_ids besides pixel_values.*pass the images alone"):
         ADAPTER.check_inputs(model, ADAPTER.inputs({**told, "input_ids": torch.zeros(2, 3, dtype=torch.long)}))
 
 
@@ -380,4 +380,4 @@ def test_models_that_were_changed_are_refused_by_name():
     del other.vit.layers[1].attention.q_proj
     refused(other, r"vit\.layers\.1\.attention, a ViTAttention, has other parts in transformers .* than t5lib knows")
     holder = nn.ModuleDict({"encoder": tiny_transformer("dinov2")})
-    refused(holder, "wraps a Dinov2Model; pass that: model.encoder")
+    refused(holder, "wraps a Dinov2Model; pass that instead: model.encoder")

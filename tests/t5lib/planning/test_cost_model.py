@@ -124,7 +124,7 @@ def test_sizes_too_small_for_a_neighborhood_are_left_out(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"resolution": 33}, "resolution 33 is no multiple of the patch size 8; nearest is 32"),
+        ({"resolution": 33}, "resolution 33 is not a multiple of the patch size 8; the nearest is 32"),
         ({"kinds": ("swiglo",)}, "did you mean 'swiglu'"),
         ({"kinds": ("softmax",)}, "measured in any case"),
         ({"kinds": ()}, "kinds is empty"),

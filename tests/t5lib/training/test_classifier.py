@@ -184,7 +184,7 @@ def test_distillation_mixes_in_the_teachers_soft_labels(weight):
     run(model, config, steps=2, teacher=teacher, log=lambda values, _: told.append(values["loss"]))
     assert told[0] == pytest.approx((1 - weight) * hard + weight * F.cross_entropy(logits, soft).item(), rel=1e-4)
     assert same(before, state(teacher)) and not any(p.grad is not None for p in teacher.parameters())
-    with pytest.raises(T5Error, match="distill is set but there is no teacher"):
+    with pytest.raises(T5Error, match="distill is set but no teacher was given"):
         run(model, config)
 
 

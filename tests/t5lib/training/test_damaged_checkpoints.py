@@ -75,7 +75,7 @@ def test_none_of_72_damages_is_taken_for_a_whole_checkpoint(saved, tmp_path, cap
                 trainer.plain.head.weight.zero_()
             trainer.load(folder)
             assert trainer.done.step == 3 and same(state(trainer.plain), expected), (file, how)
-            assert f"{folder}/step-0000006 is damaged" in caplog.text and "going on from" in caplog.text
+            assert f"{folder}/step-0000006 is damaged" in caplog.text and "resuming from" in caplog.text
             tried += 1
     trainer.close()
     assert tried == 72
@@ -101,7 +101,7 @@ def test_where_every_checkpoint_is_damaged_it_begins_anew_and_says_so(saved, tmp
     (folder / "step-0000003/model.safetensors").unlink()
     (folder / "step-0000006/files.json").write_text("{}")
     run(converted(), ALL_ON, resume_dir=folder, log=lambda _, step: steps.append(step))
-    assert steps[0] == 1 and f"{folder} holds no other checkpoint; beginning anew" in caplog.text
+    assert steps[0] == 1 and f"{folder} holds no other checkpoint; starting over" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_where_every_checkpoint_is_damaged_it_begins_anew_and_says_so(saved, tmp
 )
 def test_a_fit_does_not_go_on_under_another_recipe(changes, steps, message, saved, tmp_path):
     folder = copied(saved, tmp_path / "x")
-    with pytest.raises(T5Error, match=rf"step-0000006 was made otherwise \({message}\).*delete .*/x to start over"):
+    with pytest.raises(T5Error, match=rf"step-0000006 .* other settings \({message}\).*delete .*/x to start over"):
         run(converted(), dataclasses.replace(ALL_ON, **changes), steps=steps, resume_dir=folder)
 
 
@@ -139,7 +139,7 @@ def test_a_fit_does_not_go_on_with_other_code_and_names_the_files(saved, tmp_pat
     assert {"t5lib/training/loop.py", "t5lib/conversion.py", "t5kernels/ttt/reference.py"} <= checkpoints.code().keys()
     changed = checkpoints.code() | {"t5lib/training/loop.py": "0" * 64}
     monkeypatch.setattr(checkpoints, "code", lambda: changed)
-    with pytest.raises(T5Error, match=r"made otherwise \(t5lib/training/loop\.py\)"):
+    with pytest.raises(T5Error, match=r"made with other settings \(t5lib/training/loop\.py\)"):
         run(converted(), ALL_ON, resume_dir=copied(saved, tmp_path / "x"))
 
 
@@ -152,7 +152,7 @@ def test_what_only_costs_may_change_between_the_runs(saved, tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "_refuse_other_maker", lambda *_: None)
-    with pytest.raises(T5Error, match="is of another model"):
+    with pytest.raises(T5Error, match="is another model's"):
         run(converted(inner="two_layer"), ALL_ON, resume_dir=copied(saved, tmp_path / "x"))
 
 

@@ -245,7 +245,7 @@ def test_a_loss_that_is_not_finite_names_step_and_module(part):
 
 
 def test_what_cannot_be_trained_is_refused():
-    with pytest.raises(T5Error, match="teacher is 'source' but there is none"):
+    with pytest.raises(T5Error, match="teacher is 'source' but no teacher was given"):
         run(tiny_sd3(), dataclasses.replace(PLAIN, align=1.0, teacher="source"))
     with pytest.raises(T5Error, match=r"weights are torch\.bfloat16.*torch_dtype=torch\.float32"):
         run(tiny_sd3().bfloat16())

@@ -94,7 +94,7 @@ def test_another_file_a_missing_weight_and_an_unknown_one_are_named(tmp_path):
     weights = published(tiny_sd3(), prefix="")
     file = tmp_path / "sd3.safetensors"
     for change, message in (
-        (lambda w: w.pop("pos_embed"), r"is no Stable Diffusion 3 in one file: it has no \['pos_embed'\]"),
+        (lambda w: w.pop("pos_embed"), r"is not Stable Diffusion 3 in one file: it has no \['pos_embed'\]"),
         (lambda w: w.pop("joint_blocks.1.x_block.mlp.fc1.bias"), r"lacks 'joint_blocks\.1\.x_block\.mlp\.fc1\.bias'"),
         (lambda w: w.update({"more.weight": torch.ones(1)}), r"unknown \['more\.weight'\]"),
     ):

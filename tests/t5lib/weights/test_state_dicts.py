@@ -63,16 +63,22 @@ def test_of_model_and_average_either_is_had_by_entry_or_by_prefix(tmp_path):
 
 
 BROKEN = {
-    "int8": ({"head.weight": torch.ones(2, 2, dtype=torch.int8)}, r"whole numbers, in head\.weight torch\.int8"),
+    "int8": (
+        {"head.weight": torch.ones(2, 2, dtype=torch.int8)},
+        r"quantized numbers, in head\.weight torch\.int8",
+    ),
     "four bits": (
         {"w": torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)},
-        r"whole numbers, in w torch\.fl",
+        r"integer or quantized numbers, in w torch\.fl",
     ),
     "sparse": ({"w": torch.eye(2).to_sparse()}, r"holds sparse tensors, in w torch\.sparse_coo; save value\.to_dense"),
     "no values": ({"w": torch.ones(2, device="meta")}, r"names without values \(on the meta device\), w"),
-    "numbers as names": ({0: torch.ones(2), "w": torch.ones(2)}, r"weights under \[0\], which are no names"),
+    "numbers as names": ({0: torch.ones(2), "w": torch.ones(2)}, r"weights under \[0\], which are not names"),
     "in itself": (IN_ITSELF, r"holds no weights; found \['model'\]"),
-    "int64": ({"tokens": torch.arange(4)}, r"whole numbers, in tokens torch\.int64: it is quantized, or"),
+    "int64": (
+        {"tokens": torch.arange(4)},
+        r"integer or quantized numbers, in tokens torch\.int64;",
+    ),
     "NaN": ({"head.weight": torch.tensor([1, torch.nan])}, r"not finite, in 1 weights: head\.weight \(1 of 2\)"),
     "infinite in eight bits": (
         {"head.weight": torch.tensor([1, torch.nan]).to(torch.float8_e4m3fn)},
@@ -114,7 +120,7 @@ def test_a_missing_shard_and_a_broken_index_are_named(index):
     wrong = ("../../secret.bin", 3, "..", index.name)
     for content in ("{}", "[]", *(json.dumps({"weight_map": {"a": file}}) for file in wrong)):
         index.write_text(content)
-        with pytest.raises(T5Error, match=r"is no index of shards|lacks \.\.,"):
+        with pytest.raises(T5Error, match=r"is not an index of shards|lacks \.\.,"):
             read(index)
 
 

@@ -102,7 +102,7 @@ def test_a_training_checkpoint_of_timm_comes_with_its_own_head(saved):
             r"head is head\.weight \(7, 32\), .*that of the model .*head_dist",
         ),
         ("vit_tiny_patch16_224", {"img_sise": 3}, "img_sise"),
-        ("vit_tinny", {}, "knows no architecture 'vit_tinny'"),
+        ("vit_tinny", {}, "has no architecture 'vit_tinny'"),
     ],
 )
 def test_weights_of_another_model_are_refused_by_name(saved, architecture, changes, message):

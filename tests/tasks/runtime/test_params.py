@@ -92,7 +92,7 @@ def test_a_changed_target_is_written_beside_the_others_and_read_as_what_it_is(sm
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("other", "has a target 'other' of its own; take another name"), ("a/b", "'a/b' is no name for a target")],
+    [("other", "already defines a target 'other'; take another name"), ("a/b", "'a/b' is not a name for a target")],
 )
 def test_a_changed_target_takes_no_place_of_another(small_repo, name, message):
     before = (small_repo.root / "params.yaml").read_text()
@@ -115,7 +115,7 @@ def test_settings_are_replaced_by_words_at_any_depth_and_checked():
     assert found["shards"]["train"] == "file:elsewhere.json" and found["convert"]["layers"] == {"0-1": "swiglu"}
     for word, message in (
         ("evaluate.sampling.stepps=3", "unknown setting 'stepps'; did you mean 'steps'"),
-        ("evaluate.samples.steps=3", "'samples' is no section of sd35-micro"),
+        ("evaluate.samples.steps=3", "'samples' is not a section of sd35-micro"),
         ("steps=3", "sd35-micro with --set.steps is read by no stage"),
         ("finetune.steps", "expected SECTION.NAME=VALUE"),
     ):

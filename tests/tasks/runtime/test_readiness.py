@@ -30,7 +30,7 @@ def test_everything_that_is_missing_is_named_with_its_remedy(tmp_path, gated):
     first, weights, train, val = str(caught.value).splitlines()
     assert first == "'mine' cannot be built yet. Missing:"
     assert weights.strip() == (
-        "weights: hf:owner/gated@main is gated; set HF_TOKEN; or name yours: params.yaml, targets.mine.fetch.source "
+        "weights: hf:owner/gated@main is gated; set HF_TOKEN; or name yours in params.yaml: targets.mine.fetch.source "
         "(file:FOLDER for what you have)"
     )
     assert "training images: file:pictures/train-*.tar is not there" in train and "img2dataset" in train
@@ -74,7 +74,7 @@ def test_what_the_optimizer_needs_is_missing_unless_it_is_installed(tmp_path, mo
     [
         ("file:nowhere.json", "is not there"),
         ("file:/dev/zero", "is a device"),
-        ("file:notes.md", "is no tar file"),
+        ("file:notes.md", "is not a tar file"),
         ("file:empty", "gives no shards"),
         ("file:list.json", "x.tar does not exist"),
         ("file:data/out/other/shards/train.json", None),  # another stage may be about to make it

@@ -32,9 +32,9 @@ def verdicts(root, needs, card=None, **options):
 
 def test_disk_is_summed_over_stages_and_what_makes_it_smaller_is_named(disk):
     rooms = (Room("models", 60 * 10**9, out=True), Room("checkpoints", 30 * 10**9, change="checkpoints_kept: 1"))
-    assert verdicts(disk, Needs(rooms=rooms))["disk: all of it"].verdict == "ok"
+    assert verdicts(disk, Needs(rooms=rooms))["disk: in total"].verdict == "ok"
     (disk / ".dvc/config").write_text("[core]\n    analytics = false\n[cache]\n    type = copy\n")
-    item = verdicts(disk, Needs(rooms=rooms))["disk: all of it"]  # DVC copies the models
+    item = verdicts(disk, Needs(rooms=rooms))["disk: in total"]  # DVC copies the models
     assert (item.needs, item.verdict, item.essential) == ("150 GB", "too little", True)
     assert item.change.startswith("free 50.0 GB; or checkpoints_kept: 1; or dvc config --local cache.type")
     with pytest.raises(
@@ -45,20 +45,20 @@ def test_disk_is_summed_over_stages_and_what_makes_it_smaller_is_named(disk):
 
 def test_an_estimate_that_does_not_fit_is_told_and_not_refused(disk):
     rooms = (Room("models", 60 * 10**9), Room("encoded images", 90 * 10**9, certain=False))
-    item = verdicts(disk, Needs(rooms=rooms))["disk: all of it"]
+    item = verdicts(disk, Needs(rooms=rooms))["disk: in total"]
     assert (item.verdict, item.essential) == ("too little", False)
     unknown = Needs(rooms=(Room("encoded images", None, why="3 MB each"),))
-    assert verdicts(disk, unknown)["disk: all of it"].verdict == "unknown"
+    assert verdicts(disk, unknown)["disk: in total"].verdict == "unknown"
     preflight.refuse("mine", [item])
 
 
 def test_what_an_interrupted_run_left_need_not_be_free_again(disk):
     needs = Needs(remotes=(Remote("the pipeline", "hf:owner/repo@main#*.json", 100 * 10**9 + 20),))
-    assert verdicts(disk, needs, online=False)["disk: all of it"].essential
+    assert verdicts(disk, needs, online=False)["disk: in total"].essential
     for place in ("scratch/mine/fetch", "models/.hf-owner-repo-0123-json.incoming", "models/hf-owner-other-0123"):
         (disk / "data" / place).mkdir(parents=True)
         (disk / "data" / place / "part").write_bytes(bytes(10))
-    assert verdicts(disk, needs, online=False)["disk: all of it"].verdict == "ok"
+    assert verdicts(disk, needs, online=False)["disk: in total"].verdict == "ok"
 
 
 def test_a_second_copy_depends_on_the_kind_of_the_cache_and_on_the_file_system(tmp_path, monkeypatch):
@@ -87,7 +87,7 @@ def test_memory_stands_beside_the_cards_and_the_mildest_setting_that_fits_is_nam
     small = verdicts(tmp_path, needs, cards.named("A6000"))["memory: finetune"]
     assert small.essential and small.change == "set trainable: lora: about 20 GiB"
     tiny = verdicts(tmp_path, needs, cards.named("Quadro", 8))
-    assert tiny["memory: finetune"].change == "no setting makes it fit; take more memory"
+    assert tiny["memory: finetune"].change == "no setting makes it fit; take a larger card"
     assert {item.verdict for item in verdicts(tmp_path, needs).values()} == {"unknown"}
 
 
@@ -99,7 +99,7 @@ def test_hours_are_those_we_measured_on_that_card_and_scaled_to_others(tmp_path)
     assert ours.needs == "3.3 h" and ours.there.startswith("measured on an H100: docs/results/sd35-step-cost")
     assert hours["A100"]["hours: finetune"].needs == "10.5 h"  # 989 / 312 times as long
     assert hours["A100"]["hours: finetune"].change == "steps: 1500" and not ours.change
-    assert hours["A100"]["hours: shards"].verdict == hours["A100"]["hours: all of it"].verdict == "unknown"
+    assert hours["A100"]["hours: shards"].verdict == hours["A100"]["hours: in total"].verdict == "unknown"
     unknown = verdicts(tmp_path, needs, cards.named("Quadro", 48))["hours: finetune"]
     assert (unknown.verdict, unknown.there) == ("unknown", "speed of Quadro not known")
     assert "--card" in verdicts(tmp_path, needs)["hours"].change
@@ -114,7 +114,7 @@ def test_cards_are_known_by_the_names_that_torch_gives_them():
     ):
         assert cards.named(name).flops == cards.CARDS[known].flops
     assert cards.named("NVIDIA A100-PCIE-40GB", 39.5).memory == round(39.5 * GIB)
-    with pytest.raises(T5Error, match=r"no figures of a card 'Quadro'; known: .*H200.*--memory"):
+    with pytest.raises(T5Error, match=r"no figures for a card 'Quadro'; known: .*H200.*--memory"):
         cards.named("Quadro")
 
 
@@ -135,7 +135,7 @@ def test_rates_are_what_their_sources_say():
 @pytest.mark.parametrize(
     ("gated", "token", "verdict", "there"),
     [
-        (False, None, "ok", "open to all, 9 files within reach"),
+        (False, None, "ok", "open to all, 9 files available"),
         (True, None, "missing", "gated, no token"),
         (True, "t", "ok", "gated, 9"),
     ],
@@ -161,7 +161,7 @@ def test_a_hub_that_cannot_be_reached_leaves_the_size_that_we_expect(disk, monke
     needs = Needs(remotes=(Remote("the pipeline", "hf:owner/repo@main#*.json", 16 * 10**9),))
     item = verdicts(disk, needs)["source: the pipeline"]
     assert item.essential and item.change == "hf:owner/repo@main: the hub cannot be reached"
-    assert verdicts(disk, needs)["disk: all of it"].needs == "16.0 GB"
+    assert verdicts(disk, needs)["disk: in total"].needs == "16.0 GB"
     assert "source: the pipeline" not in verdicts(disk, needs, online=False)
 
 

@@ -117,8 +117,8 @@ def test_partial_work_of_other_code_is_said(stage, tmp_path, monkeypatch, capsys
         (tmp_path / "tasks/demo.py").write_text(f"steps = {steps}")
         with pytest.raises(T5Error, match="stopped"):
             stage(run)
-        assert ("goes on from what" in (out := capsys.readouterr().out)) == said
-    assert "although tasks/demo.py changed since; to begin anew, delete " in out
+        assert ("resuming an interrupted run" in (out := capsys.readouterr().out)) == said
+    assert "although tasks/demo.py changed since; to start over, delete " in out
 
 
 def test_resume_dir_is_another_when_an_input_changed(stage, tmp_path):

@@ -184,5 +184,5 @@ def test_a_store_that_breaks_on_the_way_is_reported_once(mlflow_repo, convert, c
         return {"top1": 3.0}
 
     assert convert(run) == {"top1": 3.0}
-    assert capsys.readouterr().err.count("not recorded further") == 1
+    assert capsys.readouterr().err.count("the rest of this run is not recorded") == 1
     assert json.loads((mlflow_repo.root / "data/out/small/convert.json").read_text()) == {"top1": 3.0}

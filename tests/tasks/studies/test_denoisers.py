@@ -145,7 +145,7 @@ def test_curves_of_every_arm_and_seed_are_drawn_once(settings, root, kind, tmp_p
 
 def test_curves_go_on_from_the_points_that_are_done_and_show_what_there_is(settings, tmp_path, monkeypatch):
     options = {"layers": ["all"], "seeds": [0], "out": tmp_path / "tiny", "work": tmp_path / "work"}
-    with pytest.raises(T5Error, match="no point was done within 0 s"):
+    with pytest.raises(T5Error, match="no point was finished within 0 s"):
         curves.run("tiny", settings, **options, steps=[0, 2], seconds=0)
     first = curves.run("tiny", settings, **options, steps=[0])
     run_stage, asked = curves.run_stage, []
@@ -157,7 +157,7 @@ def test_curves_go_on_from_the_points_that_are_done_and_show_what_there_is(setti
         return run_stage(name, *args, **kwargs)
 
     monkeypatch.setattr(curves, "run_stage", counted)
-    with pytest.raises(T5Error, match="1 of 3 arms broke: all, not calibrated, seed 0: RuntimeError: out of memory"):
+    with pytest.raises(T5Error, match="1 of 3 arms failed: all, not calibrated, seed 0: RuntimeError: out of memory"):
         curves.run("tiny", settings, **options, steps=[0, 2])
     assert asked == ["control", "finetune", "finetune"]  # what was converted, calibrated and drawn is kept
     both = read_json(tmp_path / "tiny.json")["arms"]
@@ -168,7 +168,7 @@ def test_curves_go_on_from_the_points_that_are_done_and_show_what_there_is(setti
     rest = curves.run("tiny", settings, **options, steps=[0, 2], seconds=0)
     assert list(rest["arms"]) == ["all", "all, not calibrated"]
     settings["evaluate"]["sampling"]["steps"] = 3  # nothing of other settings is taken for these
-    with pytest.raises(T5Error, match="no point was done"):
+    with pytest.raises(T5Error, match="no point was finished"):
         curves.run("tiny", settings, **options, steps=[0, 2], seconds=0)
 
 

@@ -20,7 +20,7 @@ def test_stages_are_noted_one_by_one_and_an_error_is_kept(monkeypatch, tmp_path)
     monkeypatch.setattr(profile, "run_stage", run_stage)
     out = tmp_path / "profile.json"
     run = lambda: profile.run("x", {"a": 1}, ["one", "two", "three"], out, tmp_path)  # noqa: E731
-    with pytest.raises(T5Error, match="stage 'two' of 'x' broke: RuntimeError: no memory"):
+    with pytest.raises(T5Error, match="stage 'two' of 'x' failed: RuntimeError: no memory"):
         run()
     assert list(read_json(out)["stages"]) == ["one", "two"]
     broken.clear()

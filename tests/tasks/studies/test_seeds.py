@@ -63,7 +63,7 @@ def test_summary_and_table_hold_means_spreads_and_paired_gaps(asked):
 
 
 def test_a_seed_that_broke_is_named_after_the_others_were_done(asked):
-    with pytest.raises(T5Error, match="seed 9 broke: no images"):
+    with pytest.raises(T5Error, match="seed 9 failed: no images"):
         run([9, 0])
     assert asked[1:] == [(name, 0) for name in STAGES]
     run([0])

@@ -118,8 +118,8 @@ def test_results_of_other_settings_are_moved_aside_and_said_to_be(result, root, 
     printed = capsys.readouterr().out
     (kept,) = Path().glob("out.*.json")  # what took a card's hour is never thrown away
     assert read_json(kept)["records"] == {"linear": result["records"]["linear"]}
-    assert f"results of other settings were moved to {kept}: linear" in printed
-    assert "not begun in time: linear" in printed
+    assert f"results with other settings were moved to {kept}: linear" in printed
+    assert "not started in time: linear" in printed
 
 
 def test_divergence_is_a_result_with_its_step(root):
@@ -137,7 +137,7 @@ def test_a_bug_costs_one_variant_and_is_raised_at_the_end(root, monkeypatch):
     monkeypatch.setattr(
         variant, "run", lambda u, seed, *a, **k: 1 / 0 if u.variant == "softmax" else real(u, seed, *a, **k)
     )
-    with pytest.raises(T5Error, match=r"(?s)softmax broke: .*ZeroDivisionError"):
+    with pytest.raises(T5Error, match=r"(?s)softmax failed: .*ZeroDivisionError"):
         run(only=["softmax", "wide"], seeds=[0])
     assert set(read_json("out.json")["records"]) == {"wide"}
 
@@ -166,7 +166,7 @@ def test_processes_that_share_the_work_give_the_same_results(result, root):
         ("tables.inner.rows={linear: liner}", "tables.inner.rows: variant 'liner' is unknown"),
         ("tables.inner.paper={linea: {}}", "tables.inner.paper: row 'linea' is unknown"),
         ("tables.inner.protocols=[freez]", "tables.inner.protocols.0 'freez' is unknown; .* did you mean 'freeze'"),
-        ("finetune.augment={scale: [0.5, 1.0]}", "know no augmentation but hflip, got scale"),
+        ("finetune.augment={scale: [0.5, 1.0]}", "supports no augmentation but hflip, got scale"),
         ("finetune.trainable=some", "trainable 'some' is unknown"),
         ("finetune.lr", "expected SECTION.NAME=VALUE"),
     ],
