@@ -50,15 +50,18 @@ def measure(case: Case) -> dict[str, Any]:
     leaves, detached = list(inputs.leaves.values()), {name: t.detach() for name, t in inputs.leaves.items()}
     row: dict[str, Any] = {"case": case.name, "shape": str(case)}
     for way, layer in (("eager", inputs.layer), ("compiled", torch.compile(inputs.layer))):
-        graphs: list[tuple[torch.Tensor, ...]] = []
-        forward = partial(layer, "triton")
+        forward, outputs = partial(layer, "triton"), list[tuple[torch.Tensor, ...]]()
+
+        def differentiate(outputs: list = outputs) -> None:
+            torch.autograd.grad(outputs.pop(), leaves, inputs.d_outs)
+
+        def keep(outputs: list = outputs, forward: Callable = forward) -> None:
+            outputs.append(forward())
+
         with torch.inference_mode():
             row[f"{way}_inference_us"] = host_us(partial(forward, **detached))
         row[f"{way}_forward_us"] = host_us(forward)
-        row[f"{way}_backward_us"] = host_us(
-            lambda graphs=graphs: torch.autograd.grad(graphs.pop(), leaves, inputs.d_outs),
-            lambda graphs=graphs, forward=forward: graphs.append(forward()),
-        )
+        row[f"{way}_backward_us"] = host_us(differentiate, keep)
     return row
 
 
