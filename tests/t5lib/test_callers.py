@@ -64,7 +64,7 @@ def test_a_pickled_checkpoint_is_read_in_full_precision(make):
     assert read.t5_config == model.t5_config
 
 
-@every_model
+@pytest.mark.parametrize("make", [MODELS[name] for name in ("vit", "rotary", "t5+")], ids=("vit", "rotary", "t5+"))
 @torch.no_grad()
 def test_on_a_cpu_models_are_exported_by_pytorchs_own_operators(make):
     """No kernel of Triton is in the graph, which a machine without a GPU could not run."""

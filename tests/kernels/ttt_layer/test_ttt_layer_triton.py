@@ -29,7 +29,6 @@ SMALL = [
     Case(images=2, heads=1, rows=2, text=2, settings=MODALITY),
     Case(heads=1, text=3, conv=False, settings=BARE),
     Case(rows=1, columns=1, prefix=4, width=32, settings=BARE),
-    Case(heads=1, rows=3, columns=5, prefix=51, width=72),
     Case(heads=1, rows=2, columns=33, prefix=0, width=8),  # two segments of columns, in the backward five
     FULL,
     Case(images=2, rows=2, text=2, rms=True, rms_eps=0.1, settings=MODALITY),
@@ -123,7 +122,7 @@ def test_memory_outside_the_tokens_is_not_read_and_all_results_are_written():
 
 
 def test_runs_are_bit_equal():
-    again, first = results(WIDE, draw(WIDE, torch.float16), "triton"), kernel_results(WIDE, torch.float16)
+    again, first = results(FULL, draw(FULL, torch.float16), "triton"), kernel_results(FULL, torch.float16)
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 

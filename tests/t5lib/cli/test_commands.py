@@ -363,7 +363,7 @@ class TestCalibrate:
         assert "nothing is written to out; the same command goes on" in words(stopped.stderr)
         assert not Path("out").exists()
         resumed = run(*command)
-        assert "going on" in words(resumed.stderr)
+        assert "resuming an earlier run" in words(resumed.stderr)
         ours, expected = (t5lib.load(tmp_path / name / "out").state_dict() for name in ("broken", "whole"))
         for name, tensor in expected.items():
             assert torch.equal(ours[name], tensor), name

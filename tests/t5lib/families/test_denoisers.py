@@ -180,7 +180,7 @@ def test_layers_that_harm_most_are_given_back_to_softmax(one, tmp_path):
 
 
 def test_only_sets_of_layers_that_somebody_published_have_a_name(one):
-    with pytest.raises(T5Error, match=r"layers 'paper' means nothing.*expected all, auto \(which measures\), indices"):
+    with pytest.raises(T5Error, match=r"layers 'paper' is unknown.*expected all, auto \(which measures\), indices"):
         t5lib.convert(one.make(), TTTConfig(layers="paper"))
 
 

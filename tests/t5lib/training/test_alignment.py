@@ -249,7 +249,7 @@ def test_one_compilation_serves_all_blocks_of_a_kind(monkeypatch):
 def test_what_cannot_be_is_refused():
     teacher = tiny_vit()
     model = t5lib.convert(teacher)
-    with pytest.raises(T5Error, match=r"'norms' is no part .* name one of .*norm"):
+    with pytest.raises(T5Error, match=r"'norms' is not a part .* name one of .*norm"):
         aligned(model, teacher, features="norms")
     with pytest.raises(T5Error, match="bfloat16 and precision is fp32"):
         aligned(model, tiny_vit().bfloat16())

@@ -162,5 +162,5 @@ def test_so_many_accelerators_are_taken_as_can_share_the_batches(monkeypatch, ca
         assert launch.number(None, {"freeze": {"train": recipe | changes}}) == number, changes
     assert "4 of 8 accelerators: 8 processes cannot share freeze.train.batch_size 4 with" in capsys.readouterr().out
     assert launch.number(None, {"evaluate": {"sampling": {"batch_size": 3}}}) == 8
-    with pytest.raises(T5Error, match=r"processes: 3 processes cannot share calibrate.batch_size 4 .*such as 2"):
+    with pytest.raises(T5Error, match=r"3 processes cannot share calibrate.batch_size 4 .*take 2, for example"):
         launch.number(3, {"calibrate": {"lr": 1e-2, "batch_size": 4}})
