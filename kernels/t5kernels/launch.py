@@ -144,9 +144,10 @@ def launch(kernel: Any, grid: tuple[int, int] | tuple[int, int, int], x: Tensor,
     # What Triton chooses by: types, values, and whether pointers are aligned.
     kinds = [(a.dtype, a.data_ptr() % ALIGNMENT) if isinstance(a, Tensor) else a for a in arguments]
     key = (id(kernel), tile, x.device, *kinds)
+    compiled = _compiled.get(key)
     with torch.cuda.device_of(x):
-        if key in _compiled:
-            run = _compiled[key][cells]
+        if compiled is not None:
+            run = compiled[cells]
             run(*arguments)
         elif INTERPRETED:
             run = kernel[cells]

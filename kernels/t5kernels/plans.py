@@ -80,9 +80,11 @@ def planned(run: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None,
         None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % launch.ALIGNMENT) for t in inputs
     ]
     key = (run, numbers, *layouts)
+    plan = _plans.get(key)
+    if plan is not None:
+        return plan(inputs)
     if key in _plans:
-        plan = _plans[key]
-        return run(*inputs, *numbers) if plan is None else plan(inputs)
+        return run(*inputs, *numbers)
     with _recorded() as (launches, computes):
         outputs = run(*inputs, *numbers)
     if len(_plans) >= MOST_PLANS:

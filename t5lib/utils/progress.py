@@ -31,7 +31,8 @@ class StepReporter:
         if done == self.total or now - self.spoken > LOG_EVERY_SECONDS:
             self.spoken = now
             left = (now - self.begun) / max(done - self.start, 1) * (self.total - done)
-            print(f"{self.title}: {done}/{self.total}  {shown}  about {left:.0f} s left", flush=True)
+            remaining = f"about {left:.0f} s left" if done < self.total else ""
+            print("  ".join(filter(None, (f"{self.title}: {done}/{self.total}", shown, remaining))), flush=True)
 
 
 class Silent(StepReporter):
