@@ -8,7 +8,6 @@ from layer_cases import FULL, LEAST, Case, call, draw
 from t5kernels import Settings, launch, plans
 from t5kernels.launch import Launch
 from torch import Tensor
-from triton_device import CUDA
 
 LAST = replace(LEAST, images=2, settings=Settings(inner="swiglu_last"))
 
@@ -83,20 +82,15 @@ def test_sizes_that_never_repeat_take_no_more_and_more_memory(monkeypatch):
     assert len(plans._plans) <= 5
 
 
-@pytest.mark.skipif(CUDA, reason="for the interpreter, which is given tensors")
-def test_on_a_card_launches_are_given_addresses(monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(launch, "stream_of", lambda x: {"stream": 7})
+def test_on_a_card_the_driver_gets_the_addresses_of_every_call(monkeypatch):
+    monkeypatch.setattr(launch, "stream_of", lambda x: 7)
     seen = []
-
-    def run(*arguments, stream):
-        seen.append((arguments, stream))
-
     x = torch.zeros(100)
-    plan = plans.Plan(
-        [plans.Step(run, [None, 3, None, None], [plans.Place(0, 0, 0, x.dtype), *[plans.Place(2, 1, 40, x.dtype)]])],
-        [((5, 4), (4, 1), torch.float32)],
-        300,
-    )
-    (out,) = plan((x,))
-    assert out.shape == (5, 4) and seen == [((x.data_ptr(), 3, out.data_ptr() + 40, None), 7)]
+    places = [plans.Place(0, 0, 0, x.dtype), plans.Place(2, 1, 40, x.dtype)]
+    specs = [((5, 4), (4, 1), torch.float32)]
+    plan = plans.Plan([plans.Step(print, [None, 3, None, None], places)], specs, 300, lambda *told: seen.append(told))
+    for inputs in ((x,), (x[10:],)):
+        (out,) = plan(inputs)
+        assert out.shape == (5, 4)
+        addresses, stream = seen.pop()
+        assert addresses.tolist() == [inputs[0].data_ptr(), out.data_ptr() + 40] and stream == 7

@@ -162,7 +162,8 @@ def weight_gradients(d_stepped: Tensor, d_weights: Tensor) -> Tensor:
         d_stepped: (B, H, 3, D, D), what `launch_apply_backward` gives.
         d_weights: (3 or 2, H, D, D), what `launch_accumulate_backward` gives.
     """
-    total = -d_stepped.sum(0).transpose(0, 1)
+    total = d_stepped.new_empty(3, *d_weights.shape[1:])  # of its own, or the strides would be those of the sum
+    torch.neg(d_stepped.sum(0).transpose(0, 1), out=total)
     total[: len(d_weights)] += d_weights
     return total
 
