@@ -72,7 +72,7 @@ class Queue:
             self._launches.append((_config(compiled, cells), ctypes.c_void_p(compiled.function), places))
             first = end
         self._kept = starts, slots  # what the addresses above lie in, and the kernels' code
-        self._slots, self._pointers = np.frombuffer(slots, np.uint64), np.array(pointers, np.int64)
+        self._slots, self._pointers = np.ctypeslib.as_array(slots).view(np.int64), np.array(pointers, np.int64)
         self._lock = threading.Lock()  # the slots are those of one call at a time
         self._stream: int | None = None
 

@@ -61,7 +61,7 @@ class Plan:
         self.steps, self.outputs, self.workspace_bytes, self.queue = steps, outputs, workspace_bytes, queue
         places = [place for step in steps for place in step.places]
         self._bases = np.array([place.base for place in places], np.int64)
-        self._offsets = np.array([place.offset for place in places], np.uint64)
+        self._offsets = np.array([place.offset for place in places], np.int64)
 
     def __call__(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         first = next(t for t in inputs if t is not None)
@@ -72,7 +72,7 @@ class Plan:
             if self.queue is None:
                 self._run(bases, {} if launch.INTERPRETED else {"stream": launch.stream_of(first)})
             else:
-                starts = np.array([0 if base is None else base.data_ptr() for base in bases], np.uint64)
+                starts = np.array([0 if base is None else base.data_ptr() for base in bases], np.int64)
                 self.queue(starts[self._bases] + self._offsets, launch.stream_of(first))
         return outputs
 
@@ -144,6 +144,7 @@ def _plan_of(launches: list[launch.Launch], inputs: Sequence[Tensor | None], out
     known = starts.keys() | {_storage(t) for t in inputs if t is not None}
     workspace, workspace_bytes = _share_workspace(launches, known)
     starts |= {storage: (len(inputs) + len(outputs), storage - start) for storage, start in workspace.items()}
+    starts |= _alone(inputs)
 
     steps = []
     for run, arguments, _ in launches:
@@ -152,7 +153,7 @@ def _plan_of(launches: list[launch.Launch], inputs: Sequence[Tensor | None], out
             if not isinstance(tensor, Tensor):
                 continue
             pointer = tensor.data_ptr()
-            base, start = starts.get(_storage(tensor)) or (given.get(pointer), pointer)
+            base, start = (given[pointer], pointer) if pointer in given else starts.get(_storage(tensor), (None, 0))
             if base is None:
                 return None
             places.append(Place(index, base, pointer - start, tensor.dtype))
@@ -160,6 +161,16 @@ def _plan_of(launches: list[launch.Launch], inputs: Sequence[Tensor | None], out
     specs = [(t.shape, t.stride(), t.dtype) for t in outputs]
     driven = [each.start for each in launches if each.start is not None]
     return Plan(steps, specs, workspace_bytes, Queue(driven) if len(driven) == len(steps) else None)
+
+
+def _alone(inputs: Sequence[Tensor | None]) -> dict[int, tuple[int, int]]:
+    """By storage, the inputs that share theirs with no other, as (number, address): a part of one is a part of it."""
+    storages = [_storage(t) for t in inputs if t is not None]
+    return {
+        _storage(t): (base, t.data_ptr())
+        for base, t in enumerate(inputs)
+        if t is not None and t.numel() and storages.count(_storage(t)) == 1
+    }
 
 
 def _storage(tensor: Tensor) -> int:

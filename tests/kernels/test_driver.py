@@ -1,4 +1,4 @@
-"""The driver starts kernels with what Triton compiled them for: grids, threads, memory, streams, values in their places."""
+"""The driver starts kernels as Triton does: on their grids and streams, with their memory and all values in place."""
 
 import ctypes
 import struct

@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layer_cases import FULL, LEAST, Case, call, draw
+from layer_cases import BARE as NO_KEY_NORM
+from layer_cases import FULL, LEAST, Case, call, draw, results
 from t5kernels import Settings, launch, plans
 from t5kernels.launch import Launch
 from torch import Tensor
 
 LAST = replace(LEAST, images=2, settings=Settings(inner="swiglu_last"))
+MODALITY = replace(FULL, settings=Settings(norm_scope="modality"))
+BARE = Case(heads=1, text=3, conv=False, settings=NO_KEY_NORM)
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +37,18 @@ def test_a_planned_layer_gives_the_same_bits_for_other_tokens_and_weights(case):
     expected = outputs(case, leaves)
     for out, same, plain in zip(replayed, again, expected, strict=True):
         assert torch.equal(out, plain) and torch.equal(same, plain) and out.stride() == plain.stride()
+
+
+@pytest.mark.parametrize("case", [FULL, MODALITY, LAST, BARE], ids=str)
+def test_a_planned_backward_gives_the_same_bits(case):
+    dtype = torch.float16
+    results(case, draw(case, dtype, seed=1), "triton")
+    assert len(plans._plans) == 2 and None not in plans._plans.values()
+    planned = results(case, draw(case, dtype, seed=2), "triton")
+    assert len(plans._plans) == 2
+    plans._plans.clear()
+    expected = results(case, draw(case, dtype, seed=2), "triton")
+    assert expected.keys() == planned.keys() and all(torch.equal(planned[name], expected[name]) for name in expected)
 
 
 def test_a_layout_has_its_own_plan():
