@@ -102,6 +102,12 @@ def test_every_size_is_written_once_and_goes_into_the_table(told):
     assert len(other["rows"]) == 4, "of another shape nothing is kept"
 
 
+def test_some_models_can_be_timed_beside_softmax_alone(told):
+    result = inference.run(resolutions=[32], **told | {"shape": SHAPE.shallower(1)}, names=["all"])
+    assert [row["model"] for row in result["rows"]] == ["softmax", "all"]
+    assert "| all |" in inference.report(result)
+
+
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
 ROTARY = SMALL | {"in_channels": 16, "axes_dims_rope": (2, 2, 4), "joint_attention_dim": 12}
 OTHERS = {
