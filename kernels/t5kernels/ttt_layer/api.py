@@ -2,8 +2,8 @@
 
 Arguments are checked, then an implementation is chosen: "reference" is plain PyTorch and runs anywhere; "triton" runs
 fused kernels, which exist for swiglu and swiglu_last with the dot loss and the key norms "instance" and "none", with or
-without RMS norms of q and k. By default the op takes them where they are made for the call: for swiglu on 16-bit tokens
-on CUDA, outside of torch.func.
+without RMS norms of q and k. By default the op takes them where they are made for the call: for 16-bit tokens on CUDA,
+outside of torch.func.
 """
 
 from collections.abc import Sequence
