@@ -17,6 +17,7 @@ WARP = 32  # threads
 SLOT = 8  # bytes; an argument has a slot of its own, however short it is
 SCRATCH_POINTERS = 2  # Triton's kernels take them after their own arguments; null, where a kernel needs no scratch
 CODES = {"u1": "B", "i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u32": "I", "u64": "Q", "fp32": "f"}
+NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
@@ -93,7 +94,11 @@ class Queue:
                     config.stream = stream
                 self._stream = stream
             for config, function, places in self._launches:
-                if error := launch(ctypes.byref(config), function, places, None):
+                error = launch(ctypes.byref(config), function, places, None)
+                if error == NO_CONTEXT:  # a thread's first call, such as autograd's
+                    _take_context(torch.cuda.current_device())
+                    error = launch(ctypes.byref(config), function, places, None)
+                if error:
                     raise RuntimeError(f"CUDA's driver did not start a kernel; its error is {error} (a CUresult)")
 
 
@@ -124,6 +129,13 @@ def _config(compiled: Any, cells: tuple[int, int, int]) -> _Config:
     if getattr(metadata, "launch_pdl", False):
         config.attributes, config.attribute_count = ctypes.addressof(_early), 1
     return config
+
+
+def _take_context(device: int) -> None:
+    """Let this thread use the context of a device that all others use."""
+    context = ctypes.c_void_p()
+    _library().cuDevicePrimaryCtxRetain(ctypes.byref(context), ctypes.c_int(device))
+    _library().cuCtxSetCurrent(context)
 
 
 @functools.cache
