@@ -109,6 +109,8 @@ class DiffusersAdapter(Adapter):
         softmax_class: of the models, diffusers' own; converted_class: a subclass whose config.json tells the layers.
         attention_class, processors: of attentions that are plain softmax; layer_class: of those that take their place.
         mlps: names of a block's MLPs.
+        tokens_from, tokens_to: names of the part that gives the blocks the image's tokens (B, N, C), and of the one that
+            takes what the last block makes of them, each token by itself.
     """
 
     package = "diffusers"
@@ -120,6 +122,8 @@ class DiffusersAdapter(Adapter):
     layer_class: ClassVar[type[DiffusersTTTAttention]] = DiffusersTTTAttention
     processors: ClassVar[tuple[type, ...]]
     mlps: ClassVar[tuple[str, ...]] = ("ff", "ff_context")
+    tokens_from: ClassVar[str] = "pos_embed"
+    tokens_to: ClassVar[str] = "proj_out"
 
     @abstractmethod
     def conditions(self, model: nn.Module) -> dict[str, tuple[int | str, ...]]:
