@@ -4,8 +4,8 @@
     t5lib.parallelize(pipe, mesh)
 
 Along "rows" every process has some rows of the image's tokens and all of the text. A TTT layer then needs little of the
-others: its step is a sum over tokens, S·D² numbers a head (t5kernels.ttt_accumulate); the statistics of its keys are
-two numbers a channel; a convolution sees one row above and one below. What is still softmax fetches all keys and values.
+others: its step is a sum over tokens, S·D² numbers a head (t5kernels.ttt_accumulate); the statistics of its keys are two
+numbers a channel; a convolution sees one row above and one below. What is still softmax fetches all keys and values.
 Along "batch" every process has some of a pass's latents; with guidance, those with or those without the prompt.
 """
 
@@ -81,8 +81,8 @@ def _checked(model: Any) -> DiffusersAdapter:
             f"{type(model).__name__} has no transformer; expected a converted pipeline of diffusers, or its transformer"
         )
     adapter, layers, kind = family_of(model), ttt_layers(model), type(model).__name__
-    if not isinstance(adapter, DiffusersAdapter) or adapter.tokens_from is None:
-        raise T5Error(f"passes of a {kind} cannot be shared yet; expected a model of Stable Diffusion 3, DiT or PixArt")
+    if not isinstance(adapter, DiffusersAdapter):
+        raise T5Error(f"processes cannot share the passes of a {kind}; expected a denoiser of diffusers")
     if not layers:
         raise T5Error(f"this {kind} is not converted; call t5lib.convert, or t5lib.convert_pipeline, first")
     if hasattr(model, "t5_splits"):
@@ -91,7 +91,8 @@ def _checked(model: Any) -> DiffusersAdapter:
         config = layer.mixer.config
         if not isinstance(layer.mixer, TTTMixer) or config.inner not in STEPPED:
             raise T5Error(
-                f"{name} has the inner model '{config.inner}', whose work cannot be split; expected one of {', '.join(STEPPED)}"
+                f"{name} has the inner model '{config.inner}', whose work cannot be split; expected one of "
+                f"{', '.join(STEPPED)}"
             )
         if config.text == "exact":
             raise T5Error(f"{name} has text 'exact', which cannot be split yet; expected 'linear'")
@@ -159,11 +160,18 @@ def _split_rows(adapter: DiffusersAdapter, model: nn.Module, split: Split) -> No
         else:
             attention.set_processor(RowsAttention(split, adapter.call_of))
     model.get_submodule(adapter.tokens_from).register_forward_hook(functools.partial(_own_rows, split))
+    if adapter.angles_from:
+        hook = functools.partial(_own_angles, adapter, split)
+        model.get_submodule(adapter.angles_from).register_forward_hook(hook)
     model.get_submodule(adapter.tokens_to).register_forward_hook(functools.partial(_all_rows, split))
 
 
 def _own_rows(split: Split, _part: nn.Module, _args: tuple[Any, ...], tokens: Tensor) -> Tensor:
     return tokens[:, split.part(told_grid()).tokens]
+
+
+def _own_angles(adapter: DiffusersAdapter, split: Split, _part: nn.Module, _args: tuple[Any, ...], angles: Any) -> Any:
+    return adapter.own_angles(angles, split.part(told_grid()))
 
 
 def _all_rows(split: Split, _part: nn.Module, _args: tuple[Any, ...], tokens: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from t5kernels import RmsNorms
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from t5lib.families.base import AttentionCall
 from t5lib.layers.attention import TTTLayer
@@ -135,8 +136,13 @@ class RowsAttention:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
+        encoder_hidden_states_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Tokens (B, N, C) of this process, and the text's (B, T, C); returns the same, or both.
+
+        Args:
+            image_rotary_emb: angles, as the family has them.
+            encoder_hidden_states_mask: (B, T) bool, which tokens are text and no padding.
 
         Raises:
             T5Error: a mask is given.
@@ -150,8 +156,14 @@ class RowsAttention:
         k, v = grid.gathered(k, v)
         for of_text in text:
             q, k, v = (torch.cat(both, dim=2) for both in zip((q, k, v), of_text, strict=True))
-        o, text_o = softmax_attention(q, k, v).tensor_split((grid.rows * grid.columns,), dim=2)
-        return _output(attention, o, text_o if text else None)
+        mask = encoder_hidden_states_mask
+        if mask is not None:
+            mask = F.pad(mask, (k.shape[2] - mask.shape[1], 0), value=True)[:, None, None]
+        o, text_o = softmax_attention(q, k, v, mask).tensor_split((grid.rows * grid.columns,), dim=2)
+        out = _output(attention, o, text_o if text else None)
+        if text and encoder_hidden_states is None:  # they came in one sequence, text first
+            return torch.cat(out[::-1], dim=1)
+        return out
 
 
 def check_attention(attention: nn.Module, name: str, kind: type[nn.Module], processors: tuple[type, ...]) -> None:

@@ -10,8 +10,8 @@ from t5lib.layers.config import TTTConfig
 from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid, current_grid
 from t5lib.layers.mixers import Mixer
-from t5lib.layers.split import Split
 from t5lib.layers.rotary import rotated
+from t5lib.layers.split import Split
 from t5lib.utils.config import shown
 from t5lib.utils.errors import T5Error
 
