@@ -94,8 +94,6 @@ def _checked(model: Any) -> DiffusersAdapter:
                 f"{name} has the inner model '{config.inner}', whose work cannot be split; expected one of "
                 f"{', '.join(STEPPED)}"
             )
-        if config.text == "exact":
-            raise T5Error(f"{name} has text 'exact', which cannot be split yet; expected 'linear'")
     return adapter
 
 

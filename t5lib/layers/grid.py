@@ -61,6 +61,10 @@ class TokenGrid:
         """
         return compute(*tokens, self)
 
+    def gathered(self, *tokens: Tensor) -> list[Tensor]:
+        """These tokens (B, H, N, D) of the whole image."""
+        return list(tokens)
+
     def check(self, num_tokens: int) -> None:
         """Raises T5Error when `num_tokens` tokens cannot be this grid with its prefix and suffix."""
         held = self.rows * self.columns

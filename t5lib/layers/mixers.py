@@ -90,7 +90,7 @@ class Mixer(nn.Module):
             T5Error: the image's tokens do not fit the grid.
         """
         if text is not None and self.config.text == "exact":
-            return self._with_exact_text(self.joint(image, None, grid)[0], image, text)
+            return self._with_exact_text(self.joint(image, None, grid)[0], image, text, grid)
         self._check(grid, image[0].shape[2])
         o, text_o = self.attend(image, text, grid, **norms)
         if self.config.convolution == "dwc_v":
@@ -145,7 +145,7 @@ class Mixer(nn.Module):
         if self.config.locality != "none":
             grid.check(num_tokens)
 
-    def _with_exact_text(self, o: Tensor, image: Tokens, text: Tokens) -> tuple[Tensor, Tensor]:
+    def _with_exact_text(self, o: Tensor, image: Tokens, text: Tokens, grid: TokenGrid) -> tuple[Tensor, Tensor]:
         """Softmax attention wherever text takes part; the cost, T·(N + T) and N·T, is linear in N.
 
         A part of `o`, what image tokens make of the image, gives way to softmax attention to the text. Softmax over all
@@ -157,10 +157,11 @@ class Mixer(nn.Module):
         normalizer and so shares one with the text's.
         """
         (q, k, v), (text_q, text_k, text_v) = image, text
+        k, v = grid.gathered(k, v)
         text_o = softmax_attention(text_q, torch.cat((k, text_k), dim=2), torch.cat((v, text_v), dim=2))
         of_text = softmax_attention(q, text_k, text_v).to(o.dtype)
         weight = text_k.shape[2] * self.text_weight.exp()
-        return torch.lerp(o, of_text, (weight / (weight + q.shape[2])).to(o.dtype)), text_o
+        return torch.lerp(o, of_text, (weight / (weight + k.shape[2])).to(o.dtype)), text_o
 
     def _with_neighborhood(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, window: int) -> Tensor:
         """A part of `o` gives way to neighborhood attention of the projections as they come, on the grid alone."""

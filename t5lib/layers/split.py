@@ -96,7 +96,7 @@ class RowsOfGrid(TokenGrid):
         return results[:, :, own] if isinstance(results, Tensor) else tuple(each[:, :, own] for each in results)
 
     def gathered(self, *tokens: Tensor) -> list[Tensor]:
-        """These tokens (B, H, N, D) of the whole image."""
+        """See TokenGrid; those of the others are fetched."""
         return self._fetched(tokens, [(0, self.total)] * self.split.size)
 
     def summed(self, x: Tensor) -> Tensor:

@@ -70,9 +70,8 @@ class KeyStatistics(NamedTuple):
     @classmethod
     def of(cls, k: Tensor) -> "KeyStatistics":
         """Of the keys (B, H, N, D), in at least float32."""
-        wide = _wide(k)
-        mean = wide.mean(TOKENS, keepdim=True)
-        return cls(k.shape[TOKENS], mean, (wide - mean).square().sum(TOKENS, keepdim=True))
+        variance, mean = torch.var_mean(_wide(k), TOKENS, correction=0, keepdim=True)
+        return cls(k.shape[TOKENS], mean, variance * k.shape[TOKENS])
 
     @classmethod
     def merged(cls, parts: Sequence["KeyStatistics"]) -> "KeyStatistics":
