@@ -3,9 +3,10 @@
     mesh = init_device_mesh("cuda", (4,), mesh_dim_names=("rows",))  # of torch.distributed, under torchrun
     t5lib.parallelize(pipe, mesh)
 
-Along "rows" every process has some rows of the image's tokens and all of the text. A TTT layer then needs little of the
-others: its step is a sum over tokens, S·D² numbers a head (t5kernels.ttt_accumulate); the statistics of its keys are two
-numbers a channel; a convolution sees one row above and one below. What is still softmax fetches all keys and values.
+Along "rows" every process has some rows of the image's tokens, and all of the text. A TTT layer then needs little of the
+others: its step is a sum over tokens, S·D² numbers a head (t5kernels.ttt_accumulate); the statistics of its keys are
+two numbers a channel; a convolution sees one row above and one below. Attentions that are still softmax fetch all keys
+and values.
 Along "batch" every process has some of a pass's latents; with guidance, those with or those without the prompt.
 """
 
@@ -27,6 +28,7 @@ from t5lib.layers.attention import TTTLayer
 from t5lib.layers.grid import told_grid
 from t5lib.layers.split import Split
 from t5lib.layers.ttt_mixer import TTTMixer
+from t5lib.utils import processes
 from t5lib.utils.errors import T5Error
 
 ROWS, BATCH = "rows", "batch"
@@ -56,9 +58,7 @@ def parallelize(target: Target, mesh: DeviceMesh | None = None) -> Target:
     """
     model = getattr(target, "transformer", target)
     adapter = _checked(model)
-    if mesh is None:
-        device = next(model.parameters()).device.type
-        mesh = init_device_mesh(device, (-1,), mesh_dim_names=(ROWS,))
+    mesh = mesh or _everyone(next(model.parameters()).device.type)
     names = mesh.mesh_dim_names or ()
     if not names or set(names) - {ROWS, BATCH}:
         raise T5Error(
@@ -72,6 +72,13 @@ def parallelize(target: Target, mesh: DeviceMesh | None = None) -> Target:
     if ROWS in names:
         _split_rows(adapter, model, model.t5_splits[ROWS])
     return target
+
+
+def _everyone(device: str) -> DeviceMesh:
+    """A mesh of all processes. Raises T5Error when there is but one."""
+    if processes.alone():
+        raise T5Error("there is no other process to share with; start several: torchrun --nproc_per_node 4 script.py")
+    return init_device_mesh(device, (processes.state().num_processes,), mesh_dim_names=(ROWS,))
 
 
 def _checked(model: Any) -> DiffusersAdapter:
