@@ -3,11 +3,10 @@
     mesh = init_device_mesh("cuda", (4,), mesh_dim_names=("rows",))  # of torch.distributed, under torchrun
     t5lib.parallelize(pipe, mesh)
 
-Along "rows" every process has some rows of the image's tokens, and all of the text. A TTT layer then needs little of the
-others: its step is a sum over tokens, S·D² numbers a head (t5kernels.ttt_accumulate); the statistics of its keys are
-two numbers a channel; a convolution sees one row above and one below. Attentions that are still softmax fetch all keys
-and values.
-Along "batch" every process has some of a pass's latents; with guidance, those with or those without the prompt.
+Along "rows" every process has some rows of the image's tokens, and all of the text. A TTT layer then needs little of
+the others: its step is a sum over tokens, S·D² numbers a head (t5kernels.ttt_accumulate); the statistics of its keys
+are two numbers a channel; a convolution sees one row above and one below. What is still softmax fetches all keys and
+values. Along "batch" every process has some of a pass's latents; with guidance, those with or those without the prompt.
 """
 
 import functools

@@ -110,8 +110,8 @@ class DiffusersAdapter(Adapter):
         softmax_class: of the models, diffusers' own; converted_class: a subclass whose config.json tells the layers.
         attention_class, processors: of attentions that are plain softmax; layer_class: of those that take their place.
         mlps: names of a block's MLPs.
-        tokens_from, tokens_to: names of the part that makes the image's tokens (B, N, C) for the blocks, and of the last
-            one that takes them, each by itself.
+        tokens_from, tokens_to: names of the part that makes the image's tokens (B, N, C) for the blocks, and of the
+            last one that takes them, each by itself.
         angles_from: name of the part that makes the angles of rotary positions; None where there are none.
     """
 
