@@ -55,7 +55,7 @@ def parallelize(target: Target, mesh: DeviceMesh | None = None) -> Target:
             names of dimensions. Later, of a pass: gradients are wanted; inputs differ between processes; there are
             fewer rows of tokens than processes; or the latents are no multiple of them.
     """
-    model = getattr(target, "transformer", target)
+    model: Any = getattr(target, "transformer", target)
     adapter = _checked(model)
     mesh = mesh or _everyone(next(model.parameters()).device.type)
     names = mesh.mesh_dim_names or ()
@@ -108,7 +108,6 @@ def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         raise T5Error("a parallel model draws and has no gradients; call it within torch.no_grad()")
     inputs = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    inputs |= inputs.pop("kwargs", {})
     if given := [name for name in CONTROL if inputs.get(name) is not None]:
         raise T5Error(f"a parallel model takes no {given[0]}; draw with a ControlNet in one process")
     for split in model.t5_splits.values():

@@ -143,7 +143,7 @@ def run(out: Path, resolutions: list[int], *, shape: Shape, layers: str, config:
         T5Error: there is one process alone.
     """
     if processes.alone():
-        raise T5Error("one process shares with nobody; start several: torchrun --nproc_per_node 4 -m …")
+        raise T5Error("one process has nobody to share with; start several by torchrun --nproc_per_node 4")
     state = processes.state()
     rules = Rules.of(config, state.device)
     about = {"device": describe_device(state.device), "cards": state.num_processes, "torch": torch.__version__}

@@ -161,7 +161,7 @@ class RowsAttention:
             mask = F.pad(mask, (k.shape[2] - mask.shape[1], 0), value=True)[:, None, None]
         o, text_o = softmax_attention(q, k, v, mask).tensor_split((grid.rows * grid.columns,), dim=2)
         out = _output(attention, o, text_o if text else None)
-        if text and encoder_hidden_states is None:  # they came in one sequence, text first
+        if isinstance(out, tuple) and encoder_hidden_states is None:  # they came in one sequence, text first
             return torch.cat(out[::-1], dim=1)
         return out
 

@@ -63,7 +63,7 @@ class KeyStatistics(NamedTuple):
     lie far from zero.
     """
 
-    count: int
+    tokens: int
     mean: Tensor
     squares: Tensor
 
@@ -76,10 +76,10 @@ class KeyStatistics(NamedTuple):
     @classmethod
     def merged(cls, parts: Sequence["KeyStatistics"]) -> "KeyStatistics":
         """Of the keys of all parts together."""
-        count = sum(part.count for part in parts)
-        mean = torch.stack([part.mean * (part.count / count) for part in parts]).sum(0)
-        squares = [part.squares + part.count * (part.mean - mean).square() for part in parts]
-        return cls(count, mean, torch.stack(squares).sum(0))
+        tokens = sum(part.tokens for part in parts)
+        mean = torch.stack([part.mean * (part.tokens / tokens) for part in parts]).sum(0)
+        squares = [part.squares + part.tokens * (part.mean - mean).square() for part in parts]
+        return cls(tokens, mean, torch.stack(squares).sum(0))
 
 
 def key_norm(k: Tensor, kind: str, eps: float, statistics: KeyStatistics | None = None) -> Tensor:
@@ -97,7 +97,7 @@ def key_norm(k: Tensor, kind: str, eps: float, statistics: KeyStatistics | None 
     if kind != "instance_no_mean":
         wide = wide - statistics.mean
     if kind != "instance_no_std":
-        wide = wide * torch.rsqrt(statistics.squares / statistics.count + eps)
+        wide = wide * torch.rsqrt(statistics.squares / statistics.tokens + eps)
     return wide.to(k.dtype)
 
 

@@ -65,7 +65,7 @@ def test_statistics_of_parts_keep_their_digits_where_keys_lie_far_from_zero():
     k = torch.randn(1, 2, 50, 3, generator=torch.Generator().manual_seed(0)) + 1e4
     merged = KeyStatistics.merged([KeyStatistics.of(part) for part in k.split([7, 30, 13], dim=2)])
     exact = k.double().var(2, correction=0, keepdim=True)
-    assert merged.count == 50
+    assert merged.tokens == 50
     assert_close((merged.squares / 50).double(), exact, rtol=1e-3, atol=0)  # sums of squares would give noise
     assert_close(merged.mean.double(), k.double().mean(2, keepdim=True), rtol=1e-6, atol=0)
 
