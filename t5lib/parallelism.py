@@ -11,6 +11,7 @@ values. Along "batch" every process has some of a pass's latents; with guidance,
 
 import functools
 import inspect
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +33,7 @@ from t5lib.utils.errors import T5Error
 
 ROWS, BATCH = "rows", "batch"
 CONTROL = ("block_controlnet_hidden_states", "controlnet_block_samples", "controlnet_single_block_samples")
-OF_EACH, OF_ALL = 8, 64  # numbers of one of a pass's inputs that are compared between processes, and of all together
+OF_EACH, OF_ALL = 8, 128  # numbers of one of a pass's inputs that are compared between processes, and of all together
 Target = TypeVar("Target")
 
 
@@ -110,24 +111,22 @@ def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     inputs = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     if given := [name for name in CONTROL if inputs.get(name) is not None]:
         raise T5Error(f"a parallel model takes no {given[0]}; draw with a ControlNet in one process")
-    for split in model.t5_splits.values():
-        _check_alike(inputs, split)
+    _check_alike(inputs, model.t5_splits.values())
     if BATCH in model.t5_splits:
         inputs = _own_latents(inputs, model.t5_splits[BATCH])
     return (), inputs
 
 
-def _check_alike(inputs: dict[str, Any], split: Split) -> None:
+def _check_alike(inputs: dict[str, Any], splits: Iterable[Split]) -> None:
     """Raises T5Error, in all processes, unless they have the same inputs; some numbers of each are compared."""
     tensors = [leaf.detach() for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    shapes = torch.tensor([float(size) for tensor in tensors for size in tensor.shape], device=tensors[0].device)
+    sizes = torch.tensor([float(size) for tensor in tensors for size in tensor.shape], device=tensors[0].device)
     some = [tensor.flatten()[:: max(1, tensor.numel() // OF_EACH)][:OF_EACH].float() for tensor in tensors]
-    looked_at = torch.cat([shapes, *some])[:OF_ALL]
-    looked_at = torch.nn.functional.pad(looked_at, (0, OF_ALL - len(looked_at)))
-    both = torch.cat([looked_at, -looked_at])
-    distributed.all_reduce(both, distributed.ReduceOp.MAX, group=split.group)
-    largest, smallest = both[:OF_ALL], -both[OF_ALL:]
-    if not torch.allclose(largest, smallest, rtol=1e-2, atol=1e-2):
+    looked_at = torch.cat([sizes, *some, sizes.new_zeros(OF_ALL)])[:OF_ALL]  # as many in every process
+    largest, smallest = both = torch.stack([looked_at, -looked_at])
+    for split in splits:
+        distributed.all_reduce(both, distributed.ReduceOp.MAX, group=split.group)
+    if not torch.allclose(largest, -smallest, rtol=1e-2, atol=1e-2, equal_nan=True):
         raise T5Error(
             "processes that draw one image called the model with different inputs; give all of them the same prompt, "
             "size and generator=torch.Generator(device).manual_seed(the same number)"
