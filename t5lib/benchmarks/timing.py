@@ -118,7 +118,7 @@ def time_models(
     """
     inputs = placed(inputs, rules.device, rules.dtype)
     clock: dict[str, Any] = {"warmup": config.warmup, "repeats": config.repeats, "device": rules.device}
-    with torch.inference_mode(), attention_choice(rules.device), _every_model_compiled(rules):
+    with torch.inference_mode(), attention_choice(rules.device), every_model_compiled(rules):
         cast = {name: cast_to(copy.deepcopy(model), rules.dtype) for name, model in models.items()}
         if rules.compiled:
             cast = {name: compile_model(model, inputs, whole=config.whole) for name, model in cast.items()}
@@ -146,7 +146,7 @@ def _recorded(call: Callable[[], Tensor], name: str) -> Callable[[], Tensor]:
         raise T5Error(f"{name} cannot be recorded as a CUDA graph ({reason}); measure with graphs: false") from error
 
 
-def _every_model_compiled(rules: Rules) -> AbstractContextManager:
+def every_model_compiled(rules: Rules) -> AbstractContextManager:
     """All models are one class to the compiler: beyond its limit it would run the next ones as they are."""
     if not rules.compiled:
         return nullcontext()

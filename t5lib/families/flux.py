@@ -35,6 +35,7 @@ from t5lib.families.packed_latents import (
     telling_its_grid,
 )
 from t5lib.layers.grid import TokenGrid, current_grid
+from t5lib.layers.split import RowsOfGrid
 from t5lib.utils.errors import T5Error
 from t5lib.utils.threads import of_this_thread
 
@@ -113,6 +114,12 @@ class FluxTTTAttention(RotaryJointTTTAttention):
         sines, cosines = table.roll(-tokens, dims=0).chunk(2, dim=-1)
         return cosines, sines
 
+    @staticmethod
+    def own_angles(angles: tuple[Tensor, Tensor], grid: RowsOfGrid) -> tuple[Tensor, Tensor]:
+        text = angles[0].shape[0] - grid.total * grid.columns
+        cosines, sines = (torch.cat((each[:text], each[text:][grid.tokens])) for each in angles)
+        return cosines, sines
+
 
 class T5FluxTransformer2DModel(ConvertedModel, FluxTransformer2DModel):  # type: ignore[misc]  # diffusers' own bases differ
     """A FluxTransformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them."""
@@ -130,6 +137,7 @@ class Flux(PackedLatentsAdapter):
     attention_class = FluxAttention
     layer_class = FluxTTTAttention
     processors = (FluxAttnProcessor,)
+    tokens_from = "x_embedder"
     mlps = ("ff", "ff_context", "proj_mlp")  # the MLP's way out of a single block is the attention's too, and is kept
 
     def conditions(self, model: nn.Module) -> dict[str, tuple[int | str, ...]]:

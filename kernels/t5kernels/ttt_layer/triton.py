@@ -18,6 +18,7 @@ from t5kernels.ops import differentiable, op
 from t5kernels.plans import planned
 from t5kernels.ttt import triton as ttt
 from t5kernels.ttt_layer import triton_launch, triton_norms
+from t5kernels.ttt_layer.key_norm import KeyStatistics
 from t5kernels.ttt_layer.reference import inner_rate
 from t5kernels.ttt_layer.triton_launch import Convolution, KeyNorm, Preparation, RmsNorm
 
@@ -47,6 +48,36 @@ def layer(image, text, weights, steps: int, q_conv, k_conv, grid, norm: str, eps
     gains = (*(image_gains or (None, None)), *(text_gains or (None, None)))
     place = (grid.rows, grid.columns, grid.num_prefix_tokens)
     return _differentiable_layer(*image, *text, *weights, *convs, *gains, *place, norm, eps, rms_eps, steps)[:2]
+
+
+def prepare(x: Tensor, statistics: KeyStatistics | None, eps: float, conv, grid) -> Tensor:
+    """Queries or keys (B, H, N, D) as the inner model gets them: by the norm of `statistics`, if any, and convolved."""
+    count, *moments = statistics or (0, None, None)
+    place = (grid.rows, grid.columns, grid.num_prefix_tokens) if conv else (0, 0, 0)
+    return _prepare(x, *moments, *(conv or (None, None)), *place, count, eps)
+
+
+@op("ttt_prepare")
+def _prepare(
+    x: Tensor, mean: Tensor | None, squares: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    rows: int, columns: int, prefix: int, count: int, eps: float,
+) -> Tensor:  # fmt: skip
+    """`mean` and `squares` of `count` keys: what a single program would have written that took their mean off first."""
+    sums = None
+    if mean is not None and squares is not None:
+        sums = torch.stack([torch.zeros_like(mean), squares, mean], dim=2).float().view(-1, 1, 3, x.shape[3])
+    return planned(_launch_prepare, (x, sums, weight, bias), rows, columns, prefix, count, eps)[0]
+
+
+def _launch_prepare(x, sums, weight, bias, rows, columns, prefix, count, eps) -> tuple[Tensor]:
+    norm = None if sums is None else KeyNorm(sums, 1, count, eps)
+    conv = None if weight is None else Convolution(weight.contiguous(), bias.contiguous(), (rows, columns, prefix))
+    return (triton_launch.prepared(x, Preparation(None, norm, conv)),)
+
+
+@torch.library.register_fake("t5kernels::ttt_prepare")
+def _(x, mean, squares, weight, bias, rows, columns, prefix, count, eps):
+    return like_tokens(x)
 
 
 @op("ttt_layer")
