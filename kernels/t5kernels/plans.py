@@ -18,6 +18,7 @@ from t5kernels import launch
 from t5kernels.driver import Queue
 
 LINE = 256  # bytes; tensors in a workspace begin at multiples of it
+EVERYTHING = 1 << 62  # bytes, more than there are
 MOST_PLANS = 1000  # a limit for programs whose sizes never repeat
 # What a call may do beside launches, so that it can be planned: it allocates, and looks at memory in other ways.
 ALLOCATIONS = {f"aten::{name}" for name in ("empty.memory_format", "new_empty", "empty_strided", "new_empty_strided")}
@@ -25,9 +26,15 @@ VIEWS = {"transpose.int", "view", "slice.Tensor", "select.int", "unbind.int", "s
 MEMORY_ONLY = ALLOCATIONS | {f"aten::{name}" for name in VIEWS} | {"aten::alias", "aten::detach"}
 
 
+class Spot(NamedTuple):
+    """A place in memory, so many bytes from the start of a base, which is an input, an output or the workspace."""
+
+    base: int
+    offset: int
+
+
 class Place(NamedTuple):
-    """Where an argument of a launch lies: its offset in bytes from the start of a base, which is an input, an output or
-    the workspace."""
+    """Where an argument of a launch lies, see Spot."""
 
     argument: int
     base: int
@@ -80,7 +87,11 @@ class Plan:
         for run, arguments, places in self.steps:
             filled = arguments.copy()
             for argument, base, offset, dtype in places:
-                filled[argument] = _tensor_at(bases[base], offset, dtype)
+                start = bases[base]
+                assert start is not None
+                # The interpreter takes no bare addresses.
+                at = _tensor_at(start, offset, dtype) if launch.INTERPRETED else start.data_ptr() + offset
+                filled[argument] = at
             run(*filled, **stream)
 
 
@@ -140,11 +151,10 @@ def _plan_of(launches: list[launch.Launch], inputs: Sequence[Tensor | None], out
     given = {t.data_ptr(): base for base, t in enumerate(inputs) if t is not None and t.numel()}
     if len(given) < sum(t is not None and t.numel() > 0 for t in inputs):
         return None
-    starts = {_storage(t): (base, t.data_ptr()) for base, t in enumerate(outputs, len(inputs)) if t.numel()}
-    known = starts.keys() | {_storage(t) for t in inputs if t is not None}
-    workspace, workspace_bytes = _share_workspace(launches, known)
-    starts |= {storage: (len(inputs) + len(outputs), storage - start) for storage, start in workspace.items()}
-    starts |= _alone(inputs)
+    own = {base: t for base, t in enumerate(outputs, len(inputs)) if t.numel()}
+    known = {_storage(t) for t in inputs if t is not None}
+    others, workspace_bytes = _share_memory(launches, own, known, workspace=len(inputs) + len(outputs))
+    spots = {_storage(t): Spot(base, _storage(t) - t.data_ptr()) for base, t in own.items()} | others | _alone(inputs)
 
     steps = []
     for run, arguments, _ in launches:
@@ -152,22 +162,25 @@ def _plan_of(launches: list[launch.Launch], inputs: Sequence[Tensor | None], out
         for index, tensor in enumerate(arguments):
             if not isinstance(tensor, Tensor):
                 continue
-            pointer = tensor.data_ptr()
-            base, start = (given[pointer], pointer) if pointer in given else starts.get(_storage(tensor), (None, 0))
-            if base is None:
+            if tensor.data_ptr() in given:
+                spot = Spot(given[tensor.data_ptr()], 0)
+            elif _storage(tensor) in spots:
+                base, start = spots[_storage(tensor)]
+                spot = Spot(base, start + tensor.data_ptr() - _storage(tensor))
+            else:
                 return None
-            places.append(Place(index, base, pointer - start, tensor.dtype))
+            places.append(Place(index, *spot, tensor.dtype))
         steps.append(Step(run, numbers, places))
     specs = [(t.shape, t.stride(), t.dtype) for t in outputs]
     driven = [each.start for each in launches if each.start is not None]
     return Plan(steps, specs, workspace_bytes, Queue(driven) if len(driven) == len(steps) else None)
 
 
-def _alone(inputs: Sequence[Tensor | None]) -> dict[int, tuple[int, int]]:
-    """By storage, the inputs that share theirs with no other, as (number, address): a part of one is a part of it."""
+def _alone(inputs: Sequence[Tensor | None]) -> dict[int, Spot]:
+    """By storage, where it begins, of inputs that share theirs with no other: a part of one is a part of it."""
     storages = [_storage(t) for t in inputs if t is not None]
     return {
-        _storage(t): (base, t.data_ptr())
+        _storage(t): Spot(base, _storage(t) - t.data_ptr())
         for base, t in enumerate(inputs)
         if t is not None and t.numel() and storages.count(_storage(t)) == 1
     }
@@ -178,32 +191,66 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _share_workspace(launches: list[launch.Launch], known: Collection[int]) -> tuple[dict[int, int], int]:
-    """Where the storages that are not `known` begin in a workspace, and its size, in bytes.
+class _Tenant(NamedTuple):
+    """A storage in a base: the bytes and the launches for which it has them, both from the first to before the last."""
 
-    Each lies at the first place that is free from the first launch that uses it to the last.
+    start: int
+    end: int
+    since: int
+    until: int
+
+
+def _share_memory(
+    launches: list[launch.Launch], outputs: dict[int, Tensor], inputs: Collection[int], workspace: int
+) -> tuple[dict[int, Spot], int]:
+    """Where the storages that are neither outputs nor inputs begin, and the bytes of the workspace.
+
+    Each lies at the first place that is free from the first launch that uses it to the last: in an output that no
+    launch uses until then, or else in the workspace.
+
+    Args:
+        outputs: by base. inputs: their storages. workspace: its base.
     """
     turns: dict[int, list[int]] = {}
     sizes: dict[int, int] = {}
     for turn, (_, arguments, _) in enumerate(launches):
         for tensor in arguments:
-            if isinstance(tensor, Tensor) and _storage(tensor) not in known:
+            if isinstance(tensor, Tensor) and _storage(tensor) not in inputs:
                 turns.setdefault(_storage(tensor), []).append(turn)
                 sizes[_storage(tensor)] = launch.ceil_div(tensor.untyped_storage().nbytes(), LINE) * LINE
-    starts: dict[int, int] = {}
-    for storage, (first, *_) in turns.items():
-        start = 0
-        for other in sorted((other for other in starts if turns[other][-1] >= first), key=starts.__getitem__):
-            if start + sizes[storage] <= starts[other]:
+    tenants: dict[int, list[_Tenant]] = {}
+    for base, output in outputs.items():
+        if output.data_ptr() == _storage(output) in turns:
+            room = output.untyped_storage().nbytes() // LINE * LINE
+            itself = _Tenant(0, room, turns[_storage(output)][0], len(launches))
+            tenants[base] = [itself, _Tenant(room, EVERYTHING, 0, len(launches))]
+    tenants[workspace] = []
+
+    spots: dict[int, Spot] = {}
+    own = {_storage(output) for output in outputs.values()}
+    for storage in (each for each in turns if each not in own):
+        since, until = turns[storage][0], turns[storage][-1] + 1
+        for base, others in tenants.items():
+            start = _first_fit(sizes[storage], [each for each in others if each.since < until and since < each.until])
+            if start is not None:
+                others.append(_Tenant(start, start + sizes[storage], since, until))
+                spots[storage] = Spot(base, start)
                 break
-            start = max(start, starts[other] + sizes[other])
-        starts[storage] = start
-    return starts, max((start + sizes[storage] for storage, start in starts.items()), default=0)
+    return spots, max((tenant.end for tenant in tenants[workspace]), default=0)
 
 
-def _tensor_at(base: Tensor | None, offset: int, dtype: torch.dtype) -> Tensor:
+def _first_fit(size: int, taken: list[_Tenant]) -> int | None:
+    """The first byte from which so many are free; None where everything is taken."""
+    start = 0
+    for tenant in sorted(taken):
+        if start + size <= tenant.start:
+            break
+        start = max(start, tenant.end)
+    return start if start < EVERYTHING else None
+
+
+def _tensor_at(base: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
     """A tensor that begins so many bytes behind the start of another."""
-    assert base is not None
     storage = base.untyped_storage()
     start = (base.data_ptr() - storage.data_ptr() + offset) // dtype.itemsize
     return torch.empty(0, dtype=dtype, device=base.device).set_(storage, start, (1,), (1,))

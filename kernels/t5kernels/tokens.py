@@ -11,6 +11,7 @@ from triton.language.extra import cuda
 COUNTS = (
     *("B", "H", "N", "chunk", "images", "count", "shares", "capacity", "free", "room"),
     *("rows", "columns", "prefix", "segments", "on_grid"),
+    *("groups", "chunks", "text_groups", "text_chunks"),
 )
 
 

@@ -81,13 +81,26 @@ def test_a_workspace_holds_together_only_what_is_needed_together():
     a, b, c, d = (torch.empty(count, dtype=torch.uint8) for count in (1000, 500, 1000, 200))
     known = torch.empty(10)
     launches = [Launch(print, (known, a)), Launch(print, (a, b)), Launch(print, (b, 3, c)), Launch(print, (c, d[50:]))]
-    starts, size = plans._share_workspace(launches, {known.data_ptr()})
-    places = [(starts[t.untyped_storage().data_ptr()], t.numel()) for t in (a, b, c, d)]
+    spots, size = plans._share_memory(launches, {}, {known.data_ptr()}, workspace=7)
+    assert all(spot.base == 7 for spot in spots.values())
+    places = [(spots[t.untyped_storage().data_ptr()].offset, t.numel()) for t in (a, b, c, d)]
     assert all(start % plans.LINE == 0 and start + count <= size for start, count in places)
     for first, second in ((0, 1), (1, 2), (2, 3)):  # used by the same launch
         (start, count), (other, its) = places[first], places[second]
         assert start + count <= other or other + its <= start
     assert size == 1024 + 512 and places[2][0] == places[0][0]
+
+
+def test_an_output_lends_its_memory_until_it_is_written():
+    a, b, out = (torch.empty(count, dtype=torch.uint8) for count in (1000, 2000, 1200))
+    launches = [Launch(print, (a,)), Launch(print, (a, b)), Launch(print, (b, out))]
+    spots, size = plans._share_memory(launches, {3: out}, set(), workspace=7)
+    assert spots == {a.data_ptr(): (3, 0), b.data_ptr(): (7, 0)} and size == 2048
+    small = torch.empty(1000, dtype=torch.uint8)  # whole lines of it hold 768
+    spots, _ = plans._share_memory([Launch(print, (a,)), Launch(print, (small,))], {3: small}, set(), workspace=7)
+    assert spots == {a.data_ptr(): (7, 0)}
+    spots, _ = plans._share_memory([Launch(print, (a,)), Launch(print, (a, out))], {3: out}, set(), workspace=7)
+    assert spots == {a.data_ptr(): (7, 0)}, "they are needed together"
 
 
 def test_sizes_that_never_repeat_take_no_more_and_more_memory(monkeypatch):

@@ -177,22 +177,6 @@ def weights_summed(sums: Tensor) -> Tensor:
     return sums.sum((0, 2)).transpose(0, 1).contiguous()
 
 
-def weight_gradients(d_stepped: Tensor, sums: Sequence[Tensor]) -> Tensor:
-    """The gradients of all three weights (3, H, D, D).
-
-    Args:
-        d_stepped: (B, H, 3, D, D), what `launch_apply_backward` gives.
-        sums: of every part of the sequence, what `launch_accumulate_backward` gives.
-    """
-    total = d_stepped.new_empty(
-        3, *d_stepped.shape[1:2], *d_stepped.shape[3:]
-    )  # or its strides would be those of a sum
-    torch.neg(d_stepped.sum(0).transpose(0, 1), out=total)
-    for part in sums:
-        total[: part.shape[3]] += part.sum((0, 2)).transpose(0, 1)
-    return total
-
-
 def _kernel_of(name: str, steps: int) -> tuple[str, Any]:
     """The name and the kernel of a half on keys, where so many weights step."""
     name = name.format("_last" if steps == 1 else "")

@@ -17,7 +17,7 @@ from t5kernels.launch import MOST_CHUNKS, like_tokens
 from t5kernels.ops import differentiable, op
 from t5kernels.plans import planned
 from t5kernels.ttt import triton as ttt
-from t5kernels.ttt_layer import triton_launch, triton_norms
+from t5kernels.ttt_layer import triton_finish, triton_launch, triton_norms
 from t5kernels.ttt_layer.key_norm import KeyStatistics
 from t5kernels.ttt_layer.reference import inner_rate
 from t5kernels.ttt_layer.triton_launch import Convolution, KeyNorm, Preparation, RmsNorm
@@ -136,11 +136,13 @@ def _layer_backward(
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
     q_gain: Tensor | None, k_gain: Tensor | None, text_q_gain: Tensor | None, text_k_gain: Tensor | None,
     rows: int, columns: int, prefix: int, norm: str, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of the six tokens (empty without text), and in float32 those of the parameters.
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
+    """The gradients of the six tokens (empty without text) and of the parameters.
 
-    They are those of the weights (3, H, D, D); of the convolutions of q and k, (H, 10, D) each: nine places and the
-    bias (empty without convolutions); and of the gains, a row each.
+    Those are of the weights (3, H, D, D), in their dtype if they have one; of weight and bias of the convolutions of q
+    and k (empty without them); and of the gains, a row each in float32.
     """
     tokens = (q, k, v, text_q, text_k, text_v)
     parameters = (w1, w2, w3, q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain)
@@ -151,15 +153,13 @@ def _layer_backward(
         return list(itertools.islice(found, count))
 
     parts = 1 if text_q is None else 2
-    dq, dk, dv, weight_sums, [d_stepped] = take(parts), take(parts), take(parts), take(parts), take(1)
+    dq, dk, dv, [d_weights] = take(parts), take(parts), take(parts), take(1)
     # Outputs of an op may not share memory, so every empty one is a tensor of its own.
     text_dq, text_dk, text_dv = (grads[1] if parts == 2 else q.new_empty(0) for grads in (dq, dk, dv))
-    d_convs = [_conv_sums(own, q) for own in take(0 if q_weight is None else 2)]
-    d_q_conv, d_k_conv = d_convs or [q.new_empty(0, dtype=torch.float32) for _ in "qk"]
+    d_convs = take(4) if q_weight is not None else [q.new_empty(0) for _ in range(4)]
     gains = [gain.sum((0, 1)) for gain in found]
     d_gains = torch.stack(gains) if gains else _empty_gains(q, 0)
-    d_weights = ttt.weight_gradients(d_stepped, weight_sums)
-    return dq[0], dk[0], dv[0], text_dq, text_dk, text_dv, d_weights, d_q_conv, d_k_conv, d_gains
+    return dq[0], dk[0], dv[0], text_dq, text_dk, text_dv, d_weights, *d_convs, d_gains  # type: ignore[return-value]
 
 
 def _launch_layer_backward(
@@ -167,11 +167,8 @@ def _launch_layer_backward(
     q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain,
     rows, columns, prefix, norm, eps,
 ):  # fmt: skip
-    """All launches of the backward. What they give is still to be added up over images, and in part over programs.
-
-    By part the gradients of q, then of k, then of v; by part the partial sums of the weights that step; the gradient of
-    the stepped weights; with convolutions the sums of q and of k; and with RMS norms those of the gains.
-    """
+    """By part the gradients of q, then of k, then of v; those of the weights; of the convolutions of q and k, if any,
+    those of weight and bias; and of the gains, if any, those of each program, still to be added up."""
     weights, scale = [w1, w2, w3], inner_rate(q, text_q)
     convs = convolutions(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
     gains = ((q_gain, k_gain), (text_q_gain, text_k_gain))
@@ -179,8 +176,17 @@ def _launch_layer_backward(
     dq, d_stepped, q_sums = _queries_backward(parts, (d_out, d_text), weights, step)
     dk, dv, weight_sums, k_sums = _keys_backward(parts, d_stepped[:, :, -step.shape[2] :], weights, scale, norm)
     d_gains = _norms_backward(dq, dk, parts, k_sums)
-    conv_sums = [] if q_weight is None else [q_sums, k_sums[0]]
-    return *dq, *dk, *dv, *weight_sums, d_stepped, *conv_sums, *d_gains
+    d_weights = triton_finish.weight_gradients(d_stepped, weight_sums, _common_dtype(w1, w2, w3))
+    d_convs: list[Tensor] = []
+    for conv, own in zip(convs, (q_sums, k_sums[0]), strict=True):
+        if conv is not None and own is not None:
+            d_convs += triton_finish.convolution_gradients(own, conv.weight, conv.bias)
+    return *dq, *dk, *dv, d_weights, *d_convs, *d_gains
+
+
+def _common_dtype(*tensors: Tensor) -> torch.dtype:
+    """That of all, or float32 where they differ."""
+    return tensors[0].dtype if all(t.dtype == tensors[0].dtype for t in tensors) else torch.float32
 
 
 @torch.library.register_fake("t5kernels::ttt_layer_backward")
@@ -192,9 +198,10 @@ def _(
     _, H, _, D = q.shape
     tokens = [like_tokens(t) for t in (q, k, v)]
     texts = [q.new_empty(0) if t is None else like_tokens(t) for t in (text_q, text_k, text_v)]
-    convs = [q.new_empty((0,) if q_weight is None else (H, 10, D), dtype=torch.float32) for _ in range(2)]
+    weights = q.new_empty(3, H, D, D, dtype=_common_dtype(w1, w2, w3))
+    convs = [q.new_empty(0) if t is None else t.new_empty(t.shape) for t in (q_weight, q_bias, k_weight, k_bias)]
     gains = sum(gain is not None for gain in (q_gain, k_gain, text_q_gain, text_k_gain))
-    return *tokens, *texts, q.new_empty(3, H, D, D, dtype=torch.float32), *convs, _empty_gains(q, gains)
+    return *tokens, *texts, weights, *convs, _empty_gains(q, gains)
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:
@@ -215,21 +222,13 @@ def _differentiate(ctx, d_out, d_text, *_d_kept):
     d_tokens = gradients[:3] if tensors[3] is None else gradients[:6]
     d_tokens = (*d_tokens, *(None,) * (6 - len(d_tokens)))
     d_weights = (g.to(w.dtype) for g, w in zip(gradients[6].unbind(0), weights, strict=True))
-    d_convs = (*_conv_gradients(gradients[7], *convs[:2]), *_conv_gradients(gradients[8], *convs[2:]))
-    own_gains = [own.to(gain.dtype) for own, gain in zip(gradients[9], gains, strict=False)]
+    d_convs = gradients[7:11] if convs[0] is not None else (None,) * 4
+    own_gains = [own.to(gain.dtype) for own, gain in zip(gradients[11], gains, strict=False)]
     d_gains = (*own_gains, *(None,) * (4 - len(own_gains)))
     return *d_tokens, *d_weights, *d_convs, *d_gains, *(None,) * 7
 
 
 _differentiable_layer = differentiable(_layer, _keep_for_backward, _differentiate)
-
-
-def _conv_gradients(sums: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(H, 10, D) as gradients of weight (H·D, 1, 3, 3) and bias (H·D,)."""
-    if weight is None or bias is None:
-        return None, None
-    sums = sums.transpose(1, 2).flatten(0, 1)
-    return sums[:, :9].reshape(weight.shape).to(weight.dtype), sums[:, 9].to(bias.dtype)
 
 
 def convolutions(q_weight, q_bias, k_weight, k_bias, grid) -> tuple[Convolution | None, Convolution | None]:
@@ -335,8 +334,3 @@ def _norms_backward(dq: list[Tensor], dk: list[Tensor], parts: list[Part], k_sum
         d_gains.append(triton_launch.norm_backward(grad_q, part.q, part.for_q, None))
         d_gains.append(triton_launch.norm_backward(grad_k, part.k, part.for_k, sums if part.for_k.norm else None))
     return [gain for gain in d_gains if gain is not None]
-
-
-def _conv_sums(sums: Tensor, q: Tensor) -> Tensor:
-    """(H, 10, D): a convolution's gradients, summed over images."""
-    return sums.unflatten(0, q.shape[:2])[:, :, :10].sum(0)
