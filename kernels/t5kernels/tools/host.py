@@ -1,9 +1,10 @@
-"""Time what a call of the layer costs Python, beside what its kernels cost the card.
+"""Time what a layer costs Python, beside what its kernels cost the card.
 
     python -m t5kernels.tools.host --out FILE.json
 
 On so few tokens the card is always done first, so the time until a call returns is the host's. The layer is called as
-people call it: eager, and compiled by torch.compile in its default mode; without gradients, with them, and backward.
+people call it: eager, and compiled by torch.compile in its default mode; without gradients, with them, and backward. A
+compiled model checks its inputs once, however many layers it has: a figure is what one layer more costs.
 """
 
 import argparse
@@ -24,6 +25,7 @@ CASES = (
     Case(name="image", images=2, rows=8, columns=8, heads=24, width=64),
     Case(name="image and text", images=2, rows=8, columns=8, heads=24, width=64, text=16),
 )
+LAYERS = (1, 5)
 CALLS, ROUNDS = 20, 25  # a round is short enough for the card's queue of launches
 
 
@@ -44,24 +46,42 @@ def host_us(call: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) 
     return statistics.median(times)
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Microseconds of host time of one case, by way of calling."""
-    inputs = Inputs.draw(case)
+def chained(inputs: Inputs, layers: int, leaves: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The outputs of so many layers, each of whose values are the outputs of the one before."""
+    outs = inputs.layer("triton", **leaves)
+    for _ in range(layers - 1):
+        values = dict(zip(("v", "text_v"), outs, strict=False))
+        outs = inputs.layer("triton", **leaves | values)
+    return outs
+
+
+def call_us(inputs: Inputs, layers: int, compiled: bool) -> dict[str, float]:
+    """Microseconds of host time of so many layers, by kind of call."""
     leaves, detached = list(inputs.leaves.values()), {name: t.detach() for name, t in inputs.leaves.items()}
+    model: Callable[..., tuple[torch.Tensor, ...]] = partial(chained, inputs, layers)
+    if compiled:
+        torch._dynamo.reset()
+        model = torch.compile(model)
+    forward, outputs = partial(model, inputs.leaves), list[tuple[torch.Tensor, ...]]()
+
+    def differentiate() -> None:
+        torch.autograd.grad(outputs.pop(), leaves, inputs.d_outs)
+
+    def keep() -> None:
+        outputs.append(forward())
+
+    with torch.inference_mode():
+        us = {"inference_us": host_us(partial(model, detached))}
+    return us | {"forward_us": host_us(forward), "backward_us": host_us(differentiate, keep)}
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Microseconds of host time that a layer more costs, by way of calling."""
+    inputs = Inputs.draw(case)
     row: dict[str, Any] = {"case": case.name, "shape": str(case)}
-    for way, layer in (("eager", inputs.layer), ("compiled", torch.compile(inputs.layer))):
-        forward, outputs = partial(layer, "triton"), list[tuple[torch.Tensor, ...]]()
-
-        def differentiate(outputs: list = outputs) -> None:
-            torch.autograd.grad(outputs.pop(), leaves, inputs.d_outs)
-
-        def keep(outputs: list = outputs, forward: Callable = forward) -> None:
-            outputs.append(forward())
-
-        with torch.inference_mode():
-            row[f"{way}_inference_us"] = host_us(partial(forward, **detached))
-        row[f"{way}_forward_us"] = host_us(forward)
-        row[f"{way}_backward_us"] = host_us(differentiate, keep)
+    for way, compiled in (("eager", False), ("compiled", True)):
+        few, many = (call_us(inputs, layers, compiled) for layers in LAYERS)
+        row |= {f"{way}_{kind}": (many[kind] - few[kind]) / (LAYERS[1] - LAYERS[0]) for kind in few}
     return row
 
 

@@ -22,14 +22,16 @@ from t5kernels.neighborhood import triton as neighborhood
 from t5kernels.neighborhood import triton_kernels as neighborhood_kernels
 from t5kernels.ttt import triton_kernels
 from t5kernels.ttt_layer import triton as ttt_layer
-from t5kernels.ttt_layer import triton_norms, triton_prepare
+from t5kernels.ttt_layer import triton_finish, triton_norms, triton_prepare
 
+LAST_SUMS = {"weights": triton_finish.WEIGHTS_TILE, "convolution": triton_finish.CONV_TILE}
 EVERY_TILE = ttt_layer.EVERY_TILE | neighborhood.TILES
+EVERY_TILE |= {kernel: dict.fromkeys((32, 64, 128), tile) for kernel, tile in LAST_SUMS.items()}
 TARGET = GPUTarget("cuda", 90, 32)
 # Arguments that are pointers to float32, and to tokens or weights in bfloat16. The others are strides and counts.
-FLOAT = {"step", "d_step", "sums", "parts", "totals", "factors", "lse", "delta"}
+FLOAT = {"step", "d_step", "sums", "parts", "totals", "factors", "lse", "delta", "d_stepped", "text_sums"}
 TOKENS = {"q", "k", "v", "out", "do", "dq", "dk", "dv", "first", "x", "y", "dx", "dy", "dn"}
-HALF = TOKENS | {"w1", "w2", "w3", "weight", "bias", "gain", "first_gain"}
+HALF = TOKENS | {"w1", "w2", "w3", "weight", "bias", "gain", "first_gain", "d_weights", "d_weight", "d_bias"}
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,11 @@ class Occupancy:
 
 def occupancy(kernel: str, tile: Tile, head_dim: int, rms: bool = False) -> Occupancy:
     """Compile `kernel`, a key of EVERY_TILE, with a tile; `rms`: with RMS norms of q and k."""
-    modules = (triton_kernels, triton_norms, triton_prepare, neighborhood_kernels)
+    modules = (triton_kernels, triton_norms, triton_prepare, triton_finish, neighborhood_kernels)
     function = next(vars(module)[f"{kernel}_kernel"] for module in modules if f"{kernel}_kernel" in vars(module))
     constants = {"D": head_dim, "WIDTH": padded_width(head_dim), "BLOCK": tile.block}
     constants |= {"STAGES": tile.stages, "NORM": True, "CONV": True, "RMS": rms, "LAST": False, "EARLY": True}
-    constants |= {"WINDOW": 5, "TILE": neighborhood.SQUARES[0], "SIDE": neighborhood.LARGEST_SIDE}
+    constants |= {"WEIGHED": 3, "WINDOW": 5, "TILE": neighborhood.SQUARES[0], "SIDE": neighborhood.LARGEST_SIDE}
     if tile.hidden:
         constants |= {"HIDDEN": tile.hidden, "SLICES": triton.cdiv(head_dim, tile.hidden)}
     # The channels of a token lie side by side; Triton makes a constant of such a stride.

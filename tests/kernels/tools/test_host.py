@@ -17,6 +17,21 @@ def test_a_round_times_its_calls_alone(monkeypatch):
     assert len(used) == host.CALLS * host.ROUNDS and not made
 
 
+def test_layers_follow_one_another():
+    class StandIn:
+        def layer(self, impl, q, v, text_v):
+            return v + q, text_v + 2
+
+    assert host.chained(StandIn(), 3, {"q": 1, "v": 10, "text_v": 20}) == (13, 26)
+
+
+def test_what_a_layer_more_costs_is_told(monkeypatch):
+    monkeypatch.setattr(host.Inputs, "draw", lambda case: None)
+    monkeypatch.setattr(host, "call_us", lambda _, layers, compiled: {"forward_us": 100.0 + (7 + compiled) * layers})
+    row = host.measure(host.CASES[0])
+    assert (row["eager_forward_us"], row["compiled_forward_us"]) == (7, 8)
+
+
 def test_without_a_card_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
