@@ -75,7 +75,7 @@ def measure(
     softmax = known["softmax"]
     size = ExampleSize(resolution, config.batch, text_tokens=shape.text_tokens)
     inputs = shape.family.example_inputs(softmax, size)
-    times = time_models(known, inputs, config, rules, f"at {resolution} px")
+    times = time_models(known, inputs, config, rules, f"at {resolution} px", yardstick=SOFTMAX)
     targets = TARGETS if shape == SHAPES[SD35] else {}
     return [
         {

@@ -1,7 +1,7 @@
 """Softmax attention over a window on a grid of tokens: arguments are checked, then an implementation is chosen.
 
-"reference" runs anywhere, "triton" runs the kernels of triton.py, "flex" (FlexAttention) is fast on CUDA, "natten" is
-the NATTEN package where it is installed.
+"reference" runs anywhere, "triton" runs the kernels of triton.py, "flex" (FlexAttention) is compiled for each grid,
+"natten" is the NATTEN package where it is installed.
 """
 
 import math
@@ -17,6 +17,8 @@ from t5kernels.precision import autocast_dtype
 
 # Of the Triton kernels; larger windows and wider heads in float32 do not fit into shared memory.
 LARGEST_WINDOW, LARGEST_FLOAT32_HEAD = 7, 64
+# Wider heads were not timed beside FlexAttention yet (t5kernels.tools.neighborhoods), so it comes first there.
+LARGEST_MEASURED_HEAD = 64
 
 
 def neighborhood_attention(
@@ -29,8 +31,8 @@ def neighborhood_attention(
         rows, columns: the sides of the grid.
         window: the side of the window, odd, at most the smaller side of the grid.
         impl: "natten", "triton" (windows up to 7, 16-bit tokens, or float32 up to 64 wide), "flex", "reference", or
-            None for what is fast here: NATTEN on CUDA where it is installed, else FlexAttention on CUDA, else the
-            reference.
+            None for what is fast here: on CUDA NATTEN where it is installed, else the kernels for 16-bit tokens up to
+            64 wide, else FlexAttention; elsewhere the reference.
 
     Returns:
         (B, H, rows·columns, D) in q's dtype.
@@ -126,8 +128,8 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, window: int) -> Candidate:
             )
         return None
 
-    # Only when asked for: no card has tried these kernels yet.
-    return triton_candidate((q,), (k, v), obstacle)._replace(by_default=False)
+    candidate = triton_candidate((q,), (k, v), obstacle)
+    return candidate._replace(by_default=candidate.by_default and q.shape[3] <= LARGEST_MEASURED_HEAD)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor) -> Candidate:

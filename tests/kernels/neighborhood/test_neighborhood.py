@@ -213,8 +213,8 @@ def test_the_output_has_the_type_of_the_queries_under_autocast_too():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("installed", "width"), [(True, 8), (True, 12), (False, 8)])
-def test_on_a_card_natten_comes_first_where_it_can_be_used_and_flex_next(installed, width, dtype, monkeypatch):
+@pytest.mark.parametrize(("installed", "width"), [(True, 8), (True, 12), (False, 8), (False, 72)])
+def test_on_a_card_natten_comes_first_then_the_kernels_then_flex(installed, width, dtype, monkeypatch):
     monkeypatch.setattr(natten, "is_installed", lambda: installed)
     names = []
     for module in (natten, triton, flex, reference):
@@ -225,9 +225,10 @@ def test_on_a_card_natten_comes_first_where_it_can_be_used_and_flex_next(install
         x = torch.empty(B, H, 12, width, dtype=dtype, device="cuda", requires_grad=True)
         neighborhood_attention(x, x, x, rows=3, columns=4, window=3)
         circular_attention(x, x, x, rows=3, columns=4, num_prefix_tokens=0, radius=2)
-    without_natten = "reference" if dtype == torch.float64 else "flex"
+    of_circles = "reference" if dtype == torch.float64 else "flex"
+    without_natten = "triton" if dtype.itemsize == 2 and width <= 64 else of_circles
     with_natten = installed and width == 8 and dtype != torch.float64
-    assert names == ["natten" if with_natten else without_natten, without_natten]
+    assert names == ["natten" if with_natten else without_natten, of_circles]
 
 
 def note(names, name, q, k, v, **sizes):

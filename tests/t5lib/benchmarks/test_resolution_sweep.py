@@ -1,6 +1,7 @@
 """The benchmark gives right FLOPs, honest timings, a break-even that is never extrapolated, and no speed for wrong
 results."""
 
+import functools
 import math
 
 import pytest
@@ -18,6 +19,7 @@ from t5lib.benchmarks.resolution_sweep import (
     break_even_tokens,
     count_flops,
 )
+from t5lib.benchmarks.timing import Rules, TimingConfig, time_models
 from t5lib.families import family_of
 from t5lib.families.inputs import ExampleSize
 from t5lib.utils.errors import T5Error
@@ -94,13 +96,36 @@ def test_result_has_a_checked_row_for_each_model_and_resolution_and_leaves_model
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+class Drifting(nn.Module):
+    """Right in float64 only."""
+
+    def __init__(self, factor=1.01):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x if x.dtype == torch.float64 else x * self.factor
+
+
+@pytest.mark.parametrize(("drift", "allowed"), [(1.008, True), (1.03, False)])
+def test_a_model_may_be_twice_as_far_off_as_plain_pytorch(pair, drift, allowed):
+    models = {"softmax": at_side(pair[0], 28), "t5": at_side(pair[1], 28)}
+    models["softmax"].norm, models["t5"].norm = Drifting(1.005), Drifting(drift)
+    config = TimingConfig(repeats=1, warmup=0)
+    rules = Rules.of(config, torch.device("cpu"))
+    call = functools.partial(
+        time_models, models, family_of(pair[0]).example_inputs(pair[0], ExampleSize(28, 1)), config, rules
+    )
+    with pytest.raises(T5Error, match=r"softmax.*at most 0\.001"):
+        call()
+    if allowed:
+        assert call(yardstick="softmax")["t5"].relative_error == pytest.approx(drift - 1, rel=0.1)
+    else:
+        with pytest.raises(T5Error, match=r"t5.*0\.03.*at most 0\.01"):
+            call(yardstick="softmax")
+
+
 def test_wrong_results_give_no_speed(pair):
-    class Drifting(nn.Module):
-        """Right in float64 only."""
-
-        def forward(self, x):
-            return x if x.dtype == torch.float64 else x * 1.01
-
     wrong = at_side(pair[1], 28)
     wrong.norm = Drifting()
     with pytest.raises(T5Error, match=r"t5 at 28 px.*0\.01.*at most 0\.001.*no speed"):
