@@ -62,11 +62,7 @@ def number(config: LaunchConfig, sections: Mapping[str, Any]) -> int:
     Raises:
         T5Error: so many processes cannot share the stage's batches.
     """
-    wanted = config.processes
-    if wanted is None:
-        import torch
-
-        wanted = max(1, torch.accelerator.device_count())
+    wanted = _wanted(config)
     most = next((fewer for fewer in range(wanted, 0, -1) if not _uneven(sections, fewer * config.nodes)), 0)
     if most < wanted:
         on_nodes = f" on {config.nodes} nodes" if config.nodes > 1 else ""
@@ -76,6 +72,20 @@ def number(config: LaunchConfig, sections: Mapping[str, Any]) -> int:
             raise T5Error(f"params.yaml: launch.processes: {reason}; {advice}")
         print(f"{most} of {wanted} accelerators: {reason}", flush=True)
     return most
+
+
+def pieces(config: LaunchConfig) -> int:
+    """How many processes FSDP2 spreads a training over; 1 where it does not."""
+    return _wanted(config) * config.nodes if config.strategy == "fsdp2" else 1
+
+
+def _wanted(config: LaunchConfig) -> int:
+    """Processes on each node, as far as the batches of a stage allow."""
+    if config.processes is not None:
+        return config.processes
+    import torch
+
+    return max(1, torch.accelerator.device_count())
 
 
 def _uneven(settings: Mapping[str, Any], processes: int) -> str:
