@@ -238,8 +238,8 @@ def _memories(one: Denoiser, pieces: int) -> list[Memory]:
         found.append(_calibration(one))
     for stage, recipe in training.items():
         teacher = stage == "align" or bool(getattr(recipe, "align", 0) and getattr(recipe, "teacher", "") in TEACHERS)
-        beside = {"teacher": teacher, "pieces": pieces}
-        found.append(training_needs.memory(stage, one.size, recipe, one.shape.blocks, one.numbers, **beside))
+        known = stage, one.size, recipe, one.shape.blocks, one.numbers
+        found.append(training_needs.memory(*known, teacher=teacher, pieces=pieces))
     return [*found, _evaluation(one)]
 
 
