@@ -10,8 +10,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from t5lib.data.captions import about, caption_of
 from t5lib.data.decoding import image_of, is_animated, most_pixels
@@ -184,7 +184,7 @@ def _checked(shards: Sequence[Shard], name: str, classes: int, notes: Path, limi
     return checked
 
 
-def _content(path: str, file: BinaryIO, classes: int) -> _Content:
+def _content(path: str, file: BufferedReader, classes: int) -> _Content:
     """Raises T5Error when the tar is damaged or empty, or a class is out of range."""
     check_tar(path, file)
     count, unusable, remarks = 0, [], dict[str, list]()

@@ -14,8 +14,9 @@ import posixpath
 import re
 import time
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
@@ -32,7 +33,7 @@ def is_remote(path: Path | str) -> bool:
     return bool(ADDRESS.match(str(path)))
 
 
-def opened(path: str) -> BinaryIO:
+def opened(path: str) -> BufferedReader:
     """A file or, of an address, its copy in the cache, for reading; it stays readable when the cache is cleared.
 
     Raises:
@@ -70,11 +71,11 @@ def listed(source: str) -> list[str]:
     Raises:
         SourceError: none, or a place that cannot list its files.
     """
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         addresses = list(braceexpand(source))
-    except (UnbalancedBracesError, ValueError) as error:
+    except ValueError as error:
         raise SourceError(f"{source} is no pattern ({error}); expected braces such as {{0000..0099}}") from None
     found = [each for address in addresses for each in _matching(address)]
     if not found:

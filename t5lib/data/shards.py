@@ -16,9 +16,10 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from io import BufferedReader
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from t5lib.data import remote
 from t5lib.data.tars import Sample, named, quoted, read_samples
@@ -96,7 +97,7 @@ class Shard:
             )
 
     @contextmanager
-    def opened(self) -> Iterator[BinaryIO]:
+    def opened(self) -> Iterator[BufferedReader]:
         """The file, where it lies or as it was fetched.
 
         Raises T5Error unless it has the sha256 that is listed. A file that did not change since this process last asked
@@ -198,7 +199,7 @@ def changed(shard: Shard, digest: str) -> T5Error:
     )
 
 
-def digest_of(file: BinaryIO) -> str:
+def digest_of(file: BufferedReader) -> str:
     """The sha256 of a file, read once for as long as it does not change."""
     found = os.fstat(file.fileno())
     state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -12,8 +12,9 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
@@ -46,18 +47,18 @@ def _require(holds: bool, fault: str) -> None:
         raise ValueError(f"{fault}, which no archive of images has")
 
 
-def read_samples(path: Path | str, file: BinaryIO) -> Iterator[Sample]:
+def read_samples(path: Path | str, file: BufferedReader) -> Iterator[Sample]:
     """The samples of a tar file in file order, undecoded. Raises T5Error, with its `path`, when it cannot be read."""
     with named(path), _opened(file) as tar:
         yield from group_by_keys(_files(path, tar, size_of(file)))
 
 
-def size_of(file: BinaryIO) -> int:
+def size_of(file: BufferedReader) -> int:
     """In bytes."""
     return os.fstat(file.fileno()).st_size
 
 
-def _opened(file: BinaryIO) -> tarfile.TarFile:
+def _opened(file: BufferedReader) -> tarfile.TarFile:
     file.seek(0)
     return tarfile.open(fileobj=file, tarinfo=_Member)
 
@@ -91,7 +92,7 @@ def quoted(name: str) -> str:
     return repr(name if len(name) <= SHOWN else f"{name[:SHOWN]}…")
 
 
-def check_tar(path: Path | str, file: BinaryIO) -> None:
+def check_tar(path: Path | str, file: BufferedReader) -> None:
     """Read a tar file's structure to its very end; its samples' contents are not looked at.
 
     Raises:

@@ -29,7 +29,6 @@ from t5lib.data.encoding import EncodingConfig, encode
 from t5lib.data.images import DataConfig, eval_batches, train_batches, transform
 from t5lib.data.latents import LatentShards
 from t5lib.data.shards import ShardSet
-from t5lib.utils.files import sha256
 from t5lib.utils.markdown import table
 from tasks.studies.common import parser, reported
 
@@ -144,7 +143,7 @@ def main() -> None:
     arguments.add_argument("--images", type=int, nargs="+", default=[1000], help="how many (default: 1000)")
     arguments.add_argument("--side", type=int, default=16, help="of a picture, in pixels (default: 16)")
     given = arguments.parse_args()
-    rows = []
+    rows: list[tuple[str | None, ...]] = []
     with reported("data_costs"), tempfile.TemporaryDirectory() as place:
         for images in given.images:
             folder = Path(place) / str(images)
@@ -154,8 +153,6 @@ def main() -> None:
             for name in STEPS:
                 count, seconds, grown = measured(name, folder, given.side)
                 rows.append((name, f"{images:,}", f"{count / seconds:,.0f}", f"{grown:.0f}", f"{size / 1000:.1f}"))
-            manifest = sha256(folder / "set.json") and (folder / "set.json").stat().st_size / 1000
-            rows.append(("manifest, kB", f"{images:,}", None, f"{manifest:.0f}", None))
     columns = ("step", "images", "images a second", "MiB grown", "kB an image")
     print("\n".join(table(columns, rows, numbers=True)))
 
