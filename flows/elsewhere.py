@@ -164,6 +164,7 @@ def _end_of(run: UUID, pool: str, log: Logger | LoggerAdapter) -> State:
                         )
                 except HTTPError as error:  # a server that is away for a while costs nothing
                     log.debug("the Prefect server does not answer: %s", error)
+                    heard = time.monotonic()
                 time.sleep(POLL)
         except BaseException as error:
             if not isinstance(error, T5Error):

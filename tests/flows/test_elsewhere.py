@@ -81,7 +81,7 @@ def serving(there: SmallRepo) -> Iterator[psutil.Process]:
     process.wait(60)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def worker(there):
     with serving(there) as process:
         yield process
