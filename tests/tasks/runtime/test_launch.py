@@ -1,6 +1,7 @@
 """A stage in several processes: one command, one result, one error; nothing hangs and nothing goes on without its
 launcher."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -195,6 +196,7 @@ def test_so_many_accelerators_are_taken_as_can_share_the_batches(monkeypatch, ca
     with pytest.raises(T5Error, match=r"3 processes cannot share calibrate.batch_size 4 .*take 2, for example"):
         launch.number(launch.LaunchConfig(processes=3), {"calibrate": {"lr": 1e-2, "batch_size": 4}})
     two = launch.LaunchConfig(nodes=2, address="gpu-a:29400")
+    assert launch.pieces(two) == 1 and launch.pieces(dataclasses.replace(two, strategy="fsdp2")) == 16
     assert launch.number(two, {"freeze": {"train": recipe}}) == 2
     with pytest.raises(T5Error, match=r"16 processes on 2 nodes cannot share freeze.batch_size 3 .*take other batch"):
         launch.number(two, {"freeze": {"lr": 1e-2, "batch_size": 3}})
