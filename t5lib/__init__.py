@@ -45,6 +45,7 @@ _HOMES = {
     "load_pipeline": "pipelines",
     "load_transformer": "pipelines",
     "convert_pipeline": "pipelines",
+    "parallelize": "parallelism",
 }
 __all__ = sorted(_HOMES)
 

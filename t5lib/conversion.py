@@ -45,11 +45,13 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Inherited weights are given back as they are now; what was trained since stays trained. New weights are dropped.
 
     Raises:
-        T5Error: `model` is not converted.
+        T5Error: `model` is not converted, or several processes share its passes.
     """
     layers = ttt_layers(model)
     if not layers:
         raise T5Error(f"this {type(model).__name__} holds no TTT layer; nothing to revert")
+    if hasattr(model, "t5_splits"):
+        raise T5Error(f"several processes share the passes of this {type(model).__name__}; load it again, then revert")
     adapter = family_of(model)
     if not inplace:
         model = copy.deepcopy(model)

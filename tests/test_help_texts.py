@@ -52,7 +52,8 @@ def test_help_has_an_example_that_parses_and_defaults(name, monkeypatch):
         found = parsers(name, patched)
     for parser in found:
         text = parser.format_help()
-        examples = re.findall(rf"^ +python -m {re.escape(name)} ((?:.*\\\n)*.*)$", text, re.MULTILINE)
+        start = rf"^ +(?:python|torchrun --nproc_per_node \d+) -m {re.escape(name)}"
+        examples = re.findall(rf"{start} ((?:.*\\\n)*.*)$", text, re.MULTILINE)
         assert examples, text
         for example in examples:
             found[0].parse_args(example.replace("\\\n", " ").split())

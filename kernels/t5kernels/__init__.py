@@ -4,15 +4,17 @@
 from t5kernels.linear_attention.api import linear_attention
 from t5kernels.neighborhood.api import circular_attention, neighborhood_attention
 from t5kernels.ttt.api import INNER_LOSSES, INNER_WEIGHTS, ttt, ttt_accumulate, ttt_apply
-from t5kernels.ttt_layer.api import Grid, RmsNorms, Settings, ttt_layer
-from t5kernels.ttt_layer.key_norm import KEY_NORMS, key_norm
+from t5kernels.ttt_layer.api import Grid, RmsNorms, Settings, ttt_layer, ttt_prepare
+from t5kernels.ttt_layer.key_norm import KEY_NORMS, OVER_TOKENS, KeyStatistics, key_norm
 from t5kernels.ttt_layer.reference import convolved
 
 __all__ = [
     "INNER_LOSSES",
     "INNER_WEIGHTS",
     "KEY_NORMS",
+    "OVER_TOKENS",
     "Grid",
+    "KeyStatistics",
     "RmsNorms",
     "Settings",
     "circular_attention",
@@ -24,4 +26,5 @@ __all__ = [
     "ttt_accumulate",
     "ttt_apply",
     "ttt_layer",
+    "ttt_prepare",
 ]

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from t5kernels.driver import Queue, Start, can_start
 from t5kernels.precision import autocast_dtype
 from t5kernels.tokens import COUNTS, after_previous
 
@@ -32,8 +33,7 @@ FIRST_EARLY = 9  # the first major version of cards on which a kernel's programs
 OVERHEAD = 3
 MOST_CHUNKS = 32
 ALIGNMENT = 16  # bytes; to such pointers Triton compiles wider reads and writes
-MOST_COMPILED = 10_000  # a limit to `_compiled` for programs whose sizes never repeat
-_compiled: dict[tuple, Any] = {}  # by what `launch` is called with
+MOST_KNOWN = 10_000  # a limit to `_known` for programs whose sizes never repeat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +124,27 @@ def _transformed() -> bool:
 
 
 class Launch(NamedTuple):
-    """One launch: what runs the kernel on its grid, and its arguments."""
+    """One launch.
+
+    Attributes:
+        run: runs the kernel on its grid; it is called with the arguments.
+        start: the same for CUDA's driver, where that can start the kernel.
+    """
 
     run: Callable
     arguments: tuple[Any, ...]
+    start: Start | None = None
 
 
+class _Known(NamedTuple):
+    """A kernel that has been launched on a grid: `Launch` without arguments, and the driver's queue of it alone."""
+
+    run: Callable
+    start: Start | None
+    queue: Queue | None
+
+
+_known: dict[tuple, _Known] = {}  # by what `launch` is called with, pointers aside
 noted = threading.local()  # its attribute `launches`, where it has one, is a list that gets every Launch of this thread
 
 
@@ -143,30 +158,39 @@ def launch(kernel: Any, grid: tuple[int, int] | tuple[int, int, int], x: Tensor,
     arguments, cells = (*arguments, early), grid if len(grid) == 3 else (*grid, 1)
     # What Triton chooses by: types, values, and whether pointers are aligned.
     kinds = [(a.dtype, a.data_ptr() % ALIGNMENT) if isinstance(a, Tensor) else a for a in arguments]
-    key = (id(kernel), tile, x.device, *kinds)
-    compiled = _compiled.get(key)
+    key = (id(kernel), tile, x.device, cells, *kinds)
+    known = _known.get(key)
     with torch.cuda.device_of(x):
-        if compiled is not None:
-            run = compiled[cells]
-            run(*arguments)
-        elif INTERPRETED:
-            run = kernel[cells]
-            with _disable_current_modes():  # who watches the op is not to see how the interpreter copies tensors
-                run(*arguments)
+        if known is None:
+            known = _first_launch(kernel, cells, tile, arguments)
+            if not INTERPRETED:
+                if len(_known) >= MOST_KNOWN:
+                    _known.clear()
+                _known[key] = known
+        elif known.queue is None:
+            known.run(*arguments)
         else:
-            pdl = {"launch_pdl": True} if early else {}
-            compiled = kernel[cells](*arguments, **tile.options, **pdl)
-            run = compiled[cells]
-            if len(_compiled) >= MOST_COMPILED:
-                _compiled.clear()
-            _compiled[key] = compiled
+            known.queue([a.data_ptr() for a in arguments if isinstance(a, Tensor)], stream_of(x))
     if hasattr(noted, "launches"):
-        noted.launches.append(Launch(run, arguments))
+        noted.launches.append(Launch(known.run, arguments, known.start))
 
 
-def stream_of(x: Tensor) -> dict[str, int]:
-    """The stream on which kernels run on the device of x, as a `Launch.run` takes it; the interpreter has none."""
-    return {} if INTERPRETED else {"stream": triton.runtime.driver.active.get_current_stream(x.device.index)}
+def _first_launch(kernel: Any, cells: tuple[int, int, int], tile: Tile, arguments: tuple[Any, ...]) -> _Known:
+    if INTERPRETED:
+        with _disable_current_modes():  # who watches the op is not to see how the interpreter copies tensors
+            kernel[cells](*arguments)
+        return _Known(kernel[cells], None, None)
+    pdl = {"launch_pdl": True} if arguments[-1] else {}
+    compiled = kernel[cells](*arguments, **tile.options, **pdl)
+    start = Start(compiled, cells, [None if isinstance(a, Tensor) else a for a in arguments])
+    if not can_start(start):
+        return _Known(compiled[cells], None, None)
+    return _Known(compiled[cells], start, Queue([start]))
+
+
+def stream_of(x: Tensor) -> int:
+    """The stream on which kernels run on the device of x."""
+    return triton.runtime.driver.active.get_current_stream(x.device.index)
 
 
 def padded_width(head_dim: int) -> int:

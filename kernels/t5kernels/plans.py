@@ -9,11 +9,13 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from t5kernels import launch
+from t5kernels.driver import Queue
 
 LINE = 256  # bytes; tensors in a workspace begin at multiples of it
 MOST_PLANS = 1000  # a limit for programs whose sizes never repeat
@@ -41,30 +43,45 @@ class Step(NamedTuple):
     places: list[Place]
 
 
-class Plan(NamedTuple):
-    """The launches of a call, and what it allocates: `outputs` as (size, stride, dtype) each, and a workspace."""
+class Plan:
+    """The launches of a call, and what it allocates."""
 
-    steps: list[Step]
-    outputs: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]
-    workspace_bytes: int
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        outputs: Sequence[tuple[torch.Size, tuple[int, ...], torch.dtype]],
+        workspace_bytes: int,
+        queue: Queue | None,
+    ):
+        """
+        Args:
+            outputs: size, stride and dtype of each.
+            queue: the steps for CUDA's driver, where that can start them all.
+        """
+        self.steps, self.outputs, self.workspace_bytes, self.queue = steps, outputs, workspace_bytes, queue
+        places = [place for step in steps for place in step.places]
+        self._bases = np.array([place.base for place in places], np.int64)
+        self._offsets = np.array([place.offset for place in places], np.int64)
 
     def __call__(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         first = next(t for t in inputs if t is not None)
         outputs = tuple(torch.empty_strided(*spec[:2], dtype=spec[2], device=first.device) for spec in self.outputs)
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=first.device)
         bases = (*inputs, *outputs, workspace)
-        starts = [0 if base is None else base.data_ptr() for base in bases]
         with torch.cuda.device_of(first):
-            stream = launch.stream_of(first)
-            for run, arguments, places in self.steps:
-                arguments = arguments.copy()
-                for argument, base, offset, dtype in places:
-                    if launch.INTERPRETED:  # which takes no bare pointers
-                        arguments[argument] = _tensor_at(bases[base], offset, dtype)
-                    else:
-                        arguments[argument] = starts[base] + offset
-                run(*arguments, **stream)
+            if self.queue is None:
+                self._run(bases, {} if launch.INTERPRETED else {"stream": launch.stream_of(first)})
+            else:
+                starts = np.array([0 if base is None else base.data_ptr() for base in bases], np.int64)
+                self.queue(starts[self._bases] + self._offsets, launch.stream_of(first))
         return outputs
+
+    def _run(self, bases: Sequence[Tensor | None], stream: dict[str, int]) -> None:
+        for run, arguments, places in self.steps:
+            filled = arguments.copy()
+            for argument, base, offset, dtype in places:
+                filled[argument] = _tensor_at(bases[base], offset, dtype)
+            run(*filled, **stream)
 
 
 _plans: dict[tuple, Plan | None] = {}  # None: such a call cannot be planned
@@ -127,20 +144,33 @@ def _plan_of(launches: list[launch.Launch], inputs: Sequence[Tensor | None], out
     known = starts.keys() | {_storage(t) for t in inputs if t is not None}
     workspace, workspace_bytes = _share_workspace(launches, known)
     starts |= {storage: (len(inputs) + len(outputs), storage - start) for storage, start in workspace.items()}
+    starts |= _alone(inputs)
 
     steps = []
-    for run, arguments in launches:
+    for run, arguments, _ in launches:
         places, numbers = [], [None if isinstance(a, Tensor) else a for a in arguments]
         for index, tensor in enumerate(arguments):
             if not isinstance(tensor, Tensor):
                 continue
             pointer = tensor.data_ptr()
-            base, start = starts.get(_storage(tensor)) or (given.get(pointer), pointer)
+            base, start = (given[pointer], pointer) if pointer in given else starts.get(_storage(tensor), (None, 0))
             if base is None:
                 return None
             places.append(Place(index, base, pointer - start, tensor.dtype))
         steps.append(Step(run, numbers, places))
-    return Plan(steps, [(t.shape, t.stride(), t.dtype) for t in outputs], workspace_bytes)
+    specs = [(t.shape, t.stride(), t.dtype) for t in outputs]
+    driven = [each.start for each in launches if each.start is not None]
+    return Plan(steps, specs, workspace_bytes, Queue(driven) if len(driven) == len(steps) else None)
+
+
+def _alone(inputs: Sequence[Tensor | None]) -> dict[int, tuple[int, int]]:
+    """By storage, the inputs that share theirs with no other, as (number, address): a part of one is a part of it."""
+    storages = [_storage(t) for t in inputs if t is not None]
+    return {
+        _storage(t): (base, t.data_ptr())
+        for base, t in enumerate(inputs)
+        if t is not None and t.numel() and storages.count(_storage(t)) == 1
+    }
 
 
 def _storage(tensor: Tensor) -> int:
@@ -155,7 +185,7 @@ def _share_workspace(launches: list[launch.Launch], known: Collection[int]) -> t
     """
     turns: dict[int, list[int]] = {}
     sizes: dict[int, int] = {}
-    for turn, (_, arguments) in enumerate(launches):
+    for turn, (_, arguments, _) in enumerate(launches):
         for tensor in arguments:
             if isinstance(tensor, Tensor) and _storage(tensor) not in known:
                 turns.setdefault(_storage(tensor), []).append(turn)

@@ -9,7 +9,7 @@ from triton.language.extra import cuda
 # Arguments of kernels that are counts. One compilation serves all their values; Triton would specialize on 1 and on
 # multiples of 16.
 COUNTS = (
-    *("B", "H", "N", "chunk", "images", "count", "shares", "capacity", "free"),
+    *("B", "H", "N", "chunk", "images", "count", "shares", "capacity", "free", "room"),
     *("rows", "columns", "prefix", "segments", "on_grid"),
 )
 

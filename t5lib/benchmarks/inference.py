@@ -5,13 +5,15 @@
 
 Everything is compared in one run: the softmax model with cuDNN attention first, the paper's attentions converted where
 it names some (18 of Stable Diffusion 3.5 Medium), all converted, and "rest": all mixing taken out, which no attention
-can beat. All of them compiled block by block, in bf16. Each is checked against its own weights in higher
-precision before it is timed, twice: as a CUDA graph, which is the device's own time, and launched from Python, which
-is slower where Python is. Needs CUDA; written after every resolution, and those that are in the file are not run again.
+can beat. All of them are compiled block by block, or with --whole each as a whole, in bf16. Each is checked against its
+own weights in higher precision before it is timed, twice: as a CUDA graph, which is the device's own time, and launched
+from Python, which is slower where Python is. Needs CUDA; written after every resolution, and those that are in the file
+are not run again.
 """
 
 import copy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
 from t5lib.utils.markdown import table
 
-SD35 = "sd35-medium"
+SD35, SOFTMAX = "sd35-medium", "softmax"
 # Times as fast as softmax, of SD35: what the project asks for at least, and aims at.
 TARGETS: dict[tuple[str, int], tuple[float, float | None]] = {
     ("paper", 1024): (1.14, None),
@@ -53,7 +55,7 @@ class Unmixed(nn.Module):
 def models(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
     """The models by name; the converted ones carry the softmax model's weights."""
     softmax = shape.make(device, dtype)
-    every = {"softmax": softmax}
+    every = {SOFTMAX: softmax}
     for name in sorted(shape.family.layer_sets(softmax), reverse=True):  # "paper", where there is one, then "all"
         every[name] = convert(softmax, TTTConfig(layers=name)).eval()
     every["rest"] = copy.deepcopy(every["all"])
@@ -84,7 +86,7 @@ def measure(
             "ms_runs": time.ms_runs,
             "launched_ms": time.launched_ms or time.ms,
             "launched_ms_runs": time.launched_runs or time.ms_runs,
-            "speedup": times["softmax"].ms / time.ms,
+            "speedup": times[SOFTMAX].ms / time.ms,
             "target": targets.get((name, resolution)),
             "peak_mib": time.peak_mib,
             "relative_error": time.relative_error,
@@ -94,17 +96,26 @@ def measure(
 
 
 def run(
-    out: Path, resolutions: list[int], *, device: torch.device, shape: Shape, config: TimingConfig
+    out: Path,
+    resolutions: list[int],
+    *,
+    device: torch.device,
+    shape: Shape,
+    config: TimingConfig,
+    names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Measure what is not in `out` yet; write and return everything."""
+    """Measure what is not in `out` yet; write and return everything. `names`: of the models, None for all."""
     rules = Rules.of(config, device)
     about = {"device": describe_device(device), "torch": torch.__version__, "batch": config.batch}
-    about |= {"compile": rules.compiled, "dtype": str(rules.dtype).removeprefix("torch.")}
+    about |= {"compile": rules.compiled and ("whole" if config.whole else "by block")}
+    about |= {"dtype": str(rules.dtype).removeprefix("torch.")}
     about |= {"denoiser": shape.family.name}
     about |= {"shape": {name: list(v) if isinstance(v, tuple) else v for name, v in shape.arguments.items()}}
     before = read_json(out) if out.exists() else {}
     rows = before.get("rows", []) if about.items() <= before.items() else []
     known = models(shape, device, rules.dtype)
+    if names:
+        known = {name: model for name, model in known.items() if name == SOFTMAX or name in names}
     for resolution in resolutions:
         if resolution not in {row["resolution"] for row in rows}:
             rows = rows + measure(known, shape, resolution, config, rules)
@@ -125,7 +136,7 @@ def report(result: dict[str, Any]) -> str:
             f"{row['ms']:.1f}",
             f"{row['speedup']:.2f}",
             ", ".join(f"{value:g}" for value in row["target"] or () if value),
-            f"{best[row['resolution']]:.2f}",
+            f"{best[row['resolution']]:.2f}" if best else None,
             f"{row['launched_ms']:.1f}",
             None if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}",
             f"{row['relative_error']:.1e}",
@@ -143,17 +154,26 @@ def main() -> None:
     parser.add_argument(
         "--resolutions", type=int, nargs="+", default=sides, help="sides of the images in pixels, in this order"
     )
+    parser.add_argument("--models", nargs="+", help="these only, such as softmax all (softmax is always among them)")
     parser.add_argument("--repeats", type=int, default=10, help="timed passes")
     parser.add_argument(
         "--blocks", type=int, help="take only this many blocks, where a pass takes seconds (default: all)"
     )
+    parser.add_argument("--whole", action="store_true", help="compile the model whole, which takes minutes")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("inference: no CUDA device, and on a CPU this model takes minutes a pass; run it where there is one")
     try:
         shape = SHAPES[args.model].shallower(args.blocks) if args.blocks else SHAPES[args.model]
-        config = TimingConfig(batch=shape.batch, repeats=args.repeats)
-        print(report(run(args.out, args.resolutions, device=torch.device("cuda"), shape=shape, config=config)))
+        config = TimingConfig(batch=shape.batch, repeats=args.repeats, whole=args.whole)
+        result = run(
+            *(args.out, args.resolutions),
+            device=torch.device("cuda"),
+            shape=shape,
+            config=config,
+            names=args.models,
+        )
+        print(report(result))
     except T5Error as error:
         sys.exit(f"inference: {error}")
 

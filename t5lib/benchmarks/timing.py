@@ -43,6 +43,8 @@ class TimingConfig:
         batch: images a forward pass.
         dtype: "auto" is bfloat16 on CUDA and float32 elsewhere.
         compile: torch.compile; None means on CUDA only.
+        whole: compile models whole, as `torch.compile(pipe.transformer)` does, also those that are usually compiled
+            block by block because it takes less long.
         graphs: replay each pass as a CUDA graph; None means wherever models are compiled for CUDA.
         warmup, repeats: untimed and timed passes of each model; medians count.
     """
@@ -50,6 +52,7 @@ class TimingConfig:
     batch: AtLeastOne = 1
     dtype: DType = "auto"
     compile: bool | None = None
+    whole: bool = False
     graphs: bool | None = None
     warmup: WholeNumber = 2
     repeats: AtLeastOne = 9
@@ -115,10 +118,10 @@ def time_models(
     """
     inputs = placed(inputs, rules.device, rules.dtype)
     clock: dict[str, Any] = {"warmup": config.warmup, "repeats": config.repeats, "device": rules.device}
-    with torch.inference_mode(), attention_choice(rules.device), _every_model_compiled(rules):
+    with torch.inference_mode(), attention_choice(rules.device), every_model_compiled(rules):
         cast = {name: cast_to(copy.deepcopy(model), rules.dtype) for name, model in models.items()}
         if rules.compiled:
-            cast = {name: compile_model(model, inputs) for name, model in cast.items()}
+            cast = {name: compile_model(model, inputs, whole=config.whole) for name, model in cast.items()}
         calls: dict[str, Callable[[], Any]] = {
             name: functools.partial(family_of(model).call, model, inputs) for name, model in cast.items()
         }
@@ -143,7 +146,7 @@ def _recorded(call: Callable[[], Tensor], name: str) -> Callable[[], Tensor]:
         raise T5Error(f"{name} cannot be recorded as a CUDA graph ({reason}); measure with graphs: false") from error
 
 
-def _every_model_compiled(rules: Rules) -> AbstractContextManager:
+def every_model_compiled(rules: Rules) -> AbstractContextManager:
     """All models are one class to the compiler: beyond its limit it would run the next ones as they are."""
     if not rules.compiled:
         return nullcontext()
@@ -189,15 +192,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def compile_model(model: nn.Module, inputs: Inputs) -> nn.Module:
-    """Compile `model`, in place, for inputs of this size, after one pass as it is: whole, or block by block.
+def compile_model(model: nn.Module, inputs: Inputs, whole: bool = False) -> nn.Module:
+    """Compile `model`, in place, for inputs of this size, after one pass as it is: whole, or as its family prefers.
 
     The masks that neighborhood attention keeps from its first pass would otherwise be made anew in every compiled one.
     """
     adapter = family_of(model)
     with torch.inference_mode(False), torch.no_grad():  # kept tensors may be used in training later
         adapter.call(model, inputs)
-    if adapter.compiled_by_block:
+    if adapter.compiled_by_block and not whole:
         for block in adapter.blocks(model):
             block.compile(dynamic=False)
     else:

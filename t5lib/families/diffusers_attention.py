@@ -4,18 +4,22 @@ Shapes: B latents, N image tokens, T text tokens, C channels, H heads, D head wi
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from diffusers.models.normalization import RMSNorm
 from t5kernels import RmsNorms
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from t5lib.families.base import AttentionCall
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.config import TTTConfig
-from t5lib.layers.grid import TokenGrid
-from t5lib.layers.mixers import Tokens
+from t5lib.layers.grid import TokenGrid, current_grid, grid_scope
+from t5lib.layers.mixers import Tokens, softmax_attention
 from t5lib.layers.rotary import rotated
+from t5lib.layers.split import Split
 from t5lib.utils.errors import T5Error
 
 _log = logging.getLogger(__name__)
@@ -96,13 +100,10 @@ class DiffusersTTTAttention(TTTLayer):
         """The image's tokens (B, N, C), and the text's (B, T, C) where there are any, through all of the layer."""
         image, *text = call.tokens
         call = call.of(self.mixer.prepare(image, grid), *text)
-        norms = self._norms(bool(text)) if call.rope is None else {}  # rotation comes after norms
+        alone = self.split is None
+        norms = self._norms(bool(text)) if call.rope is None and alone else {}  # rotation comes after norms
         parts = projected(self, call, normed=not norms)
-        o, text_o = self.mixer.joint(parts[0], parts[1] if text else None, grid, **norms)
-        o = self._out(_merged(o))
-        if text_o is None:
-            return o
-        return o, _merged(text_o) if self.to_add_out is None else self.to_add_out(_merged(text_o))
+        return _output(self, *self.mixer.joint(parts[0], parts[1] if text else None, grid, **norms))
 
     def _norms(self, text: bool) -> dict[str, RmsNorms]:
         """The q and k norms where the mixer does them, of image and text; nothing where modules do."""
@@ -114,10 +115,55 @@ class DiffusersTTTAttention(TTTLayer):
         of_image, *of_text = [(q.weight, k.weight) for q, k in norms]
         return {"norms": RmsNorms(of_image, of_text[0] if of_text else None, every[0].eps)}
 
-    def _out(self, o: Tensor) -> Tensor:
-        for module in self.to_out or ():  # projection, dropout
-            o = module(o)
-        return o
+
+class RowsAttention:
+    """A processor of diffusers: softmax attention where each process has some rows of the image, and all have the text.
+
+    Queries are a process's own; keys and values are fetched from all.
+
+    Args:
+        split: of the rows.
+        call_of: that of the family (DiffusersAdapter.call_of).
+    """
+
+    def __init__(self, split: Split, call_of: Callable[..., AttentionCall]):
+        self.split, self.call_of = split, call_of
+
+    def __call__(
+        self,
+        attention: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Tokens (B, N, C) of this process, and the text's (B, T, C); returns the same, or both.
+
+        Args:
+            image_rotary_emb: angles, as the family has them.
+            encoder_hidden_states_mask: (B, T) bool, which tokens are text and no padding.
+
+        Raises:
+            T5Error: a mask is given.
+        """
+        if attention_mask is not None:
+            raise T5Error("an attention whose image several processes share takes no attention_mask; call without it")
+        grid = self.split.part(current_grid())
+        with grid_scope(grid):
+            call = self.call_of(hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb)
+        (q, k, v), *text = projected(attention, call)
+        k, v = grid.gathered(k, v)
+        for of_text in text:
+            q, k, v = (torch.cat(both, dim=2) for both in zip((q, k, v), of_text, strict=True))
+        mask = encoder_hidden_states_mask
+        if mask is not None:
+            mask = F.pad(mask, (k.shape[2] - mask.shape[1], 0), value=True)[:, None, None]
+        o, text_o = softmax_attention(q, k, v, mask).tensor_split((grid.rows * grid.columns,), dim=2)
+        out = _output(attention, o, text_o if text else None)
+        if isinstance(out, tuple) and encoder_hidden_states is None:  # they came in one sequence, text first
+            return torch.cat(out[::-1], dim=1)
+        return out
 
 
 def check_attention(attention: nn.Module, name: str, kind: type[nn.Module], processors: tuple[type, ...]) -> None:
@@ -136,6 +182,17 @@ def check_attention(attention: nn.Module, name: str, kind: type[nn.Module], proc
             f"{name} has the processor {type(attention.processor).__name__}, whose attention a TTT layer has no "
             f"counterpart for; expected {expected}: take adapters (IP-Adapter, PAG, …) off first"
         )
+
+
+def _output(attention: nn.Module, o: Tensor, text_o: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    """Heads (B, H, N, D), and the text's (B, H, T, D) if any, merged and through the output projections there are."""
+    o = _merged(o)
+    for module in getattr(attention, "to_out", None) or ():  # projection, dropout
+        o = module(o)
+    if text_o is None:
+        return o
+    to_add_out = getattr(attention, "to_add_out", None)
+    return o, _merged(text_o) if to_add_out is None else to_add_out(_merged(text_o))
 
 
 def _merged(o: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.families.replacement import convert_as_told
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, tell_grid
+from t5lib.layers.split import RowsOfGrid
 from t5lib.utils.config import LARGEST, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.threads import of_this_thread
@@ -109,6 +110,9 @@ class DiffusersAdapter(Adapter):
         softmax_class: of the models, diffusers' own; converted_class: a subclass whose config.json tells the layers.
         attention_class, processors: of attentions that are plain softmax; layer_class: of those that take their place.
         mlps: names of a block's MLPs.
+        tokens_from, tokens_to: names of the part that makes the image's tokens (B, N, C) for the blocks, and of the
+            last one that takes them, each by itself.
+        angles_from: name of the part that makes the angles of rotary positions; None where there are none.
     """
 
     package = "diffusers"
@@ -120,6 +124,9 @@ class DiffusersAdapter(Adapter):
     layer_class: ClassVar[type[DiffusersTTTAttention]] = DiffusersTTTAttention
     processors: ClassVar[tuple[type, ...]]
     mlps: ClassVar[tuple[str, ...]] = ("ff", "ff_context")
+    tokens_from: ClassVar[str] = "pos_embed"
+    tokens_to: ClassVar[str] = "proj_out"
+    angles_from: ClassVar[str | None] = None
 
     @abstractmethod
     def conditions(self, model: nn.Module) -> dict[str, tuple[int | str, ...]]:
@@ -238,6 +245,10 @@ class DiffusersAdapter(Adapter):
     def projections(self, layer: nn.Module) -> list[nn.Module]:
         parts = (getattr(layer, name, None) for name in (*IMAGE, *TEXT))
         return [part for part in parts if part is not None]
+
+    def own_angles(self, angles: Any, grid: RowsOfGrid) -> Any:
+        """Of what `angles_from` gives what this process needs, which has some rows of the image and all of the text."""
+        raise NotImplementedError
 
     def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:
         expected = self.conditions(model)

@@ -84,6 +84,7 @@ class DiT(DiffusersAdapter):
     softmax_class = DiTTransformer2DModel
     converted_class = T5DiTTransformer2DModel
     processors = (AttnProcessor2_0,)
+    tokens_to = "proj_out_2"
 
     def conditions(self, model: nn.Module) -> dict[str, tuple[int | str, ...]]:
         return {"timestep": (), "class_labels": ()}

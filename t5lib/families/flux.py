@@ -7,9 +7,10 @@ queries and keys. In the numbering of TTTConfig.layers those of the single block
 A forward is told where its tokens lie by `img_ids`, a row (image, row, column) a token, from which the grid is read.
 """
 
+import functools
 from collections.abc import Iterable
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import FluxTransformer2DModel, ModelMixin  # ModelMixin: from_pretrained of a pipeline looks for it here
@@ -21,6 +22,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from t5lib.families.base import AttentionCall
 from t5lib.families.diffusers_base import ConvertedModel, converting_init
@@ -33,6 +35,7 @@ from t5lib.families.packed_latents import (
     telling_its_grid,
 )
 from t5lib.layers.grid import TokenGrid, current_grid
+from t5lib.layers.split import RowsOfGrid
 from t5lib.utils.errors import T5Error
 from t5lib.utils.threads import of_this_thread
 
@@ -42,10 +45,22 @@ DEV: dict[str, Any] = {"guidance_embeds": True}  # arguments of FluxTransformer2
 BLOCKS = {"transformer_blocks": FluxTransformerBlock, "single_transformer_blocks": FluxSingleTransformerBlock}
 
 
-def image_ids(grid: TokenGrid) -> Tensor:
-    """The ids (N, 3) of the tokens of one image: 0, row, column."""
-    rows, columns = torch.meshgrid(torch.arange(grid.rows), torch.arange(grid.columns), indexing="ij")
-    return torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).flatten(0, 1).float()
+class _KnownGrid(NamedTuple):
+    """What grid_of has read of a tensor of ids, while that had this version."""
+
+    version: int
+    sides: tuple[int, int]
+
+
+_known = WeakTensorKeyDictionary()  # _KnownGrid by the tensor itself
+
+
+@functools.lru_cache(maxsize=16)
+def image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
+    """The ids (N, 3) of the tokens of one image: 0, row, column. They are kept; not to be changed."""
+    with torch.inference_mode(False):
+        sides = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        return torch.stack((torch.zeros_like(sides[0]), *sides), dim=-1).flatten(0, 1).float().to(device)
 
 
 @torch.compiler.disable(
@@ -55,15 +70,26 @@ def image_ids(grid: TokenGrid) -> Tensor:
 def grid_of(ids: Tensor | None) -> tuple[int, int]:
     """Rows and columns of the image whose tokens have these ids, (N, 3) or, as once, (B, N, 3).
 
+    A pipeline passes the same tensor in every step. It is read once: that waits for the card, and no CUDA graph can do
+    it.
+
     Raises:
         T5Error: they are not those of one image, row by row.
     """
     if ids is None:
         raise T5Error("a converted Flux is called without img_ids, which give its grid; pass them as the pipeline does")
+    version = 0 if ids.is_inference() else ids._version  # an inference tensor counts no changes
+    known = _known.get(ids)
+    if known is None or known.version != version:
+        known = _known[ids] = _KnownGrid(version, _read_grid(ids))
+    return known.sides
+
+
+def _read_grid(ids: Tensor) -> tuple[int, int]:
     own = (ids[0] if ids.ndim == 3 else ids).cpu()
     columns = int((own[:, 1] == 0).cumprod(0).sum())  # 1 and more are not 0 in any precision
     grid = TokenGrid(len(own) // max(columns, 1), columns)
-    expected = image_ids(grid).to(own.dtype)
+    expected = image_ids(grid.rows, grid.columns, own.device).to(own.dtype)
     if not torch.equal(own, expected):
         at = next((i for i, (a, b) in enumerate(zip(own, expected, strict=False)) if not a.equal(b)), len(expected))
         raise T5Error(
@@ -88,6 +114,12 @@ class FluxTTTAttention(RotaryJointTTTAttention):
         sines, cosines = table.roll(-tokens, dims=0).chunk(2, dim=-1)
         return cosines, sines
 
+    @staticmethod
+    def own_angles(angles: tuple[Tensor, Tensor], grid: RowsOfGrid) -> tuple[Tensor, Tensor]:
+        text = angles[0].shape[0] - grid.total * grid.columns
+        cosines, sines = (torch.cat((each[:text], each[text:][grid.tokens])) for each in angles)
+        return cosines, sines
+
 
 class T5FluxTransformer2DModel(ConvertedModel, FluxTransformer2DModel):  # type: ignore[misc]  # diffusers' own bases differ
     """A FluxTransformer2DModel with TTT layers; t5lib.convert makes them, from_pretrained and pipelines load them."""
@@ -105,6 +137,7 @@ class Flux(PackedLatentsAdapter):
     attention_class = FluxAttention
     layer_class = FluxTTTAttention
     processors = (FluxAttnProcessor,)
+    tokens_from = "x_embedder"
     mlps = ("ff", "ff_context", "proj_mlp")  # the MLP's way out of a single block is the attention's too, and is kept
 
     def conditions(self, model: nn.Module) -> dict[str, tuple[int | str, ...]]:
@@ -141,7 +174,8 @@ class Flux(PackedLatentsAdapter):
 
     def places(self, inputs: Inputs, grid: TokenGrid) -> dict[str, Any]:
         latents, text = inputs[self.input_name], inputs["encoder_hidden_states"]
-        return {"img_ids": image_ids(grid).to(latents.device), "txt_ids": text.new_zeros(text.shape[1], 3)}
+        ids = image_ids(grid.rows, grid.columns, latents.device)
+        return {"img_ids": ids, "txt_ids": text.new_zeros(text.shape[1], 3)}
 
     def watch(
         self, attention: nn.Module, calls: dict[str, AttentionCall], outputs: dict[str, Tensor], name: str

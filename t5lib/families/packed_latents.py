@@ -22,6 +22,7 @@ from t5lib.families.diffusers_attention import DiffusersTTTAttention
 from t5lib.families.diffusers_base import DiffusersAdapter
 from t5lib.families.inputs import Inputs
 from t5lib.layers.grid import TokenGrid, carry_grid, current_grid, drop_grid, grid_scope, one_pass, tell_grid
+from t5lib.layers.split import RowsOfGrid
 from t5lib.utils.errors import T5Error
 
 SIDE = 2  # latents that a token is wide
@@ -49,6 +50,11 @@ class RotaryJointTTTAttention(DiffusersTTTAttention):
     @abstractmethod
     def angles(table: Tensor, tokens: int) -> Any:
         """What `table` was made of."""
+
+    @staticmethod
+    @abstractmethod
+    def own_angles(angles: Any, grid: RowsOfGrid) -> Any:
+        """Of the angles of image and text those of the text, and of this process's part of the image."""
 
     @classmethod
     def call_of(cls, x: Tensor, text: Tensor | None, angles: Any, grid: TokenGrid) -> AttentionCall:
@@ -78,6 +84,7 @@ class PackedLatentsAdapter(DiffusersAdapter):
     (`telling_its_grid`)."""
 
     layer_class: ClassVar[type[RotaryJointTTTAttention]]
+    angles_from = "pos_embed"
 
     @abstractmethod
     def places(self, inputs: Inputs, grid: TokenGrid) -> dict[str, Any]:
@@ -100,6 +107,9 @@ class PackedLatentsAdapter(DiffusersAdapter):
     def drop_grid(self, model: nn.Module) -> None:
         for blocks in self.block_lists(model):
             drop_grid(blocks)
+
+    def own_angles(self, angles: Any, grid: RowsOfGrid) -> Any:
+        return self.layer_class.own_angles(angles, grid)
 
     def sees_text(self, attention: nn.Module) -> bool:
         return True

@@ -76,9 +76,13 @@ class PixArt(DiffusersAdapter):
         """See Adapter; PixArt-α of 1,024 px also takes the size of the image, which the others ignore."""
         latents = inputs[self.input_name]
         height, width = (side * PIXELS_PER_LATENT for side in latents.shape[-2:])
+
+        def column(value: float) -> Tensor:  # made on the device: a copy to it could not be part of a CUDA graph
+            return latents.new_full((len(latents), 1), value)
+
         size = {
-            "resolution": latents.new_tensor([height, width]).repeat(len(latents), 1),
-            "aspect_ratio": latents.new_tensor([height / width]).repeat(len(latents), 1),
+            "resolution": torch.cat((column(height), column(width)), dim=1),
+            "aspect_ratio": column(height / width),
         }
         return model(**inputs, added_cond_kwargs=size, return_dict=False)[0]
 

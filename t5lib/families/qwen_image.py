@@ -23,6 +23,7 @@ from t5lib.families.diffusers_base import ConvertedModel, converting_init
 from t5lib.families.inputs import ExampleSize, Inputs
 from t5lib.families.packed_latents import PackedLatentsAdapter, RotaryJointTTTAttention, telling_its_grid
 from t5lib.layers.grid import TokenGrid
+from t5lib.layers.split import RowsOfGrid
 from t5lib.utils.errors import T5Error
 
 __all__ = ["ADAPTER", "QWEN_IMAGE", "ModelMixin", "T5QwenImageTransformer2DModel"]
@@ -68,6 +69,11 @@ class QwenImageTTTAttention(RotaryJointTTTAttention):
         image, text = torch.complex(cosines, sines).tensor_split((tokens,))
         return image, text
 
+    @staticmethod
+    def own_angles(angles: tuple[Tensor, Tensor], grid: RowsOfGrid) -> tuple[Tensor, Tensor]:
+        image, text = angles
+        return image[grid.tokens], text
+
     def forward(  # type: ignore[override]  # as the softmax attentions are called, which differ too
         self,
         hidden_states: Tensor,
@@ -111,6 +117,7 @@ class QwenImage(PackedLatentsAdapter):
     converted_class = T5QwenImageTransformer2DModel
     layer_class = QwenImageTTTAttention
     processors = (QwenDoubleStreamAttnProcessor2_0,)
+    tokens_from = "img_in"
     mlps = ("img_mlp", "txt_mlp")
 
     def conditions(self, model: nn.Module) -> dict[str, tuple[int | str, ...]]:

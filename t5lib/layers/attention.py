@@ -11,6 +11,7 @@ from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid, current_grid
 from t5lib.layers.mixers import Mixer
 from t5lib.layers.rotary import rotated
+from t5lib.layers.split import Split
 from t5lib.utils.config import shown
 from t5lib.utils.errors import T5Error
 
@@ -30,6 +31,8 @@ class TTTLayer(nn.Module):
         num_heads, head_dim: of the layer.
         num_prefix_tokens: class and register tokens of the model, which come before the grid's.
         mixer: holds every new parameter.
+        split: how several processes share an image, of which each calls the layer with its own rows; None where a
+            process has all of it.
     """
 
     inherited: tuple[str, ...]
@@ -37,16 +40,19 @@ class TTTLayer(nn.Module):
     head_dim: int
     num_prefix_tokens: int
     mixer: Mixer
+    split: Split | None = None
 
     def grid(self, given: TokenGrid | None) -> TokenGrid:
-        """The layout of the image's tokens in this call: `given`, or that of the running forward.
+        """The layout of the image's tokens in this call: `given`, or that of the running forward; of them this
+        process's part where the image is split.
 
         Raises:
             T5Error: `given` is something else, or nothing tells the layout.
         """
         if not isinstance(given, TokenGrid | None):
             raise T5Error(f"grid is {shown(given)}; expected TokenGrid(rows, columns, num_prefix_tokens)")
-        return given or current_grid(self.num_prefix_tokens)
+        grid = given or current_grid(self.num_prefix_tokens)
+        return grid if self.split is None else self.split.part(grid)
 
     def __prepare_scriptable__(self) -> "TTTLayer":
         """What torch.jit.script calls first."""

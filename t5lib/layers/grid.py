@@ -44,6 +44,27 @@ class TokenGrid:
         """This layout with suffix tokens after it."""
         return replace(self, num_suffix_tokens=num_suffix_tokens)
 
+    @property
+    def whole(self) -> "TokenGrid":
+        """The grid of all of the image; that of a process that has some of its rows is a part of it."""
+        return self
+
+    def with_neighbors(
+        self, compute: Callable[..., Any], *tokens: Tensor, window: int, moves_inward: bool = False
+    ) -> Any:
+        """`compute(*tokens, grid)`, where a token's result depends on tokens within a window of rows around its own.
+
+        Args:
+            tokens: (B, H, N, D) each, all tokens of this grid. `compute` gives one such tensor, or several.
+            window: rows, an odd number.
+            moves_inward: at the image's border the window moves inward; otherwise it ends there.
+        """
+        return compute(*tokens, self)
+
+    def gathered(self, *tokens: Tensor) -> list[Tensor]:
+        """These tokens (B, H, N, D) of the whole image."""
+        return list(tokens)
+
     def check(self, num_tokens: int) -> None:
         """Raises T5Error when `num_tokens` tokens cannot be this grid with its prefix and suffix."""
         held = self.rows * self.columns
@@ -114,6 +135,18 @@ def tell_grid(embedding: nn.Module, rows: int, columns: int) -> None:
         raise T5Error("torch.fx traces without sizes, and a TTT layer needs its grid's size; use torch.export")
     if _thread.running is not None and _thread.running.embedding is embedding:
         _thread.running.grid = torch.empty(rows, columns, 0)
+
+
+def told_grid() -> TokenGrid:
+    """The grid of the image that the forward of this thread is about, which its embedding has been called with.
+
+    Raises:
+        T5Error: no forward of a converted model runs, or nothing has told its grid yet.
+    """
+    if _thread.running is None or _thread.running.grid is None:
+        raise T5Error("no forward of a converted model is running in this thread; call the model as a whole")
+    rows, columns, _ = _thread.running.grid.shape
+    return TokenGrid(rows, columns)
 
 
 def current_grid(num_prefix_tokens: int = 0) -> TokenGrid:

@@ -90,13 +90,13 @@ class Mixer(nn.Module):
             T5Error: the image's tokens do not fit the grid.
         """
         if text is not None and self.config.text == "exact":
-            return self._with_exact_text(self.joint(image, None, grid)[0], image, text)
+            return self._with_exact_text(self.joint(image, None, grid)[0], image, text, grid)
         self._check(grid, image[0].shape[2])
         o, text_o = self.attend(image, text, grid, **norms)
         if self.config.convolution == "dwc_v":
             o = o + convolved(image[2], self.v_conv, grid)
         elif self.config.convolution == "dconv_v":
-            o = o + self.v_dconv(image[2], grid)
+            o = o + grid.with_neighbors(self.v_dconv, image[2], window=3)
         window = self.config.window
         return self._with_neighborhood(o, *image, grid, window) if window else o, text_o
 
@@ -145,7 +145,7 @@ class Mixer(nn.Module):
         if self.config.locality != "none":
             grid.check(num_tokens)
 
-    def _with_exact_text(self, o: Tensor, image: Tokens, text: Tokens) -> tuple[Tensor, Tensor]:
+    def _with_exact_text(self, o: Tensor, image: Tokens, text: Tokens, grid: TokenGrid) -> tuple[Tensor, Tensor]:
         """Softmax attention wherever text takes part; the cost, T·(N + T) and N·T, is linear in N.
 
         A part of `o`, what image tokens make of the image, gives way to softmax attention to the text. Softmax over all
@@ -157,17 +157,22 @@ class Mixer(nn.Module):
         normalizer and so shares one with the text's.
         """
         (q, k, v), (text_q, text_k, text_v) = image, text
+        k, v = grid.gathered(k, v)
         text_o = softmax_attention(text_q, torch.cat((k, text_k), dim=2), torch.cat((v, text_v), dim=2))
         of_text = softmax_attention(q, text_k, text_v).to(o.dtype)
         weight = text_k.shape[2] * self.text_weight.exp()
-        return torch.lerp(o, of_text, (weight / (weight + q.shape[2])).to(o.dtype)), text_o
+        return torch.lerp(o, of_text, (weight / (weight + k.shape[2])).to(o.dtype)), text_o
 
     def _with_neighborhood(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, window: int) -> Tensor:
         """A part of `o` gives way to neighborhood attention of the projections as they come, on the grid alone."""
         check_window(self.config, grid)
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
+            return neighborhood_attention(q, k, v, rows=grid.rows, columns=grid.columns, window=window)
+
         own = grid.patches
         q, k, v = (t[:, :, own] for t in (q, k, v))
-        near = neighborhood_attention(q, k, v, rows=grid.rows, columns=grid.columns, window=window)
+        near = grid.with_neighbors(attention, q, k, v, window=window, moves_inward=True)
         learned = self.config.neighborhood_share == "learned"
         share = torch.sigmoid(self.near_share).to(o.dtype) if learned else 0.5
         mixed = torch.lerp(o[:, :, own], near.to(o.dtype), share)
@@ -182,6 +187,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
 def check_window(config: TTTConfig, grid: TokenGrid) -> None:
     """Raises T5Error when the neighborhood of `config` is larger than `grid`."""
+    grid = grid.whole
     if config.window and min(grid.rows, grid.columns) < config.window:
         raise T5Error(
             f"locality '{config.locality}' looks at {config.window}×{config.window} tokens, more than the grid of "
@@ -192,5 +198,9 @@ def check_window(config: TTTConfig, grid: TokenGrid) -> None:
 def convolved(x: Tensor, conv: nn.Conv2d, grid: TokenGrid) -> Tensor:
     """Depthwise convolution over the token grid, 0 elsewhere. x: (B, H, N, D), conv over H·D channels."""
     grid.check(x.shape[2])
-    assert conv.bias is not None
-    return t5kernels.convolved(x, conv.weight, conv.bias, grid)
+
+    def over_grid(x: Tensor, grid: TokenGrid) -> Tensor:
+        assert conv.bias is not None
+        return t5kernels.convolved(x, conv.weight, conv.bias, grid)
+
+    return grid.with_neighbors(over_grid, x, window=conv.kernel_size[0])

@@ -4,12 +4,24 @@ Shapes: B images, H heads, N image tokens, T text tokens, D head width.
 """
 
 import t5kernels
-from t5kernels import INNER_WEIGHTS, RmsNorms, ttt_layer
+from t5kernels import (
+    INNER_WEIGHTS,
+    OVER_TOKENS,
+    KeyStatistics,
+    RmsNorms,
+    ttt_accumulate,
+    ttt_apply,
+    ttt_layer,
+    ttt_prepare,
+)
 from torch import Tensor
 
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.mixers import Mixer, Tokens
+from t5lib.layers.split import RowsOfGrid
+
+Conv = tuple[Tensor, Tensor]
 
 
 class TTTMixer(Mixer):
@@ -39,7 +51,53 @@ class TTTMixer(Mixer):
         image = (*self.rescaled(*image[:2]), image[2])
         text = (*self.rescaled(*text[:2]), text[2]) if text else None
         weights = tuple(getattr(self, name) for name in self.weight_names)
-        q_conv = k_conv = None
-        if self.config.convolution == "dwc_qk":
-            q_conv, k_conv = ((conv.weight, conv.bias) for conv in (self.q_conv, self.k_conv))
+        if isinstance(grid, RowsOfGrid):
+            return self._attend_together(image, text, grid, weights)
+        q_conv, k_conv = self._convolutions()
         return ttt_layer(image, weights, self.settings, grid=grid, q_conv=q_conv, k_conv=k_conv, text=text, norms=norms)
+
+    def _convolutions(self) -> tuple[Conv | None, Conv | None]:
+        """Weight and bias of those of q and k, where there are any."""
+        if self.config.convolution != "dwc_qk":
+            return None, None
+        return (self.q_conv.weight, self.q_conv.bias), (self.k_conv.weight, self.k_conv.bias)
+
+    def _attend_together(
+        self, image: Tokens, text: Tokens | None, grid: RowsOfGrid, weights: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """`attend` where this process has some rows of the image; text is the same in all, and counts once."""
+        own = self.settings
+        q, k, v = image
+        of_image, of_text = self._statistics(k, text, grid)
+
+        q_conv, k_conv = self._convolutions()
+
+        def prepared(q: Tensor, k: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
+            k = ttt_prepare(k, key_norm=own.key_norm, eps=own.eps, statistics=of_image, conv=k_conv, grid=grid)
+            return ttt_prepare(q, conv=q_conv, grid=grid), k
+
+        q, k = grid.with_neighbors(prepared, q, k, window=3) if q_conv else prepared(q, k, grid)
+        tokens = grid.total * grid.columns + (text[0].shape[2] if text else 0)
+        fit = {"inner": own.inner, "loss": own.loss, "scale": self.head_dim**-0.5 / tokens}
+        step = grid.summed(ttt_accumulate(k, v, weights, **fit))
+        if text is None:
+            return ttt_apply(q, weights, step, inner=own.inner), None
+        text_q, text_k, text_v = text
+        text_k = ttt_prepare(text_k, key_norm=own.key_norm, eps=own.eps, statistics=of_text)
+        step = step + ttt_accumulate(text_k, text_v, weights, **fit)
+        return ttt_apply(q, weights, step, inner=own.inner), ttt_apply(text_q, weights, step, inner=own.inner)
+
+    def _statistics(
+        self, k: Tensor, text: Tokens | None, grid: RowsOfGrid
+    ) -> tuple[KeyStatistics | None, KeyStatistics | None]:
+        """What the keys of image and text are normalized by; None where a norm is of each token by itself."""
+        if self.settings.key_norm not in OVER_TOKENS:
+            return None, None
+        of_image = grid.statistics(k)
+        if text is None:
+            return of_image, None
+        of_text = KeyStatistics.of(text[1])
+        if self.settings.norm_scope == "modality":
+            return of_image, of_text
+        both = KeyStatistics.merged([of_image, of_text])
+        return both, both

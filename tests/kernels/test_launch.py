@@ -44,15 +44,15 @@ def test_programs_share_all_tokens_and_keep_a_large_card_busy(blocks, heads, ima
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_known", {})
     return StandIn()
 
 
-def test_triton_chooses_a_compilation_once_and_every_launch_has_its_own_grid_and_tensors(kernel):
+def test_triton_chooses_a_compilation_once_a_grid_and_every_launch_has_its_own_tensors(kernel):
     x, y, tile = torch.zeros(64), torch.ones(64), launch.Tile(block=16, warps=4)
-    for tensor, grid in ((x, (2, 3)), (y, (2, 3)), (y, (4, 1, 5))):
+    for tensor, grid in ((x, (2, 3)), (x, (4, 1, 5)), (y, (2, 3)), (y, (4, 1, 5))):
         launch.launch(kernel, grid, tensor, tile, tensor, 7, 0.5)
-    assert kernel.chosen == [((2, 3, 1), (x, 7, 0.5, False), tile.options)]
+    assert kernel.chosen == [(grid, (x, 7, 0.5, False), tile.options) for grid in ((2, 3, 1), (4, 1, 5))]
     assert [grid for grid, _ in kernel.launched] == [(2, 3, 1), (4, 1, 5)]
     assert all(arguments[0] is y and arguments[1:] == (7, 0.5, False) for _, arguments in kernel.launched)
 
@@ -70,8 +70,8 @@ def test_whatever_triton_compiles_for_makes_another_compilation(kernel):
 
 
 def test_sizes_that_never_repeat_take_no_more_and_more_memory(kernel, monkeypatch):
-    monkeypatch.setattr(launch, "MOST_COMPILED", 10)
+    monkeypatch.setattr(launch, "MOST_KNOWN", 10)
     x, tile = torch.zeros(64), launch.Tile(block=16, warps=4)
     for number in range(100):
         launch.launch(kernel, (1, 1), x, tile, x, number)
-    assert len(launch._compiled) <= 10
+    assert len(launch._known) <= 10

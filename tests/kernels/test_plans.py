@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layer_cases import FULL, LEAST, Case, call, draw
+from layer_cases import BARE as NO_KEY_NORM
+from layer_cases import FULL, LEAST, Case, call, draw, results
 from t5kernels import Settings, launch, plans
 from t5kernels.launch import Launch
 from torch import Tensor
-from triton_device import CUDA
 
 LAST = replace(LEAST, images=2, settings=Settings(inner="swiglu_last"))
+MODALITY = replace(FULL, settings=Settings(norm_scope="modality"))
+BARE = Case(heads=1, text=3, conv=False, settings=NO_KEY_NORM)
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +37,18 @@ def test_a_planned_layer_gives_the_same_bits_for_other_tokens_and_weights(case):
     expected = outputs(case, leaves)
     for out, same, plain in zip(replayed, again, expected, strict=True):
         assert torch.equal(out, plain) and torch.equal(same, plain) and out.stride() == plain.stride()
+
+
+@pytest.mark.parametrize("case", [FULL, MODALITY, LAST, BARE], ids=str)
+def test_a_planned_backward_gives_the_same_bits(case):
+    dtype = torch.float16
+    results(case, draw(case, dtype, seed=1), "triton")
+    assert len(plans._plans) == 2 and None not in plans._plans.values()
+    planned = results(case, draw(case, dtype, seed=2), "triton")
+    assert len(plans._plans) == 2
+    plans._plans.clear()
+    expected = results(case, draw(case, dtype, seed=2), "triton")
+    assert expected.keys() == planned.keys() and all(torch.equal(planned[name], expected[name]) for name in expected)
 
 
 def test_a_layout_has_its_own_plan():
@@ -83,20 +97,15 @@ def test_sizes_that_never_repeat_take_no_more_and_more_memory(monkeypatch):
     assert len(plans._plans) <= 5
 
 
-@pytest.mark.skipif(CUDA, reason="for the interpreter, which is given tensors")
-def test_on_a_card_launches_are_given_addresses(monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(launch, "stream_of", lambda x: {"stream": 7})
+def test_on_a_card_the_driver_gets_the_addresses_of_every_call(monkeypatch):
+    monkeypatch.setattr(launch, "stream_of", lambda x: 7)
     seen = []
-
-    def run(*arguments, stream):
-        seen.append((arguments, stream))
-
     x = torch.zeros(100)
-    plan = plans.Plan(
-        [plans.Step(run, [None, 3, None, None], [plans.Place(0, 0, 0, x.dtype), *[plans.Place(2, 1, 40, x.dtype)]])],
-        [((5, 4), (4, 1), torch.float32)],
-        300,
-    )
-    (out,) = plan((x,))
-    assert out.shape == (5, 4) and seen == [((x.data_ptr(), 3, out.data_ptr() + 40, None), 7)]
+    places = [plans.Place(0, 0, 0, x.dtype), plans.Place(2, 1, 40, x.dtype)]
+    specs = [((5, 4), (4, 1), torch.float32)]
+    plan = plans.Plan([plans.Step(print, [None, 3, None, None], places)], specs, 300, lambda *told: seen.append(told))
+    for inputs in ((x,), (x[10:],)):
+        (out,) = plan(inputs)
+        assert out.shape == (5, 4)
+        addresses, stream = seen.pop()
+        assert addresses.tolist() == [inputs[0].data_ptr(), out.data_ptr() + 40] and stream == 7

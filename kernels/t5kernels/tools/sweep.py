@@ -58,22 +58,27 @@ def calls(case: Case) -> dict[str, Call]:
     layer.take_statistics([part], key_sums, case.settings.norm_scope, 0.0)
     queries, keys = triton_launch.prepared(q, part.for_q), triton_launch.prepared(k, part.for_k)
     step = ttt.launch_accumulate([(keys, v)], weights, scale, steps=3)
-    _, d_step = ttt.launch_apply_backward(d_out, queries, weights, step)
-    d_last = d_step[:, :, -1:].contiguous()
+    _, d_step = ttt.launch_apply_backward([(d_out, queries)], weights, step)
     dk = ttt.launch_accumulate_backward(d_step, keys, v, weights, scale)[0]
-    dn, sums = triton_launch.prepare_backward(dk, k, part.for_k)
-    assert sums is not None
-    totals = sums[:, 10:].contiguous()
+    (dn,), sums = triton_launch.prepare_backward([(dk, k, part.for_k)])
 
     def norm_backward() -> tuple[Tensor]:
         out = dn.clone()  # the kernel writes in place; the copy costs a pass more, the same for every tile
-        triton_launch.norm_backward(out, k, part.for_k, totals)
+        triton_launch.norm_backward(out, k, part.for_k, sums)
         return (out,)
 
     def prepare_backward() -> tuple[Tensor, Tensor]:
-        dx, own_sums = triton_launch.prepare_backward(dk, k, part.for_k)
+        (dx,), own_sums = triton_launch.prepare_backward([(dk, k, part.for_k)])
         assert own_sums is not None
         return dx, own_sums
+
+    def apply_backward() -> tuple[Tensor, Tensor]:
+        (dq,), d_stepped = ttt.launch_apply_backward([(d_out, queries)], weights, step)
+        return dq, d_stepped
+
+    def accumulate_backward(d_step: Tensor) -> tuple[Tensor, ...]:
+        *d_tokens, own_sums = ttt.launch_accumulate_backward(d_step, keys, v, weights, scale)
+        return *d_tokens, ttt.weights_summed(own_sums)
 
     def statistics() -> tuple[Tensor]:
         layer.take_statistics([part], key_sums, case.settings.norm_scope, 0.0)
@@ -85,9 +90,9 @@ def calls(case: Case) -> dict[str, Call]:
         "accumulate": lambda: (ttt.launch_accumulate([(keys, v)], weights, scale, steps=3),),
         "accumulate_last": lambda: (ttt.launch_accumulate([(keys, v)], weights, scale, steps=1),),
         "apply": lambda: (ttt.launch_apply(queries, weights, step),),
-        "apply_backward": lambda: ttt.launch_apply_backward(d_out, queries, weights, step),
-        "accumulate_backward": lambda: ttt.launch_accumulate_backward(d_step, keys, v, weights, scale),
-        "accumulate_last_backward": lambda: ttt.launch_accumulate_backward(d_last, keys, v, weights, scale),
+        "apply_backward": apply_backward,
+        "accumulate_backward": lambda: accumulate_backward(d_step),
+        "accumulate_last_backward": lambda: accumulate_backward(d_step[:, :, -1:]),
         "prepare_backward": prepare_backward,
         "norm_backward": norm_backward,
     }

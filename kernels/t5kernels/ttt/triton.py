@@ -114,56 +114,82 @@ def launch_apply(q: Tensor, weights: Sequence[Tensor], step: Tensor) -> Tensor:
     return out
 
 
-def launch_apply_backward(d_out: Tensor, q: Tensor, weights: Sequence[Tensor], step: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of q, and (B, H, 3, D, D) in float32 minus that of the stepped weights of every image.
+def launch_apply_backward(
+    tokens: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor], step: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """From the gradient of the output and the queries of each part of a sequence.
 
-    Of those that step it is the gradient of the step, the last S; its negative sum over images is what the weights get.
+    The gradients of the queries; and (B, H, 3, D, D) in float32 minus that of the stepped weights of every image. Of
+    those that step it is the gradient of the step, the last S; its negative sum over images is what the weights get.
     """
-    B, H, N, D = q.shape
-    width, tile, slices = _tile_for("apply_backward", q)
-    chunk, chunks, _ = chunks_of(q, tile, B * H)
-    dq = like_tokens(q)
-    sums = q.new_empty(B * H, chunks, 3, D, D, dtype=torch.float32)
-    launch(
-        *(kernels.apply_backward_kernel, (B * H, chunks), q, tile),
-        *(d_out, q, *contiguous(*weights, step), dq, sums),
-        *(*d_out.stride(), *q.stride(), *dq.stride()),
-        *(H, N, chunk),
-        *(D, width, tile.hidden, tile.block, slices, step.shape[2] == 1),
-    )
-    return dq, sum_over_chunks(sums).view(B, H, 3, D, D)
+    first = tokens[0][1]
+    B, H, _, D = first.shape
+    width, tile, slices = _tile_for("apply_backward", first)
+    shares = [chunks_of(q, tile, B * H)[:2] for _, q in tokens]
+    capacity = sum(chunks for _, chunks in shares)
+    sums = first.new_empty(B * H, capacity, 3, D, D, dtype=torch.float32)
+    gradients, free = [], 0
+    for (d_out, q), (chunk, chunks) in zip(tokens, shares, strict=True):
+        dq = like_tokens(q)
+        launch(
+            *(kernels.apply_backward_kernel, (B * H, chunks), q, tile),
+            *(d_out, q, *contiguous(*weights, step), dq, sums[:, free:]),
+            *(*d_out.stride(), *q.stride(), *dq.stride()),
+            *(H, q.shape[2], chunk, capacity),
+            *(D, width, tile.hidden, tile.block, slices, step.shape[2] == 1),
+        )
+        gradients.append(dq)
+        free += chunks
+    return gradients, sum_over_chunks(sums).view(B, H, 3, D, D)
 
 
 def launch_accumulate_backward(
     d_step: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of k and v, and in float32 those of the weights that the step depends on, (3 or 2, H, D, D)."""
+    """The gradients of k and v, and in float32 partial sums of those of the weights that the step depends on.
+
+    Args:
+        d_step: (B, H, S, D, D); where S is 1, it may be a part of (B, H, 3, D, D).
+
+    Returns:
+        dk and dv, (B, H, N, D); (groups of images, H, chunks, 3 or 2, D, D), see `weights_summed`.
+    """
     B, H, N, D = k.shape
-    name, kernel = _kernel_of("accumulate{}_backward", d_step.shape[2])
+    steps = d_step.shape[2]
+    name, kernel = _kernel_of("accumulate{}_backward", steps)
     width, tile, slices = _tile_for(name, k)
     chunk, chunks, images = chunks_of(k, tile, H, B)
-    groups, weighed = ceil_div(B, images), _weighed(d_step.shape[2])
+    groups = ceil_div(B, images)
     dk, dv = like_tokens(k), like_tokens(v)
-    sums = k.new_empty(groups * H, chunks, weighed, D, D, dtype=torch.float32)
+    sums = k.new_empty(groups, H, chunks, _weighed(steps), D, D, dtype=torch.float32)
     launch(
         *(kernel, (groups * H, chunks), k, tile),
-        *(*contiguous(d_step), k, v, *contiguous(*weights), dk, dv, sums),
+        *(d_step, k, v, *contiguous(*weights), dk, dv, sums),
         *(*k.stride(), *v.stride(), *dk.stride(), *dv.stride()),
-        *(B, H, N, images, chunk, scale),
+        *(B, H, N, images, chunk, scale, *([d_step.stride(1)] if steps == 1 else [])),
         *(D, width, tile.hidden, tile.block, slices),
     )
-    return dk, dv, sums.view(groups, H, chunks, weighed, D, D).sum((0, 2)).transpose(0, 1).contiguous()
+    return dk, dv, sums
 
 
-def weight_gradients(d_stepped: Tensor, d_weights: Tensor) -> Tensor:
+def weights_summed(sums: Tensor) -> Tensor:
+    """The gradients of the weights (3 or 2, H, D, D) from what `launch_accumulate_backward` gives."""
+    return sums.sum((0, 2)).transpose(0, 1).contiguous()
+
+
+def weight_gradients(d_stepped: Tensor, sums: Sequence[Tensor]) -> Tensor:
     """The gradients of all three weights (3, H, D, D).
 
     Args:
         d_stepped: (B, H, 3, D, D), what `launch_apply_backward` gives.
-        d_weights: (3 or 2, H, D, D), what `launch_accumulate_backward` gives.
+        sums: of every part of the sequence, what `launch_accumulate_backward` gives.
     """
-    total = -d_stepped.sum(0).transpose(0, 1)
-    total[: len(d_weights)] += d_weights
+    total = d_stepped.new_empty(
+        3, *d_stepped.shape[1:2], *d_stepped.shape[3:]
+    )  # or its strides would be those of a sum
+    torch.neg(d_stepped.sum(0).transpose(0, 1), out=total)
+    for part in sums:
+        total[: part.shape[3]] += part.sum((0, 2)).transpose(0, 1)
     return total
 
 
@@ -196,7 +222,8 @@ def _accumulate_backward(
     d_step: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, scale: Number
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dk, dv, and (3 or 2, H, D, D) gradients of the weights in float32."""
-    return launch_accumulate_backward(d_step, k, v, [w1, w2, w3], float(scale))
+    dk, dv, sums = launch_accumulate_backward(d_step.contiguous(), k, v, [w1, w2, w3], float(scale))
+    return dk, dv, weights_summed(sums)
 
 
 @torch.library.register_fake("t5kernels::ttt_swiglu_accumulate_backward")
@@ -235,7 +262,8 @@ def _apply_backward(
     d_out: Tensor, q: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, step: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dq, and (B, H, 3, D, D) as `launch_apply_backward` gives it."""
-    return launch_apply_backward(d_out, q, [w1, w2, w3], step)
+    (dq,), d_stepped = launch_apply_backward([(d_out, q)], [w1, w2, w3], step)
+    return dq, d_stepped
 
 
 @torch.library.register_fake("t5kernels::ttt_swiglu_apply_backward")

@@ -250,11 +250,14 @@ def apply_kernel(
 def apply_backward_kernel(
     do, q, w1, w2, w3, step, dq, sums,
     do_b, do_h, do_n, do_d, q_b, q_h, q_n, q_d, dq_b, dq_h, dq_n, dq_d,
-    H, N, chunk,
+    H, N, chunk, capacity,
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     SLICES: tl.constexpr, LAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The launch grid is (B·H, chunks). dq: (B, H, N, D); sums: (B·H, chunks, 3, D, D) of -dU, float32."""
+    """The launch grid is (B·H, chunks). dq: (B, H, N, D).
+
+    sums: of -dU, float32; of a head the next (3, D, D) of each chunk, out of `capacity`.
+    """
     after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
@@ -279,7 +282,7 @@ def apply_backward_kernel(
             queries = tl.trans(queries)
             s1 = _add_dot(s1, queries, dy1)
             s2 = _add_dot(s2, queries, dy2)
-        _store_triple(sums, index * tl.num_programs(1) + part, tile, -s1, -s2, -tl.trans(s3), D, WIDTH, HIDDEN)
+        _store_triple(sums, index * capacity + part, tile, -s1, -s2, -tl.trans(s3), D, WIDTH, HIDDEN)
         tl.debug_barrier()  # the next slice adds to dq, perhaps by other threads
 
 
@@ -348,11 +351,11 @@ def accumulate_backward_kernel(
 def accumulate_last_backward_kernel(
     d_step, k, v, w1, w2, w3, dk, dv, sums,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
-    B, H, N, images, chunk, scale,
+    B, H, N, images, chunk, scale, step_h,
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     SLICES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`accumulate_backward_kernel` where W3 alone steps. d_step: (B·H, 1, D, D) float32.
+    """`accumulate_backward_kernel` where W3 alone steps. d_step: float32, a D x D every `step_h` numbers.
 
     sums: (groups·H, chunks, 2, D, D) of dW1 and dW2.
     """
@@ -361,10 +364,12 @@ def accumulate_last_backward_kernel(
     dtype = k.dtype.element_ty
     for tile in range(SLICES):
         w1_, w2_, _w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, HIDDEN)
+        columns, in_columns, rows, in_rows = _weight_offsets(tile, D, WIDTH, HIDDEN)
         s1, s2 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN)
         for image in range(tl.minimum(images, B - group * images)):
             b = group * images + image
-            e3 = (-scale * _load_rows(d_step, b * H + h, tile, D, WIDTH, HIDDEN)).to(dtype)
+            d_step_ = d_step + (b * H + h).to(tl.int64) * step_h
+            e3 = (-scale * tl.load(d_step_ + rows, in_rows, other=0.0)).to(dtype)
             k_, v_ = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
             dk_, dv_ = start_of_head(dk, b, h, dk_b, dk_h), start_of_head(dv, b, h, dv_b, dv_h)
             for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
@@ -385,7 +390,6 @@ def accumulate_last_backward_kernel(
                 keys = tl.trans(keys)
                 s1 = _add_dot(s1, keys, dz1)
                 s2 = _add_dot(s2, keys, dz2)
-        columns, in_columns, _, _ = _weight_offsets(tile, D, WIDTH, HIDDEN)
         place = sums + (tl.program_id(0) * tl.num_programs(1) + part).to(tl.int64) * (2 * D * D)
         tl.store(place + columns, s1, in_columns)
         tl.store(place + D * D + columns, s2, in_columns)

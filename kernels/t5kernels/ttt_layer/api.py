@@ -2,21 +2,22 @@
 
 Arguments are checked, then an implementation is chosen: "reference" is plain PyTorch and runs anywhere; "triton" runs
 fused kernels, which exist for swiglu and swiglu_last with the dot loss and the key norms "instance" and "none", with or
-without RMS norms of q and k. By default the op takes them where they are made for the call: for swiglu on 16-bit tokens
-on CUDA, outside of torch.func.
+without RMS norms of q and k. By default the op takes them where they are made for the call: for 16-bit tokens on CUDA,
+outside of torch.func.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from t5kernels.choice import Candidate, choose
+from t5kernels.choice import Candidate, choose, triton_candidate
 from t5kernels.precision import as_in_autocast
 from t5kernels.ttt import api as ttt_api
 from t5kernels.ttt_layer import reference
-from t5kernels.ttt_layer.key_norm import KEY_NORMS
+from t5kernels.ttt_layer.key_norm import KEY_NORMS, KeyStatistics
 from t5kernels.ttt_layer.reference import Conv, Tokens
 
 FUSED_KEY_NORMS = ("instance", "none")
@@ -127,6 +128,54 @@ def ttt_layer(
         image = reference.rms_normalized(image, norms.image, norms.eps)
         text = text and reference.rms_normalized(text, norms.text, norms.eps)
     return reference.layer(image, text, weights, q_conv, k_conv, grid, settings)
+
+
+def ttt_prepare(
+    x: Tensor,
+    *,
+    key_norm: str = "none",
+    eps: float = 1.0,
+    statistics: KeyStatistics | None = None,
+    conv: Conv | None = None,
+    grid: GridLike | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """What `ttt_layer` does to queries or keys before the inner model gets them, for a part of a sequence.
+
+    With it, `ttt_accumulate` and `ttt_apply` a layer is computed in parts, which several processes may hold.
+
+    Args:
+        x: (B, H, N, D), any part of the sequence; rows of a grid with what the convolution sees around them.
+        key_norm, eps: as `Settings` has them; "none" for queries.
+        statistics: of the keys of the whole sequence, for norms over tokens; None where `x` is the whole.
+        conv, grid: a depthwise convolution and the grid that `x` holds, as `ttt_layer` takes them.
+        impl: "triton" (key norms "instance" with statistics, and "none"; no gradients), "reference", or None for the
+            kernels on 16-bit CUDA tokens and the reference elsewhere.
+
+    Returns:
+        (B, H, N, D).
+
+    Raises:
+        ValueError: an unknown key norm, shapes that do not fit, or an `impl` that cannot be used.
+    """
+    Settings(key_norm=key_norm)  # knows the names
+    _check_conv(x, grid, conv, conv)
+    if conv is None and key_norm == "none":
+        return x
+
+    def obstacle() -> str | None:
+        if key_norm not in FUSED_KEY_NORMS or (key_norm != "none" and statistics is None):
+            return f"with key_norm={key_norm!r} and statistics={statistics is not None}; use 'reference'"
+        if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in conv or ())):
+            return "where gradients are wanted; use 'reference'"
+        return None
+
+    if choose("ttt_prepare", impl, triton_candidate((x,), (), obstacle)) == "reference":
+        return reference.prepared(x, key_norm, eps, statistics, conv, grid)
+    from t5kernels.ttt_layer import triton
+
+    [narrow] = as_in_autocast(x)
+    return triton.prepare(narrow, None if key_norm == "none" else statistics, eps, conv, grid).to(x.dtype)
 
 
 def _kernels(image: Tokens, text: Tokens | None, weights: Sequence[Tensor], settings: Settings) -> Candidate:

@@ -5,7 +5,8 @@ Shapes: k is (B, H, N, D); statistics are taken in the dtype of k, at least floa
 Source: "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772), section on key shift.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,11 +53,53 @@ KEY_NORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def key_norm(k: Tensor, kind: str, eps: float) -> Tensor:
+OVER_TOKENS = ("instance", "instance_no_std", "instance_no_mean")
+
+
+class KeyStatistics(NamedTuple):
+    """Of some keys: how many they are, their mean, and the sum of squared deviations from it, (B, H, 1, D) each.
+
+    Those of several parts of a sequence are merged without sums of squares, which would lose the digits of keys that
+    lie far from zero.
+    """
+
+    tokens: int
+    mean: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, k: Tensor) -> "KeyStatistics":
+        """Of the keys (B, H, N, D), in at least float32."""
+        variance, mean = torch.var_mean(_wide(k), TOKENS, correction=0, keepdim=True)
+        return cls(k.shape[TOKENS], mean, variance * k.shape[TOKENS])
+
+    @classmethod
+    def merged(cls, parts: Sequence["KeyStatistics"]) -> "KeyStatistics":
+        """Of the keys of all parts together."""
+        tokens = sum(part.tokens for part in parts)
+        mean = torch.stack([part.mean * (part.tokens / tokens) for part in parts]).sum(0)
+        squares = [part.squares + part.tokens * (part.mean - mean).square() for part in parts]
+        return cls(tokens, mean, torch.stack(squares).sum(0))
+
+
+def key_norm(k: Tensor, kind: str, eps: float, statistics: KeyStatistics | None = None) -> Tensor:
     """Normalize keys (B, H, N, D). `kind`: a name of KEY_NORMS; `eps` is added to the variance (released code: 1.0).
 
     "rms" and "layer" work per token and head; the "instance" kinds per image and channel over the tokens.
     No kind has learned parameters. Half-precision keys are normalized in float32 and returned in their own dtype.
+
+    Args:
+        statistics: of the whole sequence where `k` is a part of it, for the kinds that are OVER_TOKENS.
     """
-    wide = k.float() if k.dtype in (torch.float16, torch.bfloat16) else k
-    return KEY_NORMS[kind](wide, eps).to(k.dtype)
+    wide = _wide(k)
+    if statistics is None or kind not in OVER_TOKENS:
+        return KEY_NORMS[kind](wide, eps).to(k.dtype)
+    if kind != "instance_no_mean":
+        wide = wide - statistics.mean
+    if kind != "instance_no_std":
+        wide = wide * torch.rsqrt(statistics.squares / statistics.tokens + eps)
+    return wide.to(k.dtype)
+
+
+def _wide(k: Tensor) -> Tensor:
+    return k.float() if k.dtype in (torch.float16, torch.bfloat16) else k

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from t5kernels.ttt.api import ttt
-from t5kernels.ttt_layer.key_norm import key_norm
+from t5kernels.ttt_layer.key_norm import KeyStatistics, key_norm
 
 HALF = (torch.float16, torch.bfloat16)
 Tokens = tuple[Tensor, Tensor, Tensor]
@@ -58,6 +58,12 @@ def _rms(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     wide = x.float() if x.dtype in HALF else x
     x = x * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (x.to(gain.dtype) if gain.dtype in HALF else x) * gain
+
+
+def prepared(x: Tensor, kind: str, eps: float, statistics: KeyStatistics | None, conv: Conv | None, grid) -> Tensor:
+    """Queries or keys as the inner model gets them. Arguments and results are those of `ttt_prepare`."""
+    x = key_norm(x, kind, eps, statistics)
+    return x if conv is None else x + convolved(x, *conv, grid)
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor, grid) -> Tensor:

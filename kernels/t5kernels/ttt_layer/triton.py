@@ -6,7 +6,8 @@ prepares them once more, so that it keeps the inputs, O(H·D²) numbers, and wit
 Tokens of two modalities are two runs of the same kernels, whose steps add up.
 """
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from t5kernels.ops import differentiable, op
 from t5kernels.plans import planned
 from t5kernels.ttt import triton as ttt
 from t5kernels.ttt_layer import triton_launch, triton_norms
+from t5kernels.ttt_layer.key_norm import KeyStatistics
 from t5kernels.ttt_layer.reference import inner_rate
 from t5kernels.ttt_layer.triton_launch import Convolution, KeyNorm, Preparation, RmsNorm
 
@@ -46,6 +48,36 @@ def layer(image, text, weights, steps: int, q_conv, k_conv, grid, norm: str, eps
     gains = (*(image_gains or (None, None)), *(text_gains or (None, None)))
     place = (grid.rows, grid.columns, grid.num_prefix_tokens)
     return _differentiable_layer(*image, *text, *weights, *convs, *gains, *place, norm, eps, rms_eps, steps)[:2]
+
+
+def prepare(x: Tensor, statistics: KeyStatistics | None, eps: float, conv, grid) -> Tensor:
+    """Queries or keys (B, H, N, D) as the inner model gets them: by the norm of `statistics`, if any, and convolved."""
+    count, *moments = statistics or (0, None, None)
+    place = (grid.rows, grid.columns, grid.num_prefix_tokens) if conv else (0, 0, 0)
+    return _prepare(x, *moments, *(conv or (None, None)), *place, count, eps)
+
+
+@op("ttt_prepare")
+def _prepare(
+    x: Tensor, mean: Tensor | None, squares: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    rows: int, columns: int, prefix: int, count: int, eps: float,
+) -> Tensor:  # fmt: skip
+    """`mean` and `squares` of `count` keys: what a single program would have written that took their mean off first."""
+    sums = None
+    if mean is not None and squares is not None:
+        sums = torch.stack([torch.zeros_like(mean), squares, mean], dim=2).float().view(-1, 1, 3, x.shape[3])
+    return planned(_launch_prepare, (x, sums, weight, bias), rows, columns, prefix, count, eps)[0]
+
+
+def _launch_prepare(x, sums, weight, bias, rows, columns, prefix, count, eps) -> tuple[Tensor]:
+    norm = None if sums is None else KeyNorm(sums, 1, count, eps)
+    conv = None if weight is None else Convolution(weight.contiguous(), bias.contiguous(), (rows, columns, prefix))
+    return (triton_launch.prepared(x, Preparation(None, norm, conv)),)
+
+
+@torch.library.register_fake("t5kernels::ttt_prepare")
+def _(x, mean, squares, weight, bias, rows, columns, prefix, count, eps):
+    return like_tokens(x)
 
 
 @op("ttt_layer")
@@ -110,18 +142,45 @@ def _layer_backward(
     They are those of the weights (3, H, D, D); of the convolutions of q and k, (H, 10, D) each: nine places and the
     bias (empty without convolutions); and of the gains, a row each.
     """
+    tokens = (q, k, v, text_q, text_k, text_v)
+    parameters = (w1, w2, w3, q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain)
+    given = (d_out, d_text, step, sums, factors, *tokens, *parameters)
+    found = iter(planned(_launch_layer_backward, given, rows, columns, prefix, norm, eps))
+
+    def take(count: int) -> list[Tensor]:
+        return list(itertools.islice(found, count))
+
+    parts = 1 if text_q is None else 2
+    dq, dk, dv, weight_sums, [d_stepped] = take(parts), take(parts), take(parts), take(parts), take(1)
+    # Outputs of an op may not share memory, so every empty one is a tensor of its own.
+    text_dq, text_dk, text_dv = (grads[1] if parts == 2 else q.new_empty(0) for grads in (dq, dk, dv))
+    d_convs = [_conv_sums(own, q) for own in take(0 if q_weight is None else 2)]
+    d_q_conv, d_k_conv = d_convs or [q.new_empty(0, dtype=torch.float32) for _ in "qk"]
+    gains = [gain.sum((0, 1)) for gain in found]
+    d_gains = torch.stack(gains) if gains else _empty_gains(q, 0)
+    d_weights = ttt.weight_gradients(d_stepped, weight_sums)
+    return dq[0], dk[0], dv[0], text_dq, text_dk, text_dv, d_weights, d_q_conv, d_k_conv, d_gains
+
+
+def _launch_layer_backward(
+    d_out, d_text, step, sums, factors, q, k, v, text_q, text_k, text_v, w1, w2, w3,
+    q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain,
+    rows, columns, prefix, norm, eps,
+):  # fmt: skip
+    """All launches of the backward. What they give is still to be added up over images, and in part over programs.
+
+    By part the gradients of q, then of k, then of v; by part the partial sums of the weights that step; the gradient of
+    the stepped weights; with convolutions the sums of q and of k; and with RMS norms those of the gains.
+    """
     weights, scale = [w1, w2, w3], inner_rate(q, text_q)
     convs = convolutions(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
     gains = ((q_gain, k_gain), (text_q_gain, text_k_gain))
     parts = parts_of((q, k, v), (text_q, text_k, text_v), convs, gains, sums, factors, norm, eps)
     dq, d_stepped, q_sums = _queries_backward(parts, (d_out, d_text), weights, step)
-    dk, dv, d_weights, k_sums = _keys_backward(parts, d_stepped[:, :, -step.shape[2] :], weights, scale)
-    d_gains = _norms_backward(dq, dk, parts, k_sums, norm)
-    d_weights = ttt.weight_gradients(d_stepped, d_weights)
-    # Outputs of an op may not share memory, so every empty one is a tensor of its own.
-    d_texts = [grads[1] if text_q is not None else q.new_empty(0) for grads in (dq, dk, dv)]
-    d_q_conv, d_k_conv = (_conv_sums(*pair, q) for pair in zip(convs, (q_sums[0], k_sums[0]), strict=True))
-    return dq[0], dk[0], dv[0], d_texts[0], d_texts[1], d_texts[2], d_weights, d_q_conv, d_k_conv, d_gains
+    dk, dv, weight_sums, k_sums = _keys_backward(parts, d_stepped[:, :, -step.shape[2] :], weights, scale, norm)
+    d_gains = _norms_backward(dq, dk, parts, k_sums)
+    conv_sums = [] if q_weight is None else [q_sums, k_sums[0]]
+    return *dq, *dk, *dv, *weight_sums, d_stepped, *conv_sums, *d_gains
 
 
 @torch.library.register_fake("t5kernels::ttt_layer_backward")
@@ -236,70 +295,48 @@ def take_statistics(parts: list[Part], sums: Tensor, norm: str, rms_eps: float) 
 
 def _queries_backward(
     parts: list[Part], d_outs: Sequence[Tensor], weights: Sequence[Tensor], step: Tensor
-) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
-    """By part: the gradient of the normalized queries, and the sums of prepare_backward.
-
-    Between them minus the gradient of the stepped weights (B, H, 3, D, D), summed over the parts.
-    """
-    dq, d_stepped, sums = [], [], []
-    for part, d_out in zip(parts, d_outs, strict=False):
-        queries = triton_launch.prepared(part.q, part.for_q)
-        grad, own_d_stepped = ttt.launch_apply_backward(d_out, queries, weights, step)
-        del queries
-        grad, own_sums = triton_launch.prepare_backward(grad, part.q, part.for_q)
-        dq.append(grad)
-        d_stepped.append(own_d_stepped)
-        sums.append(own_sums)
-    return dq, _sum(d_stepped), sums
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """By part the gradient of the normalized queries; minus that of the stepped weights (B, H, 3, D, D); the sums of
+    prepare_backward."""
+    queries = [triton_launch.prepared(part.q, part.for_q) for part in parts]
+    dq, d_stepped = ttt.launch_apply_backward(list(zip(d_outs, queries, strict=False)), weights, step)
+    del queries
+    given = [(grad, part.q, part.for_q) for grad, part in zip(dq, parts, strict=True)]
+    dq, sums = triton_launch.prepare_backward(given)
+    return dq, d_stepped, sums
 
 
 def _keys_backward(
-    parts: list[Part], d_step: Tensor, weights: Sequence[Tensor], scale: float
-) -> tuple[list[Tensor], list[Tensor], Tensor, list[Tensor | None]]:
-    """By part: the gradients of the normalized keys and of the values, and the sums of prepare_backward.
-
-    The gradient of the weights, which comes third, is summed over the parts.
-    """
-    dk, dv, d_weights, sums = [], [], [], []
+    parts: list[Part], d_step: Tensor, weights: Sequence[Tensor], scale: float, norm: str
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor | None]]:
+    """By part: the gradients of the normalized keys and of the values, the partial sums of the weights' gradients, and
+    the sums of prepare_backward over the keys that the part's were normalized with."""
+    dk, dv, weight_sums = [], [], []
     for part in parts:
         keys = triton_launch.prepared(part.k, part.for_k)
-        grad, d_values, own_d_weights = ttt.launch_accumulate_backward(d_step, keys, part.v, weights, scale)
+        grad, d_values, own = ttt.launch_accumulate_backward(d_step, keys, part.v, weights, scale)
         del keys
-        grad, own_sums = triton_launch.prepare_backward(grad, part.k, part.for_k)
         dk.append(grad)
         dv.append(d_values)
-        d_weights.append(own_d_weights)
-        sums.append(own_sums)
-    return dk, dv, _sum(d_weights), sums
+        weight_sums.append(own)
+    given = [(grad, part.k, part.for_k) for grad, part in zip(dk, parts, strict=True)]
+    if norm == "joint":
+        dk, sums = triton_launch.prepare_backward(given)
+        return dk, dv, weight_sums, [sums] * len(parts)
+    apart = [triton_launch.prepare_backward([each]) for each in given]
+    return [grad for (grad,), _ in apart], dv, weight_sums, [sums for _, sums in apart]
 
 
-def _norms_backward(
-    dq: list[Tensor], dk: list[Tensor], parts: list[Part], k_sums: list[Tensor | None], norm: str
-) -> Tensor:
-    """Turn the gradients of normalized queries and keys into those of q and k, in place; return those of the gains."""
-    totals: list[Tensor | None] = [own if own is None else own[:, 10:] for own in k_sums]
-    if norm == "none":
-        totals = [None] * len(parts)
-    elif norm == "joint":
-        totals = [_sum(total for total in totals if total is not None)] * len(parts)
+def _norms_backward(dq: list[Tensor], dk: list[Tensor], parts: list[Part], k_sums: list[Tensor | None]) -> list[Tensor]:
+    """Turn the gradients of normalized queries and keys into those of q and k, in place; return those of the gains, by
+    program."""
     d_gains = []
-    for grad_q, grad_k, part, total in zip(dq, dk, parts, totals, strict=True):
+    for grad_q, grad_k, part, sums in zip(dq, dk, parts, k_sums, strict=True):
         d_gains.append(triton_launch.norm_backward(grad_q, part.q, part.for_q, None))
-        d_gains.append(triton_launch.norm_backward(grad_k, part.k, part.for_k, total))
-    found = [gain for gain in d_gains if gain is not None]
-    return torch.stack(found) if found else _empty_gains(dq[0], 0)
+        d_gains.append(triton_launch.norm_backward(grad_k, part.k, part.for_k, sums if part.for_k.norm else None))
+    return [gain for gain in d_gains if gain is not None]
 
 
-def _conv_sums(conv: Convolution | None, sums: Tensor | None, q: Tensor) -> Tensor:
-    """(H, 10, D): a convolution's gradients, summed over images; empty without one."""
-    if conv is None or sums is None:
-        return q.new_empty(0, dtype=torch.float32)
+def _conv_sums(sums: Tensor, q: Tensor) -> Tensor:
+    """(H, 10, D): a convolution's gradients, summed over images."""
     return sums.unflatten(0, q.shape[:2])[:, :, :10].sum(0)
-
-
-def _sum(tensors: Iterable[Tensor]) -> Tensor:
-    """Their sum, without the copy that adding to 0 would be."""
-    first, *others = tensors
-    for other in others:
-        first = first + other
-    return first

@@ -4,6 +4,7 @@ A token's preparation is up to three steps: an RMS norm of each query or key, th
 convolution over the image's grid. Shapes: B batch, H heads, N tokens, D head width.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -120,42 +121,57 @@ def prepared(x: Tensor, preparation: Preparation) -> Tensor:
     return y
 
 
-def prepare_backward(dy: Tensor, x: Tensor, preparation: Preparation) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the convolution's input (dy itself without one), and sums (B·H, SUMS, D) over the tokens."""
-    if preparation.norm is None and preparation.conv is None:
-        return dy, None
-    dx = dy if preparation.conv is None else like_tokens(x)
-    tile, programs, numbers = _programs("prepare_backward", x, preparation)
-    parts = x.new_empty(*programs, triton_prepare.SUMS.value, x.shape[3], dtype=torch.float32)
-    tensors, norm_numbers = _norm_arguments(x, preparation)
-    launch(
-        *(triton_prepare.prepare_backward_kernel, programs, x, tile),
-        *(dy, x, *tensors, preparation.conv.weight if preparation.conv else x, dx, parts),
-        *(*dy.stride(), *x.stride(), *dx.stride(), *norm_numbers, *numbers),
-        *(tile.stages, *preparation.switches),
-    )
-    return dx, sum_over_chunks(parts)
+def prepare_backward(
+    parts: Sequence[tuple[Tensor, Tensor, Preparation]],
+) -> tuple[list[Tensor], Tensor | None]:
+    """From the gradient dy of prepared tokens, the tokens x and their preparation, of each part of a sequence.
+
+    The gradients of the convolution's inputs (dy itself without one); and sums (B·H, SUMS, D) over the tokens of all
+    parts, None where no part has a key norm or a convolution.
+    """
+    grids = [_programs("prepare_backward", x, preparation) for _, x, preparation in parts]
+    idle = [preparation.norm is None and preparation.conv is None for *_, preparation in parts]
+    room = sum(grid[1] for (_, grid, _), rests in zip(grids, idle, strict=True) if not rests)
+    B, H, _, D = parts[0][1].shape
+    sums = parts[0][1].new_empty(B * H, room, triton_prepare.SUMS.value, D, dtype=torch.float32)
+    gradients, free = [], 0
+    for (dy, x, preparation), (tile, grid, numbers), rests in zip(parts, grids, idle, strict=True):
+        dx = dy if preparation.conv is None else like_tokens(x)
+        gradients.append(dx)
+        if rests:
+            continue
+        tensors, norm_numbers = _norm_arguments(x, preparation)
+        launch(
+            *(triton_prepare.prepare_backward_kernel, grid, x, tile),
+            *(dy, x, *tensors, preparation.conv.weight if preparation.conv else x, dx, sums[:, free:]),
+            *(*dy.stride(), *x.stride(), *dx.stride(), *norm_numbers, *numbers[:8], room, *numbers[8:]),
+            *(tile.stages, *preparation.switches),
+        )
+        free += grid[1]
+    return gradients, sum_over_chunks(sums) if room else None
 
 
-def norm_backward(dn: Tensor, x: Tensor, preparation: Preparation, totals: Tensor | None) -> Tensor | None:
-    """Turn dn into the gradient of x, in place, and return the gradient of the RMS norm's gain (D,), if there is one.
+def norm_backward(dn: Tensor, x: Tensor, preparation: Preparation, sums: Tensor | None) -> Tensor | None:
+    """Turn dn into the gradient of x, in place. Of the gradient of the RMS norm's gain, if there is one: (B·H, chunks,
+    D), to be added up.
 
-    `totals`: sums over the tokens that the key norm needs, (B·H, 2, D).
+    `sums`: those of `prepare_backward` over all tokens that the key norm is taken over.
     """
     if preparation.rms is None and preparation.norm is None:
         return None
     B, H, N, D = x.shape
     width, tile = _tile_for("norm_backward", x)
     chunk, chunks = shares_of("norm_backward", x)
-    parts = x.new_empty(B * H, chunks, D, dtype=torch.float32) if preparation.rms else x
+    d_gain = x.new_empty(B * H, chunks, D, dtype=torch.float32) if preparation.rms else None
+    totals = x if sums is None else sums[:, triton_prepare.PLAIN_SUM.value :]
     tensors, norm_numbers = _norm_arguments(x, preparation)
     launch(
         *(triton_norms.norm_backward_kernel, (B * H, chunks), x, tile),
-        *(dn, x, *tensors, x if totals is None else totals.contiguous(), dn, parts),
+        *(dn, x, *tensors, totals, dn, x if d_gain is None else d_gain),
         *(*dn.stride(), *x.stride(), *dn.stride(), *norm_numbers),
-        *(H, N, chunk, D, width, tile.block, tile.stages, *preparation.switches[:2]),
+        *(H, N, chunk, totals.stride(0), D, width, tile.block, tile.stages, *preparation.switches[:2]),
     )
-    return parts.sum((0, 1)) if preparation.rms else None
+    return d_gain
 
 
 def _norm_arguments(x: Tensor, preparation: Preparation) -> tuple[tuple[Tensor, Tensor, Tensor], tuple]:

@@ -135,14 +135,14 @@ def norm_backward_kernel(
     dn, x, gain, factors, sums, totals, dx, parts,
     dn_b, dn_h, dn_n, dn_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d,
     factors_h, capacity, shares, count, eps,
-    H, N, chunk,
+    H, N, chunk, totals_h,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     RMS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write dx, and the programs' parts of dg.
 
-    The launch grid is (B·H, chunks of `chunk` tokens). totals: (B·H, 2, D), sum dn and sum dn n. dx may be dn itself.
-    parts: (B·H, chunks, D), float32.
+    The launch grid is (B·H, chunks of `chunk` tokens). totals: (2, D) every `totals_h` numbers, sum dn and sum dn n.
+    dx may be dn itself. parts: (B·H, chunks, D), float32.
     """
     after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
@@ -154,7 +154,7 @@ def norm_backward_kernel(
     )
     if NORM:
         scale, offset = load_norm(sums, index, capacity, shares, count, eps, D, WIDTH, NORM)
-        totals += index.to(tl.int64) * (2 * D)
+        totals += index.to(tl.int64) * totals_h
         plain, product = load_row(totals, 0, D, WIDTH) / count, load_row(totals, 1, D, WIDTH) / count
     if RMS:
         gains = load_row(gain, 0, D, WIDTH)

@@ -286,14 +286,15 @@ def prepare_backward_kernel(
     dy, x, gain, factors, sums, weight, dx, parts,
     dy_b, dy_h, dy_n, dy_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d,
     factors_h, capacity, shares, count, eps, rows, columns, prefix,
-    H, N, chunk, segments, on_grid,
+    H, N, chunk, segments, on_grid, room,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     RMS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write dn into dx, and the programs' partial sums.
 
-    The launch grid is as in `prepare_kernel`. dx is written with a convolution only; without one, dn is dy. parts:
-    (B·H, programs, SUMS, D). The sums of a program stay apart by token until its end, so a block is small.
+    The launch grid is as in `prepare_kernel`. dx is written with a convolution only; without one, dn is dy.
+    parts: of a head the next (SUMS, D) of each program, out of `room`. The sums of a program stay apart by token until
+    its end, so a block is small.
     """
     after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
@@ -319,13 +320,12 @@ def prepare_backward_kernel(
             dy, x, dx, factors, weight, h, scale, offset, segment, first, tl.minimum(first + chunk, rows),
             dy_n, dy_d, x_n, x_d, dx_n, dx_d, rows, columns, prefix, D, WIDTH, BLOCK, STAGES, RMS, NORM,
         )  # fmt: skip
-    parts += (index.to(tl.int64) * tl.num_programs(1) + part) * (SUMS * D)
-    if CONV:
-        _store_window(parts, s0, s1, s2, s3, s4, s5, s6, s7, s8, D, WIDTH)
-        store_row(parts, BIAS_SUM, over_tokens(s_bias), D, WIDTH)
-    if NORM:
-        store_row(parts, PLAIN_SUM, over_tokens(s_plain), D, WIDTH)
-        store_row(parts, PRODUCT_SUM, over_tokens(s_product), D, WIDTH)
+    parts += (index.to(tl.int64) * room + part) * (SUMS * D)
+    # Also what is 0 here: the programs of another part of the sequence may have it.
+    _store_window(parts, s0, s1, s2, s3, s4, s5, s6, s7, s8, D, WIDTH)
+    store_row(parts, BIAS_SUM, over_tokens(s_bias), D, WIDTH)
+    store_row(parts, PLAIN_SUM, over_tokens(s_plain), D, WIDTH)
+    store_row(parts, PRODUCT_SUM, over_tokens(s_product), D, WIDTH)
 
 
 @triton.jit

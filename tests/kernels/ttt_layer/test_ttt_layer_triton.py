@@ -14,6 +14,7 @@ from t5kernels import Settings, ttt_layer
 from t5kernels.tools.graphs import recorded
 from t5kernels.ttt.api import STEPPED_WEIGHTS
 from t5kernels.ttt_layer import triton as kernels
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from triton_device import CUDA, DEVICE, DTYPES, needs_cuda
 
@@ -161,20 +162,35 @@ def test_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
+@pytest.mark.parametrize("case", [SPECK, SPECK_LAST], ids=str)
+def test_the_results_lie_in_memory_as_the_compiler_is_told(case):
+    forward, backward = op_arguments(replace(case, images=2, heads=2))
+    for op, arguments in ((kernels._layer, forward), (kernels._layer_backward, backward)):
+        with FakeTensorMode() as mode:
+            told = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+        results = op(*arguments)
+        assert [(t.shape, t.stride()) for t in results] == [(t.shape, t.stride()) for t in told]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [SPECK, SPECK_BARE, SPECK_LAST], ids=str)
 def test_the_custom_ops_keep_what_pytorch_asks_of_them(case):
+    forward, backward = op_arguments(case)
+    torch.library.opcheck(kernels._layer, forward)
+    torch.library.opcheck(kernels._layer_backward, backward)
+
+
+def op_arguments(case):
+    """Those of the ops of forward and backward."""
     inputs = draw(case)
     names = ("q", "k", "v", "text_q", "text_k", "text_v", "w1", "w2", "w3", "q_weight", "q_bias", "k_weight", "k_bias")
     names += ("q_gain", "k_gain", "text_q_gain", "text_k_gain")
     norm = "none" if case.settings.key_norm == "none" else case.settings.norm_scope
     numbers = (case.rows, case.columns, case.prefix, norm, 1.0, 1e-6, STEPPED_WEIGHTS[case.settings.inner])
     plain = [inputs.leaves.get(name) for name in names]
-    torch.library.opcheck(kernels._layer, (*plain, *numbers))
     *_, step, sums, factors = kernels._layer(*plain, *numbers)
     d_text = inputs.d_outs[1] if case.text else torch.empty(0, device=DEVICE)
-    arguments = (inputs.d_outs[0], d_text, step, sums, factors, *plain, *numbers[:5])
-    torch.library.opcheck(kernels._layer_backward, arguments)
+    return (*plain, *numbers), (inputs.d_outs[0], d_text, step, sums, factors, *plain, *numbers[:5])
 
 
 def test_autocast_is_followed_and_weights_may_stay_in_float32():

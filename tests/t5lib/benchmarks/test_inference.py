@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from t5lib.benchmarks import inference
 from t5lib.benchmarks.shapes import SHAPES
 from t5lib.benchmarks.timing import TimingConfig
 from t5lib.conversion import ttt_layers
+from t5lib.families.inputs import ExampleSize, placed
 from t5lib.families.sd3 import MEDIUM
 from t5lib.layers.grid import TokenGrid
 from t5lib.utils.files import read_json
@@ -39,6 +42,41 @@ def test_models_share_weights_and_differ_in_their_layers():
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items() if name in weights)
 
 
+class CopiesFromTheCPU(TorchDispatchMode):
+    """Collects the operators that take values of the CPU to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = [
+            {t.device.type for t in tree_leaves(x) if isinstance(t, torch.Tensor)} for x in ((args, kwargs), out)
+        ]
+        if "cpu" in devices[0] and "meta" in devices[1]:
+            self.found.append(func.name())
+        return out
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("side", [1024, 768])
+def test_a_pass_takes_nothing_from_the_cpu_so_that_a_cuda_graph_can_record_it(monkeypatch, name, side):
+    for maker in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor):
+        where = torch.Tensor if maker is torch.Tensor.new_tensor else torch
+        monkeypatch.setattr(where, maker.__name__, lambda *_, **__: pytest.fail("a list becomes a tensor"))
+    shape = SHAPES[name].shallower(1)
+    device, dtype = torch.device("meta"), torch.bfloat16
+    model = shape.make(device, dtype)
+    inputs = shape.family.example_inputs(model, ExampleSize(side, shape.batch, text_tokens=shape.text_tokens))
+    inputs = placed(inputs, device, dtype)
+    with torch.inference_mode():
+        shape.family.call(model, inputs)  # what is kept from the first pass is made in it
+        with CopiesFromTheCPU() as copies:
+            shape.family.call(model, inputs)
+    assert not copies.found
+
+
 def test_rest_uses_every_projection_and_mixes_nothing():
     model = inference.models(SHAPE, CPU, torch.float32)["rest"]
     layer = next(iter(ttt_layers(model).values()))
@@ -62,6 +100,12 @@ def test_every_size_is_written_once_and_goes_into_the_table(told):
     assert inference.report(again).count("\n") == 9
     other = inference.run(resolutions=[32], **told | {"shape": SHAPE.shallower(1)})
     assert len(other["rows"]) == 4, "of another shape nothing is kept"
+
+
+def test_some_models_can_be_timed_beside_softmax_alone(told):
+    result = inference.run(resolutions=[32], **told | {"shape": SHAPE.shallower(1)}, names=["all"])
+    assert [row["model"] for row in result["rows"]] == ["softmax", "all"]
+    assert "| all |" in inference.report(result)
 
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}

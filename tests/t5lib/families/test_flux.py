@@ -68,6 +68,21 @@ def test_the_grid_is_read_off_the_ids_of_any_image_in_any_precision(rows, column
     assert flux.grid_of(ids) == (rows, columns)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_ids_are_read_once_and_again_after_they_have_changed(monkeypatch, inference):
+    """To read them waits for the card, and cannot be part of a CUDA graph."""
+    read, reads = flux._read_grid, []
+    monkeypatch.setattr(flux, "_read_grid", lambda ids: reads.append(ids) or read(ids))
+    with torch.inference_mode(inference):
+        ids = FluxPipeline._prepare_latent_image_ids(1, 4, 6, "cpu", torch.float32)
+        other = FluxPipeline._prepare_latent_image_ids(1, 3, 8, "cpu", torch.float32)
+    assert [flux.grid_of(each) for each in (ids, ids, other, ids)] == [(4, 6), (4, 6), (3, 8), (4, 6)]
+    assert len(reads) == 2
+    if not inference:
+        ids.copy_(other)
+        assert flux.grid_of(ids) == (3, 8)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -94,7 +109,7 @@ def test_without_ids_it_says_what_they_are_for():
 
 
 def angles(rows: int = 4, columns: int = 6) -> tuple[Tensor, Tensor]:
-    ids = torch.cat((torch.zeros(TEXT.shape[1], 3), flux.image_ids(TokenGrid(rows, columns))))
+    ids = torch.cat((torch.zeros(TEXT.shape[1], 3), flux.image_ids(rows, columns, TEXT.device)))
     return tiny_flux().pos_embed(ids)
 
 
