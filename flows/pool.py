@@ -18,7 +18,7 @@ from t5lib.utils.errors import T5Error
 NAME, TYPE, AT_ONCE = "local", "process", 1
 
 
-def ready(url: str) -> None:
+def ready(url: str, name: str = NAME) -> None:
     """Make the pool of the server at `url` if it has none, and clear up what a worker that is gone left in it.
 
     A pool that is there stays as it is, also with the limit that its user gave it. No worker may run.
@@ -28,23 +28,24 @@ def ready(url: str) -> None:
     """
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
         try:
-            _must_be_ours(client.read_work_pool(NAME))
+            _must_be_ours(client.read_work_pool(name))
         except ObjectNotFound:
-            client.create_work_pool(WorkPoolCreate(name=NAME, type=TYPE, concurrency_limit=AT_ONCE))
-        _clear(client)
+            client.create_work_pool(WorkPoolCreate(name=name, type=TYPE, concurrency_limit=AT_ONCE))
+        _clear(client, name)
 
 
 def _must_be_ours(pool: WorkPool) -> None:
     if pool.type != TYPE:
         raise T5Error(
-            f"the server has a work pool '{NAME}' of type {pool.type} ({pool.description or 'no description'}), which "
-            f"`make up` did not make and leaves alone. If nobody needs it: `.venv/bin/prefect work-pool delete {NAME}`"
+            f"the server has a work pool '{pool.name}' of type {pool.type} ({pool.description or 'no description'}), "
+            "which `make up` did not make and leaves alone. If nobody needs it: "
+            f"`.venv/bin/prefect work-pool delete {pool.name}`"
         )
 
 
-def _clear(client: SyncPrefectClient) -> None:
+def _clear(client: SyncPrefectClient, name: str) -> None:
     """Runs that nobody works on hold no place: those that had begun have crashed, the others wait again."""
-    ours = filters.WorkPoolFilter(name=filters.WorkPoolFilterName(any_=[NAME]))
+    ours = filters.WorkPoolFilter(name=filters.WorkPoolFilterName(any_=[name]))
     for run in client.read_flow_runs(flow_run_filter=killed.in_state(StateType.PENDING), work_pool_filter=ours):
         client.set_flow_run_state(run.id, Scheduled(), force=True)
     for run in client.read_flow_runs(flow_run_filter=killed.in_state(StateType.RUNNING), work_pool_filter=ours):

@@ -2,18 +2,21 @@
 
     python -m flows.services up --port 4300
     python -m flows.services down
+    python -m flows.services work --pool gpu
 
 Process ids and logs are in data/prefect. `up` may be repeated: what runs already is left alone, and so is all that it
 did not make: another server, or a work pool of another kind.
 """
 
 import os
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
+from httpx import HTTPError
 
 from flows import listening, pool
 from flows.process import environment, interrupt_on_signals, stream
@@ -172,12 +175,37 @@ def ui(root: Path, port: int) -> None:
         raise T5Error(f"MLflow's server ended with status {code}")
 
 
+def work(root: Path, name: str) -> None:
+    """Run stages for flows on other machines, in this folder, until interrupted: what waits in the pool `name`.
+
+    Raises:
+        T5Error: no server is named or reached, or its pool of that name takes other work.
+    """
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        raise T5Error("PREFECT_API_URL is not set; it names the Prefect server, such as http://server:4200/api")
+    try:
+        pool.ready(url, name)
+    except HTTPError as error:
+        raise T5Error(f"the Prefect server at {without_secrets(url)} cannot be reached ({error}); is it up?") from None
+    _prefect(root, url, "deploy", "flows/stage.py:stage", "--name", name, "--pool", name)
+    print(f"work pool {name}: stages run in {root.resolve()}   (Ctrl-C ends it)", flush=True)
+    worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", name, "--type", pool.TYPE]
+    if code := stream(worker, print, cwd=root, env=_environment(root, url)):
+        raise T5Error(f"Prefect's worker ended with status {code}")
+
+
 def main() -> None:
     parser = command_line.parser("flows.services", str(__doc__))
-    parser.add_argument("action", choices=["up", "down", "ui"], help="start all, stop all, or show MLflow's pages")
+    parser.add_argument(
+        "action",
+        choices=["up", "down", "ui", "work"],
+        help="start all, stop all, show MLflow's pages, or run stages for others",
+    )
     parser.add_argument(
         "--port", type=int, help="port of the server or of the pages (default: 4200 for up, 5000 for ui)"
     )
+    parser.add_argument("--pool", help="of `work`: the work pool whose stages run here (default: the machine's name)")
     arguments = parser.parse_args()
     interrupt_on_signals()
     try:
@@ -191,6 +219,8 @@ def main() -> None:
                 )
         elif arguments.action == "down":
             down(Path.cwd())
+        elif arguments.action == "work":
+            work(Path.cwd(), arguments.pool or socket.gethostname())
         else:
             ui(Path.cwd(), arguments.port or 5000)
     except T5Error as error:

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from prefect import Task, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
-from flows import command, dvc_locks, graph, killed, outcome, server
+from flows import command, dvc_locks, elsewhere, graph, killed, outcome, server
 from flows.outcome import StageError
 from flows.process import environment, stream
 from t5lib.utils.errors import T5Error, without_secrets
@@ -53,11 +53,14 @@ def _retryable(_task: Any, _run: Any, state: State) -> bool:
 
 
 @flow(name="t5", flow_run_name="{target}", persist_result=False)
-def t5(target: str = "dinov2-fashion") -> dict[str, Any]:
+def t5(target: str = "dinov2-fashion", on: dict[str, str] | None = None) -> dict[str, Any]:
     """Build a target of params.yaml and return its headline metrics, {"evaluate": ..., "benchmark": ...}.
 
     Stages whose inputs, code and settings did not change are not run again. A target that is not listed under
     `enabled` is added there.
+
+    Args:
+        on: by stage, the work pool whose machine runs it (flows/elsewhere.py).
 
     Raises:
         StageError: with the message of the stage that failed.
@@ -66,40 +69,41 @@ def t5(target: str = "dinov2-fashion") -> dict[str, Any]:
     root = Path.cwd()
     try:
         with failures.in_words(root, lambda: KEPT):
-            return _build(root, target)
+            return _build(root, target, on or {})
     except T5Error as error:
         return outcome.failed(error, target, KEPT)
 
 
-def _build(root: Path, target: str) -> dict[str, Any]:
+def _build(root: Path, target: str, pools: dict[str, str]) -> dict[str, Any]:
     log = get_run_logger()
     libraries = targets.libraries(params.read_target(root, target))
     killed.sign_and_sweep(log)
     with exclusive(root / f"data/scratch/{target}/flow.lock", f"target {target}", log.info):
-        return _build_alone(root, target, libraries)
+        with command.warmed(libraries) as variables:
+            return _built(root, target, variables, pools)
 
 
-def _build_alone(root: Path, target: str, libraries: Sequence[str]) -> dict[str, Any]:
-    with command.warmed(libraries) as variables:
-        return _built(root, target, variables)
-
-
-def _built(root: Path, target: str, variables: dict[str, str]) -> dict[str, Any]:
+def _built(root: Path, target: str, variables: dict[str, str], pools: dict[str, str]) -> dict[str, Any]:
     """What `t5` returns; stages get `variables` in their environment."""
     log = get_run_logger()
     settings = _checked_settings(root, target, variables)
     if params.enable(root, target):
         log.warning("params.yaml: added '%s' to `enabled`; plain `dvc repro` builds it from now on", target)
     names = graph.stages(root, target)
+    elsewhere.check(names, pools)
     log.info("%s: %s; unchanged stages are skipped", target, " → ".join(names))
     if takes := params.takes(root, target):
         log.info("Built from scratch, it takes %s", takes)
     run = tracking.start_flow(root, target, settings, names)
     try:
         for name in names:
-            recorded = variables | {tracking.PARENT_VARIABLE: run.id or ""}
-            _stage_task(name)(str(root), name, target, recorded, return_state=True).result()
-            run.adopt_stage(root, target, name)
+            if name in pools:
+                run_there = _task(name, elsewhere.run_stage)
+                run_there(str(root), name, target, pools[name], run.id or "", return_state=True).result()
+            else:
+                recorded = variables | {tracking.PARENT_VARIABLE: run.id or ""}
+                _task(name, run_stage)(str(root), name, target, recorded, return_state=True).result()
+            run.adopt_stage(root, target, name, settings)
         headlines = {name: read_json(root / f"data/out/{target}/{name}.json") for name in HEADLINES if name in names}
         run.log_metrics(headlines)
         run.log_images(root / f"data/out/{target}/shards", settings.get("shards") or {})
@@ -131,12 +135,10 @@ def _publish(root: Path, target: str, headlines: dict[str, Any], run_id: str | N
     outcome.publish(target, f"{text}\n{outcome.described({}, places)}", sentence)
 
 
-def _stage_task(name: str) -> Task:
+def _task(name: str, run: Callable[..., State]) -> Task:
     retries = {"retries": len(RETRY_AFTER_SECONDS), "retry_delay_seconds": RETRY_AFTER_SECONDS}
     retries |= {"retry_condition_fn": _retryable}
-    return task(
-        run_stage, name=name, task_run_name="{name}", cache_policy=NO_CACHE, **(retries if name == "fetch" else {})
-    )
+    return task(run, name=name, task_run_name="{name}", cache_policy=NO_CACHE, **(retries if name == "fetch" else {}))
 
 
 def run_stage(root: str, name: str, target: str, variables: dict[str, str]) -> State:
@@ -232,7 +234,16 @@ def show(root: Path, target: str) -> None:
 def main() -> None:
     parser = command_line.parser("flows.t5", str(__doc__))
     command_line.add_target(parser, default="dinov2-fashion")
+    parser.add_argument(
+        "--on",
+        nargs="+",
+        metavar="STAGE=POOL",
+        default=[],
+        help="run these stages on the machines of these work pools (default: all run here; docs/teams.md)",
+    )
     arguments = params.parse_with_changes(parser)
+    if odd := [word for word in arguments.on if not all(word.partition("=")[::2])]:
+        parser.error(f"--on {odd[0]}: expected STAGE=POOL, such as finetune=gpu")
     root, target, name = Path.cwd(), arguments.target, arguments.name
     changes = ["--set", *arguments.set, "--as", name] if arguments.set else []
 
@@ -240,7 +251,7 @@ def main() -> None:
         if changes:
             params.write_changed(root, target, arguments.set, name)
             print(f"params.yaml: '{name}' is {target} with {' '.join(arguments.set)}", flush=True)
-        return t5(name)
+        return t5(name, dict(word.split("=", 1) for word in arguments.on))
 
     command.run(
         lambda: targets.libraries(params.read_target(root, target)),

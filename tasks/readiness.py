@@ -2,6 +2,7 @@
 
     python -m tasks.readiness sd35-medium
     python -m tasks.readiness sd35-medium --card H100
+    python -m tasks.readiness sd35-large --card H200 --cards 2
 
 Exit status 1 where something essential is missing. docs/long_runs.md says how to read the table.
 """
@@ -25,10 +26,16 @@ def main() -> None:
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="memory of that card (default: what cards of that name have)"
     )
+    parser.add_argument(
+        "--cards",
+        type=int,
+        metavar="N",
+        help="spread each training over so many of them, as launch.strategy fsdp2 does (default: as in params.yaml)",
+    )
     arguments = parser.parse_args()
     try:
         card = cards.named(arguments.card, arguments.memory) if arguments.card else cards.present()
-        found = look(Path("."), arguments.target, card)
+        found = look(Path("."), arguments.target, card, arguments.cards)
     except T5Error as error:
         sys.exit(f"readiness: {error}")
     print(f"{arguments.target}\n\n{preflight.table(found)}\n\n{preflight.ESTIMATE}")
@@ -36,10 +43,10 @@ def main() -> None:
         sys.exit(f"\n'{arguments.target}' cannot be built here yet: {', '.join(dict.fromkeys(essential))}")
 
 
-def look(root: Path, target: str, card: cards.Card | None) -> list[Item]:
-    """Every line of the table; asks the hub."""
+def look(root: Path, target: str, card: cards.Card | None, pieces: int | None = None) -> list[Item]:
+    """Every line of the table; asks the hub. `pieces`: see tasks.targets.needs."""
     settings = targets.resolve(root, target)
-    needs = targets.needs(root, target, settings, online=True)
+    needs = targets.needs(root, target, settings, online=True, pieces=pieces)
     remote = tuple(each.source.partition("@")[0] for each in needs.remotes)
     return _out_of_reach(root, target, settings, remote) + preflight.items(root, target, needs, card)
 

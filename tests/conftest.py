@@ -52,7 +52,7 @@ class ClassifierTarget:
         pass
 
     @classmethod
-    def needs(cls, sections, root, target, *, online=False):
+    def needs(cls, sections, root, target, *, online, pieces):
         return Needs()
 
     def __init__(self, stage):

@@ -7,18 +7,18 @@ the caller says which share may be. Everything else that is wrong is an error.
 import glob
 import json
 import os
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
 
 from t5lib.data.captions import about, caption_of
 from t5lib.data.decoding import image_of, is_animated, most_pixels
-from t5lib.data.shards import IMAGE_FIELDS, SampleError, Shard, ShardSet, changed, field_of, label_of, where
+from t5lib.data.remote import is_remote, listed
+from t5lib.data.shards import IMAGE_FIELDS, SampleError, Shard, ShardSet, digest_of, field_of, label_of, where
 from t5lib.data.tars import Sample, check_tar, named, read_samples
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import sha256
 from t5lib.utils.parallel import ahead
 from t5lib.utils.progress import progress
 
@@ -26,7 +26,7 @@ TAR_NAMES = ("*.tar", "*.tar.gz", "*.tgz")
 NAMED = 3  # samples left out that a message names
 ANIMATED = "animated, of which the first frame is taken"
 SEVERAL = "with several images, of which one is read (the key of a sample ends at the first dot of a file's name)"
-RULES = 2  # their version: what was noted under others is looked at again
+RULES = 3  # their version: what was noted under others is looked at again
 ROUNDING = 1e-6  # 0.29 of 100 samples are 28.999…
 THREADS = os.cpu_count() or 1
 
@@ -37,22 +37,26 @@ def open_captioned(
     """The shards of captioned images that `source` names, checked as `open_shards` does.
 
     Args:
-        source: `file:MANIFEST.json`, `file:FOLDER` or `file:PATTERN` of tar files. Relative paths start at `root`.
+        source: `file:MANIFEST.json`, `file:FOLDER` or `file:PATTERN` of tar files, whose relative paths start at
+            `root`; or the address of a manifest or of tar files (t5lib.data.remote).
 
     Raises:
         T5Error: another form of `source`, or what `open_shards` refuses.
     """
     scheme, _, path = source.partition(":")
-    if scheme != "file" or not path:
-        raise T5Error(
-            f"captioned images: '{source}' is not a source; expected file:MANIFEST.json, file:FOLDER or file:GLOB"
-        )
-    place = Path(root) / Path(path).expanduser()
+    place: Path | str = source
+    if not is_remote(source):
+        if scheme != "file" or not path:
+            raise T5Error(
+                f"captioned images: '{source}' is not a source; expected file:MANIFEST.json, file:FOLDER, file:GLOB, "
+                "or an address such as https://HOST/train-{0000..0099}.tar"
+            )
+        place = Path(root) / Path(path).expanduser()
     return open_shards(place, name=name, source=source, notes=notes, max_skipped=max_skipped, limit=limit)
 
 
 def open_shards(
-    place: Path,
+    place: Path | str,
     *,
     name: str,
     source: str,
@@ -64,7 +68,7 @@ def open_shards(
     """The shards at `place`, without the samples that cannot be used; how many those are is printed.
 
     Args:
-        place: a manifest (.json), which the shards are held against, or a folder or pattern of tar files.
+        place: a manifest (.json), which the shards are held against, or a folder or pattern of tar files, or addresses.
         name: of a set without manifest, and of the set in messages.
         source: what `place` was called, for messages.
         notes: file in which finished shards are noted by their sha256, so that a check that was stopped goes on, and
@@ -77,17 +81,18 @@ def open_shards(
         T5Error: no shards; a damaged or changed one; two with the same content; more samples than `max_skipped` that
             cannot be used; a class out of range.
     """
-    if place.suffix == ".json":
-        listed = _manifest(place, labelled=bool(classes))
-        shards = listed.shards
+    if str(place).endswith(".json"):
+        named_set = _manifest(place, labelled=bool(classes))
+        shards = named_set.shards
     else:
         licence = "that of the source"
-        listed = ShardSet(name=name, licence=licence, source=source, classes=tuple(classes), count=0, shards=())
-        shards = tuple(Shard(path=os.path.abspath(path), count=0, sha256="") for path in tar_files(place, source))
-    checked = _checked(shards, listed.name, len(listed.classes), notes, limit)
-    _report(checked, listed.name, max_skipped)
+        named_set = ShardSet(name=name, licence=licence, source=source, classes=tuple(classes), count=0, shards=())
+        paths = listed(place) if isinstance(place, str) else map(os.path.abspath, tar_files(place, source))
+        shards = tuple(Shard(path=path, count=0, sha256="") for path in paths)
+    checked = _checked(shards, named_set.name, len(named_set.classes), notes, limit)
+    _report(checked, named_set.name, max_skipped)
     usable = tuple(each.usable for each in checked if each.usable.count)
-    found = replace(listed, count=sum(shard.count for shard in usable), shards=usable)
+    found = replace(named_set, count=sum(shard.count for shard in usable), shards=usable)
     return found if limit is None else found.first(limit)
 
 
@@ -115,12 +120,12 @@ class _Content:
     Attributes:
         count: of its samples.
         unusable: [position, reason] of those that cannot be used.
-        remarks: what is to be said of others, with the samples that it is said of.
+        remarks: what is to be said of others, with [of how many, the first of them].
     """
 
     count: int
     unusable: list[list]
-    remarks: dict[str, list[str]]
+    remarks: dict[str, list]
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ class _Checked:
         return Shard(path=self.listed.path, count=count, sha256=self.sha256, left_out=left_out, unread=unread)
 
 
-def _manifest(place: Path, *, labelled: bool) -> ShardSet:
+def _manifest(place: Path | str, *, labelled: bool) -> ShardSet:
     listed = ShardSet.read(place)
     if labelled and not listed.classes:
         raise T5Error(f"{place} lists no classes; expected a manifest of labelled images")
@@ -159,13 +164,12 @@ def _checked(shards: Sequence[Shard], name: str, classes: int, notes: Path, limi
     noted, paths, checked, usable = _Notes(notes, classes), dict[str, str](), [], 0
     with progress(f"check {name}", len(shards)) as bar:
         for done, shard in enumerate(shards, 1):
-            with named(shard.path):
-                digest = sha256(shard.path)
-            if digest in paths:
-                raise T5Error(f"{shard.path} and {paths[digest]} have the same content; leave one of them out")
-            if shard.sha256 not in ("", digest):
-                raise changed(shard, digest)
-            content = noted.known.get(digest) or noted.add(digest, _content(shard.path, classes))
+            with shard.opened() as file:
+                with named(shard.path):
+                    digest = digest_of(file)
+                if digest in paths:
+                    raise T5Error(f"{shard.path} and {paths[digest]} have the same content; leave one of them out")
+                content = noted.known.get(digest) or noted.add(digest, _content(shard.path, file, classes))
             if shard.sha256 and content.count != shard.total:
                 raise T5Error(
                     f"{shard.path} holds {content.count} samples, its manifest says {shard.total}; "
@@ -180,19 +184,21 @@ def _checked(shards: Sequence[Shard], name: str, classes: int, notes: Path, limi
     return checked
 
 
-def _content(path: str, classes: int) -> _Content:
+def _content(path: str, file: BufferedReader, classes: int) -> _Content:
     """Raises T5Error when the tar is damaged or empty, or a class is out of range."""
-    check_tar(path)
-    count, unusable, remarks = 0, [], defaultdict(list)
-    verdicts = ahead(partial(_verdict, classes=classes), read_samples(path), workers=THREADS, count=2 * THREADS)
+    check_tar(path, file)
+    count, unusable, remarks = 0, [], dict[str, list]()
+    samples = read_samples(path, file)
+    verdicts = ahead(partial(_verdict, classes=classes), samples, workers=THREADS, count=2 * THREADS)
     for count, (sample, reason, said) in enumerate(verdicts, 1):
         if reason:
             unusable.append([count - 1, reason])
         for remark in said:
-            remarks[remark].append(sample)
+            first = remarks.setdefault(remark, [0, sample])
+            first[0] += 1
     if not count:
         raise T5Error(f"{path} holds no samples; expected files such as 0001.jpg and 0001.cls (or 0001.txt)")
-    return _Content(count, unusable, dict(remarks))
+    return _Content(count, unusable, remarks)
 
 
 def _verdict(sample: Sample, classes: int) -> tuple[str, str | None, list[str]]:
@@ -224,8 +230,8 @@ def _report(checked: Sequence[_Checked], name: str, max_skipped: float) -> None:
     if reasons:
         print(f"{name}: left out {len(reasons)} of {total}: {first}", flush=True)
     for remark in (ANIMATED, SEVERAL):
-        if samples := [sample for each in checked for sample in each.content.remarks.get(remark, ())]:
-            print(f"{name}: {len(samples)} {remark}, such as {samples[0]}", flush=True)
+        if said := [each.content.remarks[remark] for each in checked if remark in each.content.remarks]:
+            print(f"{name}: {sum(many for many, _ in said)} {remark}, such as {said[0][1]}", flush=True)
 
 
 class _Notes:

@@ -227,7 +227,6 @@ def _finished(tar: Path, shard: Shard) -> bool:
 
 
 def _write_manifest(shards: ShardSet, folder: Path, tars: list[Path], settings: dict[str, Any]) -> Path:
-    indices = {tar: ShardIndex.read(tar) for tar in tars}
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     ShardSet(
         name=shards.name,
@@ -235,12 +234,14 @@ def _write_manifest(shards: ShardSet, folder: Path, tars: list[Path], settings: 
         source=f"{shards.source}; encoded, settings {fingerprint}",
         classes=shards.classes,
         count=shards.count,
-        shards=tuple(
-            Shard(path=os.path.abspath(tar), count=len(index.samples), sha256=index.sha256)
-            for tar, index in indices.items()
-        ),
+        shards=tuple(map(_listed, tars)),  # one after the other: together, the indices fill the memory
     ).write(folder / MANIFEST, root=folder)
     return folder / MANIFEST
+
+
+def _listed(tar: Path) -> Shard:
+    index = ShardIndex.read(tar)
+    return Shard(path=os.path.abspath(tar), count=len(index.samples), sha256=index.sha256)
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:

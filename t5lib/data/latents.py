@@ -12,20 +12,20 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import NonNegativeInt, PositiveInt, Strict
+from pydantic import Field, NonNegativeInt, PositiveInt, Strict
 from safetensors.torch import load, load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from t5lib.data.buckets import Size
 from t5lib.data.sampler import Sampler
-from t5lib.data.shards import ShardSet
+from t5lib.data.shards import Shard, ShardSet
 from t5lib.data.tars import quoted
 from t5lib.utils.config import Several, settings
 from t5lib.utils.errors import T5Error
@@ -41,7 +41,10 @@ EMBEDS = ("prompt_embeds", "pooled")
 CHANCE = 2  # keeps its random stream apart from those of the sampler
 
 
-Row = Annotated[tuple[str, NonNegativeInt, PositiveInt, PositiveInt, PositiveInt, str], Strict(False)]
+NAMES = "utf-8", "surrogatepass"  # as a damaged index may have them
+PLACE = [("shard", np.int32), ("first byte", np.int64), ("bytes", np.int64)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+Row = Annotated[tuple[str, NonNegativeInt, PositiveInt, PositiveInt, PositiveInt, Digest], Strict(False)]
 
 
 @settings
@@ -180,16 +183,13 @@ class LatentShards(LatentSet):
 
     def __init__(self, manifest: Path | str):
         self.shards = ShardSet.read(manifest)
-        indices = [_checked(shard.path, shard.count, shard.sha256) for shard in self.shards.shards]
-        rows = [(number, *row[1:5]) for number, index in enumerate(indices) for row in index.samples]
-        table = np.array(rows, dtype=np.int64)
-        keys = np.array([row[0] for index in indices for row in index.samples], dtype=object)
-        digests = np.array([row[-1] for index in indices for row in index.samples])
-        found, of_size, counts = np.unique(table[:, 3:], axis=0, return_inverse=True, return_counts=True)
+        columns = zip(*map(_columns, count(), self.shards.shards), strict=True)
+        places, keys, digests, sizes = map(np.concatenate, columns)
+        found, of_size, counts = np.unique(sizes, axis=0, return_inverse=True, return_counts=True)
         self.sizes = tuple((int(height), int(width)) for height, width in found)
         self.counts = tuple(counts.tolist())
         members = [of_size.ravel() == size for size in range(len(found))]
-        self._places = [table[chosen, :3] for chosen in members]  # shard, first byte, bytes
+        self._places = [places[chosen] for chosen in members]
         self._digests = [digests[chosen] for chosen in members]
         self._keys = [keys[chosen] for chosen in members]
         self.num_classes = len(self.shards.classes)
@@ -233,20 +233,20 @@ class LatentShards(LatentSet):
             )
         return stored
 
-    def _sample(self, place: tuple[int, int, int], key: str, digest: str) -> Stored:
+    def _sample(self, place: tuple[int, int, int], key: bytes, digest: bytes) -> Stored:
         shard, first, length = place
-        path = self.shards.shards[shard].path
+        path, name = self.shards.shards[shard].path, key.decode(*NAMES)
         try:
-            header = member(f"{key}.safetensors", length).tobuf()[-tarfile.BLOCKSIZE :]
+            header = member(f"{name}.safetensors", length).tobuf()[-tarfile.BLOCKSIZE :]
             with open(path, "rb") as file:
                 file.seek(first - len(header))
                 found, content = file.read(len(header)), file.read(length)
         except (OSError, UnicodeError) as error:
             raise T5Error(f"{path} cannot be read at byte {first} ({error}); encode it again") from error
-        if found != header or digest_of(content) != digest:
+        if found != header or digest_of(content) != digest.hex():
             raise T5Error(
                 f"{path} was changed or damaged between bytes {first} and {first + length}, or is not that of its "
-                f"index, which has {quoted(key)} there; encode it again"
+                f"index, which has {quoted(name)} there; encode it again"
             )
         return load(content)
 
@@ -308,6 +308,15 @@ class _Numbered(Dataset):
             return self.batch(number)
         except T5Error as error:  # as an item: raised in a worker it would arrive wrapped in that worker's traceback
             return error
+
+
+def _columns(number: int, shard: Shard) -> tuple[np.ndarray, ...]:
+    """What is known of a shard's samples, in so few bytes that millions of them fit: places, keys, digests, sizes."""
+    rows = _checked(shard.path, shard.count, shard.sha256).samples
+    places = np.array([(number, *row[1:3]) for row in rows], dtype=PLACE)
+    digests = np.frombuffer(bytes.fromhex("".join(row[5] for row in rows)), dtype="V16")
+    keys = np.array([row[0].encode(*NAMES) for row in rows])
+    return places, keys, digests, np.array([row[3:5] for row in rows], dtype=np.int32)
 
 
 def _checked(tar: str, samples: int, digest: str) -> ShardIndex:

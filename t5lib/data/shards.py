@@ -8,18 +8,24 @@ file. `left_out` of a shard lists samples that cannot be used; t5lib.data.checki
 its end that nobody asked for (`ShardSet.first`).
 """
 
+import hashlib
+import json
 import os
+import posixpath
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from io import BufferedReader
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
+from t5lib.data import remote
 from t5lib.data.tars import Sample, named, quoted, read_samples
 from t5lib.utils.config import Several, WholeNumber, from_dict, settings, to_dict
 from t5lib.utils.errors import T5Error
-from t5lib.utils.files import read_json, sha256, write_json
+from t5lib.utils.files import read_json, write_json
 
 SHA256 = re.compile("[0-9a-f]{64}")
 LABEL = re.compile(rb"\s*-?[0-9]{1,9}\s*")
@@ -36,7 +42,7 @@ class Shard:
     """One tar file.
 
     Attributes:
-        path: absolute once the manifest has been read.
+        path: absolute once the manifest has been read, or an address (t5lib.data.remote).
         count: samples that are read; those of `left_out` are not among them.
         left_out: positions in the tar of samples that cannot be used, in order; those of `unread` are not among them.
         unread: samples at the end of the tar that are not read.
@@ -74,16 +80,15 @@ class Shard:
     def samples(self) -> Iterator[Sample]:
         """Its samples in file order, undecoded. Raises T5Error when the tar is not the very file that was listed, or
         holds another number."""
-        if self.sha256:
-            self.verify()
         seen, total, left_out = 0, self.total, frozenset(self.left_out)
-        for seen, sample in enumerate(read_samples(self.path), 1):
-            if seen > total:
-                break
-            if seen - 1 not in left_out:
-                yield sample
-            if self.unread and seen == self.end:
-                return
+        with self.opened() as file:
+            for seen, sample in enumerate(read_samples(self.path, file), 1):
+                if seen > total:
+                    break
+                if seen - 1 not in left_out:
+                    yield sample
+                if self.unread and seen == self.end:
+                    return
         if seen != total:
             found = f"more than {total}" if seen > total else seen
             raise T5Error(
@@ -91,14 +96,22 @@ class Shard:
                 "the manifest is not this file's: make it again"
             )
 
-    def verify(self) -> None:
-        """Raises T5Error unless the file has the sha256 that is listed. A file that did not change since this process
-        last asked is not read again."""
+    @contextmanager
+    def opened(self) -> Iterator[BufferedReader]:
+        """The file, where it lies or as it was fetched.
+
+        Raises T5Error unless it has the sha256 that is listed. A file that did not change since this process last asked
+        is not read again for that.
+        """
         with named(self.path):
-            found = os.stat(self.path)
-            digest = _digest(self.path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        if digest != self.sha256:
-            raise changed(self, digest)
+            file = remote.opened(self.path)
+        with file:
+            if self.sha256:
+                with named(self.path):
+                    digest = digest_of(file)
+                if digest != self.sha256:
+                    raise changed(self, digest)
+            yield file
 
 
 @settings
@@ -116,11 +129,10 @@ class ShardSet:
     def read(cls, manifest: Path | str) -> "ShardSet":
         """Read a manifest. Raises T5Error when it is malformed, its counts disagree, or a shard is missing or listed
         twice."""
-        found = from_dict(cls, read_json(manifest), str(manifest))
-        folder = Path(manifest).parent
-        shards = tuple(replace(shard, path=os.path.abspath(folder / shard.path)) for shard in found.shards)
+        found = from_dict(cls, _content(manifest), str(manifest))
+        shards = tuple(replace(shard, path=_place(shard.path, manifest)) for shard in found.shards)
         for shard in shards:
-            if not os.path.isfile(shard.path):
+            if not remote.is_remote(shard.path) and not os.path.isfile(shard.path):
                 raise T5Error(f"{shard.path} does not exist, but {manifest} lists it; fetch or make the shards again")
             if shard.count < 1:
                 raise T5Error(f"{manifest}: {shard.path} has count {shard.count}; expected at least one sample")
@@ -157,24 +169,54 @@ class ShardSet:
         write_json(manifest, data)
 
 
+def _content(manifest: Path | str) -> Any:
+    if not remote.is_remote(manifest):
+        return read_json(manifest)
+    try:
+        return json.loads(remote.text_of(str(manifest)))
+    except ValueError:
+        raise T5Error(f"{manifest} is not JSON; expected the manifest of shards") from None
+
+
+def _place(path: str, manifest: Path | str) -> str:
+    """Where a shard lies that a manifest lists, relative to itself."""
+    if remote.is_remote(path):
+        return path
+    if not remote.is_remote(manifest):
+        return os.path.abspath(Path(manifest).parent / path)
+    if path.startswith("/"):
+        raise T5Error(f"{manifest} lists {quoted(path)}; expected shards by addresses, or relative to the manifest")
+    return posixpath.join(posixpath.dirname(str(manifest)), path)
+
+
 def changed(shard: Shard, digest: str) -> T5Error:
-    """The message about a shard whose file has a sha256 other than the one listed."""
+    """The message about a shard whose file has a sha256 other than the one listed; no cache keeps it."""
+    if remote.is_remote(shard.path):
+        remote.forget(shard.path)
     return T5Error(
         f"{shard.path} has sha256 {digest}, its manifest says {shard.sha256}; "
         "the file was damaged or replaced: fetch or make it again"
     )
 
 
-@cache
-def _digest(path: str, *state: int) -> str:
-    """Of the file in this state."""
-    return sha256(path)
+def digest_of(file: BufferedReader) -> str:
+    """The sha256 of a file, read once for as long as it does not change."""
+    found = os.fstat(file.fileno())
+    state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    if state not in _digests:
+        file.seek(0)
+        _digests[state] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _digests[state]
+
+
+_digests: dict[tuple[int, ...], str] = {}
 
 
 def _refuse_twice(shards: Sequence[Shard], manifest: Path | str) -> None:
     seen: dict[str, str] = {}
     for shard in shards:
-        for mark in {os.path.realpath(shard.path), shard.sha256}:
+        place = shard.path if remote.is_remote(shard.path) else os.path.realpath(shard.path)
+        for mark in {place, shard.sha256}:
             if mark in seen:
                 raise T5Error(
                     f"{manifest} lists {shard.path} twice, or {seen[mark]} has the same content; leave one of them "

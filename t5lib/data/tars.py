@@ -12,6 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +47,33 @@ def _require(holds: bool, fault: str) -> None:
         raise ValueError(f"{fault}, which no archive of images has")
 
 
-def read_samples(path: Path | str) -> Iterator[Sample]:
-    """The samples of a tar file in file order, undecoded. Raises T5Error when it cannot be read."""
-    with named(path), tarfile.open(path, tarinfo=_Member) as tar:
-        yield from group_by_keys(_files(path, tar))
+def read_samples(path: Path | str, file: BufferedReader) -> Iterator[Sample]:
+    """The samples of a tar file in file order, undecoded. Raises T5Error, with its `path`, when it cannot be read."""
+    with named(path), _opened(file) as tar:
+        yield from group_by_keys(_files(path, tar, size_of(file)))
 
 
-def _files(path: Path | str, tar: Any) -> Iterator[dict[str, Any]]:
+def size_of(file: BufferedReader) -> int:
+    """In bytes."""
+    return os.fstat(file.fileno()).st_size
+
+
+def _opened(file: BufferedReader) -> tarfile.TarFile:
+    file.seek(0)
+    return tarfile.open(fileobj=file, tarinfo=_Member)
+
+
+def _files(path: Path | str, tar: Any, size: int) -> Iterator[dict[str, Any]]:
     """What webdataset groups into samples."""
-    for member in _members(path, tar):
+    for member in _members(tar, size):
         if member.isreg() and not ABOUT_SHARD.match(member.name):
             yield {"__url__": str(path), "fname": member.name, "data": tar.extractfile(member).read()}
         tar.members.clear()  # which grow with every file that was read
 
 
-def _members(path: Path | str, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Those of an archive, none larger than there can be content for."""
-    size, most = os.path.getsize(path), _most(path)
+def _members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
+    """Those of an archive of so many bytes, none larger than there can be content for."""
+    most = _most(size)
     for member in tar:
         name, end = quoted(member.name), member.offset_data + member.size
         _require(not member.issparse(), f"{name} with holes (pack it again, without --sparse)")
@@ -71,9 +82,9 @@ def _members(path: Path | str, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo
         yield member
 
 
-def _most(path: Path | str) -> int:
-    """Bytes that an archive may have when it is unpacked."""
-    return INFLATION * os.path.getsize(path) + LARGEST_MEMBER
+def _most(size: int) -> int:
+    """Bytes that an archive of so many bytes may have when it is unpacked."""
+    return INFLATION * size + LARGEST_MEMBER
 
 
 def quoted(name: str) -> str:
@@ -81,18 +92,19 @@ def quoted(name: str) -> str:
     return repr(name if len(name) <= SHOWN else f"{name[:SHOWN]}…")
 
 
-def check_tar(path: Path | str) -> None:
+def check_tar(path: Path | str, file: BufferedReader) -> None:
     """Read a tar file's structure to its very end; its samples' contents are not looked at.
 
     Raises:
         T5Error: a damaged header, an end that is missing or followed by anything, a file that belongs to no sample, a
             sample whose files do not stand one after the other, or a name that occurs twice.
     """
-    with named(path), tarfile.open(path, tarinfo=_Member) as tar:
-        members = [member for member in _members(path, tar) if not member.isdir()]
+    size = size_of(file)
+    with named(path), _opened(file) as tar:
+        members = [member for member in _members(tar, size) if not member.isdir()]
         assert tar.fileobj
         tar.fileobj.seek(tar.offset)  # where tarfile saw no further header
-        end = tar.offset, *_zeros(tar.fileobj, _most(path) - tar.offset)
+        end = tar.offset, *_zeros(tar.fileobj, _most(size) - tar.offset)
     _check_end(path, *end)
     _check_members(path, members)
 

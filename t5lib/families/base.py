@@ -262,14 +262,6 @@ class Adapter(ABC):
         return nullcontext()
 
     @abstractmethod
-    def checkpoint_gradients(self, model: nn.Module, on: bool) -> None:
-        """Whether blocks compute their activations again in the backward pass instead of keeping them.
-
-        Raises:
-            T5Error: models of this family cannot.
-        """
-
-    @abstractmethod
     def num_tokens(self, model: nn.Module, inputs: Inputs) -> int:
         """Tokens that attention sees in one image: patches, prefix tokens, text tokens."""
 

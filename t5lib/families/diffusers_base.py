@@ -286,12 +286,6 @@ class DiffusersAdapter(Adapter):
     def call(self, model: nn.Module, inputs: Inputs) -> Tensor:
         return model(**inputs, return_dict=False)[0]
 
-    def checkpoint_gradients(self, model: nn.Module, on: bool) -> None:
-        if on:
-            model.enable_gradient_checkpointing()
-        else:
-            model.disable_gradient_checkpointing()
-
     def num_tokens(self, model: nn.Module, inputs: Inputs) -> int:
         grid, text = self.grid(model, inputs), inputs.get("encoder_hidden_states")
         return grid.rows * grid.columns + (0 if text is None else text.shape[1])

@@ -164,9 +164,6 @@ class TimmAdapter(Adapter):
     def call(self, model: nn.Module, inputs: Inputs) -> Tensor:
         return model(**inputs)
 
-    def checkpoint_gradients(self, model: nn.Module, on: bool) -> None:
-        model.set_grad_checkpointing(on)
-
     def num_tokens(self, model: nn.Module, inputs: Inputs) -> int:
         grid = self.grid(model, inputs)
         return grid.num_prefix_tokens + grid.rows * grid.columns

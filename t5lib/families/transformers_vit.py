@@ -199,11 +199,6 @@ class TransformersVit(Adapter):
             options["noise"] = ordered_noise(len(images), grid.rows * grid.columns, images.device)
         return options
 
-    def checkpoint_gradients(self, model: nn.Module, on: bool) -> None:
-        switch = "enable" if on else "disable"
-        new, old = f"activation_checkpointing_{switch}", f"gradient_checkpointing_{switch}"
-        getattr(model, new if hasattr(model, new) else old)()  # by the version of transformers
-
     def num_tokens(self, model: nn.Module, inputs: Inputs) -> int:
         grid = self.grid(model, inputs)
         return grid.num_prefix_tokens + grid.rows * grid.columns

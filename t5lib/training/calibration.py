@@ -104,9 +104,15 @@ def calibrate(
         if (resumed or fit.part != WHOLE) and not fit.over(config.steps):
             source = open_batches(batches, fit.batches, fit.part)
         fit.source = map(inputs_of, source)
-        every, log = config.checkpoint_every, log if processes.state().is_main_process else None
         try:
-            run_steps(fit, title="calibrate", total=config.steps, resume_dir=resume_dir, every=every, log=log)
+            run_steps(
+                fit,
+                title="calibrate",
+                total=config.steps,
+                resume_dir=resume_dir if config.checkpoints_kept else None,
+                every=config.checkpoint_every,
+                log=log if processes.state().is_main_process else None,
+            )
         finally:
             fit.write_back()  # also when interrupted: a model half of whose layer was fitted would be of no use
         report.seconds, report.error_after = fit.done.seconds, fit.errors(fit.see(probe))
@@ -261,7 +267,7 @@ class _Fit(Work):
         place = None
         if processes.state().is_main_process:
             size = 3 * sum(parameter.nbytes for parameter in self.parameters)  # with Adam's two moments
-            checkpoints.require_space(folder, size, self.config.checkpoints_kept)
+            checkpoints.require_space(folder, size, self.config.checkpoints_kept, self.config.checkpoint_every)
             place = checkpoints.newest(folder, self.made_by)
         place = processes.all_know(place)
         if place is None:

@@ -30,11 +30,13 @@ class LoopConfig:
         lora_rank, lora_alpha: width of the adapters, and their factor times lora_rank.
         precision: "fp32" or "bf16" (autocast).
         compile: torch.compile the transformer blocks, each by itself; one compilation serves all that are alike.
-        gradient_checkpointing: compute a block's activations again in the backward pass instead of keeping them.
+        gradient_checkpointing: true to compute activations again in the backward pass instead of keeping them, in every
+            block; or the share of the blocks that do: as few as the card's memory allows cost the least time.
         optimizer: "adamw"; "adamw8bit", whose state takes a quarter of the memory (needs bitsandbytes); "muon", which
             steps inherited matrices by their orthogonalized momentum (arXiv 2502.16982) and the rest as AdamW does.
         checkpoint_every: steps between checkpoints.
-        checkpoints_kept: how many of them are kept, for the case that a disk damages the newest.
+        checkpoints_kept: how many of them are kept: 2, for the case that a disk damages the newest; 0 writes none, and
+            what is interrupted starts over, or from the last one that is there.
     """
 
     batch_size: BatchSize = 64
@@ -51,7 +53,7 @@ class LoopConfig:
     lora_alpha: Annotated[float, Field(gt=0, le=1e4)] = 16.0
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Share = False
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     checkpoint_every: AtLeastOne = 100
     checkpoints_kept: Kept = 2

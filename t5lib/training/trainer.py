@@ -27,6 +27,7 @@ from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.training.nonfinite import explain_blow_up
 from t5lib.training.optimizers import OPTIMIZERS, freeze, groups
 from t5lib.training.recipe import LoopConfig
+from t5lib.training.recomputed import recomputed_blocks
 from t5lib.training.stochastic import share_draws, undo
 from t5lib.utils import processes
 from t5lib.utils.errors import T5Error
@@ -137,7 +138,7 @@ class Trainer(Work):
         self.part = part_of(config)
         self.adapter = family_of(model)
         make_optimizer = OPTIMIZERS[config.optimizer]()
-        model.to(self.device).train()
+        model.to("cpu" if self.in_pieces else self.device).train()
         model.zero_grad(set_to_none=True)
         set_seed(config.seed)  # of adapters
         self.frozen = freeze(model, config)
@@ -156,10 +157,9 @@ class Trainer(Work):
         self.model = model if self.in_pieces else self.accelerator.prepare(model)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.dropping = share_draws(model, self.part)
-        self.compiled = contextlib.ExitStack()
+        self.blocks_altered = contextlib.ExitStack()
         self.compile_blocks(model)
-        if config.gradient_checkpointing:
-            self.adapter.checkpoint_gradients(model, True)
+        self.blocks_altered.enter_context(recomputed_blocks(model, config.gradient_checkpointing))
         self.done = Done()
         pieces = {"strategy": "fsdp2"} if self.in_pieces else {}
         self.made_by = checkpoints.maker(model, config, steps=steps, **pieces, **objective.made_of())
@@ -184,7 +184,7 @@ class Trainer(Work):
     def compile_blocks(self, model: nn.Module) -> None:
         """Compile the model's blocks, or those of a teacher beside it, until the training ends, if it is to be so."""
         if self.config.compile:
-            self.compiled.enter_context(compiled_blocks(model))
+            self.blocks_altered.enter_context(compiled_blocks(model))
 
     def run(self, batches: Batches, resume_dir: Path | None, log: Log | None) -> TrainReport:
         """All steps that are not done yet; see `train`."""
@@ -198,7 +198,7 @@ class Trainer(Work):
                 self,
                 title=f"train ({config.trainable})",
                 total=self.total,
-                resume_dir=resume_dir,
+                resume_dir=resume_dir if config.checkpoints_kept else None,
                 every=config.checkpoint_every,
                 log=log if self.accelerator.is_main_process else None,
             )
@@ -259,7 +259,7 @@ class Trainer(Work):
         broken = next((place for place, loss in enumerate(values[::2]) if not math.isfinite(loss)), 0)
         said = ""
         if self.accelerator.process_index == broken or self.in_pieces:
-            self.compiled.close()  # what looks for the cause hooks into every module
+            self.blocks_altered.close()  # what looks for the cause hooks into every module
             inputs, step = self.objective.inputs(example), self.done.step + 1
             said = explain_blow_up(self.plain, inputs, self.config, step, *values[2 * broken : 2 * broken + 2])
         raise T5Error(processes.gathered(said)[broken])
@@ -298,7 +298,8 @@ class Trainer(Work):
         """Continue from the newest whole checkpoint in `folder`, if there is one (t5lib.training.checkpoints)."""
         place = None
         if self.accelerator.is_main_process:
-            checkpoints.require_space(folder, self._checkpoint_size(), self.config.checkpoints_kept)
+            config = self.config
+            checkpoints.require_space(folder, self._checkpoint_size(), config.checkpoints_kept, config.checkpoint_every)
             place = checkpoints.newest(folder, self.made_by)
         place = processes.all_know(place)
         if place is None:
@@ -322,12 +323,12 @@ class Trainer(Work):
 
     def close(self) -> None:
         """The model is a plain one again, in eval mode, with a gradient for everything that had one."""
-        self.compiled.close()
+        self.blocks_altered.close()
         undo(self.dropping)
-        if self.in_pieces:
+        if self.in_pieces:  # beside what lies in pieces, the whole may find no room
+            del self.model, self.plain, self.optimizer, self.ema
+            self.accelerator.free_memory()
             self.plain = self.whole.to(self.device)
-        if self.config.gradient_checkpointing:
-            self.adapter.checkpoint_gradients(self.plain, False)
         if self.config.trainable == "lora":
             lora.merge(self.plain)
         for parameter in self.frozen:

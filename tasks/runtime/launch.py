@@ -7,6 +7,7 @@ nothing is run again.
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from t5lib.utils.config import AtLeastOne, from_dict, settings
 from t5lib.utils.errors import T5Error
 from tasks.runtime import params, warm
+from tasks.runtime.nodes import Meeting
 
 OUTER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # what a launcher tells the processes that it starts
 INTERRUPTED = 130
@@ -32,10 +34,21 @@ class LaunchConfig:
             the batches of the stage, and one where there is none.
         strategy: "ddp", every process with all weights; or "fsdp2", with a piece of weights, gradients and optimizer,
             for a training that is too large for one card.
+        nodes: machines that share it, all of which see the repository's folder. The same command is given on each.
+        address: "host:port" of the first of them, which the others reach it by.
     """
 
     processes: AtLeastOne | None = None
     strategy: Literal["ddp", "fsdp2"] = "ddp"
+    nodes: AtLeastOne = 1
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.nodes > 1 and not re.fullmatch(r".+:[0-9]{1,5}", self.address or ""):
+            raise T5Error(
+                f"nodes is {self.nodes} and address {self.address}; expected address host:port, a free port of the "
+                "first node by the name that the others reach it by, such as gpu-a:29400"
+            )
 
 
 def config(root: Path) -> LaunchConfig:
@@ -43,27 +56,36 @@ def config(root: Path) -> LaunchConfig:
     return from_dict(LaunchConfig, params.read(root).get("launch") or {}, "params.yaml: launch")
 
 
-def number(chosen: int | None, sections: Mapping[str, Any]) -> int:
-    """How many processes a stage that reads these sections is to be started in.
-
-    Args:
-        chosen: LaunchConfig.processes.
+def number(config: LaunchConfig, sections: Mapping[str, Any]) -> int:
+    """How many processes a stage that reads these sections is to be started in, on this node.
 
     Raises:
         T5Error: so many processes cannot share the stage's batches.
     """
-    wanted = chosen
-    if wanted is None:
-        import torch
-
-        wanted = max(1, torch.accelerator.device_count())
-    most = next(fewer for fewer in range(wanted, 0, -1) if not _uneven(sections, fewer))
+    wanted = _wanted(config)
+    most = next((fewer for fewer in range(wanted, 0, -1) if not _uneven(sections, fewer * config.nodes)), 0)
     if most < wanted:
-        reason = f"{wanted} processes cannot share {_uneven(sections, wanted)}"
-        if chosen:
-            raise T5Error(f"params.yaml: launch.processes: {reason}; take {most}, for example, or other batch sizes")
+        on_nodes = f" on {config.nodes} nodes" if config.nodes > 1 else ""
+        reason = f"{wanted * config.nodes} processes{on_nodes} cannot share {_uneven(sections, wanted * config.nodes)}"
+        if config.processes or not most:
+            advice = f"take {most}, for example, or other batch sizes" if most else "take other batch sizes"
+            raise T5Error(f"params.yaml: launch.processes: {reason}; {advice}")
         print(f"{most} of {wanted} accelerators: {reason}", flush=True)
     return most
+
+
+def pieces(config: LaunchConfig) -> int:
+    """How many processes FSDP2 spreads a training over; 1 where it does not."""
+    return _wanted(config) * config.nodes if config.strategy == "fsdp2" else 1
+
+
+def _wanted(config: LaunchConfig) -> int:
+    """Processes on each node, as far as the batches of a stage allow."""
+    if config.processes is not None:
+        return config.processes
+    import torch
+
+    return max(1, torch.accelerator.device_count())
 
 
 def _uneven(settings: Mapping[str, Any], processes: int) -> str:
@@ -98,10 +120,14 @@ def end_with_launcher() -> None:
         CDLL(None).prctl(DEATH_SIGNAL, signal.SIGTERM)
 
 
-def start(module: str, arguments: Sequence[str], processes: int) -> None:
+def start(module: str, arguments: Sequence[str], processes: int, meeting: Meeting) -> None:
     """Run `python -m module arguments` in `processes` processes of one group, until all have ended.
 
     An error in one of them ends them all. Their outputs are ours.
+
+    Args:
+        processes: on this node.
+        meeting: of the nodes (tasks.runtime.nodes.met).
 
     Raises:
         T5Error: one was killed.
@@ -113,18 +139,21 @@ def start(module: str, arguments: Sequence[str], processes: int) -> None:
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # long words of its own about what they say
     os.environ |= _environment(os.environ, processes)
-    options = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
+    everywhere = processes * meeting.nodes
+    options = ["--multi_gpu", "--num_processes", str(everywhere), "--num_machines", str(meeting.nodes)]
+    options += ["--machine_rank", str(meeting.node), "--same_network"]
+    options += ["--main_process_ip", meeting.host, "--main_process_port", str(meeting.port)]
     options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--module", module, *arguments]
     try:
         launch_command(launch_command_parser().parse_args(options))
     except SignalException:
         sys.exit(INTERRUPTED)
     except ChildFailedError as error:
-        ends = {place: failure.exitcode for place, failure in error.failures.items()}
-        for place, status in ends.items():
+        ends = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        for rank, status in ends.items():
             if status == -signal.SIGKILL:
                 raise T5Error(
-                    f"process {place} of {processes} was killed, and the others were ended; if memory was short, take "
+                    f"process {rank} of {everywhere} was killed, and the others were ended; if memory was short, take "
                     "a smaller batch_size"
                 ) from None
         sys.exit(INTERRUPTED if INTERRUPTED in ends.values() else 1)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from t5lib.data import remote
 from t5lib.download import hub
 from t5lib.utils.errors import SourceError
 from t5lib.utils.files import write_bytes
@@ -26,7 +27,9 @@ def check_disk(root: Path) -> None:
 def _problem(source: str, own: str) -> str | None:
     scheme, _, rest = source.partition(":")
     try:
-        if scheme == "hf":
+        if remote.is_remote(source) and "#sha256=" not in source:
+            remote.check(source)
+        elif scheme == "hf":
             hub.check_access(rest)
     except SourceError as error:
         from huggingface_hub import get_token

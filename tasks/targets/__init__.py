@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from t5lib.utils.config import to_dict
 from t5lib.utils.errors import T5Error
-from tasks.runtime import params
+from tasks.runtime import launch, params
 from tasks.runtime.needs import Needs
 
 if TYPE_CHECKING:
@@ -55,14 +55,19 @@ def _kind(settings: dict[str, Any]) -> tuple[str, str]:
     return _KINDS.get(form if isinstance(form, str) else None, _USUAL)
 
 
-def needs(root: Path | str, target: str, settings: dict[str, Any], *, online: bool = False) -> Needs:
+def needs(
+    root: Path | str, target: str, settings: dict[str, Any], *, online: bool = False, pieces: int | None = None
+) -> Needs:
     """See Target.needs; `settings` are those that `resolve` gives.
 
     Args:
         online: fetch the configs of what lies on a hub, some kilobytes, to tell its size and to check them.
+        pieces: cards that FSDP2 spreads trainings over; default: what params.yaml says under `launch`.
     """
-    of_kind = kind(settings)
-    return of_kind.needs(params.checked(settings, of_kind.SECTIONS, target), Path(root), target, online=online)
+    of_kind, root = kind(settings), Path(root)
+    pieces = pieces or launch.pieces(launch.config(root))
+    sections = params.checked(settings, of_kind.SECTIONS, target)
+    return of_kind.needs(sections, root, target, online=online, pieces=pieces)
 
 
 def resolve(root: Path | str, target: str, changes: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:

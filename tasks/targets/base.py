@@ -113,13 +113,14 @@ class Target(ABC, Generic[Recipe]):
 
     @classmethod
     @abstractmethod
-    def needs(cls, sections: dict[str, Any], root: Path, target: str, *, online: bool = False) -> Needs:
+    def needs(cls, sections: dict[str, Any], root: Path, target: str, *, online: bool, pieces: int) -> Needs:
         """What building the target needs of a machine, from settings and configs alone.
 
         Args:
             sections, root: see `check`.
             target: its name; what its stages have made already is not counted.
             online: fetch the configs of what lies on a hub and is not here yet.
+            pieces: cards that a training is spread over; 1 where each holds all of it.
         """
 
     # Stages that differ altogether; each returns the stage's metrics.

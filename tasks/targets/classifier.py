@@ -127,9 +127,9 @@ class ClassifierTarget(Target[TrainConfig]):
             raise T5Error(f"data.workers is {data.workers}; expected at most one for each of {train.count} images")
 
     @classmethod
-    def needs(cls, sections: dict[str, Any], root: Path, target: str, *, online: bool = False) -> Needs:
+    def needs(cls, sections: dict[str, Any], root: Path, target: str, *, online: bool, pieces: int) -> Needs:
         """See Target."""
-        return classifier_needs.needs(sections, blank(sections["fetch"]), root, target)
+        return classifier_needs.needs(sections, blank(sections["fetch"]), root, target, pieces)
 
     def fetch(self) -> dict[str, Any]:
         model, origin = fetched_model(self.section("fetch"), self.stage.resume_dir() / "source")

@@ -14,7 +14,7 @@ from tasks.targets.image_count import counted, remote_images
 SINGLE = 4  # bytes of a number
 
 
-def needs(sections: dict[str, Any], model: nn.Module, root: Path, target: str) -> Needs:
+def needs(sections: dict[str, Any], model: nn.Module, root: Path, target: str, pieces: int) -> Needs:
     """See Target. `model`: the softmax model on the meta device."""
     made = {stage.stem for stage in root.glob(f"data/out/{target}/*.json")}
     size = _size(model)
@@ -29,7 +29,10 @@ def needs(sections: dict[str, Any], model: nn.Module, root: Path, target: str) -
     remotes = [] if "fetch" in made or not source.startswith("hf:") else [Remote("the model", source)]
     remotes += remote_images(sections["shards"], root, target)
     return Needs(
-        tuple(remotes), rooms, tuple(_memories(sections, model, size)), tuple(_works(sections, model, root, made))
+        tuple(remotes),
+        rooms,
+        tuple(_memories(sections, model, size, pieces)),
+        tuple(_works(sections, model, root, made)),
     )
 
 
@@ -49,7 +52,7 @@ def _numbers(sections: dict[str, Any], model: Any, images: int) -> int:
     return images * _tokens(sections, model) * model.embed_dim
 
 
-def _memories(sections: dict[str, Any], model: Any, size: training_needs.Size) -> list[Memory]:
+def _memories(sections: dict[str, Any], model: Any, size: training_needs.Size, pieces: int) -> list[Memory]:
     blocks, calibrate, found = len(model.blocks), sections["calibrate"], []
 
     def numbers(images: int) -> int:
@@ -63,7 +66,7 @@ def _memories(sections: dict[str, Any], model: Any, size: training_needs.Size) -
     recipes |= {"freeze": sections["freeze"].train, "finetune": sections["finetune"]}
     for stage, recipe in recipes.items():
         teacher = stage == "align" or bool(getattr(recipe, "distill", 0))
-        found.append(training_needs.memory(stage, size, recipe, blocks, numbers, teacher))
+        found.append(training_needs.memory(stage, size, recipe, blocks, numbers, teacher=teacher, pieces=pieces))
     return found
 
 

@@ -128,9 +128,9 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
             check_pipeline(folder, sections, images)
 
     @classmethod
-    def needs(cls, sections: dict[str, Any], root: Path, target: str, *, online: bool = False) -> Needs:
+    def needs(cls, sections: dict[str, Any], root: Path, target: str, *, online: bool, pieces: int) -> Needs:
         """See Target."""
-        return denoiser_needs.needs(sections, root, target, online=online)
+        return denoiser_needs.needs(sections, root, target, online=online, pieces=pieces)
 
     def fetch(self) -> dict[str, Any]:
         """Fetch and check pipeline and scorers. Large files stay where they were downloaded to or lie already."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from t5lib.data.buckets import bucket_sizes
+from t5lib.data.remote import is_remote
 from t5lib.data.shards import ShardSet
 from t5lib.evaluation.generation import check_sampling
 from t5lib.evaluation.scores import LEAST
@@ -60,8 +61,11 @@ def _check_conditions(folder: Path, config: Any, images: tuple[ShardSet | None, 
     """Raises T5Error unless images come with what the pipeline draws from."""
     if diffusers_folder.takes_text(folder):
         sources = [source for source in (config.train, config.val) if source]
-        if remote := [source for source in sources if not source.startswith("file:")]:
-            raise T5Error(f"'{remote[0][:200]}' is not a source of captioned images; expected file:FOLDER or :PATTERN")
+        if other := [source for source in sources if not source.startswith("file:") and not is_remote(source)]:
+            raise T5Error(
+                f"'{other[0][:200]}' is not a source of captioned images; expected file:FOLDER, file:PATTERN or an "
+                "address such as https://HOST/train-{0000..0099}.tar"
+            )
         return
     own = diffusers_folder.classes(folder)  # the label after the last one is that of no class
     for each in filter(None, images):

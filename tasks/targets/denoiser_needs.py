@@ -93,7 +93,7 @@ class Denoiser:
         return aligned | frozen | (tuned if self.sections["shards"].train else {})
 
 
-def needs(sections: dict[str, Any], root: Path, target: str, *, online: bool) -> Needs:
+def needs(sections: dict[str, Any], root: Path, target: str, *, online: bool, pieces: int) -> Needs:
     """See Target."""
     source = sections["fetch"].source
     folder = diffusers_folder.known(source, root)
@@ -110,7 +110,7 @@ def needs(sections: dict[str, Any], root: Path, target: str, *, online: bool) ->
         unknown = Check("size of the model", "its config cannot be reached", known=False)
         return Needs(remotes, checks=(*checks, unknown))
     made = {stage.stem for stage in root.glob(f"data/out/{target}/*.json")}
-    return Needs(remotes, _rooms(one, made), tuple(_memories(one)), tuple(_works(one, made)), tuple(checks))
+    return Needs(remotes, _rooms(one, made), tuple(_memories(one, pieces)), tuple(_works(one, made)), tuple(checks))
 
 
 def _all_of(shards: ShardsConfig, split: str, root: Path) -> Images:
@@ -230,7 +230,7 @@ def _encoded_bytes(one: Denoiser) -> int:
     return HALF * (latent + text * (one.shape.text_width or 0) + one.shape.pooled_width) + ABOUT
 
 
-def _memories(one: Denoiser) -> list[Memory]:
+def _memories(one: Denoiser, pieces: int) -> list[Memory]:
     sections = one.sections
     training = {stage: recipe for stage, recipe in one.recipes.items() if stage != "control"}
     found = [_sampling(one) if one.sample_count else _encoding(one)]
@@ -238,7 +238,8 @@ def _memories(one: Denoiser) -> list[Memory]:
         found.append(_calibration(one))
     for stage, recipe in training.items():
         teacher = stage == "align" or bool(getattr(recipe, "align", 0) and getattr(recipe, "teacher", "") in TEACHERS)
-        found.append(training_needs.memory(stage, one.size, recipe, one.shape.blocks, one.numbers, teacher))
+        known = stage, one.size, recipe, one.shape.blocks, one.numbers
+        found.append(training_needs.memory(*known, teacher=teacher, pieces=pieces))
     return [*found, _evaluation(one)]
 
 

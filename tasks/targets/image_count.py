@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t5lib.data.checking import tar_files
+from t5lib.data.remote import is_remote
 from t5lib.data.shards import IMAGE_FIELDS
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
@@ -39,6 +40,8 @@ def counted(shards: ImagesConfig, split: str, root: Path) -> Images:
 def _held(source: str, split: str, root: Path) -> Images:
     """A manifest says it; of tar files the first is counted, and the others taken to be alike."""
     scheme, _, rest = source.partition(":")
+    if is_remote(source):
+        return Images(None, None, "counted when they are first read")
     if scheme == "hf":
         match = re.match(r"datasets/([\w.-]+/[\w.-]+)", rest)
         count = KNOWN.get(match[1] if match else "", {}).get(split)
@@ -58,7 +61,11 @@ def remote_images(shards: ImagesConfig, root: Path, target: str) -> list[Remote]
     if (root / f"data/out/{target}/shards.json").exists():
         return []
     splits = {"training images": shards.train, "validation images": shards.val}
-    return [Remote(what, source) for what, source in splits.items() if source and source.startswith("hf:")]
+    return [
+        Remote(what, source)
+        for what, source in splits.items()
+        if source and source.startswith("hf:") and not is_remote(source)
+    ]
 
 
 def _like_the_first(tars: list[Path]) -> Images:

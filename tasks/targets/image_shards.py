@@ -3,8 +3,10 @@
 import os
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from t5lib.data.checking import open_captioned, open_shards
+from t5lib.data.remote import is_remote
 from t5lib.data.shards import ShardSet
 from t5lib.download import check, kept
 from t5lib.utils.config import AtLeastOne, Share, settings
@@ -23,6 +25,8 @@ class ImagesConfig:
             file:data/fashion-mnist/train.json          a manifest; its shards are checked against it
             file:/data/imagenet/train                   a folder of tar files, or a pattern: file:/data/in1k/train-*.tar
             hf:datasets/OWNER/REPO@COMMIT#train-*.tar   the same from the hub, kept in data/datasets
+            hf://datasets/OWNER/REPO@COMMIT/train-*.tar, https://HOST/train-{0000..0099}.tar, or the address of a
+            manifest: read from there, through a cache of limited size (t5lib.data.remote)
             Paths are relative to the repository.
         max_skipped: share of the samples that may be left out because the image cannot be read, or the caption or class
             is missing. Every image is decoded once, to see that it can be.
@@ -41,12 +45,26 @@ class ImagesConfig:
 
 def check_source(source: str, split: str) -> None:
     """Raises T5Error unless `source` is of one of the forms that images may have."""
+    if is_remote(source):
+        _check_address(source, split)
+        return
     if not re.match(r"file:.|hf:datasets/", source):
         raise T5Error(
-            f"{split} is '{source[:200]}'; expected file:MANIFEST.json, file:FOLDER, file:PATTERN "
-            "or hf:datasets/OWNER/REPO@COMMIT#PATTERN"
+            f"{split} is '{source[:200]}'; expected file:MANIFEST.json, file:FOLDER, file:PATTERN, "
+            "hf:datasets/OWNER/REPO@COMMIT#PATTERN, or an address such as https://HOST/train-{0000..0099}.tar"
         )
     check(source)
+
+
+def _check_address(source: str, split: str) -> None:
+    """Raises T5Error for an address that is not encrypted, holds a password, or names what may change unnoticed."""
+    scheme, _, rest = source.partition("://")
+    if scheme in ("http", "ftp", "file") and urlsplit(source).hostname not in ("127.0.0.1", "localhost"):
+        raise T5Error(f"{split} is '{source[:200]}'; expected https://…, or file:PATH for what lies on this machine")
+    if "@" in rest.partition("/")[0]:
+        raise T5Error(f"{split} holds a user name or password, which records would show; use ~/.netrc, or a profile")
+    if scheme == "hf" and not re.match(r"datasets/[^/@]+/[^/@]+@[^/]+/.", rest):
+        raise T5Error(f"{split} is '{source[:200]}'; expected hf://datasets/OWNER/REPO@COMMIT/PATTERN, with its commit")
 
 
 def check_sources(train: str, val: str) -> None:
@@ -85,10 +103,8 @@ def open_labelled(config: ImagesConfig, split: str, num_classes: int, stage: Sta
             be used.
     """
     source = getattr(config, split)
-    scheme, _, rest = source.partition(":")
-    local = scheme == "file"
     return open_shards(
-        stage.root / Path(rest).expanduser() if local else kept(source, stage.root / "data/datasets"),
+        _place(source, stage.root),
         name=f"{stage.target} {split}",
         source=source,
         notes=stage.root / CHECKED,
@@ -96,6 +112,13 @@ def open_labelled(config: ImagesConfig, split: str, num_classes: int, stage: Sta
         limit=config.limit,
         classes=[str(index) for index in range(num_classes)],
     )
+
+
+def _place(source: str, root: Path) -> Path | str:
+    if is_remote(source):
+        return source
+    scheme, _, rest = source.partition(":")
+    return root / Path(rest).expanduser() if scheme == "file" else kept(source, root / "data/datasets")
 
 
 def open_captions(config: ImagesConfig, split: str, stage: Stage) -> ShardSet:

@@ -28,7 +28,7 @@ from typing import Any
 from t5lib.utils import processes
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import sha256
-from tasks.runtime import command_line, launch, local_sources
+from tasks.runtime import command_line, launch, local_sources, nodes
 from tasks.runtime.failures import in_words
 from tasks.runtime.params import read_target
 from tasks.runtime.stage import Stage
@@ -124,24 +124,33 @@ def main(run: Callable[..., dict[str, Any]]) -> None:
         signal.signal(stop, signal.default_int_handler)
     together, reads = run.__globals__.get("TOGETHER", False), run.__globals__["READS"]
     try:
-        if launch.joined() and not _join(together):
+        os.environ |= nodes.of_slurm(os.environ)
+        joined = launch.joined()
+        if joined and not _join(together):
             return
         number, config = 1, launch.config(Path("."))
         os.environ.setdefault(processes.STRATEGY, config.strategy)
+        starts = together and not joined
         if processes.leads():
             # Every setting, and every file, also those that later stages read: no work shall be lost to a slip.
             settings = resolve(".", target)
             local_sources.check(Path("."), target, settings)
-            if together and not launch.joined():
-                number = launch.number(config.processes, {section: settings[section] for section in reads})
-        if number > 1:
-            _launch(name, target, number)
-        else:
+            if starts:
+                number = launch.number(config, {section: settings[section] for section in reads})
+        node = 0 if joined else nodes.own_number(config.nodes)
+        if starts and (number > 1 or config.nodes > 1):
+            _launch(name, target, number, node, config)
+        elif node == 0:
             _do(name, target)
+        else:
+            print(f"{name}: the first node does it alone", flush=True)
     except T5Error as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(launch.INTERRUPTED)
+    finally:
+        for stop in (signal.SIGINT, signal.SIGTERM):  # Python, on its way out, would show where it was
+            signal.signal(stop, signal.SIG_DFL)
 
 
 def _do(name: str, target: str) -> None:
@@ -162,11 +171,13 @@ def _join(together: bool) -> bool:
     return True
 
 
-def _launch(name: str, target: str, number: int) -> None:
-    """Run the stage in so many processes; one that is killed cannot say so itself."""
-    print(f"{name}: {number} processes", flush=True)
+def _launch(name: str, target: str, number: int, node: int, config: launch.LaunchConfig) -> None:
+    """Run the stage in so many processes on each node; one that is killed cannot say so itself."""
+    print(f"{name}: {number} process{'es' * (number > 1)}", flush=True)
     try:
-        launch.start(f"tasks.{name}", [target], number)
+        work = f"{name} of {target} in {number} process{'es' * (number > 1)} a node"
+        with nodes.met(node, config.nodes, config.address, work) as meeting:
+            launch.start(f"tasks.{name}", [target], number, meeting)
     except T5Error as error:
         stage, _ = _stage(name, target, None, Path("."))
         stage.fail(error)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from tasks.runtime.needs import Check, Memory
 
 NEW_SHARE = 0.01  # of all parameters: what conversion adds, or adapters have, at the most
 NUMBER = 4  # bytes in single precision
+GATHERED = 3  # blocks that FSDP2 holds whole: weights of one and of the next, gradients of one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +25,43 @@ class Size:
     parameters: int
 
 
-def static_bytes(size: Size, recipe: LoopConfig, teacher: bool = False) -> int:
-    """Weights, gradients, the optimizer's state, averaged weights, the softmax teacher."""
-    moments = 2 if recipe.optimizer == "adamw8bit" else 8
-    return round(size.saved * (1 + bool(recipe.ema) + teacher) + _trained(size, recipe) * (NUMBER + moments))
+def parts(
+    size: Size,
+    recipe: LoopConfig,
+    blocks: int,
+    numbers: Callable[[int], int],
+    *,
+    teacher: bool = False,
+    pieces: int = 1,
+) -> dict[str, int]:
+    """Bytes on each card at the peak of a training.
+
+    Args:
+        numbers: images × tokens × channels of so many images in a forward pass.
+        teacher: a softmax model beside the trained one, beyond averaged weights.
+        pieces: cards that FSDP2 spreads the training over.
+    """
+    trained = _trained(size, recipe)
+    held = {
+        "weights": size.saved,
+        "gradients": trained * NUMBER,
+        "optimizer": trained * (2 if recipe.optimizer == "adamw8bit" else 8),
+        "averaged weights": size.saved * bool(recipe.ema),
+        "teacher": size.saved * teacher,
+    }
+    held = {name: count / pieces for name, count in held.items()}
+    if pieces > 1:
+        kept = 0 if recipe.precision == "fp32" else blocks - _again(recipe, blocks)  # with their weights, in bf16
+        held["gathered blocks"] = (GATHERED + kept / 2) * size.saved / blocks
+    images = recipe.batch_size if recipe.accumulate % pieces == 0 else math.ceil(recipe.batch_size / pieces)
+    held["activations"] = activation_bytes(numbers(images), blocks, recipe)
+    return {name: round(count) for name, count in held.items()}
 
 
 def checkpoint_bytes(size: Size, recipe: LoopConfig) -> int:
     """Bytes of all checkpoints that are kept, and of the one being written."""
+    if not recipe.checkpoints_kept:
+        return 0
     moments = 2 if recipe.optimizer == "adamw8bit" else 8
     each = size.saved * (2 if recipe.ema else 1) + _trained(size, recipe) * moments
     return round(each * (recipe.checkpoints_kept + 1))
@@ -38,20 +69,30 @@ def checkpoint_bytes(size: Size, recipe: LoopConfig) -> int:
 
 def activation_bytes(numbers: int, blocks: int, recipe: LoopConfig) -> int:
     """Bytes of one forward and backward pass. `numbers`: images × tokens × channels of it."""
-    kept = cards.PER_BLOCK_KEPT if recipe.gradient_checkpointing else cards.PER_BLOCK
-    return numbers * (kept * blocks + cards.IN_BLOCK) * (1 if recipe.precision == "bf16" else 2)
+    again = _again(recipe, blocks)
+    kept = again * cards.PER_BLOCK_KEPT + (blocks - again) * cards.PER_BLOCK
+    return numbers * (kept + cards.IN_BLOCK) * (1 if recipe.precision == "bf16" else 2)
 
 
 def memory(
-    stage: str, size: Size, recipe: LoopConfig, blocks: int, numbers: Callable[[int], int], teacher: bool = False
+    stage: str,
+    size: Size,
+    recipe: LoopConfig,
+    blocks: int,
+    numbers: Callable[[int], int],
+    *,
+    teacher: bool = False,
+    pieces: int = 1,
 ) -> Memory:
-    """Memory of a stage that trains by `recipe`; `numbers` gives those of so many images in a forward pass."""
+    """Memory of a card in a stage that trains by `recipe`; see `parts`."""
 
     def likely(changed: LoopConfig) -> int:
-        return static_bytes(size, changed, teacher) + activation_bytes(numbers(changed.batch_size), blocks, changed)
+        return sum(parts(size, changed, blocks, numbers, teacher=teacher, pieces=pieces).values())
 
+    held = parts(size, recipe, blocks, numbers, teacher=teacher, pieces=pieces)
+    certain = max(sum(held.values()) - held["activations"], size.saved)  # before and after, the model is whole
     smaller = tuple((words, likely(changed)) for words, changed in _smaller(stage, recipe))
-    return Memory(stage, static_bytes(size, recipe, teacher), likely(recipe), smaller)
+    return Memory(stage, certain, max(sum(held.values()), size.saved), smaller)
 
 
 def check_control(recipe: LoopConfig) -> list[Check]:
@@ -60,6 +101,11 @@ def check_control(recipe: LoopConfig) -> list[Check]:
         return []
     why = "set finetune.trainable: all, or lora; stage control trains the softmax source too, which has no new parts"
     return [Check("finetune.trainable", "new", why)]
+
+
+def _again(recipe: LoopConfig, blocks: int) -> int:
+    """Blocks that compute their activations again (t5lib.training.recomputed)."""
+    return math.ceil(recipe.gradient_checkpointing * blocks)
 
 
 def _trained(size: Size, recipe: LoopConfig) -> float:
@@ -78,8 +124,9 @@ def _smaller(stage: str, recipe: LoopConfig) -> Iterator[tuple[str, LoopConfig]]
 
 
 def _milder(recipe: LoopConfig) -> Iterator[dict[str, Any]]:
-    if not recipe.gradient_checkpointing:
-        yield {"gradient_checkpointing": True}
+    for share in (0.25, 0.5, 0.75, True):
+        if share > recipe.gradient_checkpointing:
+            yield {"gradient_checkpointing": share}
     batch, accumulate = recipe.batch_size, recipe.accumulate
     while batch > 1:
         batch, accumulate = batch // 2, accumulate * 2

@@ -230,7 +230,7 @@ def test_slips_are_told_before_prefect_starts_and_nothing_is_written(small_repo,
 def test_changed_settings_are_a_target_of_its_own_for_the_flow_and_for_dvc(small_repo, unrecorded, monkeypatch):
     monkeypatch.setattr(t5_module.targets, "libraries", lambda settings: ())
     monkeypatch.setattr(t5_module.command, "interrupt_on_signals", lambda: None)
-    monkeypatch.setattr(t5_module, "t5", lambda target: params.enable(small_repo.root, target))
+    monkeypatch.setattr(t5_module, "t5", lambda target, on: params.enable(small_repo.root, target))
     monkeypatch.setattr(t5_module, "show", lambda root, target: None)
     monkeypatch.setattr(sys, "argv", ["t5", "small", "--set", "fetch.steps=2"])
     t5_module.main()

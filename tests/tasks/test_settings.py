@@ -39,6 +39,8 @@ CLASSIFIER: dict[str, list[Any]] = {
     "finetune.ema": [0, 1, NAN],
     "finetune.label_smoothing": [1, NAN],
     "finetune.trainable": ["blocks", "nwe"],
+    "finetune.gradient_checkpointing": [NAN, 1.5, -0.5, "half", None],
+    "finetune.checkpoints_kept": [-1, 101, 0.5],
     "finetune.batch_sise": [3],
     "finetun": [{}],
     "finetune": [3, [1], "all"],
@@ -61,7 +63,8 @@ CLASSIFIER: dict[str, list[Any]] = {
     "fetch.architecture": ["vit_smol", "", None, "resnet50", "swin_tiny_patch4_window7_224"],
     "fetch.format": ["onnx", "pipelin", ["timm"]],
     "shards.train": [
-        "data/x.json", "https://x/y.tar", "hf:a/b@main", "hf:datasets/a", "file:", "", None,
+        "data/x.json", "http://x/y.tar", "https://me:secret@x/y.tar", "hf://datasets/a/b/y.tar", "hf:a/b@main",
+        "hf:datasets/a", "file:", "", None,
         "file:data/sd35-micro/train.json",
     ],
     "align.cosine": [NAN, -1],

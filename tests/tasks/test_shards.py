@@ -4,6 +4,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from file_server import Server
 from PIL import Image
 
 from t5lib import download
@@ -40,6 +41,33 @@ def with_manifest(folder: Path, split: str, first: int, count: int) -> str:
 def run(root: Path, train: str, val: str, **data) -> dict:
     params = {"shards": {"train": train, "val": val}, "data": DATA | data}
     return run_stage("shards", "demo", params=params, root=root)
+
+
+def test_shards_at_an_address_are_read_from_there_and_are_not_kept_in_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("T5_CACHE", str(tmp_path / "cache"))
+    server = Server()
+    for number in range(2):
+        server.content[f"/train-{number}.tar"] = write_tar(tmp_path / "a.tar", 10 * number, 4).read_bytes()
+    val = f"file:{write_tar(tmp_path / 'val.tar', 50, 3)}"
+    found = run(tmp_path, f"{server.url}/train-{{0,1}}.tar", val)
+    assert (found["train"], found["train_shards"]) == (8, 2) and not (tmp_path / "data/datasets").exists()
+    assert ShardSet.read(tmp_path / OUT / "train.json").shards[1].path == f"{server.url}/train-1.tar"
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("http://host/a.tar", r"'http://host/a\.tar'; expected https://"),
+        ("https://me:secret@host/a.tar", "holds a user name or password"),
+        ("hf://datasets/me/pictures/a.tar", "expected hf://datasets/OWNER/REPO@COMMIT/PATTERN"),
+        ("ftp:a.tar", r"expected file:MANIFEST\.json, .* or an address such as https://HOST"),
+    ],
+)
+def test_addresses_are_encrypted_pinned_and_without_secrets(source, message, tmp_path):
+    with pytest.raises(T5Error, match=message) as raised:
+        run(tmp_path, source, "file:val")
+    assert "secret" not in str(raised.value)
 
 
 def test_committed_shards_keep_relative_paths_so_that_a_moved_repository_finds_them(tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from t5lib.utils.errors import without_secrets
+from t5lib.utils.files import sha256
 from tasks.runtime.tracking import registry
-from tasks.runtime.tracking.about import NOTE, TELLING, flatten
+from tasks.runtime.tracking.about import NOTE, TELLING, flatten, git_commit, tags_of
 from tasks.runtime.tracking.data_sets import data_sets
 from tasks.runtime.tracking.registry.product import Product
 from tasks.runtime.tracking.store import finished_stage
@@ -50,7 +51,7 @@ class NoRun:
 
     def log_images(self, shards: Path, sources: dict[str, Any]) -> None: ...
 
-    def adopt_stage(self, root: Path, target: str, stage: str) -> None: ...
+    def adopt_stage(self, root: Path, target: str, stage: str, settings: dict[str, Any]) -> None: ...
 
     def register(self, product: Product) -> None: ...
 
@@ -117,14 +118,35 @@ class Run(NoRun):
         self.client.log_inputs(self.id, inputs)
 
     @_never_fatal
-    def adopt_stage(self, root: Path, target: str, stage: str) -> None:
-        """Note which earlier run holds the results of a stage that did not run now, and the device they come from."""
+    def adopt_stage(self, root: Path, target: str, stage: str, settings: dict[str, Any]) -> None:
+        """Note which earlier run holds the results of a stage that did not run now, and the device they come from.
+
+        Results that no run holds, because the server was away, are recorded from their files. `settings`: the target's.
+        """
         made_by = finished_stage(root, target, stage)
         if made_by is None:
+            self._record_late(root, target, stage, settings)
             return
         reused = made_by.data.tags.get("mlflow.parentRunId") != self.id
         tags = {f"reused.{stage}": made_by.info.run_id} if reused else {}
         self.set_tags({"device": made_by.data.tags["device"], **tags})
+
+    def _record_late(self, root: Path, target: str, stage: str, settings: dict[str, Any]) -> None:
+        """A nested run with the metrics and curves of a finished stage; its pictures and its model stay unrecorded."""
+        outputs = root / "data/out" / target
+        file, curves = outputs / f"{stage}.json", outputs / stage / "history.jsonl"
+        tags = {"target": target, "stage": stage, "protocol": stage, "mlflow.parentRunId": str(self.id)}
+        tags |= tags_of(settings, git_commit(root), f"tasks/{stage}.py")
+        tags |= {"metrics_sha256": sha256(file), "device": "unknown", "recorded": "later, from its files"}
+        own = self.client.get_run(self.id).info.experiment_id
+        begun = int(file.stat().st_mtime * 1000)
+        late = Run(self.client, self.client.create_run(own, begun, tags, run_name=stage).info.run_id)
+        late.log_metrics(json.loads(file.read_text(encoding="utf-8")))
+        for line in curves.read_text(encoding="utf-8").splitlines() if curves.is_file() else ():
+            point = json.loads(line)
+            step = point.pop("step")
+            late.log_metrics({f"curve/{name}": value for name, value in point.items()}, step)
+        late.finish()
 
     @_never_fatal
     def register(self, product: Product) -> None:

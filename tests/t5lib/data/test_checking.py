@@ -52,7 +52,7 @@ def test_a_tar_is_decoded_once_and_known_again_by_its_content(open_images, tmp_p
     (tmp_path / "in/0.tar").rename(tmp_path / "in/2.tar")
     checking.os.utime(tmp_path / "in/1.tar", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     read, content = [], checking._content
-    monkeypatch.setattr(checking, "_content", lambda path, classes: read.append(path) or content(path, classes))
+    monkeypatch.setattr(checking, "_content", lambda path, *others: read.append(path) or content(path, *others))
     again = open_images("in", TEN)
     assert read == [str(tmp_path / "in/1.tar")]
     assert [shard.count for shard in again.shards] == [3, 2] and again.shards[0].sha256 != first.shards[1].sha256
@@ -160,7 +160,8 @@ def test_animations_and_further_images_are_said(open_images, tmp_path, capsys):
     [
         ("file:nowhere", "file:nowhere gives no shards"),
         ("file:.", r"gone\.tar is not a file, or a link to one"),
-        ("s3://bucket", "'s3://bucket' is not a source; expected file:MANI"),
+        ("s3:bucket", "'s3:bucket' is not a source; expected file:MANI"),
+        ("nobody://host/a.tar", "nobody://host/a.tar cannot be read: Protocol not known"),
     ],
 )
 def test_sources_without_shards_are_refused(tmp_path, source, message):

@@ -24,8 +24,14 @@ def tar(tmp_path) -> Path:
 
 
 def read(path: Path) -> list[dict]:
-    check_tar(path)
-    return list(read_samples(path))
+    check(path)
+    with path.open("rb") as file:
+        return list(read_samples(path, file))
+
+
+def check(path: Path) -> None:
+    with path.open("rb") as file:
+        check_tar(path, file)
 
 
 def headers(path: Path) -> list[int]:
@@ -102,7 +108,7 @@ def test_zeros_after_the_end_are_padding(tar):
 )
 def test_files_that_a_reader_would_pass_over_or_mix_up_are_named(tmp_path, names, message):
     with pytest.raises(T5Error, match=message):
-        check_tar(write_tar(tmp_path / "a.tar", [{name: b"x"} for name in names]))
+        check(write_tar(tmp_path / "a.tar", [{name: b"x"} for name in names]))
 
 
 def test_names_that_differ_in_case_alone_are_two_samples(tmp_path):
@@ -126,7 +132,7 @@ def test_links_are_refused(tmp_path):
         member.type, member.linkname = tarfile.SYMTYPE, "2.jpg"
         out.addfile(member)
     with pytest.raises(T5Error, match=r"'1.jpg' is not a regular file; pack links as files .tar --dereference"):
-        check_tar(tmp_path / "a.tar")
+        check(tmp_path / "a.tar")
 
 
 def header(size: int, kind: bytes = tarfile.REGTYPE, name: str = "1.jpg") -> bytes:
@@ -186,7 +192,7 @@ def test_what_a_header_declares_is_bounded_by_what_can_be_there(tmp_path, monkey
 def test_control_characters_of_names_are_shown_and_not_obeyed(tmp_path):
     path = write_tar(tmp_path / "a.tar", [{"\x1b[2J\n\u202e" + "n" * 999: b"x"}])
     with pytest.raises(T5Error, match=r"a\.tar: '\\x1b\[2J\\n\\u202en+…' belongs to no sample") as raised:
-        check_tar(path)
+        check(path)
     assert len(str(raised.value)) < 500
 
 
@@ -198,7 +204,7 @@ def test_an_error_without_words_is_named_by_its_kind(tmp_path):
 def test_what_is_no_tar_file_is_named(tmp_path):
     (tmp_path / "html.tar").write_bytes(b"<html>not found</html>")
     (tmp_path / "empty.tar").touch()
-    for name in ("html", "empty", "nowhere"):
+    for name in ("html", "empty"):
         with pytest.raises(T5Error, match=rf"{name}\.tar cannot be read as a tar file") as raised:
-            check_tar(tmp_path / f"{name}.tar")
+            check(tmp_path / f"{name}.tar")
         assert "\n" not in str(raised.value)

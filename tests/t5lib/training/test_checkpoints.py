@@ -23,6 +23,7 @@ from training_job import (
     state,
 )
 
+from t5lib.training import checkpoints
 from t5lib.training.trainer import Trainer
 from t5lib.utils.errors import T5Error
 
@@ -163,10 +164,23 @@ def test_a_checkpoint_is_read_without_running_what_it_pickles(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("kept", [1, 2])
-def test_so_many_checkpoints_are_kept_and_nothing_of_runs_that_were_killed(kept, tmp_path):
+def test_so_many_checkpoints_are_kept_and_nothing_of_runs_that_were_killed(kept, tmp_path, monkeypatch, capsys):
     (tmp_path / ".step-0000001").mkdir()
+    monkeypatch.setattr(checkpoints, "LARGE", 1)
     run(converted(), dataclasses.replace(ALL_ON, checkpoint_every=2, checkpoints_kept=kept), resume_dir=tmp_path)
     assert names(tmp_path) == ["step-0000006", "step-0000008"][-kept:]
+    told = f"every 2 steps, to {tmp_path}; {kept} kept and one more while it is written: 0.0 GB"
+    assert told in capsys.readouterr().out
+
+
+def test_none_is_written_where_none_is_kept_and_one_that_is_there_serves(tmp_path):
+    run(converted(), ALL_ON, resume_dir=tmp_path)
+    there = names(tmp_path)
+    steps, none = [], dataclasses.replace(ALL_ON, checkpoint_every=2, checkpoints_kept=0)
+    run(converted(), none, resume_dir=tmp_path, log=lambda _, step: steps.append(step))
+    assert names(tmp_path) == there and not steps
+    run(converted(), none, resume_dir=tmp_path / "new")
+    assert not names(tmp_path / "new")
 
 
 @pytest.fixture(scope="module")

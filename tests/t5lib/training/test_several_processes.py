@@ -45,7 +45,7 @@ def test_losses_and_weights_of_one_two_and_four_processes_agree(work, changes, g
 
 @pytest.mark.parametrize(
     ("work", "changes"),
-    [("denoise", {"ema": 0.9, "accumulate": 3, "gradient_checkpointing": True}), ("align", {})],
+    [("denoise", {"ema": 0.9, "accumulate": 3, "gradient_checkpointing": 0.5}), ("align", {})],
     ids=str,
 )
 def test_fsdp2_holds_weights_gradients_and_averages_in_pieces_and_agrees(work, changes, groups):

@@ -1,10 +1,12 @@
 """A stage in several processes: one command, one result, one error; nothing hangs and nothing goes on without its
 launcher."""
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,7 +63,6 @@ def repo(make_small_repo, tmp_path_factory):
     (repo.root / "tasks/convert.py").write_text(STAGE)
     (repo.root / "site").mkdir()
     (repo.root / "site/sitecustomize.py").write_text('import sys; sys.modules["mlflow"] = None')
-    repo.set("targets:", "launch: {processes: 2}\ntargets:")
     repo.env = os.environ | {"PYTHONPATH": f"{repo.root / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     repo.env["PYTHONPATH"] = f"{repo.root}{os.pathsep}{repo.env['PYTHONPATH']}"
     with warm.serving(LIBRARIES, repo.env) as variables:
@@ -73,14 +74,16 @@ def repo(make_small_repo, tmp_path_factory):
 def convert(repo):
     """Starts the stage with these settings; what it is started by comes first."""
 
-    def start(settings: str = "{}", *before: str) -> subprocess.Popen:
+    def start(settings: str = "{}", *before: str, launch: str = "{processes: 2}", **told: str) -> subprocess.Popen:
         params = yaml.safe_load((repo.root / "params.yaml").read_text())
+        params["launch"] = yaml.safe_load(launch)
         params["targets"]["small"]["convert"] = yaml.safe_load(settings)
         (repo.root / "params.yaml").write_text(yaml.safe_dump(params))
-        shutil.rmtree(repo.root / "data/scratch", ignore_errors=True)
+        for made in ("data/scratch", "data/out"):
+            shutil.rmtree(repo.root / made, ignore_errors=True)
         command = [*(before or (sys.executable,)), "-m", "tasks.convert", "small"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=repo.root, env=repo.env, **pipes)
+        return subprocess.Popen(command, cwd=repo.root, env=repo.env | told, **pipes)
 
     return start
 
@@ -94,6 +97,12 @@ def at_work(repo, number: int = 2) -> list[psutil.Process]:
         assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
     return [psutil.Process(int(file.read_text())) for file in files]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def error(repo) -> str:
@@ -114,6 +123,23 @@ def test_under_torchrun_they_join_it(repo, convert):
     _, err = run.communicate(timeout=90)
     assert run.returncode == 0, err
     assert (repo.root / "data/out/small/convert/result.txt").read_text() == "6 of 3"
+
+
+def test_two_nodes_given_the_same_command_join_one_group(repo, convert):
+    here = f"{{processes: 1, nodes: 2, address: '127.0.0.1:{free_port()}'}}"
+    runs = [convert(launch=here, NODE_RANK=str(node)) for node in (1, 0)]
+    ends = [run.communicate(timeout=90) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], ends
+    assert (repo.root / "data/out/small/convert/result.txt").read_text() == "3 of 2"
+
+
+def test_the_tasks_of_a_slurm_step_join_one_group(repo, convert):
+    step = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    step |= {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "127.0.0.[1,9]", "SLURM_LOCALID": "0"}
+    runs = [convert(**step, SLURM_PROCID=rank, SLURM_NODEID=rank) for rank in "01"]
+    ends = [run.communicate(timeout=90) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], ends
+    assert (repo.root / "data/out/small/convert/result.txt").read_text() == "3 of 2"
 
 
 @pytest.mark.parametrize(
@@ -149,18 +175,28 @@ def test_they_end_when_their_launcher_is_killed(repo, convert):
 def test_no_stage_depends_on_the_section_and_its_settings_are_checked(repo):
     stages = yaml.safe_load((Path(__file__).parents[3] / "dvc.yaml").read_text())["stages"]
     assert not [name for name, stage in stages.items() if any("launch" in each for each in stage["do"]["params"])]
+    file = repo.root / "params.yaml"
+    given = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(given | {"launch": {"processes": 2}}))
     assert launch.config(repo.root) == launch.LaunchConfig(processes=2)
-    repo.set("processes: 2", "process: 2")
-    with pytest.raises(T5Error, match=r"params.yaml: launch.*process"):
-        launch.config(repo.root)
+    for wrong, message in (({"process": 2}, "process"), ({"nodes": 2}, "nodes is 2 and address None; expected")):
+        file.write_text(yaml.safe_dump(given | {"launch": wrong}))
+        with pytest.raises(T5Error, match=f"params.yaml: launch.*{message}"):
+            launch.config(repo.root)
 
 
 def test_so_many_accelerators_are_taken_as_can_share_the_batches(monkeypatch, capsys):
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 8)
     recipe = {"lr": 1e-4, "batch_size": 4, "accumulate": 4}
+    each = launch.LaunchConfig()
     for changes, number in (({}, 4), ({"accumulate": 16}, 8), ({"accumulate": 1, "mixup": 0.8}, 2), ({"steps": 0}, 8)):
-        assert launch.number(None, {"freeze": {"train": recipe | changes}}) == number, changes
+        assert launch.number(each, {"freeze": {"train": recipe | changes}}) == number, changes
     assert "4 of 8 accelerators: 8 processes cannot share freeze.train.batch_size 4 with" in capsys.readouterr().out
-    assert launch.number(None, {"evaluate": {"sampling": {"batch_size": 3}}}) == 8
+    assert launch.number(each, {"evaluate": {"sampling": {"batch_size": 3}}}) == 8
     with pytest.raises(T5Error, match=r"3 processes cannot share calibrate.batch_size 4 .*take 2, for example"):
-        launch.number(3, {"calibrate": {"lr": 1e-2, "batch_size": 4}})
+        launch.number(launch.LaunchConfig(processes=3), {"calibrate": {"lr": 1e-2, "batch_size": 4}})
+    two = launch.LaunchConfig(nodes=2, address="gpu-a:29400")
+    assert launch.pieces(two) == 1 and launch.pieces(dataclasses.replace(two, strategy="fsdp2")) == 16
+    assert launch.number(two, {"freeze": {"train": recipe}}) == 2
+    with pytest.raises(T5Error, match=r"16 processes on 2 nodes cannot share freeze.batch_size 3 .*take other batch"):
+        launch.number(two, {"freeze": {"lr": 1e-2, "batch_size": 3}})

@@ -133,6 +133,25 @@ def test_a_server_that_is_away_costs_the_record_and_seconds(mlflow_repo, convert
     assert time.monotonic() - started < 15
 
 
+def test_what_was_made_while_the_server_was_away_is_recorded_later(mlflow_repo, convert, monkeypatch):
+    """By the next flow, which has nothing to do but that, and once."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    convert(learn)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    settings = {"convert": {"inner": "swiglu"}}
+    for _ in range(2):
+        flow = tracking.start_flow(mlflow_repo.root, "small", settings, ["convert"])
+        flow.adopt_stage(mlflow_repo.root, "small", "convert", settings)
+        flow.finish()
+    [late] = mlflow_repo.recorded(stage="convert")
+    assert (late.data.metrics["top1"], late.data.tags["recorded"]) == (84.5, "later, from its files")
+    curve = store.client(mlflow_repo.root).get_metric_history(late.info.run_id, "curve/loss")
+    assert [point.step for point in curve] and late.info.status == "FINISHED"
+    first, second = mlflow_repo.recorded(stage="flow")
+    assert late.data.tags["mlflow.parentRunId"] == first.info.run_id
+    assert second.data.tags["reused.convert"] == late.info.run_id
+
+
 def test_uncommitted_changes_show_in_the_commit(mlflow_repo):
     mlflow_repo.set("swiglu", "two_layer")
     assert about.git_commit(mlflow_repo.root) == mlflow_repo.git("rev-parse", "HEAD").strip() + "-dirty"

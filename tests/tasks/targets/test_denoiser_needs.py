@@ -164,12 +164,14 @@ def test_what_makes_a_training_smaller_is_told_from_the_mildest_on_and_only_wher
     recipe = DenoiserTrainConfig(batch_size=2, align=0.5)
     size, numbers = training_needs.Size(4 * 10**9, 10**9), lambda images: images * 10**6
     smaller = training_needs.memory("freeze", size, recipe, 10, numbers).smaller
-    assert smaller[0][0] == "freeze.train.gradient_checkpointing: true"
+    assert [words for words, _ in smaller[:4]] == [
+        f"freeze.train.gradient_checkpointing: {share}" for share in ("0.25", "0.5", "0.75", "true")
+    ]
     assert smaller[-1][0].endswith('freeze.train.ema: null, freeze.train.align: 0.0, freeze.train.trainable: "lora"')
     sizes = [likely for _, likely in smaller]
-    assert sizes == sorted(sizes, reverse=True) and len(sizes) == 5
+    assert sizes == sorted(sizes, reverse=True) and len(sizes) == 8
     frozen = dataclasses.replace(recipe, trainable="new", ema=None, align=0.0)
-    assert len(training_needs.memory("freeze", size, frozen, 10, numbers).smaller) == 2
+    assert len(training_needs.memory("freeze", size, frozen, 10, numbers).smaller) == 5
 
 
 def test_the_command_prints_a_table_and_fails_where_something_essential_is_missing(root, monkeypatch, capsys):
