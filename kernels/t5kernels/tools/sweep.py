@@ -55,7 +55,7 @@ def calls(case: Case) -> dict[str, Call]:
     (part,) = layer.parts_of(
         (q, k, v), (None, None, None), convs, (none, none), key_sums, k, case.settings.norm_scope, case.settings.eps
     )
-    layer.take_statistics([part], key_sums, case.settings.norm_scope, 0.0)
+    layer.take_statistics([part], case.settings.norm_scope, 0.0)
     queries, keys = triton_launch.prepared(q, part.for_q), triton_launch.prepared(k, part.for_k)
     step = ttt.launch_accumulate([(keys, v)], weights, scale, steps=3)
     _, d_step = ttt.launch_apply_backward([(d_out, queries)], weights, step)
@@ -81,7 +81,7 @@ def calls(case: Case) -> dict[str, Call]:
         return *d_tokens, ttt.weights_summed(own_sums)
 
     def statistics() -> tuple[Tensor]:
-        layer.take_statistics([part], key_sums, case.settings.norm_scope, 0.0)
+        layer.take_statistics([part], case.settings.norm_scope, 0.0)
         return (key_sums[:, :, :2].sum(1),)  # without s, of which every program has its own
 
     return {

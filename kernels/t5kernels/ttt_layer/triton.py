@@ -27,13 +27,15 @@ INPUT_TENSORS = 17  # so many of the op's inputs are tensors, and come first
 
 
 class Part(NamedTuple):
-    """The tokens of one modality, (B, H, N, D) each, and how its queries and keys are prepared."""
+    """The tokens of one modality, (B, H, N, D) each, how its queries and keys are prepared, and the place of the sums
+    of its keys."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     for_q: Preparation
     for_k: Preparation
+    sums: Tensor
 
 
 def layer(image, text, weights, steps: int, q_conv, k_conv, grid, norm: str, eps: float, rms) -> tuple:
@@ -109,7 +111,7 @@ def _launch_layer(
     gains = ((q_gain, k_gain), (text_q_gain, text_k_gain))
     sums, factors = empty_sums(k, text_k, norm), _empty_factors(q, text_q, q_gain)
     parts = parts_of((q, k, v), (text_q, text_k, text_v), convs, gains, sums, factors, norm, eps)
-    take_statistics(parts, sums, norm, rms_eps)
+    take_statistics(parts, norm, rms_eps)
     keys = [(triton_launch.prepared(part.k, part.for_k), part.v) for part in parts]
     step = ttt.launch_accumulate(keys, weights, scale, steps)
     del keys
@@ -267,8 +269,11 @@ def _rms(gain: Tensor | None, factors: Tensor, side: int, start: int, x: Tensor)
 def parts_of(image, text, convs, gains, sums: Tensor, factors: Tensor, norm: str, eps: float) -> list[Part]:
     """The image's part and, if there is text, the text's; views of `sums` and `factors` tell each where its own lie."""
     tokens = [image] if text[0] is None else [image, text]
-    shares = [triton_launch.shares_of("statistics", k)[1] for _, k, _ in tokens]
-    counts = [k.shape[2] for _, k, _ in tokens]
+    together = gains[0][0] is None and triton_launch.can_regroup(*(t for q, k, _ in tokens for t in (q, k)))
+    keys = [triton_launch.regrouped(k) if together else k for _, k, _ in tokens]
+    shares = [triton_launch.shares_of("statistics", k)[1] for k in keys]
+    counts = [k.shape[2] for k in keys]
+    sums = sums.view(keys[0].shape[0] * keys[0].shape[1], *sums.shape[1:3], keys[0].shape[3])
     parts = []
     for place, (q, k, v) in enumerate(tokens):
         start = sum(counts[:place])
@@ -276,20 +281,20 @@ def parts_of(image, text, convs, gains, sums: Tensor, factors: Tensor, norm: str
         own = KeyNorm(sums[:, sum(shares[:place]) :], shares[place], counts[place], eps)
         key_norm = {"none": None, "joint": KeyNorm(sums, sum(shares), sum(counts), eps), "modality": own}[norm]
         q_conv, k_conv = convs if place == 0 else (None, None)
-        parts.append(Part(q, k, v, Preparation(q_rms, None, q_conv), Preparation(k_rms, key_norm, k_conv)))
+        for_q, for_k = Preparation(q_rms, None, q_conv, together), Preparation(k_rms, key_norm, k_conv, together)
+        parts.append(Part(q, k, v, for_q, for_k, own.sums))
     return parts
 
 
-def take_statistics(parts: list[Part], sums: Tensor, norm: str, rms_eps: float) -> None:
+def take_statistics(parts: list[Part], norm: str, rms_eps: float) -> None:
     """Fill in what the norms of the parts are made of."""
-    start = 0
     for part in parts:
         leader = parts[0] if norm == "joint" else part  # its first key is subtracted before squares are summed
         first = (leader.k, leader.for_k.rms)
         if part.for_k.rms or part.for_k.norm:
-            start += triton_launch.take_statistics(part.k, part.for_k, *first, sums[:, start:], rms_eps)
+            triton_launch.take_statistics(part.k, part.for_k, *first, part.sums, rms_eps)
         if part.for_q.rms:
-            triton_launch.take_statistics(part.q, part.for_q, *first, sums, rms_eps)
+            triton_launch.take_statistics(part.q, part.for_q, *first, part.sums, rms_eps)
 
 
 def _queries_backward(

@@ -29,6 +29,8 @@ TILES = {
     "norm_backward": {width: Tile(block=4096 // width, warps=8, stages=2, resident=4) for width in (32, 64, 128)},
 }
 
+GROUP = 64  # channels
+
 
 class Convolution(NamedTuple):
     """A convolution's weight (H·D, 1, 3, 3) and bias (H·D,), and its grid: rows, columns, tokens before it."""
@@ -55,16 +57,44 @@ class KeyNorm(NamedTuple):
 
 
 class Preparation(NamedTuple):
-    """What is done to queries or keys before the inner model gets them."""
+    """What is done to queries or keys before the inner model gets them.
+
+    Attributes:
+        regrouped: the kernels take the channels of all heads GROUP at a time, as if they were heads of that width (see
+            `can_regroup`); KeyNorm.sums are laid out accordingly.
+    """
 
     rms: RmsNorm | None
     norm: KeyNorm | None
     conv: Convolution | None
+    regrouped: bool = False
 
     @property
     def switches(self) -> tuple[bool, bool, bool]:
         """The kernels' constants RMS, NORM and CONV."""
         return self.rms is not None, self.norm is not None, self.conv is not None
+
+
+def can_regroup(*tokens: Tensor) -> bool:
+    """Whether channels of these tokens (B, H, N, D) can be taken GROUP at a time, whichever head they belong to.
+
+    That is right where nothing looks across the channels of a head, and spares heads whose width is no power of two
+    the channels that would be added to them. The heads of a token have to lie side by side.
+    """
+    _, H, _, D = tokens[0].shape
+    return padded_width(D) != D and H * D % GROUP == 0 and all(t.stride(1) == D * t.stride(3) for t in tokens)
+
+
+def regrouped(x: Tensor) -> Tensor:
+    """(B, H, N, D) as (B, H·D / GROUP, N, GROUP)."""
+    B, H, N, D = x.shape
+    b, _, n, d = x.stride()
+    return x.as_strided((B, H * D // GROUP, N, GROUP), (b, GROUP * d, n, d))
+
+
+def _as_prepared(preparation: Preparation, *tokens: Tensor) -> list[Tensor]:
+    """The tokens as the kernels of this preparation take them."""
+    return [regrouped(t) if preparation.regrouped else t for t in tokens]
 
 
 def shares_of(kernel: str, x: Tensor) -> tuple[int, int]:
@@ -74,16 +104,14 @@ def shares_of(kernel: str, x: Tensor) -> tuple[int, int]:
 
 def take_statistics(
     x: Tensor, preparation: Preparation, first: Tensor, first_rms: RmsNorm | None, sums: Tensor, rms_eps: float
-) -> int:
+) -> None:
     """Write the factors and the sums of tokens x, as far as their preparation uses them.
 
     Args:
         first: tokens (B, H, N, D) whose first is subtracted before squares are summed; first_rms: their RMS norm.
-        sums: (B·H, capacity, STATISTICS, D), from the first place on that is free.
-
-    Returns:
-        How many programs a head wrote their sums.
+        sums: as KeyNorm has them, from the place on where theirs are.
     """
+    x, first = _as_prepared(preparation, x, first)
     B, H, N, D = x.shape
     width, tile = _tile_for("statistics", x)
     chunk, chunks = shares_of("statistics", x)
@@ -96,7 +124,6 @@ def take_statistics(
         *(H, N, chunk, _capacity(sums), sums.shape[1], rms_eps),
         *(D, width, tile.block, tile.stages, *preparation.switches[:2]),
     )
-    return chunks
 
 
 def _capacity(sums: Tensor) -> int:
@@ -108,7 +135,8 @@ def prepared(x: Tensor, preparation: Preparation) -> Tensor:
     """The tokens as the inner model gets them; x itself where nothing is done to it."""
     if not any(preparation):
         return x
-    y = like_tokens(x)
+    out = like_tokens(x)
+    x, y = _as_prepared(preparation, x, out)
     tile, programs, numbers = _programs("prepare", x, preparation)
     tensors, norm_numbers = _norm_arguments(x, preparation)
     weight, bias = preparation.conv[:2] if preparation.conv else (x, x)
@@ -118,7 +146,7 @@ def prepared(x: Tensor, preparation: Preparation) -> Tensor:
         *(*x.stride(), *y.stride(), *norm_numbers, *numbers),
         *(tile.stages, *preparation.switches),
     )
-    return y
+    return out
 
 
 def prepare_backward(
@@ -127,19 +155,20 @@ def prepare_backward(
     """From the gradient dy of prepared tokens, the tokens x and their preparation, of each part of a sequence.
 
     The gradients of the convolution's inputs (dy itself without one); and sums (B·H, SUMS, D) over the tokens of all
-    parts, None where no part has a key norm or a convolution.
+    parts, with regrouped channels (B·H·D / GROUP, SUMS, GROUP); None where no part has a key norm or a convolution.
     """
-    grids = [_programs("prepare_backward", x, preparation) for _, x, preparation in parts]
+    grids = [_programs("prepare_backward", _as_prepared(p, x)[0], p) for _, x, p in parts]
     idle = [preparation.norm is None and preparation.conv is None for *_, preparation in parts]
     room = sum(grid[1] for (_, grid, _), rests in zip(grids, idle, strict=True) if not rests)
-    B, H, _, D = parts[0][1].shape
-    sums = parts[0][1].new_empty(B * H, room, triton_prepare.SUMS.value, D, dtype=torch.float32)
+    width = GROUP if parts[0][2].regrouped else parts[0][1].shape[3]
+    sums = parts[0][1].new_empty(grids[0][1][0], room, triton_prepare.SUMS.value, width, dtype=torch.float32)
     gradients, free = [], 0
     for (dy, x, preparation), (tile, grid, numbers), rests in zip(parts, grids, idle, strict=True):
         dx = dy if preparation.conv is None else like_tokens(x)
         gradients.append(dx)
         if rests:
             continue
+        dy, x, dx = _as_prepared(preparation, dy, x, dx)
         tensors, norm_numbers = _norm_arguments(x, preparation)
         launch(
             *(triton_prepare.prepare_backward_kernel, grid, x, tile),
@@ -159,6 +188,7 @@ def norm_backward(dn: Tensor, x: Tensor, preparation: Preparation, sums: Tensor 
     """
     if preparation.rms is None and preparation.norm is None:
         return None
+    dn, x = _as_prepared(preparation, dn, x)
     B, H, N, D = x.shape
     width, tile = _tile_for("norm_backward", x)
     chunk, chunks = shares_of("norm_backward", x)

@@ -14,6 +14,7 @@ from t5kernels import Settings, ttt_layer
 from t5kernels.tools.graphs import recorded
 from t5kernels.ttt.api import STEPPED_WEIGHTS
 from t5kernels.ttt_layer import triton as kernels
+from t5kernels.ttt_layer import triton_launch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from triton_device import CUDA, DEVICE, DTYPES, needs_cuda
@@ -35,6 +36,8 @@ SMALL = [
     Case(images=2, rows=2, text=2, rms=True, rms_eps=0.1, settings=MODALITY),
     Case(rows=2, text=3, conv=False, rms=True, settings=BARE),
     WIDE,
+    Case(images=2, heads=8, rows=3, columns=2, width=24, text=3),  # the channels of three groups
+    Case(images=2, heads=4, rows=2, columns=2, width=16, text=2, settings=MODALITY),  # of one
     replace(FULL, settings=LAST),
     replace(WIDE, prefix=51, settings=LAST),
     Case(images=3, heads=1, rows=2, settings=replace(LAST, key_norm="none")),
@@ -50,6 +53,7 @@ LARGE = [
     Case(images=1, heads=10, rows=40, columns=41, prefix=0, width=128),
     Case(images=2, heads=24, rows=32, columns=48, prefix=0, width=64, text=333, rms=True, settings=LAST),
     Case(images=64, heads=6, rows=14, columns=14, prefix=1, width=64, settings=LAST),
+    Case(images=2, heads=16, rows=33, columns=31, prefix=0, width=72, text=77),
     Case(images=2, heads=16, rows=33, columns=31, prefix=0, width=72, settings=LAST),
     Case(images=1, heads=10, rows=40, columns=41, prefix=0, width=128, settings=LAST),
 ]
@@ -191,6 +195,16 @@ def op_arguments(case):
     *_, step, sums, factors = kernels._layer(*plain, *numbers)
     d_text = inputs.d_outs[1] if case.text else torch.empty(0, device=DEVICE)
     return (*plain, *numbers), (inputs.d_outs[0], d_text, step, sums, factors, *plain, *numbers[:5])
+
+
+def test_heads_that_do_not_lie_side_by_side_are_taken_as_they_are():
+    case = Case(heads=4, rows=2, columns=2, width=16, text=2)
+    inputs = draw(case)
+    apart = replace(inputs, leaves=inputs.leaves | {"text_k": inputs.leaves["text_k"].contiguous()})
+    assert triton_launch.can_regroup(inputs.leaves["k"]) and not triton_launch.can_regroup(apart.leaves["text_k"])
+    expected, actual = (results(case, each, "triton") for each in (inputs, apart))
+    for name in expected:
+        assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_is_followed_and_weights_may_stay_in_float32():
