@@ -77,6 +77,7 @@ class ShardIndex:
 
     @classmethod
     def write(cls, file: Path, samples: Sequence[Sequence]) -> None:
+        """Write the index of `file`, which is finished, with these rows."""
         noted = asdict(cls(sha256=sha256(file), size=file.stat().st_size, samples=tuple(map(tuple, samples))))
         write_json(file.with_suffix(INDEX), noted | {"digest": digest_of(json.dumps(noted).encode())})
 
@@ -116,10 +117,11 @@ class LatentSet:
 
         Every batch is full. The samples of one size come in a new order again and again, none a second time before all
         others; in an epoch each size has its share of the batches, what does not fill one is carried over. Where
-        samples were encoded with their mirror image, either is drawn. The ranks of several processes get the parts of
-        one batch of batch_size · world_size, and so the same size.
+        samples were encoded with their mirror image, either is drawn. Several processes get the parts of one
+        batch, and so the same size.
 
         Args:
+            batch_size: samples of a batch, of all processes together.
             drop: probability that a caption becomes the empty one, or a label "none".
             workers: processes that read ahead; 0: this process reads.
 
