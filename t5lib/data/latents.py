@@ -28,7 +28,7 @@ from t5lib.data.sampler import Sampler
 from t5lib.data.shards import ShardSet
 from t5lib.data.tars import quoted
 from t5lib.utils.config import Several, settings
-from t5lib.utils.errors import T5Error
+from t5lib.utils.errors import T5Error, reason
 from t5lib.utils.files import read_json, sha256, write_json
 from t5lib.utils.processes import WHOLE, Part
 from t5lib.utils.progress import progress
@@ -244,7 +244,7 @@ class LatentShards(LatentSet):
                 file.seek(first - len(header))
                 found, content = file.read(len(header)), file.read(length)
         except (OSError, UnicodeError) as error:
-            raise T5Error(f"{path} cannot be read at byte {first} ({error}); encode it again") from error
+            raise T5Error(f"{path} cannot be read at byte {first} ({reason(error)}); encode it again") from error
         if found != header or digest_of(content) != digest:
             raise T5Error(
                 f"{path} was changed or damaged between bytes {first} and {first + length}, or is not that of its "
