@@ -59,6 +59,9 @@ def t5(target: str = "dinov2-fashion") -> dict[str, Any]:
     Stages whose inputs, code and settings did not change are not run again. A target that is not listed under
     `enabled` is added there.
 
+    Args:
+        target: a section of `targets` in params.yaml, such as dinov2-fashion-quick, deit-tiny or sd35-micro.
+
     Raises:
         StageError: with the message of the stage that failed.
         T5Error: unknown target, a setting that does not fit, or this is not the repository's folder.

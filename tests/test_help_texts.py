@@ -8,6 +8,8 @@ import typer
 from imports import ROOT
 from parsers import TARGETS, parsers
 
+from flows.ablate import ablate
+from flows.t5 import t5
 from t5lib.cli import app
 
 MACHINERY = {"tasks.runtime.warm", "flows.process"}  # started by us, not by people
@@ -39,6 +41,11 @@ def test_help_has_an_example_that_parses_and_defaults(name, monkeypatch):
                 assert "default" in told, f"{name}: what is {action.option_strings[0]} unless given?"
             if action.dest == "target":
                 assert told.endswith(": " + ", ".join(TARGETS))
+
+
+@pytest.mark.parametrize("flow", [t5, ablate], ids=lambda flow: flow.name)
+def test_the_form_that_starts_a_deployment_explains_every_field(flow):
+    assert not [name for name, field in flow.parameters.properties.items() if not field.get("description")]
 
 
 def test_help_of_a_target_needs_no_params_yaml(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from t5lib.utils.errors import without_secrets
+from t5lib.utils.errors import reason, without_secrets
 from tasks.runtime.tracking import registry
 from tasks.runtime.tracking.about import NOTE, TELLING, flatten
 from tasks.runtime.tracking.data_sets import data_sets
@@ -32,7 +32,7 @@ def _never_fatal(method: Callable) -> Callable:
 
 
 def tell(error: Exception, what: str) -> None:
-    print(without_secrets(f"MLflow: {type(error).__name__}: {error}; {what}"), file=sys.stderr)
+    print(without_secrets(f"MLflow: {type(error).__name__} ({reason(error)}); {what}"), file=sys.stderr)
 
 
 class NoRun:
