@@ -60,6 +60,7 @@ def t5(target: str = "dinov2-fashion", on: dict[str, str] | None = None) -> dict
     `enabled` is added there.
 
     Args:
+        target: a section of `targets` in params.yaml, such as dinov2-fashion-quick, deit-tiny or sd35-micro.
         on: by stage, the work pool whose machine runs it (flows/elsewhere.py).
 
     Raises:

@@ -21,7 +21,7 @@ from t5lib.families.replacement import check_untied
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.config import checked, from_dict, shown, to_dict
 from t5lib.utils.devices import usable_device
-from t5lib.utils.errors import T5Error
+from t5lib.utils.errors import T5Error, reason
 from t5lib.utils.files import as_path, atomic_dir, read_json, refuse_endless, refuse_inside_model, sha256, write_json
 from t5lib.utils.twins import differences
 from t5lib.utils.weights import check_fit, check_numbers, set_unlisted_buffers, unlisted_buffers
@@ -178,7 +178,7 @@ def _read_weights(folder: Path, digests: dict[str, Any], device: torch.device) -
             )
         return load_file(folder / WEIGHTS, device=str(device))
     except (OSError, SafetensorError) as error:
-        raise T5Error(f"{folder}/{WEIGHTS} cannot be read ({error}); save or copy the folder again") from None
+        raise T5Error(f"{folder}/{WEIGHTS} cannot be read ({reason(error)}); save or copy the folder again") from None
 
 
 @contextmanager
@@ -186,7 +186,9 @@ def _writing(folder: Path | str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise T5Error(f"{folder} cannot be written ({error}); name another place, or make room there") from error
+        raise T5Error(
+            f"{folder} cannot be written ({reason(error)}); name another place, or make room there"
+        ) from error
 
 
 def _check_replaceable(folder: Path) -> None:

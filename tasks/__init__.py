@@ -3,8 +3,10 @@
 import os
 import sys
 
-# A flow runs `python -m tasks.…`: before anything heavy is imported (tasks/runtime/warm.py).
-if "T5_WARM_START" in os.environ and sys.orig_argv[1] == "-m" and sys.orig_argv[2].startswith("tasks."):
+# A flow runs `python -m tasks.…`, and launchers of several processes `python -u -m tasks.…`: before anything heavy is
+# imported (tasks/runtime/warm.py).
+_command = [word for word in sys.orig_argv[1:] if word != "-u"]
+if "T5_WARM_START" in os.environ and _command[:1] == ["-m"] and _command[1].startswith("tasks."):
     from tasks.runtime import warm
 
-    warm.hand_over(sys.orig_argv[2], sys.orig_argv[3:])
+    warm.hand_over(_command[1], _command[2:])

@@ -19,6 +19,7 @@ from tasks.runtime import tracking
 from tasks.runtime.tracking import store
 
 ROOT = Path(__file__).resolve().parents[1]
+FORK_NOTHING = ("tests/kernels", "tests/t5lib/layers")
 # pytest gives loggers that do not propagate its handler, and with any handler torch writes out all that it traces.
 logging.getLogger("torch.__trace").propagate = True
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):  # nothing here may reach a server of the user's
@@ -139,11 +140,14 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 def _turn(item: pytest.Item) -> int:
-    """1 for tests that run Prefect in process, 2 for those that fork nothing and may follow them or run beside them."""
+    """1 for tests that run Prefect in process, 2 for those that fork nothing and may follow them or run beside them.
+
+    The latter take as long as the former: of two workers neither is left without work.
+    """
     group = item.get_closest_marker("xdist_group")
     if group is not None and group.args[0] == "prefect":
         return 1
-    return 2 if item.path.is_relative_to(ROOT / "tests/kernels") else 0
+    return 2 if any(item.path.is_relative_to(ROOT / folder) for folder in FORK_NOTHING) else 0
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,18 @@
 """Every command's help has an example, the default of every option, and the names that it can be given."""
 
 import argparse
-import importlib
 import re
 
 import pytest
 import typer
-import yaml
 from imports import ROOT
+from parsers import TARGETS, parsers
 
+from flows.ablate import ablate
+from flows.t5 import t5
 from t5lib.cli import app
 
 MACHINERY = {"tasks.runtime.warm", "flows.process"}  # started by us, not by people
-STAGES = list(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
-TARGETS = list(yaml.safe_load((ROOT / "params.yaml").read_text())["targets"])
 
 
 def commands() -> list[str]:
@@ -24,32 +23,11 @@ def commands() -> list[str]:
     return sorted(set(names) - MACHINERY)
 
 
-class Asked(Exception):
-    """Carries the parser of a command that began to read its arguments."""
-
-
-def parsers(name: str, monkeypatch) -> list[argparse.ArgumentParser]:
-    """Of the command and its subcommands."""
-
-    def stop(parser, *_):
-        raise Asked(parser)
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
-    package = importlib.util.find_spec(name).submodule_search_locations is not None
-    module = importlib.import_module(f"{name}.__main__" if package else name)
-    with pytest.raises(Asked) as asked:
-        module.main(module.run) if name.removeprefix("tasks.") in STAGES else module.main()
-    [parser] = asked.value.args
-    inner = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    return [parser, *(each for choices in inner for each in choices.values())]
-
-
 @pytest.mark.parametrize("name", commands())
 def test_help_has_an_example_that_parses_and_defaults(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "100")
-    with monkeypatch.context() as patched:
-        found = parsers(name, patched)
+    found = parsers(name)
     for parser in found:
         text = parser.format_help()
         start = rf"^ +(?:python|torchrun --nproc_per_node \d+) -m {re.escape(name)}"
@@ -66,10 +44,14 @@ def test_help_has_an_example_that_parses_and_defaults(name, monkeypatch):
                 assert told.endswith(": " + ", ".join(TARGETS))
 
 
+@pytest.mark.parametrize("flow", [t5, ablate], ids=lambda flow: flow.name)
+def test_the_form_that_starts_a_deployment_explains_every_field(flow):
+    assert not [name for name, field in flow.parameters.properties.items() if not field.get("description")]
+
+
 def test_help_of_a_target_needs_no_params_yaml(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with monkeypatch.context() as patched:
-        [parser] = parsers("tasks.fetch", patched)
+    [parser] = parsers("tasks.fetch")
     assert "params.yaml, such as dinov2-fashion" in " ".join(parser.format_help().split())
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from t5lib.cli import arguments
-from t5lib.cli.commands import Device
+from t5lib.cli.options import Device
 from t5lib.cli.screen import counted, note, say
 from t5lib.evaluation import prompts as prompt_files
 from t5lib.evaluation.prompts import Prompt

@@ -22,7 +22,7 @@ from t5lib.families import adapter, family_of
 from t5lib.families.base import Adapter
 from t5lib.families.timm_base import check_plain_vit
 from t5lib.utils.devices import usable_device
-from t5lib.utils.errors import SourceError, T5Error
+from t5lib.utils.errors import SourceError, T5Error, reason
 from t5lib.utils.extras import extras_named
 from t5lib.weights.timm_vit import load_weights
 
@@ -132,9 +132,8 @@ def _fetching(source: Source) -> Iterator[None]:
     try:
         yield
     except (OSError, HfHubHTTPError, HTTPError) as error:  # what timm's and the hub's clients raise
-        reason = str(error).strip().partition("\n")[0]
         raise SourceError(
-            f"the weights of {source.name} could not be fetched ({reason}). Check the network and, for a gated "
+            f"the weights of {source.name} could not be fetched ({reason(error)}). Check the network and, for a gated "
             "model, HF_TOKEN; or download model.safetensors elsewhere and pass it with --weights",
             retryable=True,
         ) from error

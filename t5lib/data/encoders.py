@@ -34,6 +34,9 @@ class ImageEncoder:
 
     Attributes:
         multiple: pixels a token is wide, of which the sides of images must be multiples.
+
+    Raises:
+        T5Error: an unknown dtype, or channels that the VAE does not take.
     """
 
     def __init__(
@@ -81,6 +84,10 @@ class TextEncoder:
             config (not its weights) then gives their width.
         max_sequence_length: tokens of the T5 encoder.
         dtype: fp32, bf16 or fp16.
+
+    Raises:
+        T5Error: a pipeline without CLIP encoders, or with neither a T5 encoder nor the transformer's config; an unknown
+            dtype; a length below 1.
     """
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 256, dtype: str = "bf16", device: str = "cpu"):

@@ -142,6 +142,8 @@ def train_batches(
     slots share out every epoch evenly and without overlap. The global random states are left as they were.
 
     Args:
+        batch_size: images of a batch, of all processes together.
+        workers: processes that decode; 0: this one does.
         part: of every batch, or of all batches, that this process makes.
 
     Raises:

@@ -37,12 +37,15 @@ class InMemoryImages:
         images: (n, 3, H, W) uint8.
         labels: (n,) int64.
         data: gives mean and std.
+
+    Raises:
+        T5Error: images of another type or shape, not a label for each, or no image.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, data: DataConfig):
         if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels) or not len(labels):
             raise T5Error(
-                f"resident images must be uint8 (n, 3, H, W) with n labels and n above 0, got {images.dtype} "
+                f"images in memory must be uint8 (n, 3, H, W) with n labels and n above 0, got {images.dtype} "
                 f"{tuple(images.shape)} with {len(labels)} labels"
             )
         self.images, self.labels = images, labels
@@ -64,6 +67,7 @@ class InMemoryImages:
         Every epoch is a new order of all images; batches are always full, so one may span two epochs.
 
         Args:
+            batch_size: images of a batch, of all processes together.
             hflip: probability that an image is mirrored.
 
         Raises:

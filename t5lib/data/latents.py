@@ -28,7 +28,7 @@ from t5lib.data.sampler import Sampler
 from t5lib.data.shards import Shard, ShardSet
 from t5lib.data.tars import quoted
 from t5lib.utils.config import Several, settings
-from t5lib.utils.errors import T5Error
+from t5lib.utils.errors import T5Error, reason
 from t5lib.utils.files import read_json, sha256, write_json
 from t5lib.utils.processes import WHOLE, Part
 from t5lib.utils.progress import progress
@@ -80,6 +80,7 @@ class ShardIndex:
 
     @classmethod
     def write(cls, file: Path, samples: Sequence[Sequence]) -> None:
+        """Write the index of `file`, which is finished, with these rows."""
         noted = asdict(cls(sha256=sha256(file), size=file.stat().st_size, samples=tuple(map(tuple, samples))))
         write_json(file.with_suffix(INDEX), noted | {"digest": digest_of(json.dumps(noted).encode())})
 
@@ -119,10 +120,11 @@ class LatentSet:
 
         Every batch is full. The samples of one size come in a new order again and again, none a second time before all
         others; in an epoch each size has its share of the batches, what does not fill one is carried over. Where
-        samples were encoded with their mirror image, either is drawn. The ranks of several processes get the parts of
-        one batch of batch_size · world_size, and so the same size.
+        samples were encoded with their mirror image, either is drawn. Several processes get the parts of one
+        batch, and so the same size.
 
         Args:
+            batch_size: samples of a batch, of all processes together.
             drop: probability that a caption becomes the empty one, or a label "none".
             workers: processes that read ahead; 0: this process reads.
 
@@ -242,7 +244,7 @@ class LatentShards(LatentSet):
                 file.seek(first - len(header))
                 found, content = file.read(len(header)), file.read(length)
         except (OSError, UnicodeError) as error:
-            raise T5Error(f"{path} cannot be read at byte {first} ({error}); encode it again") from error
+            raise T5Error(f"{path} cannot be read at byte {first} ({reason(error)}); encode it again") from error
         if found != header or digest_of(content) != digest.hex():
             raise T5Error(
                 f"{path} was changed or damaged between bytes {first} and {first + length}, or is not that of its "

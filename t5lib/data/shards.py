@@ -257,4 +257,5 @@ def field_of(sample: Sample, fields: tuple[str, ...], what: str) -> str:
 
 
 def where(sample: Sample) -> str:
+    """The sample's tar and key, as messages name it."""
     return f"{sample['__url__']}: sample {quoted(sample['__key__'])}"

@@ -27,7 +27,7 @@ from filelock import FileLock
 from t5lib.download import hub, pypi, web
 from t5lib.utils import files
 from t5lib.utils.config import shown
-from t5lib.utils.errors import SourceError
+from t5lib.utils.errors import SourceError, reason
 
 LONGEST_NAME = 1000  # of a member of an archive
 INFLATION = 200  # times its compressed size that a member of an archive may have; weights hardly shrink
@@ -221,7 +221,7 @@ def _local(source: str) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError(f"{source} does not exist (looked for {path.absolute()}); correct the path") from None
     except OSError as error:
-        raise SourceError(f"{source[:200]!r} cannot be opened ({str(error)[:200]}); correct the path") from None
+        raise SourceError(f"{source[:200]!r} cannot be opened ({reason(error)}); correct the path") from None
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise SourceError(f"{source} is a device, pipe or socket; expected a file or folder")
     if stat.S_ISREG(found.st_mode) and not found.st_size:

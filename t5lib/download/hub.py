@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from t5lib.utils import files
-from t5lib.utils.errors import SourceError
+from t5lib.utils.errors import SourceError, reason
 
 _FORM = re.compile(r"(?P<datasets>datasets/)?(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^#\s]+))?(#(?P<pattern>.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -208,7 +208,7 @@ def _explained(repo: _Repo, token: str | None) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno:
             raise  # this machine's disk, with its own message
         raise SourceError(
-            f"hf:{repo}: the hub cannot be reached, or the connection broke ({error}); check the network and run "
-            "again: it resumes with what was received",
+            f"hf:{repo}: the hub cannot be reached, or the connection broke ({reason(error)}); check the network and "
+            "run again: it resumes with what was received",
             retryable=True,
         ) from error

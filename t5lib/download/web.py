@@ -9,7 +9,7 @@ from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 import requests
 
-from t5lib.utils.errors import SourceError
+from t5lib.utils.errors import SourceError, reason
 from t5lib.utils.progress import progress
 
 LARGEST = 200 * 10**9  # bytes of a file that is fetched, by whatever scheme
@@ -148,8 +148,8 @@ def _explain(url: str, error: requests.RequestException, part: Path) -> SourceEr
     if isinstance(error, ValueError):  # requests' errors for what is no address at all
         return SourceError(f"{url} is not a valid address ({error}); correct it")
     return SourceError(
-        f"{url} cannot be reached, or the connection broke ({error}){_kept(part)}; check the network and run again: "
-        "it goes on from there if the server allows it",
+        f"{url} cannot be reached, or the connection broke ({reason(error)}){_kept(part)}; check the network and run "
+        "again: it goes on from there if the server allows it",
         retryable=True,
     )
 

@@ -65,7 +65,11 @@ def predict(
     precision: str = "fp32",
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Logits (n, classes) of every model in float32 on the CPU, and the labels (n,)."""
+    """Logits (n, classes) of every model in float32, and the labels (n,), all on the CPU. Arguments as in `evaluate`.
+
+    Raises:
+        T5Error: no images, or an unknown `precision`.
+    """
     one_of(precision, ("fp32", "bf16"), "precision")
     device = next(next(iter(models.values())).parameters()).device
     logits: dict[str, list[Tensor]] = {name: [] for name in models}
@@ -86,7 +90,7 @@ def predict(
 
 
 def score(logits: Tensor, labels: Tensor, expected: Tensor | None = None) -> Score:
-    """logits (n, classes), labels (n,), `expected` the reference's classes (n,)."""
+    """Of logits (n, classes) and labels (n,); agreement is with `expected`, the classes (n,) of a reference."""
     ranked = logits.topk(min(5, logits.shape[1]), dim=-1).indices == labels[:, None]
     percent = 100 / len(labels)
     return Score(

@@ -39,7 +39,7 @@ def cutouts_of(pictures: dict[str, Tensor]) -> Cutouts:
     """From RGBA pictures (4, h, w) uint8 of any sizes, by name.
 
     Raises:
-        T5Error: a picture that has other channels, or that is empty.
+        T5Error: a picture that has other channels, or that is wholly transparent.
     """
     squares = []
     for name, picture in pictures.items():
@@ -55,7 +55,9 @@ def cutouts_of(pictures: dict[str, Tensor]) -> Cutouts:
 
 
 def retrieval(images: Tensor, wanted: Sequence[str], cutouts: Cutouts) -> dict[str, float | int]:
-    """Is the known thing that each image's things are nearest to (squared error, mean over them) the one asked for?
+    """How often the things in an image are nearest to the known thing that was asked for.
+
+    The distance is the squared error of pixels, its mean over the things in the image.
 
     Args:
         images: (n, 3 or 1, H, W) uint8 on the CPU, things on a plain background.
@@ -65,7 +67,7 @@ def retrieval(images: Tensor, wanted: Sequence[str], cutouts: Cutouts) -> dict[s
         As t5lib.evaluation.scores.retrieval: "retrieval_r1", "retrieval_r5", "retrieval_names".
 
     Raises:
-        T5Error: not a name for each image, or one without cut-out.
+        T5Error: not a name for each image, or a name without a cut-out.
     """
     if len(images) != len(wanted):
         raise T5Error(f"{len(images)} images and {len(wanted)} names; expected a name for each image")

@@ -77,10 +77,10 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int, config: ProbeC
 
     Args:
         features: (P, C), float32.
-        labels: (P,) int64.
+        labels: (P,) int64, below `num_classes`.
 
     Raises:
-        T5Error: the two do not fit together.
+        T5Error: not a label for each patch, or no patch.
     """
     config = config or ProbeConfig()
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
@@ -147,9 +147,10 @@ class DenseSums:
     """Sums over test patches, by the entity that a patch shows. Those of several folds add.
 
     Attributes:
-        truth, source, student, own: (E, K, K) counts of patches by (class that was expected, class that was predicted):
-            truth against the source's and the student's predictions (`source`, `student`), against the student's
-            through its own probe (`own`); in `fidelity` the source's predictions against the student's.
+        source, student, own: (E, K, K) int64 counts of patches by (true class, predicted class). Source and student are
+            read through the source's probe; `own` is the student read through its own.
+        fidelity: (E, K, K) int64 counts of patches by (the source's prediction, the student's), both through the
+            source's probe.
         cosine: (E,) float64 sum of cosines between the source's and the student's features.
     """
 
@@ -163,7 +164,15 @@ class DenseSums:
         return replace(self, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
     def measures(self, weights: Tensor | None = None) -> dict[str, Tensor]:
-        """All measures in percent, the cosine from -1 to 1; one each, or one for every row of `weights` (draws, E)."""
+        """All measures by name.
+
+        Args:
+            weights: (draws, E), how often each entity counts, of `resampled`; by default each counts once.
+
+        Returns:
+            Float64, () each, or (draws,) with weights: "source_miou", "miou", "own_probe_miou", "fidelity_miou",
+            "agreement" and "lost_miou" (the source's mIoU less the student's) in percent; "cosine" from -1 to 1.
+        """
         one = torch.ones(1, len(self.cosine), dtype=torch.float64) if weights is None else weights.double()
         source, student, own, fidelity = (
             torch.einsum("de,ekl->dkl", one, getattr(self, name).double())

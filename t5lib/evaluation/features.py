@@ -103,6 +103,9 @@ class Dinov2(nn.Module):
 
         Args:
             images: (B, 3 or 1, H, W) uint8, resized to the model's size (bicubic, the whole image).
+
+        Raises:
+            T5Error: images of another type or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise T5Error(f"images are {tuple(images.shape)} {images.dtype}; expected (B, 3 or 1, H, W) torch.uint8")

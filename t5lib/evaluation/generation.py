@@ -75,7 +75,8 @@ def sample(
         seeds: of the noise, drawn on the CPU, so that every device starts from the same.
 
     Raises:
-        T5Error: as many seeds as prompts are not there, class numbers out of range, or a size that does not suit.
+        T5Error: other numbers of prompts and seeds, a prompt that is no text or no class of the model, or a size or
+            number of steps that the pipeline cannot sample with.
     """
     if len(prompts) != len(seeds):
         raise T5Error(f"{len(prompts)} prompts and {len(seeds)} seeds; expected a seed for each prompt")
@@ -96,7 +97,7 @@ def generate(pipeline: "DiffusionPipeline", jobs: Sequence[Job], config: Generat
         model: names the pipeline in the files, so that another one's images are not taken for its own.
 
     Raises:
-        T5Error: a whole file that was made with other settings.
+        T5Error: a whole file that was made with other settings, or what `sample` refuses.
     """
     missing = [job for job in jobs if not _is_made(job, _recipe(job, config, model))]
     with progress("generate", len(jobs), len(jobs) - len(missing)) as report:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from t5lib.utils.config import one_of
-from t5lib.utils.errors import T5Error
+from t5lib.utils.errors import T5Error, reason
 from t5lib.utils.files import read_json, read_text, write_text
 from t5lib.utils.seeds import derived_seed
 
@@ -162,7 +162,7 @@ def _read_text(path: Path) -> str:
     try:
         return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise T5Error(f"{path} cannot be read as text ({error}); expected a file of prompts in UTF-8") from None
+        raise T5Error(f"{path} cannot be read as text ({reason(error)}); expected a file of prompts in UTF-8") from None
 
 
 def _expected(layout: str) -> str:

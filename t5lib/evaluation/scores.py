@@ -100,7 +100,7 @@ class _Images(torch.utils.data.Dataset):
 def retrieval(
     generated: Tensor, wanted: Sequence[str], references: dict[str, Tensor], dinov2: Dinov2
 ) -> dict[str, Any]:
-    """Is the picture nearest to each generated image one of what it should show?
+    """How often the reference picture nearest to an image shows what that image should show.
 
     Args:
         generated: n images.
@@ -114,7 +114,7 @@ def retrieval(
         "retrieval_names", how many names there are to choose from.
 
     Raises:
-        T5Error: not a name for each image, or one that has no reference.
+        T5Error: not a name for each image, or a name without a reference picture.
     """
     if len(generated) != len(wanted):
         raise T5Error(f"{len(generated)} images and {len(wanted)} names; expected a name for each image")
@@ -266,7 +266,8 @@ def clip_score(
     """CLIP score (100 · cosine, 0 at least, mean) by torchmetrics, where CLIP's weights are at hand.
 
     Args:
-        images: n of them, prompts: n.
+        images: n.
+        prompts: n, the text of each.
         weights: folder of transformers' CLIP, such as openai/clip-vit-large-patch14 downloaded.
 
     Returns:

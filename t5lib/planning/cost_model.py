@@ -57,6 +57,7 @@ class Timing:
     """Milliseconds of a forward pass's parts at one resolution.
 
     Attributes:
+        resolution: side of the image in pixels.
         tokens: that attention sees in one image.
         rest_ms: everything but the blocks.
         block_ms: one block, by kind; "softmax" among them.
@@ -81,7 +82,7 @@ class Plan:
         depth: layers of the model.
         patch, prefix: side of a patch in pixels, and tokens that are no patch.
         timings: by growing resolution.
-        resolution: the one asked for.
+        resolution: the one asked for, side of the image in pixels.
     """
 
     device: str
@@ -272,6 +273,9 @@ def verify(
     Returns:
         A JSON-ready row each: layers (a layer map), predicted_ms, measured_ms, deviation (predicted / measured − 1),
         ms_runs, launched_ms (without CUDA graph; None where none is used) and relative_error (output against float64).
+
+    Raises:
+        T5Error: another number of layers, a kind that was not measured, or outputs that are wrong.
     """
     rules = Rules.of(plan.config, torch.device(device))
     size = ExampleSize(plan.resolution, plan.config.batch)

@@ -85,6 +85,9 @@ def scan(
         JSON-ready: loss ("cross-entropy" with labels; "kl" from the softmax model's predictions without; "cosine", 1 −
         cosine of the features, for a model without head), images, softmax_loss, and for each layer by kind
         `increase` of the mean loss and its `standard_error` (over images, paired).
+
+    Raises:
+        T5Error: what `measure` refuses.
     """
     depth = len(_check(softmax, calibrated, []))
     alone = {(layer, kind): _only(layer, kind, depth) for layer in range(depth) for kind in calibrated}
@@ -105,8 +108,8 @@ def choose(increase: Sequence[Mapping[str, float]], cost: Costs, budget: float) 
 
     Args:
         increase: for each layer by kind, as in `scan`'s table; softmax is 0.
-        cost: for each layer by kind; as t5lib.planning.cost_model's Plan.block_costs.
-        budget: of the summed cost.
+        cost: for each layer by kind, in milliseconds, as t5lib.planning.cost_model's Plan.block_costs.
+        budget: of the summed cost, in the same unit.
 
     Raises:
         T5Error: no assignment is within the budget; says what the cheapest costs.
@@ -198,6 +201,9 @@ def select(
     Tried are the solver's `count` best, and the fixed rules within the budget: increases add up only as long as layers
     do not disturb each other, so the sum makes the short list, and the measurement decides. Arguments as in `scan` and
     `choose`; give the images of the scan, and keep others to report on.
+
+    Raises:
+        T5Error: a budget that no assignment is within, or what `measure` refuses.
     """
     tried = [[*shortlist(increase, cost, budget, count), *rules_within(cost, budget).values()] for budget in budgets]
     every = [assignment for candidates in tried for assignment in candidates]

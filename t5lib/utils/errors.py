@@ -8,6 +8,8 @@ _SECRET = re.compile(
     r"([?&][\w.-]*(?:token|key|secret|signature|sig|password|passwd|credential)[\w.-]*=)[^&#\s'\")]+", re.I
 )
 
+_SYSTEM = re.compile(r"\[Errno -?\d+\] ([^()'\":]+)")
+
 
 class T5Error(Exception):
     """A problem the user can mend; printed without a traceback, without passwords of addresses and without what a
@@ -28,6 +30,14 @@ class SourceError(T5Error):
 def without_secrets(text: str) -> str:
     """`text` with user names and passwords of addresses, and secrets in their queries, cut out."""
     return _SECRET.sub(r"\1…", _USERINFO.sub("…@", text))
+
+
+def reason(error: BaseException) -> str:
+    """What the error of a system or a library says, in one line. Of an error of the system it is the words alone,
+    without its number, the path, and what a client wrapped around them."""
+    said = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+    system = _SYSTEM.search(said)
+    return system[1].strip() if system else re.sub(r" \(os error \d+\)", "", said) or type(error).__name__
 
 
 def printable(text: str) -> str:

@@ -11,7 +11,6 @@ import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from ctypes import CDLL
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,6 @@ from tasks.runtime.nodes import Meeting
 
 OUTER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # what a launcher tells the processes that it starts
 INTERRUPTED = 130
-DEATH_SIGNAL = 1  # of Linux's prctl: PR_SET_PDEATHSIG
 
 
 @settings
@@ -112,12 +110,6 @@ def leave() -> None:
     """This process works alone, although a launcher started others."""
     for name in OUTER:
         os.environ.pop(name, None)
-
-
-def end_with_launcher() -> None:
-    """Let this process be interrupted when its launcher is killed and can signal nobody any more."""
-    if sys.platform == "linux":
-        CDLL(None).prctl(DEATH_SIGNAL, signal.SIGTERM)
 
 
 def start(module: str, arguments: Sequence[str], processes: int, meeting: Meeting) -> None:

@@ -61,12 +61,21 @@ def parsed(text: str, where: str) -> Any:
         many = node is not None and _count(node, {}) > MOST_VALUES
         values = loader.construct_document(node) if node is not None and not many else None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: such as a number of thousands of digits
-        raise T5Error(f"{where} is not valid YAML: {str(error)[:500]}") from None
+        raise T5Error(f"{where} is not valid YAML: {_fault(error)}") from None
     except RecursionError:
         raise T5Error(f"{where} is nested too deeply, or contains itself; flatten it") from None
     if many:
         raise T5Error(f"{where} holds more than {MOST_VALUES} values once its aliases are expanded; write fewer")
     return values
+
+
+def _fault(error: Exception) -> str:
+    """In one line, with the number of the line of the text."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error)[:500]
+    began = error.context_mark
+    context = f" ({error.context}, which begins in line {began.line + 1})" if error.context and began else ""
+    return f"line {error.problem_mark.line + 1}: {error.problem}{context}"
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:

@@ -26,6 +26,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from ctypes import CDLL
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
@@ -33,6 +34,7 @@ from typing import NoReturn
 ADDRESS = "T5_WARM_START"  # the socket's path
 KEPT = "T5_WARM_START_FOR_OTHERS"  # the same in a fork, for processes that the stage starts (tasks/runtime/launch.py)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+DEATH_SIGNAL = 1  # of Linux's prctl: PR_SET_PDEATHSIG
 LENGTH, ANSWER = struct.Struct("!I"), struct.Struct("!B")
 STARTED = 255  # is no exit status that a stage has
 
@@ -98,17 +100,27 @@ def hand_over(module: str, arguments: Sequence[str]) -> None:
             server.sendall(request)
         except OSError:
             return
+        if "RANK" in os.environ:
+            end_with_launcher()
         before = {n: signal.signal(n, lambda n, _frame: server.sendall(ANSWER.pack(n))) for n in SIGNALS}
         if server.recv(ANSWER.size) != ANSWER.pack(STARTED):
             for number, handler in before.items():
                 signal.signal(number, handler)
             return
         status = server.recv(ANSWER.size)
+    for number in before:
+        signal.signal(number, signal.SIG_IGN)
     if not status and "RANK" in os.environ:
         os.kill(os.getpid(), signal.SIGKILL)  # so that the launcher of several sees what happened
     if not status:
         sys.exit(f"{module}: its process was killed; if memory was short, take a smaller batch_size")
     sys.exit(ANSWER.unpack(status)[0])
+
+
+def end_with_launcher() -> None:
+    """Let this process be interrupted when its launcher is killed and can signal nobody any more."""
+    if sys.platform == "linux":
+        CDLL(None).prctl(DEATH_SIGNAL, signal.SIGTERM)
 
 
 def _work_for(caller: socket.socket) -> NoReturn:
@@ -122,6 +134,8 @@ def _work_for(caller: socket.socket) -> NoReturn:
         caller.sendall(ANSWER.pack(STARTED))
         threading.Thread(target=_pass_signals_on, args=[caller], daemon=True).start()
         status = _run(module, arguments)
+        for number in SIGNALS:  # they come too late: a launcher of several ends all when one has failed
+            signal.signal(number, signal.SIG_IGN)
         atexit._run_exitfuncs()
     except BaseException:
         traceback.print_exc()

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from t5lib.download import kept
-from t5lib.utils.errors import T5Error
+from t5lib.utils.errors import T5Error, reason
 from t5lib.utils.files import read_json
 from tasks.targets.denoiser_shape import Shape
 from tasks.targets.diffusers_folder import CONFIGS
@@ -113,7 +113,7 @@ def header_of(part: Path) -> Header:
                 slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 (no mapping)
                 found |= {name: (each.get_dtype(), each.get_shape()) for name, each in slices.items()}
         except (OSError, SafetensorError) as error:
-            raise T5Error(f"{file} cannot be read ({error}); fetch it again") from error
+            raise T5Error(f"{file} cannot be read ({reason(error)}); fetch it again") from error
     return found
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from t5lib.utils import processes
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import sha256
-from tasks.runtime import command_line, launch, local_sources, nodes
+from tasks.runtime import command_line, launch, local_sources, nodes, warm
 from tasks.runtime.failures import in_words
 from tasks.runtime.params import read_target
 from tasks.runtime.stage import Stage
@@ -162,7 +162,7 @@ def _do(name: str, target: str) -> None:
 
 def _join(together: bool) -> bool:
     """Become one of the processes that a launcher started; False where there is nothing to do for this one."""
-    launch.end_with_launcher()
+    warm.end_with_launcher()
     if not processes.leads():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
         return together

@@ -8,7 +8,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from t5lib.utils.errors import without_secrets
+from t5lib.utils.errors import reason, without_secrets
 from t5lib.utils.files import sha256
 from tasks.runtime.tracking import registry
 from tasks.runtime.tracking.about import NOTE, TELLING, flatten, git_commit, tags_of
@@ -33,7 +33,7 @@ def _never_fatal(method: Callable) -> Callable:
 
 
 def tell(error: Exception, what: str) -> None:
-    print(without_secrets(f"MLflow: {type(error).__name__}: {error}; {what}"), file=sys.stderr)
+    print(without_secrets(f"MLflow: {type(error).__name__} ({reason(error)}); {what}"), file=sys.stderr)
 
 
 class NoRun:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from t5lib.utils.errors import SourceError, T5Error
+from t5lib.utils.errors import SourceError, T5Error, reason
 
 
 @pytest.mark.parametrize("kind", [T5Error, SourceError])
@@ -19,6 +19,19 @@ from t5lib.utils.errors import SourceError, T5Error
 )
 def test_passwords_of_addresses_are_cut_out(kind, text, shown):
     assert str(kind(text)) == shown
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "a/b"), "No such file or directory"),
+        (ConnectionError("Max retries (Caused by X('x: ([Errno -2] Name not known)'))"), "Name not known"),
+        (ValueError("I/O error: No space left on device (os error 28)\nmore"), "I/O error: No space left on device"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_the_reason_is_a_systems_words_in_one_line(error, said):
+    assert reason(error) == said
 
 
 def test_what_a_terminal_would_obey_is_shown_in_its_place():

@@ -57,7 +57,12 @@ def test_check_prints_every_setting_with_defaults(small_repo):
         ),
         ("    evaluate: {steps: 0}\n", "", "targets.small lacks the sections evaluate; add them, empty if need be"),
         ("targets:", "tagrets:", "params.yaml has no `targets:`"),
-        ("{steps: 0}", "{steps: 0", "params.yaml is not valid YAML"),
+        (
+            "{steps: 0}",
+            "{steps: 0",
+            "params.yaml is not valid YAML: line 8: expected ',' or '}', but got ':' (while parsing a flow mapping, "
+            "which begins in line 7)",
+        ),
     ],
     ids=["unknown", "type", "section", "missing", "targets", "yaml"],
 )

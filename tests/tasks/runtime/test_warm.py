@@ -46,8 +46,8 @@ def variables(folder, monkeypatch):
         yield environment({**given, "TOLD": "passed on"})
 
 
-def start(folder, variables, argument):
-    command = [sys.executable, "-m", "tasks.probe", argument]
+def start(folder, variables, argument, *options):
+    command = [sys.executable, *options, "-m", "tasks.probe", argument]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=folder, env=variables, text=True, **pipes)
 
@@ -70,6 +70,7 @@ def test_outputs_folder_environment_and_exit_status_are_those_of_the_command(
 
 def test_libraries_are_imported_once_and_our_own_code_by_every_stage(folder, variables):
     start(folder, variables, "well").communicate(timeout=60)
+    start(folder, variables, "well", "-u").communicate(timeout=60)  # as launchers of several processes do
     (folder / "tasks/probe.py").write_text("import library; print('changed')")
     output, _ = start(folder, variables, "well").communicate(timeout=60)
     assert output == "changed\n"
