@@ -149,7 +149,7 @@ def test_each_service_is_used_by_its_one_owner(layer):
 
 
 def test_the_kernels_know_neither_models_nor_the_library():
-    known, optional = {"torch", "triton", "t5kernels"}, {"natten.py": {"natten"}}
+    known, optional = {"numpy", "torch", "triton", "t5kernels"}, {"natten.py": {"natten"}}
     for file in files_of(LAYERS["t5kernels"]):
         used = {name.split(".")[0] for name in modules(file)}
         foreign = used - known - optional.get(file.rpartition("/")[2], set()) - set(sys.stdlib_module_names)

@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument(
         "--resolutions", type=int, nargs="+", default=sides, help="sides of the images in pixels, in this order"
     )
-    parser.add_argument("--models", nargs="+", help="these only, such as softmax all (softmax is always among them)")
+    parser.add_argument("--models", nargs="+", help="these only, and softmax (default: all)")
     parser.add_argument("--repeats", type=int, default=10, help="timed passes")
     parser.add_argument(
         "--blocks", type=int, help="take only this many blocks, where a pass takes seconds (default: all)"
