@@ -88,7 +88,7 @@ def test_stages_run_once_are_recorded_and_reused(mlflow_repo, caplog):
     for run, steps in ((first, 0), (second, 1), (third, 0)):
         assert re.fullmatch(NAME, run.info.run_name) and run.info.status == "FINISHED"
         assert run.data.params["evaluate.steps"] == str(steps)
-        assert run.data.metrics == {"evaluate.score": steps}
+        assert run.data.metrics == {"evaluate/score": steps}
         tags = {"device": about.device(), "protocol": f"fetch 3 steps, convert 3 steps, evaluate {steps} steps"}
         assert (tags | {"inner": "swiglu", "target": "small"}).items() <= run.data.tags.items()
 

@@ -85,7 +85,7 @@ def test_a_run_is_there_whole(root, client, runs):
     assert {run.data.tags.get("mlflow.parentRunId") for run in runs.values()} == {None, parent.info.run_id}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert [point.step for point in client.get_metric_history(runs["freeze"].info.run_id, "curve/loss")] == [1, 2]
-    assert runs["evaluate"].data.metrics["models.finetuned.n"] == classifier_target.VAL
+    assert runs["evaluate"].data.metrics["models/finetuned/n"] == classifier_target.VAL
     for run in (parent, runs["report"]):
         assert {"report.html", "summary.md"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
     note = parent.data.tags["mlflow.note.content"]
@@ -114,7 +114,7 @@ def test_no_password_of_a_source_reaches_the_server(client, runs):
 
 def test_the_model_is_a_version_that_says_what_it_is(root, client, runs):
     version = client.get_model_version_by_alias("tiny", "best")
-    score = runs["evaluate"].data.metrics["models.finetuned.top1"]
+    score = runs["evaluate"].data.metrics["models/finetuned/top1"]
     told = {"target": "tiny", "measure": "top1 (higher is better)", "score": f"{score:.6g}", "inner": "swiglu"}
     assert (told | {"git_commit": "unknown"}).items() <= version.tags.items()
     assert version.run_id == runs["evaluate"].info.run_id

@@ -99,7 +99,7 @@ def record_past_run(
     if found:
         known, run_id = found[0].data.metrics, found[0].info.run_id
         run = Run(client, run_id)
-        run.log_metrics({key: value for key, value in about.flatten(metrics).items() if known.get(key) != value})
+        run.log_metrics({key: value for key, value in about.metric_names(metrics).items() if known.get(key) != value})
         client.set_terminated(run_id, status, int(ended * 1000))  # of a whole that has grown since
         return run_id, False
     made = client.create_run(

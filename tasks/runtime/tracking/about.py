@@ -64,12 +64,18 @@ def protocol(settings: dict[str, Any], names: list[str]) -> str:
     return ", ".join(f"{name} {length}" for name, length in lengths.items())
 
 
-def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
+def flatten(value: dict[str, Any], between: str = ".", prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}; `between` stands for the dot."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
-        flat |= flatten(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+        name = f"{prefix}{key}"
+        flat |= flatten(item, between, name + between) if isinstance(item, dict) else {name: item}
     return flat
+
+
+def metric_names(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics by the names that MLflow gets: its pages make a section of what comes before the last slash."""
+    return flatten(metrics, "/")
 
 
 def device() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from t5lib.utils.errors import reason, without_secrets
 from t5lib.utils.files import sha256
 from tasks.runtime.tracking import registry
-from tasks.runtime.tracking.about import NOTE, TELLING, flatten, git_commit, tags_of
+from tasks.runtime.tracking.about import NOTE, TELLING, flatten, git_commit, metric_names, tags_of
 from tasks.runtime.tracking.data_sets import data_sets
 from tasks.runtime.tracking.registry.product import Product
 from tasks.runtime.tracking.store import finished_stage
@@ -80,11 +80,11 @@ class Run(NoRun):
 
     @_never_fatal
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """The numbers among `metrics` (nested names are joined by dots); points of a curve are sent now and then."""
+        """The numbers among `metrics` (nested names are joined by slashes); points of a curve are sent now and then."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        numbers = {key: value for key, value in flatten(metrics).items() if isinstance(value, int | float)}
+        numbers = {key: value for key, value in metric_names(metrics).items() if isinstance(value, int | float)}
         # Results as people read them: MLflow's pages show every digit, 99.80000000000001 for 99.8.
         digits = 17 if step is not None else 12
         self._points += [Metric(key, float(f"{value:.{digits}g}"), now, step or 0) for key, value in numbers.items()]

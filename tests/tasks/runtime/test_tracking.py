@@ -50,7 +50,7 @@ def test_a_run_holds_curves_results_settings_plots_and_what_tells_it_apart_in_da
     client = store.client(mlflow_repo.root)
     curve = client.get_metric_history(run.info.run_id, "curve/loss")
     assert [(point.step, point.value) for point in curve] == [(step, 1 / (1 + step)) for step in range(50)]
-    assert {"top1": 84.5, "loss": 0.4, "models.source.top1": 85.0}.items() <= run.data.metrics.items()
+    assert {"top1": 84.5, "loss": 0.4, "models/source/top1": 85.0}.items() <= run.data.metrics.items()
     assert "verdict" not in run.data.metrics
     assert run.data.params == {"convert.inner": "swiglu", "convert.key_norm": "instance", "convert.locality": "none"}
     assert {artifact.path for artifact in client.list_artifacts(run.info.run_id)} == {"config.json", "shift.png"}

@@ -40,7 +40,7 @@ def test_a_result_becomes_a_parent_and_a_run_for_every_variant_and_seed_once(roo
     assert (parent.info.run_name, parent.data.tags["ablation"]) == ("small", "small")
     last = max(record["ended"] for seeds in result["records"].values() for record in seeds.values())
     assert parent.info.end_time == int(last * 1000)
-    assert parent.data.metrics["mean_top1.linear.finetuned"] == 91.0
+    assert parent.data.metrics["mean_top1/linear/finetuned"] == 91.0
     children = runs(root, stage="variant")
     assert len(children) == 8
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
@@ -55,11 +55,11 @@ def test_a_run_tells_what_a_flows_run_tells(root):
     tags |= {"git_commit": "abc", "protocol": "calibrate 600 steps, finetune 1.0 epochs", "ablation": "small"}
     assert tags.items() <= run.data.tags.items()
     assert {
-        "evaluate.models.source.top1": 93.0,
-        "evaluate.models.finetuned.top1": 92.0,
-        "evaluate.models.calibrated.loss": 0.5,
-        "calibrate.error_after": 0.06,
-        "seconds.finetune": 20.0,
+        "evaluate/models/source/top1": 93.0,
+        "evaluate/models/finetuned/top1": 92.0,
+        "evaluate/models/calibrated/loss": 0.5,
+        "calibrate/error_after": 0.06,
+        "seconds/finetune": 20.0,
     }.items() <= {key: pytest.approx(value) for key, value in run.data.metrics.items()}.items()
     assert run.data.params["finetune.batch_size"] == "128" and run.data.params["pilot_chose.lr"] == "0.01"
     (broken,) = runs(root, variant="swiglu", seed="1")
