@@ -62,6 +62,7 @@ class Drawing:
 
     def __init__(self, model: SD3Transformer2DModel, mode: str, vae: AutoencoderKL, size: int, text_tokens: int):
         self.model, self.mode, self.size = model, mode, size
+        self.config: Any = model.config
         self.text = self._text(text_tokens)
         self.cached: nn.Module | None = None
         if mode == FLOAT8:
@@ -100,7 +101,7 @@ class Drawing:
         """Of one pass, laid out like those in the pipeline: others would be compiled for anew."""
         model, device, draw = self.model, self.model.device, torch.Generator().manual_seed(1)
         side = self.size // self.pipe.vae_scale_factor
-        latents = torch.randn(1, model.config.in_channels, side, side, generator=draw).to(device, model.dtype)
+        latents = torch.randn(1, self.config.in_channels, side, side, generator=draw).to(device, model.dtype)
         both = (("negative_prompt_embeds", "prompt_embeds"), ("negative_pooled_prompt_embeds", "pooled_prompt_embeds"))
         texts = [torch.cat([self.text[name] for name in names]) for names in both]
         return {
@@ -131,8 +132,10 @@ class Drawing:
 
     def _text(self, tokens: int) -> Inputs:
         model, draw = self.model, torch.Generator().manual_seed(0)
-        widths = {"prompt_embeds": (tokens, model.config.joint_attention_dim)}
-        widths |= {"pooled_prompt_embeds": (model.config.pooled_projection_dim,)}
+        widths: dict[str, tuple[int, ...]] = {
+            "prompt_embeds": (tokens, self.config.joint_attention_dim),
+            "pooled_prompt_embeds": (self.config.pooled_projection_dim,),
+        }
         return {
             f"{kind}{name}": torch.randn(1, *width, generator=draw).to(model.device, model.dtype)
             for name, width in widths.items()

@@ -288,7 +288,7 @@ def run(
     """
     for mode in modes:
         missing(mode, device, shape.arguments["num_layers"])
-    about = {"device": describe_device(device), "torch": torch.__version__, "diffusers": diffusers.__version__}
+    about: dict[str, Any] = {"device": describe_device(device), "torch": torch.__version__, "diffusers": diffusers.__version__}
     about |= {"dtype": str(choose_dtype("auto", device)).removeprefix("torch."), "encoders": encoders}
     about |= {"batch": shape.batch, "steps": config.steps, "threshold": config.threshold}
     about |= {"shape": {name: list(v) if isinstance(v, tuple) else v for name, v in shape.arguments.items()}}
@@ -334,7 +334,7 @@ def _figures(row: dict[str, Any], softmax: float | None) -> list[str | None]:
         notes.append(f"{row['full_steps']} steps of {row['steps']} computed in full; error of the latents")
     return [
         f"{row['seconds']:.2f}",
-        softmax and f"{softmax / row['seconds']:.2f}",
+        f"{softmax / row['seconds']:.2f}" if softmax else None,
         *(None if row[name] is None else f"{row[name]:.2f}" for name in ("denoise_s", "decode_s", "encode_s")),
         *(None if row[name] is None else f"{row[name]:.1f}" for name in ("gib", "denoise_gib")),
         f"{row['error']:.1e}",

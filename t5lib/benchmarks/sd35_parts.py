@@ -43,7 +43,7 @@ def build_vae(sizes: dict[str, Any]) -> AutoencoderKL:
     )
 
 
-def build_clip(sizes: dict[str, Any], vocabulary: int, **special_tokens: int) -> CLIPTextModelWithProjection:
+def build_clip(sizes: dict[str, Any], vocabulary: int, **special_tokens: Any) -> CLIPTextModelWithProjection:
     """A text encoder of CLIP; special_tokens are those of its tokenizer, such as eos_token_id."""
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
