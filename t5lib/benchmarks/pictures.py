@@ -208,7 +208,11 @@ def prepared(
         plain = drawing.latents(studio.config.steps)
         drawing.use_cache(studio.config.threshold)
         latents = drawing.latents(studio.config.steps)
-        row |= {"error": relative_error(latents, plain.double()), "full_steps": drawing.full_steps}
+        row |= {
+            "threshold": studio.config.threshold,
+            "error": relative_error(latents, plain.double()),
+            "full_steps": drawing.full_steps,
+        }
     row["denoise_gib"] = own()
     drawing.decoded(latents)
     row["gib"] = own()
@@ -288,13 +292,15 @@ def run(
     """
     for mode in modes:
         missing(mode, device, shape.arguments["num_layers"])
-    about: dict[str, Any] = {"device": describe_device(device), "torch": torch.__version__, "diffusers": diffusers.__version__}
+    about: dict[str, Any] = {"device": describe_device(device)}
+    about |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
     about |= {"dtype": str(choose_dtype("auto", device)).removeprefix("torch."), "encoders": encoders}
-    about |= {"batch": shape.batch, "steps": config.steps, "threshold": config.threshold}
+    about |= {"batch": shape.batch, "steps": config.steps}
     about |= {"shape": {name: list(v) if isinstance(v, tuple) else v for name, v in shape.arguments.items()}}
     before = read_json(out) if out.exists() else {}
     rows = before.get("rows", []) if about.items() <= before.items() else []
-    known = {(row["size"], row["mode"], row["model"]) for row in rows if "missing" not in row}
+    done = [row for row in rows if "missing" not in row and row.get("threshold") in (None, config.threshold)]
+    known = {(row["size"], row["mode"], row["model"]) for row in done}
     studio = make_studio(shape, parts, encoders, config, device)
     with attention_choice(device):
         for size in sizes:
@@ -331,7 +337,8 @@ def _figures(row: dict[str, Any], softmax: float | None) -> list[str | None]:
     notes = [f"from {row['timed_steps']} steps of {row['steps']}"] * (row["timed_steps"] < row["steps"])
     notes += ["decoded in tiles"] * row["vae_tiled"]
     if "full_steps" in row:
-        notes.append(f"{row['full_steps']} steps of {row['steps']} computed in full; error of the latents")
+        notes.append(f"{row['full_steps']} steps of {row['steps']} computed in full (threshold {row['threshold']:g})")
+        notes.append("error of the latents")
     return [
         f"{row['seconds']:.2f}",
         f"{softmax / row['seconds']:.2f}" if softmax else None,

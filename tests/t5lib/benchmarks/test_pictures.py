@@ -64,7 +64,10 @@ def test_the_cache_tells_what_it_skipped_and_what_that_costs(given, compiled):
     given["config"] = PictureConfig(steps=6, repeats=1, threshold=10.0)
     rows = pictures.run(sizes=[32], modes=["cache"], encoders=False, **given)["rows"]
     assert [row["full_steps"] for row in rows] == [1, 1] and all(0 < row["error"] < 1 for row in rows)
-    assert "1 steps of 6 computed in full" in pictures.report({"rows": rows})
+    assert "1 steps of 6 computed in full (threshold 10)" in pictures.report({"rows": rows})
+    given["config"] = PictureConfig(steps=6, repeats=1, threshold=0.0)
+    again = pictures.run(sizes=[32], modes=["cache"], encoders=False, **given)["rows"]
+    assert [(row["full_steps"], row["error"]) for row in again] == [(6, 0.0)] * 2, "it is another cache"
 
 
 def test_a_picture_with_the_cache_starts_without_the_last_one(given, compiled):
@@ -94,6 +97,13 @@ def test_graphs_are_refused_without_cuda_before_any_work(given, monkeypatch):
     monkeypatch.setattr(pictures, "make_studio", lambda *_: pytest.fail("work"))
     with pytest.raises(T5Error, match="graphs needs CUDA, and the device is cpu; choose others"):
         pictures.run(sizes=[32], modes=["eager", "graphs"], **given)
+
+
+def test_the_command_prints_a_table_and_draws(tmp_path, capsys):
+    few = "--small --sizes 32 --modes eager --models all --blocks 1 --repeats 1 --no-encoders --picture"
+    pictures.main(["--out", str(tmp_path / "p.json"), *few.split()])
+    assert "| 32 | eager | all |" in capsys.readouterr().out
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_float8_takes_the_linears_that_all_tokens_pass():
