@@ -170,8 +170,6 @@ def measure(names: Sequence[str], mode: str, size: int, exact: Callable[[], Exac
     common = {"size": size, "mode": mode}
     if why := missing(mode, studio.device, studio.shape.arguments["num_layers"]):
         return [common | {"model": name, "missing": why} for name in names]
-    if mode != CACHE:
-        exact()  # not while a model's memory is measured
     rules = Rules(studio.device, studio.dtype, compiled=mode != EAGER, graphs=False)
     drawings: dict[str, Drawing] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -197,6 +195,8 @@ def prepared(
     Raises:
         T5Error: a wrong output.
     """
+    if mode != CACHE:
+        exact()  # before this model's memory is measured
     _free(studio.device)
     before = _held(studio.device)
     drawing = studio.drawing(name, mode, size)
