@@ -147,7 +147,7 @@ def _capacity(sums: Tensor) -> int:
 
 def prepared(x: Tensor, preparation: Preparation) -> Tensor:
     """The tokens as the inner model gets them; x itself where nothing is done to it."""
-    if not any(preparation):
+    if not any(preparation.switches):
         return x
     out = like_tokens(x)
     x, y = _as_prepared(preparation, x, out)

@@ -197,6 +197,12 @@ def op_arguments(case):
     return (*plain, *numbers), (inputs.d_outs[0], d_text, step, sums, factors, *plain, *numbers[:5])
 
 
+@pytest.mark.parametrize("regrouped", [False, True])
+def test_tokens_to_which_nothing_is_done_are_not_copied(regrouped):
+    x = torch.zeros(1, 4, 3, 16, device=DEVICE)
+    assert triton_launch.prepared(x, triton_launch.Preparation(None, None, None, regrouped)) is x
+
+
 def test_heads_that_do_not_lie_side_by_side_are_taken_as_they_are():
     case = Case(heads=4, rows=2, columns=2, width=16, text=2)
     inputs = draw(case)
