@@ -57,12 +57,14 @@ def check_source(source: str, split: str) -> None:
 
 
 def _check_address(source: str, split: str) -> None:
-    """Raises T5Error for an address that is not encrypted, holds a password, or names what may change unnoticed."""
+    """Raises T5Error for an address without encryption, with a password, or on the hub without a commit."""
     scheme, _, rest = source.partition("://")
     if scheme in ("http", "ftp", "file") and urlsplit(source).hostname not in ("127.0.0.1", "localhost"):
         raise T5Error(f"{split} is '{source[:200]}'; expected https://…, or file:PATH for what lies on this machine")
     if "@" in rest.partition("/")[0]:
-        raise T5Error(f"{split} holds a user name or password, which records would show; use ~/.netrc, or a profile")
+        raise T5Error(
+            f"{split} holds a user name or password, which would be recorded; use ~/.netrc or a profile instead"
+        )
     if scheme == "hf" and not re.match(r"datasets/[^/@]+/[^/@]+@[^/]+/.", rest):
         raise T5Error(f"{split} is '{source[:200]}'; expected hf://datasets/OWNER/REPO@COMMIT/PATTERN, with its commit")
 

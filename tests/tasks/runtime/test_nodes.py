@@ -70,9 +70,9 @@ def test_a_taken_port_and_an_unknown_host_are_named():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(T5Error, match=r"launch.address 127.0.0.1:\d+ does not serve \(another program uses"):
+        with pytest.raises(T5Error, match=r"launch.address 127.0.0.1:\d+ cannot be used \(another program uses"):
             with nodes.met(0, 2, f"127.0.0.1:{taken.getsockname()[1]}", "align"):
                 pass
-    with pytest.raises(T5Error, match=r"launch.address no-such-host.invalid:29400 does not serve"):
+    with pytest.raises(T5Error, match=r"launch.address no-such-host.invalid:29400 cannot be used"):
         with nodes.met(1, 2, "no-such-host.invalid:29400", "align"):
             pass
