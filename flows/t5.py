@@ -3,7 +3,7 @@
     python -m flows.t5 dinov2-fashion
 
 or in Python `from flows.t5 import t5; t5("dinov2-fashion")`, or a deployment (prefect.yaml). Without a Prefect server
-one is started for as long as the flow runs. Run again, it goes on from where it was.
+one is started for as long as the flow runs. If it is run again, it resumes where it stopped.
 """
 
 import json

@@ -5,7 +5,7 @@
 
 One run compares the softmax model (with cuDNN attention where it can be used); the model with the paper's attentions
 converted, if the paper names some (18 of Stable Diffusion 3.5 Medium); the model with all converted; and "rest",
-without any attention, which no attention can beat. All are compiled block by block, or with --whole as a whole, in bf16.
+without any attention, which no attention can beat. All are compiled in bf16, block by block or with --whole as a whole.
 The output of each is checked against the same weights in higher precision. Then each is timed twice: as a CUDA graph,
 which gives the device's own time, and launched from Python, which may take longer. This needs CUDA. The file is written
 after every resolution, and resolutions that are in it are not run again.

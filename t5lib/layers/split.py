@@ -88,7 +88,7 @@ class RowsOfGrid(TokenGrid):
     def with_neighbors(
         self, compute: Callable[..., Any], *tokens: Tensor, window: int, moves_inward: bool = False
     ) -> Any:
-        """See TokenGrid; `compute` runs on these rows and those that they need, and only the result of these is kept."""
+        """See TokenGrid; `compute` runs on these rows and those that they need, and the result for these is kept."""
         needs = [self._near(rank, window, moves_inward) for rank in range(self.split.size)]
         start, end = needs[self.split.rank]
         results = compute(*self._fetched(tokens, needs), TokenGrid(end - start, self.columns))

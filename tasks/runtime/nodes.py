@@ -38,8 +38,8 @@ def own_number(nodes: int, environment: Mapping[str, str] = os.environ) -> int:
     given = environment.get(NODE, "")
     if not given.isdecimal() or int(given) >= nodes:
         raise T5Error(
-            f"params.yaml: launch.nodes is {nodes}, and {NODE} is {given or 'not set'}; set it on every node, from 0 on "
-            f"the first (the one of launch.address) to {nodes - 1} on the last"
+            f"params.yaml: launch.nodes is {nodes}, and {NODE} is {given or 'not set'}; set it on every node, from 0 "
+            f"on the first (the one of launch.address) to {nodes - 1} on the last"
         )
     return int(given)
 

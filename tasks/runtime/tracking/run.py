@@ -121,7 +121,7 @@ class Run(NoRun):
     def adopt_stage(self, root: Path, target: str, stage: str, settings: dict[str, Any]) -> None:
         """Note which earlier run holds the results of a stage that did not run now, and the device they come from.
 
-        Results that no run holds, because the server was away, are recorded from their files. `settings`: of the target.
+        Results that no run holds, because the server was away, are recorded from their files. `settings`: the target's.
         """
         made_by = finished_stage(root, target, stage)
         if made_by is None:

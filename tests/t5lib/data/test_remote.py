@@ -124,5 +124,5 @@ def test_addresses_are_checked_and_listed(server, made, tmp_path):
 
 def test_a_manifest_elsewhere_names_no_file_of_this_machine(server, made, opened, tmp_path):
     server.content["/set.json"] = server.content["/set.json"].replace(b'"0.tar"', b'"/etc/passwd"')
-    with pytest.raises(T5Error, match=r"set\.json lists '/etc/passwd'; expected shards by addresses"):
+    with pytest.raises(T5Error, match=r"set\.json lists '/etc/passwd'; expected addresses"):
         opened("set.json")

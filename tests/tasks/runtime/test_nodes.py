@@ -37,7 +37,7 @@ def test_the_first_of_slurms_hosts(hosts, first):
 
 @pytest.mark.parametrize("given", [{}, {"NODE_RANK": "2"}, {"NODE_RANK": "first"}])
 def test_a_node_needs_a_number(given):
-    with pytest.raises(T5Error, match=r"launch.nodes is 2, and NODE_RANK is .*: 0 on the first"):
+    with pytest.raises(T5Error, match=r"launch.nodes is 2, and NODE_RANK is .* from 0 on the first"):
         nodes.own_number(2, given)
 
 
@@ -45,7 +45,7 @@ def test_a_node_needs_a_number(given):
     ("works", "messages"),
     [
         (("align of a", "align of a"), ("0 of 2 at 127.0.0.1", "1 of 2 at 127.0.0.1")),
-        (("align of a", "align of b"), ("node 1 with align of b; give all", "node 0 with align of a; give all")),
+        (("align of a", "align of b"), ("node 1 with align of b; start all", "node 0 with align of a; start all")),
     ],
 )
 def test_nodes_meet_for_the_same_work_alone(works, messages, monkeypatch):
