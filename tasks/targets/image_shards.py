@@ -24,14 +24,14 @@ class ImagesConfig:
         train, val: each one of
             file:data/fashion-mnist/train.json          a manifest; its shards are checked against it
             file:/data/imagenet/train                   a folder of tar files, or a pattern: file:/data/in1k/train-*.tar
-            hf:datasets/OWNER/REPO@COMMIT#train-*.tar   the same from the hub, kept in data/datasets
+            hf:datasets/OWNER/REPO@COMMIT#train-*.tar   tar files from the hub, kept in data/datasets
             hf://datasets/OWNER/REPO@COMMIT/train-*.tar, https://HOST/train-{0000..0099}.tar, or the address of a
             manifest: read from there, through a cache of limited size (t5lib.data.remote)
             Paths are relative to the repository.
         max_skipped: share of the samples that may be left out because the image cannot be read, or the caption or class
             is missing. Every image is decoded once, to see that it can be.
-        limit: of each of the two only the first so many images that can be used, in the order of the tar files; those
-            should be well mixed. Tar files after them are not opened. Null for all.
+        limit: how many images of each split are taken: the first that can be used, in the order of the tar files, so
+            these should be well mixed. Tar files after them are not opened. Null takes all.
     """
 
     train: str
