@@ -7,8 +7,8 @@ weights cannot be had: a `file:` source takes the folder. In bf16 the transforme
 encoders 1.6 GB, T5-XXL 9.5 GB, in files and, while they are made, in memory. `--blocks` takes fewer than the 24
 blocks, with the same share of dual attention; `--tiny` has the same parts, small.
 
-Shapes: the published configurations of stabilityai/stable-diffusion-3.5-medium, openai/clip-vit-large-patch14,
-laion/CLIP-ViT-bigG-14-laion2B-39B-b160k and google/t5-v1_1-xxl. The tokenizers are small ones of our own.
+Shapes: the published configurations (t5lib.families.sd3, t5lib.benchmarks.sd35_parts). The tokenizers are small ones of
+our own.
 """
 
 import argparse
@@ -16,14 +16,10 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from transformers import CLIPTextModelWithProjection
 
+from t5lib.benchmarks.sd35_parts import CLIP_LENGTH, PARTS, build_clip, build_t5, build_vae
 from t5lib.families.sd3 import MEDIUM
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_dir, write_text
@@ -32,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sd35-micro"))
 from vocabulary import clip_tokenizer, t5_tokenizer
 
 ENCODERS = ("none", "clip", "all")
-CLIP_LENGTH = 77  # tokens
 WORDS = ["a photograph of a red fox in the snow", "two green apples on a blue background", "an oil painting, evening"]
 NOTICE = """# Random weights
 
@@ -41,16 +36,7 @@ The parts have the shapes of Stable Diffusion 3.5 Medium{size}, and weights draw
 """
 
 SIZES = {
-    "medium": {
-        "transformer": MEDIUM,
-        "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024},
-        "clip": (
-            {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "quick_gelu"},
-            {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu"},
-        ),
-        "clip_vocabulary": 49408,
-        "t5": {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
-    },
+    "medium": {"transformer": MEDIUM} | PARTS["medium"],
     "tiny": {
         "transformer": MEDIUM
         | {
@@ -64,11 +50,8 @@ SIZES = {
             "pos_embed_max_size": 16,
             "dual_attention_layers": (0, 1, 2),
         },
-        "vae": {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 128},
-        "clip": ({"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},) * 2,
-        "clip_vocabulary": 512,
-        "t5": {"vocab_size": 256, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
-    },
+    }
+    | PARTS["tiny"],
 }
 
 
@@ -141,20 +124,6 @@ def shallow(shape: dict, blocks: int) -> dict:
     return shape | {"num_layers": blocks, "dual_attention_layers": tuple(range(dual))}
 
 
-def build_vae(sizes: dict) -> AutoencoderKL:
-    """8 x 8 pixels a latent of 16 channels."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=16,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        **sizes,
-    )
-
-
 def _encoders(sizes: dict, which: str) -> dict:
     """Encoders and tokenizers by the pipeline's names; None for those left out."""
     names = [f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
@@ -166,24 +135,13 @@ def _encoders(sizes: dict, which: str) -> dict:
         tokenizer.model_max_length = CLIP_LENGTH
         parts |= {f"tokenizer{number}": tokenizer, f"text_encoder{number}": _clip(own, sizes, tokenizer)}
     if which == "all":
-        settings = T5Config(feed_forward_proj="gated-gelu", **sizes["t5"])
-        parts |= {"tokenizer_3": t5_tokenizer(WORDS), "text_encoder_3": T5EncoderModel(settings)}
+        parts |= {"tokenizer_3": t5_tokenizer(WORDS), "text_encoder_3": build_t5(sizes["t5"])}
     return parts
 
 
 def _clip(own: dict, sizes: dict, tokenizer) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=sizes["clip_vocabulary"],
-            intermediate_size=4 * own["hidden_size"],
-            projection_dim=own["hidden_size"],
-            max_position_embeddings=CLIP_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **own,
-        )
-    )
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return build_clip(own, sizes["clip_vocabulary"], **{name: getattr(tokenizer, name) for name in names})
 
 
 if __name__ == "__main__":

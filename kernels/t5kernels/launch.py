@@ -224,28 +224,43 @@ def _programs(x: Tensor, tile: Tile) -> int:
 def chunks_of(x: Tensor, tile: Tile, heads: int, images: int = 1) -> tuple[int, int, int]:
     """How the tokens x (B, H, N, D) are shared out: tokens a chunk, chunks a head, and images a program."""
     blocks = ceil_div(x.shape[2], tile.block)
-    blocks_a_chunk, images = _shares(blocks, heads, images, _programs(x, tile))
+    blocks_a_chunk, images = _shares((blocks,), heads, images, _programs(x, tile))
     return blocks_a_chunk * tile.block, ceil_div(blocks, blocks_a_chunk), images
+
+
+def chunks_of_parts(parts: Sequence[Tensor], tile: Tile, heads: int) -> tuple[int, list[int]]:
+    """How the tokens (B, H, N, D) of a sequence's parts are shared out: tokens a chunk, and chunks of each part."""
+    blocks = tuple(ceil_div(x.shape[2], tile.block) for x in parts)
+    blocks_a_chunk, _ = _shares(blocks, heads, 1, _programs(parts[0], tile))
+    return blocks_a_chunk * tile.block, [ceil_div(each, blocks_a_chunk) for each in blocks]
+
+
+def lying_alike(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tokens of the parts of a sequence; copies, where the channels of one do not lie as those of the first."""
+    return parts if all(x.stride(3) == parts[0].stride(3) for x in parts) else [x.contiguous() for x in parts]
 
 
 def blocks_of(x: Tensor, tile: Tile, heads: int, blocks: int) -> int:
     """How many of the `blocks` of a head a program takes."""
-    return _shares(blocks, heads, 1, _programs(x, tile))[0]
+    return _shares((blocks,), heads, 1, _programs(x, tile))[0]
 
 
 @functools.cache
-def _shares(blocks: int, heads: int, images: int, programs: int) -> tuple[int, int]:
+def _shares(blocks: tuple[int, ...], heads: int, images: int, programs: int) -> tuple[int, int]:
     """Blocks of tokens and images that a program takes so that the last one is done soonest, with few programs.
+
+    `blocks`: of every part of a sequence; no program takes some of two.
 
     The cache is keyed on sizes. That is safe because kernels are launched inside custom ops, which torch.compile and
     torch.export do not trace: here sizes are always numbers.
     """
 
     def finish(share: tuple[int, int]) -> tuple[int, int]:
-        count = heads * ceil_div(blocks, share[0]) * ceil_div(images, share[1])
+        count = heads * sum(ceil_div(each, share[0]) for each in blocks) * ceil_div(images, share[1])
         return ceil_div(count, programs) * (share[0] * share[1] + OVERHEAD), count
 
-    blocks_at_once = {ceil_div(blocks, chunks) for chunks in range(1, min(blocks, MOST_CHUNKS) + 1)}
+    most = max(blocks)
+    blocks_at_once = {ceil_div(most, chunks) for chunks in range(1, min(most, MOST_CHUNKS) + 1)}
     return min(itertools.product(blocks_at_once, range(1, images + 1)), key=finish)
 
 

@@ -11,7 +11,7 @@ from triton.language.extra import cuda
 COUNTS = (
     *("B", "H", "N", "chunk", "images", "count", "shares", "capacity", "free", "room"),
     *("rows", "columns", "prefix", "segments", "on_grid"),
-    *("groups", "chunks", "text_groups", "text_chunks"),
+    *("T", "groups", "chunks", "text_groups", "text_chunks"),
 )
 
 
@@ -25,6 +25,12 @@ def after_previous(EARLY: tl.constexpr):
     if EARLY:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def as_numbers(stride_b, stride_h, stride_n):
+    """The strides of images, heads and tokens as values that a program may choose, which constants are not."""
+    return tl.cast(stride_b, tl.int64), tl.cast(stride_h, tl.int64), tl.cast(stride_n, tl.int32)
 
 
 @triton.jit

@@ -138,8 +138,8 @@ def time_models(
         passes = {name: _recorded(call, name) for name, call in calls.items()} if rules.graphs else calls
         tolerance = TOLERANCES[rules.dtype]
         if yardstick:
-            plain = output_error(run_plainly(models[yardstick], inputs, rules.dtype), models[yardstick], inputs)
-            tolerance = max(tolerance, min(ALLOWED * plain, MOST_ALLOWED))
+            exact = reference_output(models[yardstick], inputs)
+            tolerance = allowed_error(models[yardstick], inputs, exact, rules.dtype)
         errors = {
             name: check_output(passes[name](), models[name], inputs, f"{name} {where}", tolerance) for name in models
         }
@@ -246,15 +246,19 @@ def run_plainly(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Tensor:
     return family_of(model).call(cast_to(copy.deepcopy(model), dtype), placed(first(inputs, CHECKED_IMAGES), dtype))
 
 
-def output_error(output: Tensor, model: nn.Module, inputs: Inputs) -> float:
-    """Relative error of `output` on `inputs` against `model` in `reference_dtype`, on the first few images.
+def reference_output(model: nn.Module, inputs: Inputs) -> Tensor:
+    """What `model` makes of the first few images in `reference_dtype`, in float64."""
+    adapter, dtype = family_of(model), reference_dtype(model, inputs)
+    exact = cast_to(copy.deepcopy(model), dtype)
+    return adapter.call(exact, placed(first(inputs, CHECKED_IMAGES), dtype)).double()
+
+
+def relative_error(output: Tensor, reference: Tensor) -> float:
+    """Of the first few images, against their `reference_output`.
 
     Raises:
         T5Error: the output has another shape.
     """
-    adapter, dtype = family_of(model), reference_dtype(model, inputs)
-    exact = cast_to(copy.deepcopy(model), dtype)
-    reference = adapter.call(exact, placed(first(inputs, CHECKED_IMAGES), dtype)).double()
     if output.shape[1:] != reference.shape[1:]:
         raise T5Error(
             f"the output's shape is {tuple(output.shape)}; expected {(len(output), *reference.shape[1:])}; "
@@ -263,11 +267,25 @@ def output_error(output: Tensor, model: nn.Module, inputs: Inputs) -> float:
     return ((output[:CHECKED_IMAGES].double() - reference).norm() / reference.norm()).item()
 
 
-def check_output(output: Tensor, model: nn.Module, inputs: Inputs, where: str, tolerance: float | None = None) -> float:
-    """`output_error`, after a check.
+def allowed_error(model: nn.Module, inputs: Inputs, reference: Tensor, dtype: torch.dtype) -> float:
+    """The tolerance of `dtype`, or what `model`, of plain PyTorch and not compiled, makes necessary."""
+    plain = relative_error(run_plainly(model, inputs, dtype), reference)
+    return max(TOLERANCES[dtype], min(ALLOWED * plain, MOST_ALLOWED))
+
+
+def check_output(
+    output: Tensor,
+    model: nn.Module,
+    inputs: Inputs,
+    where: str,
+    tolerance: float | None = None,
+    reference: Tensor | None = None,
+) -> float:
+    """The `relative_error` of `output` on `inputs`, against `model` in higher precision, after a check.
 
     Args:
         tolerance: the largest error; None for that of the output's dtype.
+        reference: `reference_output`, where it is known already.
 
     Raises:
         T5Error: the error is above the tolerance, or the output is not finite or has another shape.
@@ -275,7 +293,7 @@ def check_output(output: Tensor, model: nn.Module, inputs: Inputs, where: str, t
     dtype = reference_dtype(model, inputs)
     if len(output) != count(inputs):
         raise T5Error(f"{where}: {len(output)} outputs for {count(inputs)} images; try compile: false")
-    error = output_error(output, model, inputs)
+    error = relative_error(output, reference_output(model, inputs) if reference is None else reference)
     tolerance = TOLERANCES[output.dtype] if tolerance is None else tolerance
     if not (output.isfinite().all() and error <= tolerance):
         raise T5Error(

@@ -31,7 +31,7 @@ class StandInCompiled:
 @pytest.mark.parametrize(("heads", "images"), [(1, 1), (48, 1), (24, 2), (6, 128), (72, 32)])
 def test_programs_share_all_tokens_and_keep_a_large_card_busy(blocks, heads, images):
     programs = 132
-    blocks_each, images_each = launch._shares(blocks, heads, images, programs)
+    blocks_each, images_each = launch._shares((blocks,), heads, images, programs)
     chunks, groups = -(-blocks // blocks_each), -(-images // images_each)
     assert chunks <= launch.MOST_CHUNKS
     assert (chunks - 1) * blocks_each < blocks <= chunks * blocks_each

@@ -29,9 +29,36 @@ EVERY_TILE = ttt_layer.EVERY_TILE | neighborhood.TILES
 EVERY_TILE |= {kernel: dict.fromkeys((32, 64, 128), tile) for kernel, tile in LAST_SUMS.items()}
 TARGET = GPUTarget("cuda", 90, 32)
 # Arguments that are pointers to float32, and to tokens or weights in bfloat16. The others are strides and counts.
-FLOAT = {"step", "d_step", "sums", "parts", "totals", "factors", "lse", "delta", "d_stepped", "text_sums"}
+FLOAT = {
+    "step",
+    "d_step",
+    "sums",
+    "parts",
+    "totals",
+    "factors",
+    "lse",
+    "delta",
+    "d_stepped",
+    "text_sums",
+    "text_factors",
+}
 TOKENS = {"q", "k", "v", "out", "do", "dq", "dk", "dv", "first", "x", "y", "dx", "dy", "dn"}
-HALF = TOKENS | {"w1", "w2", "w3", "weight", "bias", "gain", "first_gain", "d_weights", "d_weight", "d_bias"}
+HALF = TOKENS | {
+    "w1",
+    "w2",
+    "w3",
+    "weight",
+    "bias",
+    "gain",
+    "first_gain",
+    "d_weights",
+    "d_weight",
+    "d_bias",
+    "text_q",
+    "text_k",
+    "text_v",
+    "text_out",
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +90,15 @@ def occupancy(kernel: str, tile: Tile, head_dim: int, rms: bool = False) -> Occu
     modules = (triton_kernels, triton_norms, triton_prepare, triton_finish, neighborhood_kernels)
     function = next(vars(module)[f"{kernel}_kernel"] for module in modules if f"{kernel}_kernel" in vars(module))
     constants = {"D": head_dim, "WIDTH": padded_width(head_dim), "BLOCK": tile.block}
-    constants |= {"STAGES": tile.stages, "NORM": True, "CONV": True, "RMS": rms, "LAST": False, "EARLY": True}
+    constants |= {
+        "STAGES": tile.stages,
+        "NORM": True,
+        "CONV": True,
+        "RMS": rms,
+        "LAST": False,
+        "TEXT": False,
+        "EARLY": True,
+    }
     constants |= {"WEIGHED": 3, "WINDOW": 5, "TILE": neighborhood.SQUARES[0], "SIDE": neighborhood.LARGEST_SIDE}
     if tile.hidden:
         constants |= {"HIDDEN": tile.hidden, "SLICES": triton.cdiv(head_dim, tile.hidden)}

@@ -89,7 +89,7 @@ def calls(case: Case) -> dict[str, Call]:
         "prepare": lambda: (triton_launch.prepared(k, part.for_k),),
         "accumulate": lambda: (ttt.launch_accumulate([(keys, v)], weights, scale, steps=3),),
         "accumulate_last": lambda: (ttt.launch_accumulate([(keys, v)], weights, scale, steps=1),),
-        "apply": lambda: (ttt.launch_apply(queries, weights, step),),
+        "apply": lambda: tuple(ttt.launch_apply([queries], weights, step)),
         "apply_backward": apply_backward,
         "accumulate_backward": lambda: accumulate_backward(d_step),
         "accumulate_last_backward": lambda: accumulate_backward(d_step[:, :, -1:]),

@@ -17,10 +17,12 @@ from t5kernels.launch import (
     Tile,
     ceil_div,
     chunks_of,
+    chunks_of_parts,
     contiguous,
     lacks_shared_memory,
     launch,
     like_tokens,
+    lying_alike,
     padded_width,
     sum_over_chunks,
 )
@@ -82,36 +84,36 @@ def launch_accumulate(
     B, H, _, D = first.shape
     name, kernel = _kernel_of("accumulate{}", steps)
     width, tile, slices = _tile_for(name, first)
-    shares = [chunks_of(k, tile, B * H * slices)[:2] for k, _ in tokens]
-    capacity = sum(chunks for _, chunks in shares)
-    sums = first.new_empty(B * H, capacity, steps, D, D, dtype=torch.float32)
-    free = 0
-    for (k, v), (chunk, chunks) in zip(tokens, shares, strict=True):
-        launch(
-            *(kernel, (B * H, chunks, slices), k, tile),
-            *(k, v, *contiguous(*weights), sums[:, free:]),
-            *(*k.stride(), *v.stride()),
-            *(H, k.shape[2], chunk, capacity, scale),
-            *(D, width, tile.hidden, tile.block),
-        )
-        free += chunks
+    keys, values = (lying_alike(each) for each in zip(*tokens, strict=True))
+    chunk, chunks = chunks_of_parts(keys, tile, B * H * slices)
+    sums = first.new_empty(B * H, sum(chunks), steps, D, D, dtype=torch.float32)
+    (k, text_k), (v, text_v) = ((each[0], each[-1]) for each in (keys, values))
+    launch(
+        *(kernel, (B * H, sum(chunks), slices), k, tile),
+        *(k, v, text_k, text_v, *contiguous(*weights), sums),
+        *(*k.stride(), *v.stride(), *text_k.stride()[:3], *text_v.stride()[:3]),
+        *(H, k.shape[2], text_k.shape[2], chunk, chunks[0], sum(chunks), scale),
+        *(D, width, tile.hidden, tile.block, len(tokens) > 1),
+    )
     return sum_over_chunks(sums).view(B, H, steps, D, D)
 
 
-def launch_apply(q: Tensor, weights: Sequence[Tensor], step: Tensor) -> Tensor:
-    """The output (B, H, N, D)."""
+def launch_apply(queries: Sequence[Tensor], weights: Sequence[Tensor], step: Tensor) -> list[Tensor]:
+    """The outputs (B, H, N, D) for the queries of each part of a sequence."""
+    queries = lying_alike(queries)
+    q, text_q = queries[0], queries[-1]
     B, H, N, D = q.shape
     width, tile, slices = _tile_for("apply", q)
-    chunk, chunks, _ = chunks_of(q, tile, B * H)
-    out = like_tokens(q)
+    chunk, chunks = chunks_of_parts(queries, tile, B * H)
+    outs = [like_tokens(each) for each in queries]
     launch(
-        *(kernels.apply_kernel, (B * H, chunks), q, tile),
-        *(q, *contiguous(*weights, step), out),
-        *(*q.stride(), *out.stride()),
-        *(H, N, chunk),
-        *(D, width, tile.hidden, tile.block, slices, step.shape[2] == 1),
+        *(kernels.apply_kernel, (B * H, sum(chunks)), q, tile),
+        *(q, text_q, *contiguous(*weights, step), outs[0], outs[-1]),
+        *(*q.stride(), *text_q.stride()[:3], *outs[0].stride(), *outs[-1].stride()[:3]),
+        *(H, N, text_q.shape[2], chunk, chunks[0]),
+        *(D, width, tile.hidden, tile.block, slices, step.shape[2] == 1, len(queries) > 1),
     )
-    return out
+    return outs
 
 
 def launch_apply_backward(
@@ -233,7 +235,7 @@ _differentiable_accumulate = differentiable(_accumulate, _keep_for_accumulate, _
 
 @op("ttt_swiglu_apply")
 def _apply(q: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, step: Tensor) -> Tensor:
-    return launch_apply(q, [w1, w2, w3], step)
+    return launch_apply([q], [w1, w2, w3], step)[0]
 
 
 @torch.library.register_fake("t5kernels::ttt_swiglu_apply")

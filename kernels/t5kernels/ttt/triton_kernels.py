@@ -42,7 +42,7 @@ WIDTH is D padded to a power of two. What lies outside D or N is read as 0, whic
 import triton
 import triton.language as tl
 
-from t5kernels.tokens import COUNTS, after_previous, load_tokens, start_of_head, store_tokens
+from t5kernels.tokens import COUNTS, after_previous, as_numbers, load_tokens, start_of_head, store_tokens
 
 
 @triton.jit
@@ -154,21 +154,29 @@ def _load_stepped(
 
 @triton.jit(do_not_specialize=COUNTS)
 def accumulate_kernel(
-    k, v, w1, w2, w3, sums,
-    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
-    H, N, chunk, capacity, scale,
+    k, v, text_k, text_v, w1, w2, w3, sums,
+    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, tk_b, tk_h, tk_n, tv_b, tv_h, tv_n,
+    H, N, T, chunk, chunks, capacity, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    TEXT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The launch grid is (B·H, chunks of `chunk` tokens, slices).
+    """The launch grid is (B·H, chunks of `chunk` tokens, slices). sums: (B·H, capacity, 3, D, D) float32.
 
-    sums: float32, of a head the next (3, D, D) of each chunk, out of `capacity`.
+    With TEXT the `chunks` of the image are followed by those of the text's T tokens, whose channels lie as the image's.
     """
     after_previous(EARLY)
     index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = index // H, index % H
     dtype = k.dtype.element_ty
     w1, w2, w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, HIDDEN)
+    if TEXT:
+        k_b, k_h, k_n = as_numbers(k_b, k_h, k_n)
+        v_b, v_h, v_n = as_numbers(v_b, v_h, v_n)
+        if part >= chunks:
+            k, v, N = text_k, text_v, T
+            k_b, k_h, k_n = as_numbers(tk_b, tk_h, tk_n)
+            v_b, v_h, v_n = as_numbers(tv_b, tv_h, tv_n)
+            part -= chunks
     k, v = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
     s1, s2, s3 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN)
     for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
@@ -185,23 +193,32 @@ def accumulate_kernel(
         s3 = _add_dot(s3, tl.trans(values), a)
     # The third sum is transposed: that keeps the tensor cores' instructions in flight (ptxas: C7515).
     g1, g2, g3 = -scale * s1, -scale * s2, -scale * tl.trans(s3)
-    _store_triple(sums, index * capacity + part, tile, g1, g2, g3, D, WIDTH, HIDDEN)
+    place = index * capacity + tl.program_id(1)  # fewer registers than with the number of programs
+    _store_triple(sums, place, tile, g1, g2, g3, D, WIDTH, HIDDEN)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def accumulate_last_kernel(
-    k, v, w1, w2, w3, sums,
-    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
-    H, N, chunk, capacity, scale,
+    k, v, text_k, text_v, w1, w2, w3, sums,
+    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, tk_b, tk_h, tk_n, tv_b, tv_h, tv_n,
+    H, N, T, chunk, chunks, capacity, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    TEXT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`accumulate_kernel` where W3 alone steps: each chunk has (1, D, D) in `sums`."""
+    """`accumulate_kernel` where W3 alone steps: sums (B·H, capacity, 1, D, D)."""
     after_previous(EARLY)
     index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = index // H, index % H
     dtype = k.dtype.element_ty
     w1, w2, _w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, HIDDEN)
+    if TEXT:
+        k_b, k_h, k_n = as_numbers(k_b, k_h, k_n)
+        v_b, v_h, v_n = as_numbers(v_b, v_h, v_n)
+        if part >= chunks:
+            k, v, N = text_k, text_v, T
+            k_b, k_h, k_n = as_numbers(tk_b, tk_h, tk_n)
+            v_b, v_h, v_n = as_numbers(tv_b, tv_h, tv_n)
+            part -= chunks
     k, v = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
     s3 = _zeros(WIDTH, HIDDEN)
     for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
@@ -211,19 +228,20 @@ def accumulate_last_kernel(
         a = (z1 * _sigmoid(z1, dtype) * z2).to(dtype)
         s3 = _add_dot(s3, tl.trans(values), a)
     _, _, rows, in_rows = _weight_offsets(tile, D, WIDTH, HIDDEN)
-    sums += (index * capacity + part).to(tl.int64) * (D * D)
+    sums += (index * capacity + tl.program_id(1)).to(tl.int64) * (D * D)
     tl.store(sums + rows, -scale * tl.trans(s3), in_rows)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def apply_kernel(
-    q, w1, w2, w3, step, out,
-    q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d,
-    H, N, chunk,
+    q, text_q, w1, w2, w3, step, out, text_out,
+    q_b, q_h, q_n, q_d, tq_b, tq_h, tq_n, o_b, o_h, o_n, o_d, to_b, to_h, to_n,
+    H, N, T, chunk, chunks,
     D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
-    SLICES: tl.constexpr, LAST: tl.constexpr, EARLY: tl.constexpr,
+    SLICES: tl.constexpr, LAST: tl.constexpr, TEXT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The launch grid is (B·H, chunks of `chunk` tokens), and a program goes through all SLICES.
+    """The launch grid is (B·H, chunks of `chunk` tokens), and a program goes through all SLICES. With TEXT the `chunks`
+    of the image are followed by those of the text's T queries, whose channels lie as the image's do.
 
     step: (B·H, 3, D, D) float32; (B·H, 1, D, D) with LAST.
     """
@@ -231,6 +249,14 @@ def apply_kernel(
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
     dtype = q.dtype.element_ty
+    if TEXT:
+        q_b, q_h, q_n = as_numbers(q_b, q_h, q_n)
+        o_b, o_h, o_n = as_numbers(o_b, o_h, o_n)
+        if part >= chunks:
+            q, out, N = text_q, text_out, T
+            q_b, q_h, q_n = as_numbers(tq_b, tq_h, tq_n)
+            o_b, o_h, o_n = as_numbers(to_b, to_h, to_n)
+            part -= chunks
     q, out = start_of_head(q, b, h, q_b, q_h), start_of_head(out, b, h, o_b, o_h)
     if SLICES == 1:
         u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, 0, dtype, D, WIDTH, HIDDEN, LAST)

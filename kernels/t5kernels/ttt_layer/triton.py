@@ -115,7 +115,7 @@ def _launch_layer(
     keys = [(triton_launch.prepared(part.k, part.for_k), part.v) for part in parts]
     step = ttt.launch_accumulate(keys, weights, scale, steps)
     del keys
-    outs = [ttt.launch_apply(triton_launch.prepared(part.q, part.for_q), weights, step) for part in parts]
+    outs = ttt.launch_apply([triton_launch.prepared(part.q, part.for_q) for part in parts], weights, step)
     return outs[0], outs[1] if text_q is not None else q.new_empty(0), step, sums, factors
 
 
@@ -271,7 +271,8 @@ def parts_of(image, text, convs, gains, sums: Tensor, factors: Tensor, norm: str
     tokens = [image] if text[0] is None else [image, text]
     together = gains[0][0] is None and triton_launch.can_regroup(*(t for q, k, _ in tokens for t in (q, k)))
     keys = [triton_launch.regrouped(k) if together else k for _, k, _ in tokens]
-    shares = [triton_launch.shares_of("statistics", k)[1] for k in keys]
+    apart = [keys] if norm == "joint" else [[k] for k in keys]  # those that are normalized together
+    shares = [count for group in apart for count in triton_launch.shares_of("statistics", *group)[1]]
     counts = [k.shape[2] for k in keys]
     sums = sums.view(keys[0].shape[0] * keys[0].shape[1], *sums.shape[1:3], keys[0].shape[3])
     parts = []
@@ -288,13 +289,13 @@ def parts_of(image, text, convs, gains, sums: Tensor, factors: Tensor, norm: str
 
 def take_statistics(parts: list[Part], norm: str, rms_eps: float) -> None:
     """Fill in what the norms of the parts are made of."""
-    for part in parts:
-        leader = parts[0] if norm == "joint" else part  # its first key is subtracted before squares are summed
-        first = (leader.k, leader.for_k.rms)
-        if part.for_k.rms or part.for_k.norm:
-            triton_launch.take_statistics(part.k, part.for_k, *first, part.sums, rms_eps)
-        if part.for_q.rms:
-            triton_launch.take_statistics(part.q, part.for_q, *first, part.sums, rms_eps)
+    for group in [parts] if norm == "joint" else [[part] for part in parts]:
+        leader = group[0]  # its first key is subtracted before squares are summed
+        first = (leader.k, leader.for_k.rms, leader.sums, rms_eps)
+        if leader.for_k.rms or leader.for_k.norm:
+            triton_launch.take_statistics([(part.k, part.for_k) for part in group], *first)
+        if leader.for_q.rms:
+            triton_launch.take_statistics([(part.q, part.for_q) for part in group], *first)
 
 
 def _queries_backward(

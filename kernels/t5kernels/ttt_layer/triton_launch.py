@@ -10,7 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from t5kernels.launch import Tile, blocks_of, ceil_div, chunks_of, launch, like_tokens, padded_width, sum_over_chunks
+from t5kernels.launch import (
+    Tile,
+    blocks_of,
+    ceil_div,
+    chunks_of_parts,
+    launch,
+    like_tokens,
+    lying_alike,
+    padded_width,
+    sum_over_chunks,
+)
 from t5kernels.ttt_layer import triton_norms, triton_prepare
 
 # By kernel, then by the head width padded to a power of two. `prepare` and its backward take blocks of columns.
@@ -97,32 +107,36 @@ def _as_prepared(preparation: Preparation, *tokens: Tensor) -> list[Tensor]:
     return [regrouped(t) if preparation.regrouped else t for t in tokens]
 
 
-def shares_of(kernel: str, x: Tensor) -> tuple[int, int]:
-    """Tokens that a program takes, and programs a head."""
-    return chunks_of(x, _tile_for(kernel, x)[1], x.shape[0] * x.shape[1])[:2]
+def shares_of(kernel: str, *parts: Tensor) -> tuple[int, list[int]]:
+    """Tokens that a program takes, and programs a head for each part of a sequence."""
+    x = parts[0]
+    return chunks_of_parts(parts, _tile_for(kernel, x)[1], x.shape[0] * x.shape[1])
 
 
 def take_statistics(
-    x: Tensor, preparation: Preparation, first: Tensor, first_rms: RmsNorm | None, sums: Tensor, rms_eps: float
+    parts: Sequence[tuple[Tensor, Preparation]], first: Tensor, first_rms: RmsNorm | None, sums: Tensor, rms_eps: float
 ) -> None:
-    """Write the factors and the sums of tokens x, as far as their preparation uses them.
+    """Write the factors and the sums of the tokens of a sequence's parts, as far as their preparation uses them.
 
     Args:
+        parts: tokens and preparation of each.
         first: tokens (B, H, N, D) whose first is subtracted before squares are summed; first_rms: their RMS norm.
         sums: as KeyNorm has them, from the place on where theirs are.
     """
-    x, first = _as_prepared(preparation, x, first)
+    preparation = parts[0][1]
+    *tokens, first = _as_prepared(preparation, *lying_alike([x for x, _ in parts]), first)
+    x, text = tokens[0], tokens[-1]
     B, H, N, D = x.shape
     width, tile = _tile_for("statistics", x)
-    chunk, chunks = shares_of("statistics", x)
-    gain, factors = preparation.rms or (x, x)
+    chunk, chunks = shares_of("statistics", *tokens)
+    (gain, factors), (text_gain, text_factors) = (parts[i][1].rms or (x, x) for i in (0, -1))
     b, h, _, d = first.stride()
     launch(
-        *(triton_norms.statistics_kernel, (B * H, chunks), x, tile),
-        *(x, gain, first, first_rms.gain if first_rms else x, sums, factors),
-        *(*x.stride(), b, h, d, factors.stride(0)),
-        *(H, N, chunk, _capacity(sums), sums.shape[1], rms_eps),
-        *(D, width, tile.block, tile.stages, *preparation.switches[:2]),
+        *(triton_norms.statistics_kernel, (B * H, sum(chunks)), x, tile),
+        *(x, text, gain, text_gain, first, first_rms.gain if first_rms else x, sums, factors, text_factors),
+        *(*x.stride(), *text.stride()[:3], b, h, d, factors.stride(0)),
+        *(H, N, text.shape[2], chunk, chunks[0], _capacity(sums), sums.shape[1], rms_eps),
+        *(D, width, tile.block, tile.stages, *preparation.switches[:2], len(parts) > 1),
     )
 
 
@@ -191,7 +205,7 @@ def norm_backward(dn: Tensor, x: Tensor, preparation: Preparation, sums: Tensor 
     dn, x = _as_prepared(preparation, dn, x)
     B, H, N, D = x.shape
     width, tile = _tile_for("norm_backward", x)
-    chunk, chunks = shares_of("norm_backward", x)
+    chunk, [chunks] = shares_of("norm_backward", x)
     d_gain = x.new_empty(B * H, chunks, D, dtype=torch.float32) if preparation.rms else None
     totals = x if sums is None else sums[:, triton_prepare.PLAIN_SUM.value :]
     tensors, norm_numbers = _norm_arguments(x, preparation)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from t5kernels.reductions import over_channels, over_tokens
-from t5kernels.tokens import COUNTS, after_previous, load_tokens, start_of_head, store_tokens, token_mask
+from t5kernels.tokens import COUNTS, after_previous, as_numbers, load_tokens, start_of_head, store_tokens, token_mask
 
 # A program of the statistics writes so many rows: the sums of u - s and of (u - s)², and s.
 STATISTICS = tl.constexpr(3)
@@ -68,21 +68,28 @@ def _store_statistics(sums, place, total, squares, shift, D: tl.constexpr, WIDTH
 
 @triton.jit(do_not_specialize=COUNTS)
 def statistics_kernel(
-    x, gain, first, first_gain, sums, factors,
-    x_b, x_h, x_n, x_d, f_b, f_h, f_d, factors_h,
-    H, N, chunk, capacity, free, eps,
+    x, text_x, gain, text_gain, first, first_gain, sums, factors, text_factors,
+    x_b, x_h, x_n, x_d, t_b, t_h, t_n, f_b, f_h, f_d, factors_h,
+    H, N, T, chunk, chunks, capacity, free, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    RMS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+    RMS: tl.constexpr, NORM: tl.constexpr, TEXT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write the statistics of all tokens that are needed before one is prepared.
 
     The launch grid is (B·H, chunks of `chunk` tokens). factors: those of the RMS norm, float32, heads `factors_h`
     apart. sums: (B·H, `capacity`, STATISTICS, D) float32, with s from the first token of `first`; of the `free` places
-    from here on, those that no program uses are filled with 0.
+    from here on, those that no program uses are filled with 0. With TEXT the image's `chunks` are followed by those of
+    the text's T tokens, whose channels lie as the image's.
     """
     after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
+    if TEXT:
+        x_b, x_h, x_n = as_numbers(x_b, x_h, x_n)
+        if part >= chunks:
+            x, gain, factors, N = text_x, text_gain, text_factors, T
+            x_b, x_h, x_n = as_numbers(t_b, t_h, t_n)
+            part -= chunks
     x = start_of_head(x, b, h, x_b, x_h)
     if RMS:
         gains = load_row(gain, 0, D, WIDTH)
@@ -104,9 +111,10 @@ def statistics_kernel(
             squares += u * u
     if NORM:
         sums += index.to(tl.int64) * capacity * (STATISTICS * D)
-        _store_statistics(sums, part, over_tokens(total), over_tokens(squares), over_tokens(shift), D, WIDTH)
+        place = tl.program_id(1)
+        _store_statistics(sums, place, over_tokens(total), over_tokens(squares), over_tokens(shift), D, WIDTH)
         nothing = tl.full((WIDTH,), 0.0, tl.float32)
-        for unused in range(part + tl.num_programs(1), free, tl.num_programs(1)):
+        for unused in range(place + tl.num_programs(1), free, tl.num_programs(1)):
             _store_statistics(sums, unused, nothing, nothing, nothing, D, WIDTH)
 
 
