@@ -1,7 +1,7 @@
 """A stage of a flow on another machine: a Prefect worker there runs it, a DVC remote carries what it reads and makes.
 
-What dvc.lock says of the target goes there with the order to run (flows/stage.py), and what it says of the stage comes
-back. So DVC decides there, as it would here, whether anything is to be done, and knows the result here as its own.
+The target's entries of dvc.lock go there with the order to run (flows/stage.py), and the stage's new entry comes back.
+So DVC decides there, as it would here, whether there is anything to do, and accepts the result here as its own.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ from tasks.runtime import params
 FLOW = "stage"  # its deployment for a work pool has the pool's name
 POLL = 3.0  # seconds
 LOST = 120.0  # seconds without a worker, beyond those after which Prefect calls one offline
-SHOWN = 8  # of DVC's last lines
+SHOWN = 8  # last lines of DVC's output that a message shows
 
 
 def check(names: list[str], pools: dict[str, str]) -> None:
-    """Raises T5Error for stages that are not among `names`, and for work pools that no machine serves."""
+    """Raises T5Error for stages that are not among `names`, and for work pools that no machine has ever served."""
     if unknown := [name for name in pools if name not in names]:
         raise T5Error(f"there is no stage '{unknown[0]}' to run elsewhere; the stages are {', '.join(names)}")
     if not pools:
@@ -46,13 +46,13 @@ def check(names: list[str], pools: dict[str, str]) -> None:
                 client.read_deployment_by_name(f"{FLOW}/{pool}")
             except ObjectNotFound:
                 raise T5Error(
-                    f"no machine serves a work pool '{pool}'; run `python -m flows.services work --pool {pool}` on "
-                    "one, with this server's address in PREFECT_API_URL"
+                    f"no machine serves the work pool '{pool}'; run `python -m flows.services work --pool {pool}` on "
+                    "one, with this Prefect server's address in PREFECT_API_URL"
                 ) from None
 
 
 def run_stage(root: str, name: str, target: str, pool: str, parent: str) -> State:
-    """Bring one stage up to date on the machine that serves `pool`. `parent`: MLflow's run of the flow."""
+    """Bring one stage up to date on the machine that serves `pool`. `parent`: the flow's run in MLflow."""
     log, place = get_run_logger(), Path(root)
     if not _changed(place, name, target):
         return Completed(message="nothing changed", data=None)
@@ -71,7 +71,9 @@ def run_stage(root: str, name: str, target: str, pool: str, parent: str) -> Stat
     except T5Error as error:
         return _failed(f"{name}: {error}")
     if _changed(place, name, target):
-        return _failed(f"{name}: what came back is not what DVC expects here; the two folders differ in what it is of")
+        return _failed(
+            f"{name}: DVC does not accept here what came back; the two folders differ in what the stage depends on"
+        )
     return Completed(message="done", data=None)
 
 
@@ -86,7 +88,7 @@ def inputs_of(root: Path, name: str, target: str) -> list[str]:
 
 
 def made_of(root: Path, name: str, target: str) -> str:
-    """A checksum of settings and code that decide about the stage's result: of all that is no other stage's output."""
+    """A checksum of all that the stage depends on, settings and code, except the outputs of other stages."""
     seen = hashlib.sha256(json.dumps(params.read_target(root, target), sort_keys=True).encode())
     for dep in _deps(root, name, target):
         if not dep.startswith("data/out/"):
@@ -104,14 +106,14 @@ def _deps(root: Path, name: str, target: str) -> list[str]:
 
 
 def locked(root: Path, ending: str) -> dict[str, Any]:
-    """What dvc.lock says of the stages whose names end so."""
+    """The entries in dvc.lock of the stages whose names end with `ending`."""
     file = root / "dvc.lock"
     stages = yaml.safe_load(file.read_text(encoding="utf-8"))["stages"] if file.is_file() else {}
     return {name: entry for name, entry in stages.items() if name.endswith(ending)}
 
 
 def write_locked(root: Path, entries: dict[str, Any]) -> None:
-    """Let dvc.lock say this of these stages."""
+    """Replace the entries of these stages in dvc.lock."""
     file = root / "dvc.lock"
     whole = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {"schema": "2.0", "stages": {}}
     whole["stages"] |= entries
@@ -119,10 +121,10 @@ def write_locked(root: Path, entries: dict[str, Any]) -> None:
 
 
 def dvc(root: Path, log: Logger | LoggerAdapter, *words: str) -> None:
-    """Run `dvc WORDS`. Raises T5Error with its last lines where it fails."""
+    """Run `dvc WORDS`. Raises T5Error with its last lines if it fails."""
     lines: list[str] = []
     if stream(["dvc", "--wait-for-lock", *words], lines.append, cwd=root, env=environment({})):
-        remedy = "; `dvc remote add --default` names a place that all machines reach (docs/teams.md)"
+        remedy = "; name a place that all machines reach with `dvc remote add --default` (docs/teams.md)"
         needs = remedy if any("no remote" in line for line in lines) else ""
         raise T5Error("\n".join([f"`dvc {' '.join(words)}` failed{needs}:", *lines[-SHOWN:]]))
     log.info("dvc %s: %s", " ".join(words), lines[-1] if lines else "done")
@@ -138,10 +140,10 @@ def _changed(root: Path, name: str, target: str) -> bool:
 
 
 def _end_of(run: UUID, pool: str, log: Logger | LoggerAdapter) -> State:
-    """The state in which the run ends; what stops us stops it, too.
+    """The state in which the run ends; if this flow is stopped, the run is cancelled, too.
 
     Raises:
-        T5Error: its machine is lost.
+        T5Error: the machine of the run is lost.
     """
     heard, told = time.monotonic(), False
     with get_client(sync_client=True) as client:
@@ -154,13 +156,13 @@ def _end_of(run: UUID, pool: str, log: Logger | LoggerAdapter) -> State:
                     if _served(client, pool):
                         heard = time.monotonic()
                     elif not told:
-                        log.warning("no worker of the work pool '%s' is heard of; waiting for one", pool)
+                        log.warning("no worker of the work pool '%s' is running; waiting for one", pool)
                         told = True
                     if now.state and now.state.is_running() and time.monotonic() - heard > LOST:
                         killed.crash(client, now)
                         raise T5Error(
-                            f"the worker of the pool '{pool}' is lost. Start it again there and run the same again: it "
-                            "goes on from its last checkpoint, which is on that machine"
+                            f"the worker of the pool '{pool}' is lost. Start it again on its machine and repeat your "
+                            "command: the stage resumes from its last checkpoint, which is on that machine"
                         )
                 except HTTPError as error:  # a server that is away for a while costs nothing
                     log.debug("the Prefect server does not answer: %s", error)
@@ -178,7 +180,7 @@ def _served(client: SyncPrefectClient, pool: str) -> bool:
 
 
 def _made(run: UUID) -> dict[str, Any]:
-    """What dvc.lock said of the stage where it ran: its flow run's artifact."""
+    """The stage's entry in dvc.lock where it ran, from the artifact of its flow run."""
     of_run = filters.FlowRunFilter(id=filters.FlowRunFilterId(any_=[run]))
     with get_client(sync_client=True) as client:
         [artifact] = client.read_artifacts(flow_run_filter=of_run)

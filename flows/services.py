@@ -1,11 +1,12 @@
-"""The Prefect server, worker and deployments in the background, and MLflow's pages: `make up`, `down`, `ui`.
+"""The Prefect server, worker and deployments in the background, and MLflow's pages (`make up`, `make down`, `make ui`);
+or a worker that runs single stages for flows on other machines.
 
     python -m flows.services up --port 4300
     python -m flows.services down
     python -m flows.services work --pool gpu
 
-Process ids and logs are in data/prefect. `up` may be repeated: what runs already is left alone, and so is all that it
-did not make: another server, or a work pool of another kind.
+Process ids and logs are in data/prefect. `up` may be repeated: it leaves alone what runs already, and what it did not
+make, such as another server or a work pool of another kind.
 """
 
 import os
@@ -176,18 +177,22 @@ def ui(root: Path, port: int) -> None:
 
 
 def work(root: Path, name: str) -> None:
-    """Run stages for flows on other machines, in this folder, until interrupted: what waits in the pool `name`.
+    """Run the stages that wait in the work pool `name`, in this folder, until interrupted.
 
     Raises:
-        T5Error: no server is named or reached, or its pool of that name takes other work.
+        T5Error: no server is named, it cannot be reached, or its pool of that name is of another kind.
     """
     url = os.environ.get("PREFECT_API_URL")
     if not url:
-        raise T5Error("PREFECT_API_URL is not set; it names the Prefect server, such as http://server:4200/api")
+        raise T5Error(
+            "PREFECT_API_URL is not set; set it to the address of the Prefect server, such as http://server:4200/api"
+        )
     try:
         pool.ready(url, name)
     except HTTPError as error:
-        raise T5Error(f"the Prefect server at {without_secrets(url)} cannot be reached ({error}); is it up?") from None
+        raise T5Error(
+            f"the Prefect server at {without_secrets(url)} cannot be reached ({error}); is it running?"
+        ) from None
     _prefect(root, url, "deploy", "flows/stage.py:stage", "--name", name, "--pool", name)
     print(f"work pool {name}: stages run in {root.resolve()}   (Ctrl-C ends it)", flush=True)
     worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", name, "--type", pool.TYPE]
@@ -200,12 +205,12 @@ def main() -> None:
     parser.add_argument(
         "action",
         choices=["up", "down", "ui", "work"],
-        help="start all, stop all, show MLflow's pages, or run stages for others",
+        help="start all, stop all, show MLflow's pages, or run stages for flows on other machines",
     )
     parser.add_argument(
         "--port", type=int, help="port of the server or of the pages (default: 4200 for up, 5000 for ui)"
     )
-    parser.add_argument("--pool", help="of `work`: the work pool whose stages run here (default: the machine's name)")
+    parser.add_argument("--pool", help="for `work`: the work pool whose stages run here (default: the machine's name)")
     arguments = parser.parse_args()
     interrupt_on_signals()
     try:

@@ -1,4 +1,4 @@
-"""The flow `stage`: one stage of a target, on this machine for a flow on another one (flows/elsewhere.py orders it)."""
+"""The flow `stage` runs one stage of a target here, for a flow on another machine (flows/elsewhere.py starts it)."""
 
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ def stage(name: str, target: str, lock: dict[str, Any], made_of: str, parent: st
     """Run a stage here: its inputs are pulled, its outputs pushed, and its part of dvc.lock becomes an artifact.
 
     Args:
-        lock: what dvc.lock says of the target's stages where the flow runs.
-        made_of: the checksum of the stage's code and settings there.
-        parent: MLflow's run of that flow.
+        name: of the stage, such as finetune.
+        target: a section of `targets` in params.yaml.
+        lock: the entries of the target's stages in the other machine's dvc.lock.
+        made_of: the checksum of the stage's code and settings on the other machine.
+        parent: that flow's run in MLflow.
 
     Raises:
         T5Error: this folder has other code or settings, or DVC's remote cannot be reached.
-        StageError: with the message of the stage.
+        StageError: the stage failed; the error has its message.
     """
     root = Path.cwd()
     try:
@@ -42,8 +44,8 @@ def _run(root: Path, name: str, target: str, lock: dict[str, Any], made_of: str,
     libraries = targets.libraries(params.read_target(root, target))
     if elsewhere.made_of(root, name, target) != made_of:
         raise T5Error(
-            f"{root} has other code or settings than the folder of the flow, so it would make something else; bring "
-            "both to one commit (git pull), or send the changes here"
+            f"{root} has other code or settings than the folder of the flow, so its results would differ; bring both "
+            "to the same commit (git pull), or copy your changes here"
         )
     killed.sign_and_sweep(log)
     with exclusive(root / f"data/scratch/{target}/flow.lock", f"target {target}", log.info):
@@ -57,4 +59,4 @@ def _run(root: Path, name: str, target: str, lock: dict[str, Any], made_of: str,
                 raise state.data  # the stage's own words
             elsewhere.dvc(root, log, "push", f"{name}@{target}")
     said = yaml.safe_dump(elsewhere.locked(root, f"{name}@{target}"), sort_keys=False)
-    outcome.publish(f"{target}-{name}", f"```yaml\n{said}\n```", f"What dvc.lock says of {name}@{target}.")
+    outcome.publish(f"{target}-{name}", f"```yaml\n{said}\n```", f"The entry of {name}@{target} in dvc.lock.")

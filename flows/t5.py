@@ -3,7 +3,7 @@
     python -m flows.t5 dinov2-fashion
 
 or in Python `from flows.t5 import t5; t5("dinov2-fashion")`, or a deployment (prefect.yaml). Without a Prefect server
-one is started for as long as the flow runs. Run again, it goes on from where it was.
+one is started for as long as the flow runs. If it is run again, it resumes where it stopped.
 """
 
 import json
@@ -61,7 +61,7 @@ def t5(target: str = "dinov2-fashion", on: dict[str, str] | None = None) -> dict
 
     Args:
         target: a section of `targets` in params.yaml, such as dinov2-fashion-quick, deit-tiny or sd35-micro.
-        on: by stage, the work pool whose machine runs it (flows/elsewhere.py).
+        on: stages that run on another machine, each with the work pool of that machine, such as {"finetune": "gpu"}.
 
     Raises:
         StageError: with the message of the stage that failed.
@@ -190,7 +190,7 @@ def _stage_error(name: str, error_file: Path, lines: list[str], code: int) -> St
             )
         if ended := STAGE_ENDED.search(line):
             if ended["status"] in ("-9", "137"):
-                return StageError(f"{name}: its process was killed; if memory was short, take a smaller batch_size")
+                return StageError(f"{name}: its process was killed; if memory ran out, use a smaller batch_size")
             if of_stage and of_stage[-1].startswith((f"{name}: ", f"tasks.{name}: ")):  # it could not write the file
                 return StageError(of_stage[-1])
     return StageError("\n".join([f"{name}: DVC ended with status {code}, saying:", *lines[-15:]]))
@@ -240,7 +240,7 @@ def main() -> None:
         nargs="+",
         metavar="STAGE=POOL",
         default=[],
-        help="run these stages on the machines of these work pools (default: all run here; docs/teams.md)",
+        help="run a stage on the machine that serves a work pool (default: all run here; docs/teams.md)",
     )
     arguments = params.parse_with_changes(parser)
     if odd := [word for word in arguments.on if not all(word.partition("=")[::2])]:

@@ -1,12 +1,12 @@
-"""One image drawn by several processes together: a denoiser whose passes they share.
+"""One image drawn by several processes together, which share every pass of the denoiser.
 
     mesh = init_device_mesh("cuda", (4,), mesh_dim_names=("rows",))  # of torch.distributed, under torchrun
     t5lib.parallelize(pipe, mesh)
 
-Along "rows" every process has some rows of the image's tokens, and all of the text. A TTT layer then needs little of
-the others: its step is a sum over tokens, S·D² numbers a head (t5kernels.ttt_accumulate); the statistics of its keys
-are two numbers a channel; a convolution sees one row above and one below. What is still softmax fetches all keys and
-values. Along "batch" every process has some of a pass's latents; with guidance, those with or those without the prompt.
+Along "rows" every process has some rows of the image's tokens, and all of the text. A TTT layer then needs little from
+the others: its step is a sum over tokens, S·D² numbers per head of width D (S weights take the step); the statistics of
+its keys are two numbers per channel; a convolution sees one row above and one below. A softmax layer fetches all keys
+and values. Along "batch" every process has some of a pass's latents; with guidance, those with or without the prompt.
 """
 
 import functools
@@ -40,11 +40,11 @@ Target = TypeVar("Target")
 def parallelize(target: Target, mesh: DeviceMesh | None = None) -> Target:
     """Let several processes draw every image together, in place.
 
-    All of them call `target` with the same inputs, random generators among them, and each gets the whole result.
+    All of them call `target` with the same inputs, including random generators, and each gets the whole result.
 
     Args:
-        target: a converted pipeline of diffusers or its transformer, with the same weights in every process, on a
-            device of its own. It draws and cannot be trained.
+        target: a converted pipeline of diffusers, or its transformer, with the same weights in every process, and on a
+            device of the process's own. Afterwards it draws and cannot be trained.
         mesh: the processes. Its dimensions are called "rows" (each has some rows of the image), "batch" (each has some
             latents of a pass), or both. None: all processes share rows.
 
@@ -53,8 +53,8 @@ def parallelize(target: Target, mesh: DeviceMesh | None = None) -> Target:
 
     Raises:
         T5Error: not a converted denoiser, or one that is parallel already; a layer whose work cannot be split; other
-            names of dimensions. Later, of a pass: gradients are wanted; inputs differ between processes; there are
-            fewer rows of tokens than processes; or the latents are no multiple of them.
+            names of dimensions. Later, in a pass: gradients are wanted; inputs differ between processes; there are
+            fewer rows of tokens than processes; or the number of latents is no multiple of the processes along "batch".
     """
     model: Any = getattr(target, "transformer", target)
     adapter = _checked(model)
@@ -75,7 +75,7 @@ def parallelize(target: Target, mesh: DeviceMesh | None = None) -> Target:
 
 
 def _everyone(device: str) -> DeviceMesh:
-    """A mesh of all processes. Raises T5Error when there is but one."""
+    """A mesh of all processes. Raises T5Error if there is only one."""
     if processes.alone():
         raise T5Error("there is no other process to share with; start several: torchrun --nproc_per_node 4 script.py")
     return init_device_mesh(device, (processes.state().num_processes,), mesh_dim_names=(ROWS,))
@@ -93,7 +93,7 @@ def _checked(model: Any) -> DiffusersAdapter:
     if not layers:
         raise T5Error(f"this {kind} is not converted; call t5lib.convert, or t5lib.convert_pipeline, first")
     if hasattr(model, "t5_splits"):
-        raise T5Error(f"this {kind} is parallel already; load it again to share its passes in another way")
+        raise T5Error(f"this {kind} is already parallel; load it again to share its passes in another way")
     for name, layer in layers.items():
         config = layer.mixer.config
         if not isinstance(layer.mixer, TTTMixer) or config.inner not in STEPPED:
@@ -107,10 +107,10 @@ def _checked(model: Any) -> DiffusersAdapter:
 def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
     """A hook of `model` before its forward: inputs are checked, and along "batch" split."""
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
-        raise T5Error("a parallel model draws and has no gradients; call it within torch.no_grad()")
+        raise T5Error("a parallel model only draws and has no gradients; call it under torch.no_grad()")
     inputs = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     if given := [name for name in CONTROL if inputs.get(name) is not None]:
-        raise T5Error(f"a parallel model takes no {given[0]}; draw with a ControlNet in one process")
+        raise T5Error(f"a parallel model takes no {given[0]}; to draw with a ControlNet, use one process")
     _check_alike(inputs, model.t5_splits.values())
     if BATCH in model.t5_splits:
         inputs = _own_latents(inputs, model.t5_splits[BATCH])
@@ -134,7 +134,7 @@ def _check_alike(inputs: dict[str, Any], splits: Iterable[Split]) -> None:
 
 
 def _own_latents(inputs: dict[str, Any], split: Split) -> dict[str, Any]:
-    """What this process has of all tensors that have a row a latent."""
+    """The inputs of this process: its part of every tensor that has one row per latent."""
     count = len(inputs["hidden_states"])
     if count % split.size:
         raise T5Error(
@@ -146,7 +146,7 @@ def _own_latents(inputs: dict[str, Any], split: Split) -> dict[str, Any]:
 
 
 def _whole_batch(split: Split, _model: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-    """A hook of the model after its forward: what all processes made of their latents."""
+    """A hook of the model after its forward: the outputs of all processes, joined."""
     part = output[0].contiguous()
     whole = part.new_empty(split.size * len(part), *part.shape[1:])
     distributed.all_gather_into_tensor(whole, part, group=split.group)
@@ -154,7 +154,7 @@ def _whole_batch(split: Split, _model: nn.Module, _args: tuple[Any, ...], output
 
 
 def _split_rows(adapter: DiffusersAdapter, model: nn.Module, split: Split) -> None:
-    """Let the blocks of `model` see this process's rows alone."""
+    """Let the blocks of `model` see only this process's rows."""
     for name in adapter.attention_names(model):
         attention = model.get_submodule(name)
         if isinstance(attention, TTTLayer):

@@ -1,10 +1,10 @@
-"""Before a long run: does this machine have what a target needs? Nothing is begun, and only configs are fetched.
+"""Before a long run: does this machine have what a target needs? Nothing is started, and only configs are fetched.
 
     python -m tasks.readiness sd35-medium
     python -m tasks.readiness sd35-medium --card H100
     python -m tasks.readiness sd35-large --card H200 --cards 2
 
-Exit status 1 where something essential is missing. docs/long_runs.md says how to read the table.
+The exit status is 1 if something essential is missing. docs/long_runs.md says how to read the table.
 """
 
 import sys
@@ -30,7 +30,7 @@ def main() -> None:
         "--cards",
         type=int,
         metavar="N",
-        help="spread each training over so many of them, as launch.strategy fsdp2 does (default: as in params.yaml)",
+        help="spread each training over N such cards, as launch.strategy fsdp2 does (default: as in params.yaml)",
     )
     arguments = parser.parse_args()
     try:

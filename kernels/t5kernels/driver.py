@@ -22,8 +22,8 @@ EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 class Start(NamedTuple):
-    """A kernel that Triton compiled, the numbers of programs (x, y, z), and its arguments, of which pointers count as
-    told later, whatever is in their places."""
+    """A kernel that Triton compiled, the numbers of programs (x, y, z), and its arguments. Pointers among them are
+    placeholders, which every call replaces."""
 
     compiled: Any
     cells: tuple[int, int, int]
@@ -53,10 +53,10 @@ _early = _Attribute(EARLY, 0, (ctypes.c_int * 16)(1))
 
 
 class Queue:
-    """Kernels that are started one after the other, again and again, each time with other pointers."""
+    """A sequence of kernels that can be started many times, each time with other pointers."""
 
     def __init__(self, starts: Sequence[Start]):
-        """Raises KeyError where a kernel takes what only Triton's own launcher knows how to pass: see `can_start`."""
+        """Raises KeyError if a kernel takes arguments that only Triton's own launcher can pass; see `can_start`."""
         kinds = [_kinds(start) for start in starts]
         slots = (ctypes.c_uint64 * sum(len(each) + SCRATCH_POINTERS for each in kinds))()
         self._launches, pointers, first = [], [], 0
@@ -72,19 +72,20 @@ class Queue:
             )
             self._launches.append((_config(compiled, cells), ctypes.c_void_p(compiled.function), places))
             first = end
-        self._kept = starts, slots  # what the addresses above lie in, and the kernels' code
+        self._kept = starts, slots  # keeps alive what the addresses above point into, and the kernels' code
         self._slots, self._pointers = np.ctypeslib.as_array(slots).view(np.int64), np.array(pointers, np.int64)
-        self._lock = threading.Lock()  # the slots are those of one call at a time
+        self._lock = threading.Lock()  # one call at a time uses the slots
         self._stream: int | None = None
 
     def __call__(self, pointers: Any, stream: int) -> None:
         """Start the kernels on a stream of the current device.
 
         Args:
-            pointers: the addresses of all kernels' pointers, in the order of starts and arguments.
+            pointers: the addresses for all kernels' pointers, in the order of starts and arguments.
+            stream: CUDA's handle of the stream.
 
         Raises:
-            RuntimeError: CUDA's error, by its number.
+            RuntimeError: CUDA's driver reports an error; the message gives its number.
         """
         launch = _library().cuLaunchKernelEx
         with self._lock:
@@ -99,11 +100,11 @@ class Queue:
                     _take_context(torch.cuda.current_device())
                     error = launch(ctypes.byref(config), function, places, None)
                 if error:
-                    raise RuntimeError(f"CUDA's driver did not start a kernel; its error is {error} (a CUresult)")
+                    raise RuntimeError(f"CUDA's driver could not start a kernel: error {error} (a CUresult)")
 
 
 def can_start(start: Start) -> bool:
-    """Whether a Queue can: a kernel for CUDA without scratch memory or clusters, whose arguments' kinds are known."""
+    """Whether a Queue can start it: a CUDA kernel without scratch memory or clusters, with arguments of known kinds."""
     compiled = start.compiled
     metadata = getattr(compiled, "metadata", None)
     signature = getattr(getattr(compiled, "src", None), "signature", None)
@@ -118,7 +119,7 @@ def can_start(start: Start) -> bool:
 
 
 def _kinds(start: Start) -> list[tuple[str, Any]]:
-    """What is passed, as Triton calls it, with its value; what was compiled into the kernel is not passed."""
+    """The kinds, in Triton's names, and the values of the arguments that are passed, without compiled-in constants."""
     signature = start.compiled.src.signature.values()
     return [(kind, value) for kind, value in zip(signature, start.arguments, strict=True) if kind != "constexpr"]
 
@@ -132,7 +133,7 @@ def _config(compiled: Any, cells: tuple[int, int, int]) -> _Config:
 
 
 def _take_context(device: int) -> None:
-    """Let this thread use the context of a device that all others use."""
+    """Let this thread use the device's primary context, as all others do."""
     context = ctypes.c_void_p()
     _library().cuDevicePrimaryCtxRetain(ctypes.byref(context), ctypes.c_int(device))
     _library().cuCtxSetCurrent(context)
@@ -140,7 +141,7 @@ def _take_context(device: int) -> None:
 
 @functools.cache
 def _library() -> Any:
-    """CUDA's driver. PyDLL, because to release the interpreter's lock and to take it again costs more than a launch."""
+    """CUDA's driver. PyDLL, because releasing and retaking the interpreter's lock would cost more than a launch."""
     library = ctypes.PyDLL("libcuda.so.1")
     library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     library.cuLaunchKernelEx.restype = ctypes.c_int

@@ -128,7 +128,7 @@ class Launch(NamedTuple):
 
     Attributes:
         run: runs the kernel on its grid; it is called with the arguments.
-        start: the same for CUDA's driver, where that can start the kernel.
+        start: the same for CUDA's driver, if it can start the kernel.
     """
 
     run: Callable
@@ -137,7 +137,7 @@ class Launch(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """A kernel that has been launched on a grid: `Launch` without arguments, and the driver's queue of it alone."""
+    """A kernel that has been launched on a grid: `Launch` without arguments, and a queue of only this launch."""
 
     run: Callable
     start: Start | None
@@ -145,14 +145,14 @@ class _Known(NamedTuple):
 
 
 _known: dict[tuple, _Known] = {}  # by what `launch` is called with, pointers aside
-noted = threading.local()  # its attribute `launches`, where it has one, is a list that gets every Launch of this thread
+noted = threading.local()  # if it has the attribute `launches`, a list, that gets every Launch of this thread
 
 
 def launch(kernel: Any, grid: tuple[int, int] | tuple[int, int, int], x: Tensor, tile: Tile, *arguments: Any) -> None:
     """Run a kernel on the device of x, with the options of its tile and all of its arguments but the last, EARLY.
 
-    From the H100 on launches overlap. Triton finds out in every call which of a kernel's compilations fits, which takes
-    longer than the launch itself; here that is remembered.
+    From the H100 on, launches overlap. Triton would look up in every call which compiled version of the kernel fits,
+    which takes longer than the launch itself; here that is remembered.
     """
     early = x.is_cuda and _card(x.device).major >= FIRST_EARLY  # see tokens.after_previous
     arguments, cells = (*arguments, early), grid if len(grid) == 3 else (*grid, 1)
@@ -177,7 +177,7 @@ def launch(kernel: Any, grid: tuple[int, int] | tuple[int, int, int], x: Tensor,
 
 def _first_launch(kernel: Any, cells: tuple[int, int, int], tile: Tile, arguments: tuple[Any, ...]) -> _Known:
     if INTERPRETED:
-        with _disable_current_modes():  # who watches the op is not to see how the interpreter copies tensors
+        with _disable_current_modes():  # whatever watches the op shall not see the interpreter copy tensors
             kernel[cells](*arguments)
         return _Known(kernel[cells], None, None)
     pdl = {"launch_pdl": True} if arguments[-1] else {}
@@ -204,7 +204,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def lacks_shared_memory(x: Tensor) -> bool:
-    """Whether x is on a card with less shared memory a program than the tiles are made for, or that does not say."""
+    """Whether x is on a card with less shared memory per program than the tiles need, or with an unknown amount."""
     return x.is_cuda and getattr(_card(x.device), "shared_memory_per_block_optin", 0) < LEAST_SHARED
 
 

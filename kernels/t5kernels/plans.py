@@ -1,6 +1,6 @@
-"""Launches that come again: what depends on shapes alone is found out once.
+"""Launches that repeat: what depends only on shapes is worked out once.
 
-To find tiles, grids and strides and to allocate a dozen tensors takes Python longer than a card needs for the kernels
+Finding tiles, grids and strides and allocating a dozen tensors takes Python longer than a card needs for the kernels
 of a layer. A plan holds the launches of one call, and where their tensors lie: among the call's inputs, among its
 outputs, or in one workspace, in which tensors that are never needed at the same time share their place.
 """
@@ -20,21 +20,21 @@ from t5kernels.driver import Queue
 LINE = 256  # bytes; tensors in a workspace begin at multiples of it
 EVERYTHING = 1 << 62  # bytes, more than there are
 MOST_PLANS = 1000  # a limit for programs whose sizes never repeat
-# What a call may do beside launches, so that it can be planned: it allocates, and looks at memory in other ways.
+# What a call that can be planned may do beside launches: allocate memory, and make views of it.
 ALLOCATIONS = {f"aten::{name}" for name in ("empty.memory_format", "new_empty", "empty_strided", "new_empty_strided")}
 VIEWS = {"transpose.int", "view", "slice.Tensor", "select.int", "unbind.int", "squeeze.dim", "unsqueeze", "as_strided"}
 MEMORY_ONLY = ALLOCATIONS | {f"aten::{name}" for name in VIEWS} | {"aten::alias", "aten::detach"}
 
 
 class Spot(NamedTuple):
-    """A place in memory, so many bytes from the start of a base, which is an input, an output or the workspace."""
+    """A place in memory: `offset` bytes from the start of a base, which is an input, an output or the workspace."""
 
     base: int
     offset: int
 
 
 class Place(NamedTuple):
-    """Where an argument of a launch lies, see Spot."""
+    """Where an argument of a launch lies; see Spot."""
 
     argument: int
     base: int
@@ -63,7 +63,7 @@ class Plan:
         """
         Args:
             outputs: size, stride and dtype of each.
-            queue: the steps for CUDA's driver, where that can start them all.
+            queue: the steps for CUDA's driver, if it can start them all.
         """
         self.steps, self.outputs, self.workspace_bytes, self.queue = steps, outputs, workspace_bytes, queue
         places = [place for step in steps for place in step.places]
@@ -101,8 +101,8 @@ _plans: dict[tuple, Plan | None] = {}  # None: such a call cannot be planned
 def planned(run: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None, ...], *numbers: Any) -> tuple:
     """`run(*inputs, *numbers)`, whose launches are remembered for the next call with inputs of the same layout.
 
-    `run` writes to new tensors alone, and what it does depends on the layout of its inputs (sizes, strides, dtypes,
-    device) and on the numbers. A call that computes with PyTorch, too, is never planned.
+    `run` writes only to new tensors, and what it does depends only on the layout of its inputs (sizes, strides, dtypes,
+    device) and on the numbers. A call that also computes with PyTorch is never planned.
     """
     layouts = [
         None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % launch.ALIGNMENT) for t in inputs
@@ -136,7 +136,8 @@ class _NotesComputation(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _recorded() -> Iterator[tuple[list[launch.Launch], list[str]]]:
-    """Within, launches and PyTorch's computations are noted. All tensors live on, so that their addresses differ."""
+    """Within this context, launches and PyTorch's computations are noted. All tensors are kept, so that their addresses
+    differ."""
     launches: list[launch.Launch] = []
     launch.noted.launches = launches
     try:
@@ -147,7 +148,7 @@ def _recorded() -> Iterator[tuple[list[launch.Launch], list[str]]]:
 
 
 def _plan_of(launches: list[launch.Launch], inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Plan | None:
-    """The plan of a call that made these launches; None where a tensor may be one of two inputs, or part of one."""
+    """The plan of a call that made these launches; None if a tensor may be either of two inputs, or part of one."""
     given = {t.data_ptr(): base for base, t in enumerate(inputs) if t is not None and t.numel()}
     if len(given) < sum(t is not None and t.numel() > 0 for t in inputs):
         return None
@@ -177,7 +178,7 @@ def _plan_of(launches: list[launch.Launch], inputs: Sequence[Tensor | None], out
 
 
 def _alone(inputs: Sequence[Tensor | None]) -> dict[int, Spot]:
-    """By storage, where it begins, of inputs that share theirs with no other: a part of one is a part of it."""
+    """The start of every storage that only one input uses, so that a part of the storage is a part of that input."""
     storages = [_storage(t) for t in inputs if t is not None]
     return {
         _storage(t): Spot(base, _storage(t) - t.data_ptr())
@@ -187,12 +188,12 @@ def _alone(inputs: Sequence[Tensor | None]) -> dict[int, Spot]:
 
 
 def _storage(tensor: Tensor) -> int:
-    """The address of its memory, which tensors share that are views of one another."""
+    """The address of a tensor's memory; views of one another share it."""
     return tensor.untyped_storage().data_ptr()
 
 
 class _Tenant(NamedTuple):
-    """A storage in a base: the bytes and the launches for which it has them, both from the first to before the last."""
+    """A storage in a base: its bytes from `start` to before `end`, for the launches from `since` to before `until`."""
 
     start: int
     end: int
@@ -240,7 +241,7 @@ def _share_memory(
 
 
 def _first_fit(size: int, taken: list[_Tenant]) -> int | None:
-    """The first byte from which so many are free; None where everything is taken."""
+    """The first byte from which `size` bytes are free; None if everything is taken."""
     start = 0
     for tenant in sorted(taken):
         if start + size <= tenant.start:
@@ -250,7 +251,7 @@ def _first_fit(size: int, taken: list[_Tenant]) -> int | None:
 
 
 def _tensor_at(base: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
-    """A tensor that begins so many bytes behind the start of another."""
+    """A tensor that begins `offset` bytes after the start of another."""
     storage = base.untyped_storage()
     start = (base.data_ptr() - storage.data_ptr() + offset) // dtype.itemsize
     return torch.empty(0, dtype=dtype, device=base.device).set_(storage, start, (1,), (1,))

@@ -3,12 +3,12 @@
     python -m t5lib.benchmarks.inference --out docs/results/sd35-speed.json --resolutions 1024 2048
     python -m t5lib.benchmarks.inference --out docs/results/flux-speed.json --model flux-dev
 
-Everything is compared in one run: the softmax model with cuDNN attention first, the paper's attentions converted where
-it names some (18 of Stable Diffusion 3.5 Medium), all converted, and "rest": all mixing taken out, which no attention
-can beat. All of them are compiled block by block, or with --whole each as a whole, in bf16. Each is checked against its
-own weights in higher precision before it is timed, twice: as a CUDA graph, which is the device's own time, and launched
-from Python, which is slower where Python is. Needs CUDA; written after every resolution, and those that are in the file
-are not run again.
+One run compares the softmax model (with cuDNN attention where it can be used); the model with the paper's attentions
+converted, if the paper names some (18 of Stable Diffusion 3.5 Medium); the model with all converted; and "rest",
+without any attention, which no attention can beat. All are compiled in bf16, block by block or with --whole as a whole.
+The output of each is checked against the same weights in higher precision. Then each is timed twice: as a CUDA graph,
+which gives the device's own time, and launched from Python, which may take longer. This needs CUDA. The file is written
+after every resolution, and resolutions that are in it are not run again.
 """
 
 import copy
@@ -104,7 +104,7 @@ def run(
     config: TimingConfig,
     names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Measure what is not in `out` yet; write and return everything. `names`: of the models, None for all."""
+    """Measure what is not in `out` yet; write and return everything. `names`: the models to measure; None for all."""
     rules = Rules.of(config, device)
     about = {"device": describe_device(device), "torch": torch.__version__, "batch": config.batch}
     about |= {"compile": rules.compiled and ("whole" if config.whole else "by block")}
@@ -154,12 +154,12 @@ def main() -> None:
     parser.add_argument(
         "--resolutions", type=int, nargs="+", default=sides, help="sides of the images in pixels, in this order"
     )
-    parser.add_argument("--models", nargs="+", help="these only, and softmax (default: all)")
+    parser.add_argument("--models", nargs="+", help="only these and softmax (default: all)")
     parser.add_argument("--repeats", type=int, default=10, help="timed passes")
     parser.add_argument(
-        "--blocks", type=int, help="take only this many blocks, where a pass takes seconds (default: all)"
+        "--blocks", type=int, help="take only this many blocks, if the model is too large or slow (default: all)"
     )
-    parser.add_argument("--whole", action="store_true", help="compile the model whole, which takes minutes")
+    parser.add_argument("--whole", action="store_true", help="compile each model as a whole, which takes minutes")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("inference: no CUDA device, and on a CPU this model takes minutes a pass; run it where there is one")

@@ -1,15 +1,15 @@
-"""One image on several cards: a denoiser's pass that they share, beside the whole pass on one; with random weights.
+"""Time a denoiser's pass that several cards share, beside the whole pass on one card; with random weights.
 
     torchrun --nproc_per_node 4 -m t5lib.benchmarks.several_gpus --out data/out/several-gpus.json
 
-Compared in one run, on as many of the cards as each way takes: the whole pass on one card; its rows shared by two, four
-… of them (t5lib.parallelize); where a pass has two latents, with and without the prompt, a card for each; and both. All
-cards work all the time: where two share a pass, other pairs do the same beside them. Every way is compiled block by
-block, in bf16, and checked against its own weights in higher precision before it is timed.
+One run compares the whole pass on one card; its rows shared by two, four … cards (t5lib.parallelize); one card for each
+of two latents, with and without the prompt; and both together. All cards work all the time: where two share a pass,
+other pairs do the same. Every way is compiled block by block, in bf16, and its output is checked against the same
+weights in higher precision before it is timed.
 
-A pass takes as long as the slowest card. Communication is the time that a card spends in collective operations in one
-pass, waiting for the others included, and their number, by PyTorch's profiler. Without CUDA only --small runs, to see
-that everything works. The file is written after every resolution, and those that are in it are not run again.
+A pass takes as long as the slowest card. PyTorch's profiler gives the number of collective operations in a pass and the
+time that the first card spends in them, including the wait for others. Without CUDA only --small runs, to see that
+everything works. The file is written after every resolution, and resolutions that are in it are not run again.
 """
 
 import copy
@@ -57,7 +57,7 @@ Way = dict[str, int]  # how many cards share along each dimension of a mesh
 
 
 def ways(cards: int, batch: int) -> dict[str, Way]:
-    """In which ways so many cards can share passes of so many latents, by name."""
+    """The ways in which `cards` can share passes of `batch` latents, by name."""
     every: dict[str, Way] = {ONE: {}}
     counts = [count for count in range(2, cards + 1) if cards % count == 0]
     every |= {f"rows on {count}": {ROWS: count} for count in counts}
@@ -71,7 +71,7 @@ def ways(cards: int, batch: int) -> dict[str, Way]:
 
 
 def mesh_of(way: Way, cards: int, device: torch.device) -> DeviceMesh:
-    """The mesh that this process is in, of those that work beside each other."""
+    """The mesh of this process; others like it work at the same time."""
     shared = {name: count for name, count in way.items() if count > 1}
     apart = cards // math.prod(shared.values())
     mesh = init_device_mesh(device.type, (apart, *shared.values()), mesh_dim_names=("apart", *shared))
@@ -84,7 +84,7 @@ def measure(
     """The figures of every way, by name, the same in all processes.
 
     Raises:
-        T5Error: a wrong output: no speed is given for it.
+        T5Error: an output is wrong; no speed is reported then.
     """
     cards = processes.state().num_processes
     calls: dict[str, Callable[[], Tensor]] = {}
@@ -112,7 +112,7 @@ def measure(
 def slowest(
     calls: dict[str, Callable[[], Tensor]], config: TimingConfig, device: torch.device
 ) -> dict[str, list[float]]:
-    """Milliseconds of every timed pass on the slowest card, by name; all begin a pass together."""
+    """Milliseconds of every timed pass on the slowest card, by name; all cards start a pass together."""
     runs: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(config.warmup + config.repeats):
         for name in list(calls)[:: -1 if turn % 2 else 1]:
@@ -124,7 +124,7 @@ def slowest(
 
 
 def communication(call: Callable[[], Tensor], device: torch.device) -> dict[str, Any]:
-    """Milliseconds of this card in collective operations in one pass, and their number."""
+    """Milliseconds that this card spends in collective operations in one pass, and their number."""
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     processes.wait()
     with profile(activities=kinds) as profiled:
@@ -140,10 +140,10 @@ def run(out: Path, resolutions: list[int], *, shape: Shape, layers: str, config:
     """Measure what is not in `out` yet; the first process writes. Returns everything.
 
     Raises:
-        T5Error: there is one process alone.
+        T5Error: there is only one process.
     """
     if processes.alone():
-        raise T5Error("one process has nobody to share with; start several by torchrun --nproc_per_node 4")
+        raise T5Error("there is only one process; start several with torchrun --nproc_per_node 4")
     state = processes.state()
     rules = Rules.of(config, state.device)
     about = {"device": describe_device(state.device), "cards": state.num_processes, "torch": torch.__version__}
@@ -169,7 +169,7 @@ def run(out: Path, resolutions: list[int], *, shape: Shape, layers: str, config:
 
 def report(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    columns = ("pixels", "tokens", "way", "ms", "times one card's speed", "ms of communication", "collectives")
+    columns = ("pixels", "tokens", "way", "ms", "speed-up over one card", "ms of communication", "collectives")
     rows = [
         (
             row["resolution"],
@@ -184,22 +184,26 @@ def report(result: dict[str, Any]) -> str:
         )
         for row in sorted(result["rows"], key=lambda row: row["resolution"])
     ]
-    return "\n".join(table((*columns, "peak MiB of a card", "error"), rows))
+    return "\n".join(table((*columns, "peak MiB per card", "error"), rows))
 
 
 def main() -> None:
     parser = command_line.parser("t5lib.benchmarks.several_gpus", str(__doc__))
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, after every resolution")
-    parser.add_argument("--model", choices=SHAPES, default="sd35-medium", help="whose shape the model has")
+    parser.add_argument("--model", choices=SHAPES, default="sd35-medium", help="the model whose shape is timed")
     parser.add_argument("--layers", default="all", help="which attentions are converted, such as all or paper")
     parser.add_argument(
-        "--resolutions", type=int, nargs="+", default=[2048, 4096], help="sides of the images in pixels, in this order"
+        "--resolutions",
+        type=int,
+        nargs="+",
+        default=[2048, 4096],
+        help="sides of the images in pixels, timed in this order",
     )
     parser.add_argument("--repeats", type=int, default=10, help="timed passes of each way")
-    parser.add_argument("--small", action="store_true", help="take a small model instead, to see that everything runs")
+    parser.add_argument("--small", action="store_true", help="use a small model instead, to see that everything works")
     args = parser.parse_args()
     if not torch.cuda.is_available() and not args.small:
-        sys.exit("several_gpus: no CUDA device, and on CPUs this model takes minutes a pass; look at --small")
+        sys.exit("several_gpus: no CUDA device, and on CPUs a pass of this model takes minutes; try --small")
     shape = SHAPES[args.model]
     if args.small:
         shape = replace(SHAPES["sd35-medium"], arguments=SMALL, text_tokens=20)

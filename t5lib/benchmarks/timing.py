@@ -44,8 +44,8 @@ class TimingConfig:
         batch: images a forward pass.
         dtype: "auto" is bfloat16 on CUDA and float32 elsewhere.
         compile: torch.compile; None means on CUDA only.
-        whole: compile models whole, as `torch.compile(pipe.transformer)` does, also those that are usually compiled
-            block by block because it takes less long.
+        whole: compile each model as a whole, as `torch.compile(pipe.transformer)` does, even if it is usually compiled
+            block by block to save time.
         graphs: replay each pass as a CUDA graph; None means wherever models are compiled for CUDA.
         warmup, repeats: untimed and timed passes of each model; medians count.
     """
@@ -117,8 +117,8 @@ def time_models(
     Args:
         inputs: float32, on any device.
         where: what errors say of the inputs, such as "at 518 px".
-        yardstick: a model of plain PyTorch, by name. Outputs may be ALLOWED times as far from higher precision as its
-            own, uncompiled, where that is more than TOLERANCES: random weights magnify round-off in some models.
+        yardstick: the name of a model of plain PyTorch. Errors may be ALLOWED times its own error (uncompiled), if that
+            is more than TOLERANCES, because random weights magnify round-off in some models.
 
     Raises:
         T5Error: an output that is wrong in this dtype (`check_output`): no speed for wrong results; or the device
@@ -208,7 +208,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def compile_model(model: nn.Module, inputs: Inputs, whole: bool = False) -> nn.Module:
-    """Compile `model`, in place, for inputs of this size, after one pass as it is: whole, or as its family prefers.
+    """Compile `model` in place for inputs of this size, after one uncompiled pass: whole, or as its family prefers.
 
     The masks that neighborhood attention keeps from its first pass would otherwise be made anew in every compiled one.
     """
@@ -257,7 +257,7 @@ def relative_error(output: Tensor, reference: Tensor) -> float:
     """Of the first few images, against their `reference_output`.
 
     Raises:
-        T5Error: the output is of another shape.
+        T5Error: the output has another shape.
     """
     if output.shape[1:] != reference.shape[1:]:
         raise T5Error(
@@ -288,7 +288,7 @@ def check_output(
         reference: `reference_output`, where it is known already.
 
     Raises:
-        T5Error: it is above the tolerance, or the output is not finite or of another shape.
+        T5Error: the error is above the tolerance, or the output is not finite or has another shape.
     """
     dtype = reference_dtype(model, inputs)
     if len(output) != count(inputs):

@@ -64,7 +64,7 @@ def t5(
     """Turn a pretrained softmax vision transformer into one whose attention costs linear time.
 
     - `t5 plan MODEL --resolution 518` — what converting gains on this device, and which layers to convert
-    - `t5 diagnose MODEL --images photos` — what its keys share, and what that means
+    - `t5 diagnose MODEL --images photos` — the shift that its keys share, and what that means
     - `t5 convert MODEL out --calibrate photos` — convert, fit the new layers, save
     - `t5 inspect out` — what is in a saved folder, and what it costs to run
     - `t5 export out --onnx FILE` — a saved model as an ONNX file, checked and timed
@@ -101,9 +101,10 @@ def diagnose(
 ) -> None:
     """Measure the shift that the keys of every attention layer share, on your own images.
 
-    Softmax ignores what all keys of an image have in common; a TTT layer would spend itself on fitting it. The shift
-    ratio says how much that is: the length of an image's mean key over the mean length of its keys, from 0 (keys point
-    everywhere) to 1 (all are equal). Beside it stands the same model with random weights: the difference was learned.
+    Softmax ignores what all keys of an image have in common; a TTT layer would waste its capacity on fitting it. The
+    shift ratio says how much that is: the length of an image's mean key over the mean length of its keys, from 0 (keys
+    point in all directions) to 1 (all keys are equal). The same model with random weights is shown beside it: the
+    difference was learned.
 
     **Examples**
 
@@ -115,10 +116,10 @@ def diagnose(
 
     **Output**
 
-    One line a layer: mean, smallest and largest head, and the mean with random weights.
-    Means of 0.5 and more are usual. Then keep the default key norm, 'instance', when converting.
-    With --converted also how far each layer looks, how far it is from the softmax layer that it replaced, and its keys'
-    shift before and after the key norm.
+    One line per layer: mean, smallest and largest head, and the mean with random weights.
+    Means of 0.5 and more are usual; keep the default key norm, 'instance', for them. With --converted also how far each
+    layer looks, how far it is from the softmax layer that it replaced, and its keys' shift before and after the key
+    norm.
     """
     size = arguments.parse_size(img_size)
     paths = arguments.spread(arguments.find_images(images), limit)
@@ -165,7 +166,7 @@ def plan(
     ] = None,
     budget_ms: Annotated[
         float | None,
-        typer.Option(metavar="MS", help="Alternatively, how long a pass may take.", rich_help_panel=CHOICE),
+        typer.Option(metavar="MS", help="Instead: the most milliseconds that a pass may take.", rich_help_panel=CHOICE),
     ] = None,
     out: Annotated[
         Path | None,
@@ -182,8 +183,8 @@ def plan(
     """Measure this device, and say what converting would gain: by how many layers, and from which resolution on.
 
     A few short models are timed, with softmax and with new layers; the time of every mixture follows. Without --images
-    no weights are needed. With --images and a wanted speed, every kind is calibrated on the images, the loss of each
-    layer converted alone is measured, and the mixture that loses least within the time is found.
+    no weights are needed. With --images and --speedup or --budget-ms, every kind is calibrated on the images. What the
+    model loses with each layer converted alone is measured, and the mixture that loses least within the time is found.
 
     **Examples**
 
@@ -205,7 +206,7 @@ def plan(
     if out:
         arguments.check_output(out, force=force)
         if source.folder and source.folder.resolve() == out.resolve():
-            raise T5Error(f"MODEL and --out are the same folder, {out}; name another, and the softmax model stays")
+            raise T5Error(f"MODEL and --out are the same folder, {out}; name another, so that the softmax model stays")
     paths = arguments.find_images(images, least=4) if images else []
     from t5lib.cli import planning
 
@@ -240,8 +241,9 @@ def inspect(
     **Output**
 
     Architecture, which layers are converted and how, image size and tokens, parameters (inherited and new), file.
-    Cost is arithmetic, not time: matrix products and convolutions, a multiply-add counted as 2, beside the softmax
-    twin of the same size. Equal cost is the number of tokens from which on the TTT layers take fewer FLOPs.
+    Cost is calculated, not measured: the FLOPs of matrix products and convolutions (a multiply-add counts as 2), beside
+    those of the softmax model of the same size. "Equal cost" is the number of tokens above which the TTT layers take
+    fewer FLOPs.
     """
     if arguments.is_pipeline(folder):
         from t5lib.cli import pipelines

@@ -1,4 +1,4 @@
-"""`t5 convert`: its arguments and help. `converting` and `pipelines` do the work, and are imported when it runs."""
+"""`t5 convert`: arguments and help. `converting` and `pipelines` do the work, and are imported when it runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -33,8 +33,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="A whole layer: t5 (default), t5+, t5-last, t5-last+, dit5, or a rival: hedgehog, lolcats, performer, "
-            "lit, clear, vit3, graft-swa, graft-conv.",
+            help="All settings of a layer by one name: t5 (default), t5+, t5-last, t5-last+, dit5, or a baseline from "
+            "another paper: hedgehog, lolcats, performer, lit, clear, vit3, graft-swa, graft-conv.",
             rich_help_panel=LAYER,
         ),
     ] = None,
@@ -60,8 +60,8 @@ def convert(
         str | None,
         typer.Option(
             help="3 x 3 convolutions: dwc_qk (default, on queries and keys), dwc_v, dconv_v (with kernels that every "
-            "token predicts), cpe or none; with +nat3 or +nat5 a part of the output is attention over a 3 x 3 or 5 x 5 "
-            "neighborhood.",
+            "token predicts), cpe or none. +nat3 or +nat5 behind it: part of the output is attention over a 3 x 3 or "
+            "5 x 5 neighborhood.",
             rich_help_panel=LAYER,
         ),
     ] = None,
@@ -69,8 +69,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="WHICH",
-            help="Which attentions, such as 0-5,8 (default: all), or what each becomes: 0-5=softmax,6-11=swiglu+nat5; "
-            "auto: all but --softmax-layers.",
+            help="Which attentions to convert, such as 0-5,8 (default: all), or what each becomes: "
+            "0-5=softmax,6-11=swiglu+nat5; auto: all but as many as --softmax-layers says.",
             rich_help_panel=LAYER,
         ),
     ] = None,
@@ -79,7 +79,7 @@ def convert(
         typer.Option(
             metavar="N",
             min=1,
-            help="With --layers auto: how many stay softmax, those that the calibrated model misses most.",
+            help="With --layers auto: how many stay softmax, those whose conversion harms the calibrated model most.",
             rich_help_panel=LAYER,
         ),
     ] = None,
@@ -92,7 +92,7 @@ def convert(
     text: Annotated[
         str | None,
         typer.Option(
-            help="In attentions over image and text: linear (default) or exact, softmax wherever text takes part.",
+            help="In attentions over image and text: linear (default), or exact: softmax wherever text takes part.",
             rich_help_panel=LAYER,
         ),
     ] = None,
@@ -100,7 +100,7 @@ def convert(
         bool,
         typer.Option(
             "--drop-position-bias",
-            help="Leave out the bias of relative positions that BEiT and vit_relpos_* add to their softmax maps.",
+            help="Leave out the relative position bias that BEiT and vit_relpos_* add to their softmax maps.",
             rich_help_panel=LAYER,
         ),
     ] = False,
@@ -140,11 +140,11 @@ def convert(
 ) -> None:
     """Replace softmax attention by TTT layers, whose cost grows with the number of tokens, not with its square.
 
-    Every pretrained weight is inherited, unless --inherit or a preset says less; new are small inner weights and
-    convolutions. They start at random,
-    so without calibration a classifier answers at chance level. --calibrate fits every new layer to the output of the
-    softmax layer it replaces, on unlabelled images; after that the model is near the original, before any fine-tune.
-    Interrupted, the same command goes on from where it was, about 100 steps back at most.
+    Every pretrained weight is inherited, unless --inherit or a preset says otherwise. Small inner weights and
+    convolutions are new and start at random, so without calibration a classifier answers at chance level. --calibrate
+    fits every new layer to the output of the softmax layer that it replaces, on unlabelled images. The model is then
+    close to the original, before any fine-tune. If it is interrupted, the same command resumes and repeats at most
+    about 100 steps.
 
     **Examples**
 
@@ -153,13 +153,13 @@ def convert(
     - `t5 convert my-softmax-folder half --layers 0-5 --inner two_layer`
     - `t5 convert my-softmax-folder mixed --layers 0-5=softmax,6-11=swiglu+nat5 --calibrate photos`
     - `t5 convert MODEL best --preset t5-last+ --layers auto --softmax-layers 2 --calibrate photos` (dense features)
-    - `t5 convert my-transformers-folder vit-t5 --calibrate photos` (of save_pretrained)
-    - `t5 convert sd35-folder sd35-t5 --layers paper` (a diffusers pipeline; it is calibrated in Python)
+    - `t5 convert my-transformers-folder vit-t5 --calibrate photos` (a folder made by save_pretrained)
+    - `t5 convert sd35-folder sd35-t5 --layers paper` (a diffusers pipeline; calibrate it in Python)
 
     **Output**
 
     The error of every layer before and after calibration (0: same output as softmax, 1: no better than a constant),
-    how many numbers were inherited, new and dropped, and how to load the folder: t5lib.load("OUT").
+    how many parameters were inherited, new and dropped, and how to load the folder: t5lib.load("OUT").
     """
     t5 = given(
         inner=inner,
@@ -187,7 +187,7 @@ def convert(
     source = Source(name=model, weights=weights, pretrained=pretrained, img_size=arguments.parse_size(img_size))
     arguments.check_output(out, force=force)
     if source.folder and source.folder.resolve() == out.resolve():
-        raise T5Error(f"MODEL and OUT are the same folder, {out}; name another OUT, and the softmax model stays")
+        raise T5Error(f"MODEL and OUT are the same folder, {out}; name another OUT, so that the softmax model stays")
     if fit and not calibrate:
         raise T5Error(f"--{next(iter(fit)).replace('_', '-')} is for calibration; add --calibrate FOLDER")
     images = arguments.find_images(calibrate, least=2) if calibrate else []

@@ -78,7 +78,7 @@ def _calibrate(
     try:
         return t5lib.calibrate(model, teacher=teacher, batches=batches, config=recipe, resume_dir=folder)
     except KeyboardInterrupt:
-        kept = "the same command goes on from its last checkpoint" if folder.exists() else "too early for a checkpoint"
+        kept = "the same command resumes from the last checkpoint" if folder.exists() else "there is no checkpoint yet"
         note(f"\nstopped: nothing is written to {request.out}; {kept}")
         raise
     finally:
@@ -114,7 +114,7 @@ def _print_errors(report: CalibrationReport) -> None:
 def _advice(error: float) -> str:
     if error < 0.15:
         return "This one is: use it as it is, or fine-tune it for the last points (t5lib.train)."
-    return "This one is not there yet: more --steps or more images, then a fine-tune (t5lib.train)."
+    return "This one is not there yet: take more --steps or more images, then fine-tune (t5lib.train)."
 
 
 def _print_account(model: nn.Module, request: Request, *, fitted_along: bool) -> None:

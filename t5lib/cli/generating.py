@@ -83,7 +83,7 @@ def generate(
     """Draw images for a file of prompts, to look at or for GenEval's and DPG-Bench's own scorers.
 
     The noise of an image follows from --seed, its prompt's place and its number: two models draw the same image from
-    the same noise, whatever the batch size. Interrupted, the same command goes on from where it was.
+    the same noise, whatever the batch size. If it is interrupted, the same command resumes.
 
     **Examples**
 

@@ -10,15 +10,15 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A timm name, such as vit_small_patch14_dinov2.lvd142m, or a folder of t5lib.save "
-        "(for diagnose and convert also one of transformers).",
+        help="A timm name, such as vit_small_patch14_dinov2.lvd142m, or a folder made by t5lib.save "
+        "(for diagnose and convert also one made by transformers).",
     ),
 ]
 Weights = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Your own weights for it, in timm's or transformers' names: .safetensors, .pt, an index, or a folder.",
+        help="Your own weights, with parameter names of timm or transformers: .safetensors, .pt, an index, a folder.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -26,7 +26,7 @@ TAR_NAMES = ("*.tar", "*.tar.gz", "*.tgz")
 NAMED = 3  # samples left out that a message names
 ANIMATED = "animated, of which the first frame is taken"
 SEVERAL = "with several images, of which one is read (the key of a sample ends at the first dot of a file's name)"
-RULES = 3  # their version: what was noted under others is looked at again
+RULES = 3  # version of the rules: what was noted under another version is checked again
 ROUNDING = 1e-6  # 0.29 of 100 samples are 28.999…
 THREADS = os.cpu_count() or 1
 
@@ -48,7 +48,7 @@ def open_captioned(
     if not is_remote(source):
         if scheme != "file" or not path:
             raise T5Error(
-                f"captioned images: '{source}' is not a source; expected file:MANIFEST.json, file:FOLDER, file:GLOB, "
+                f"captioned images: '{source}' is not a source; expected file:MANIFEST.json, file:FOLDER, file:PATTERN "
                 "or an address such as https://HOST/train-{0000..0099}.tar"
             )
         place = Path(root) / Path(path).expanduser()
@@ -68,9 +68,10 @@ def open_shards(
     """The shards at `place`, without the samples that cannot be used; how many those are is printed.
 
     Args:
-        place: a manifest (.json), which the shards are held against, or a folder or pattern of tar files, or addresses.
+        place: a manifest (.json), against which the shards are checked, or a folder or pattern of tar files, or the
+            address of either (t5lib.data.remote).
         name: of a set without manifest, and of the set in messages.
-        source: what `place` was called, for messages.
+        source: how the user named `place`, for messages.
         notes: file in which finished shards are noted by their sha256, so that a check that was stopped goes on, and
             samples that were decoded once are not decoded again.
         max_skipped: share of the samples that may be left out.
@@ -120,7 +121,7 @@ class _Content:
     Attributes:
         count: of its samples.
         unusable: [position, reason] of those that cannot be used.
-        remarks: what is to be said of others, with [of how many, the first of them].
+        remarks: what is to be said about others: by remark, [how many, the first of them].
     """
 
     count: int

@@ -313,7 +313,7 @@ class _Numbered(Dataset):
 
 
 def _columns(number: int, shard: Shard) -> tuple[np.ndarray, ...]:
-    """What is known of a shard's samples, in so few bytes that millions of them fit: places, keys, digests, sizes."""
+    """Places, keys, digests and sizes of a shard's samples, in so few bytes that millions of samples fit in memory."""
     rows = _checked(shard.path, shard.count, shard.sha256).samples
     places = np.array([(number, *row[1:3]) for row in rows], dtype=PLACE)
     digests = np.frombuffer(bytes.fromhex("".join(row[5] for row in rows)), dtype="V16")

@@ -1,11 +1,12 @@
-"""Shards that lie elsewhere: each is fetched when it is read, into a cache of limited size, whole and once.
+"""Remote shards: each is fetched whole when it is first read, into a cache of limited size.
 
     https://host/train-{0000..0099}.tar        braces are written out
-    hf://datasets/OWNER/REPO@COMMIT/train-*.tar    patterns are looked up, where the place can list its files
+    hf://datasets/OWNER/REPO@COMMIT/train-*.tar    patterns work where files can be listed
     s3://bucket/train-*.tar                    and whatever else fsspec reads
 
-fsspec fetches, and webdataset clears the cache. T5_CACHE is the cache's folder (default ~/.cache/t5/shards) and
-T5_CACHE_GB its limit (default 100). Every process that reads may hold one shard beyond it.
+The environment variable T5_CACHE names the cache's folder (default ~/.cache/t5/shards), and T5_CACHE_GB sets its limit
+in gigabytes (default 100). Every process that reads may hold one shard beyond the limit. fsspec fetches the shards, and
+webdataset clears the cache.
 """
 
 import hashlib
@@ -34,10 +35,10 @@ def is_remote(path: Path | str) -> bool:
 
 
 def opened(path: str) -> BufferedReader:
-    """A file or, of an address, its copy in the cache, for reading; it stays readable when the cache is cleared.
+    """Open a file, or the cached copy of an address, for reading. It stays readable when the cache is cleared.
 
     Raises:
-        SourceError: it is not there, or cannot be fetched; `retryable` where trying again later may help.
+        SourceError: it is not there, or cannot be fetched; `retryable` if trying again later may help.
         T5Error: a device or pipe; a shard that is larger than the cache.
     """
     if not is_remote(path):
@@ -49,34 +50,36 @@ def opened(path: str) -> BufferedReader:
         try:
             return place.open("rb")
         except FileNotFoundError:
-            with FileLock(_made(folder / "locks") / f"{place.name}.lock"):  # the second who wants it finds it
+            with FileLock(_made(folder / "locks") / f"{place.name}.lock"):  # a second process that wants it finds it
                 if not place.exists():
                     _fetch(path, place)
 
 
 def forget(path: str) -> None:
-    """Take what came of an address out of the cache, so that it is fetched again."""
+    """Remove the copy of an address from the cache, so that it is fetched again."""
     for file in (_folder() / "shards").glob(f"{hashlib.sha256(path.encode()).hexdigest()[:16]}-*"):
         file.unlink(missing_ok=True)
 
 
 def text_of(address: str) -> str:
-    """A small file, fetched anew. Raises SourceError as `opened` does."""
+    """The text of a small file, never from the cache. Raises SourceError as `opened` does."""
     return _asked(address, lambda system, path: system.cat_file(path)).decode()
 
 
 def listed(source: str) -> list[str]:
-    """The addresses that a pattern names, sorted within each of its braces.
+    """The addresses that a pattern matches: braces in order, the files of each sorted.
 
     Raises:
-        SourceError: none, or a place that cannot list its files.
+        SourceError: nothing matches, or the files cannot be listed.
     """
     from braceexpand import braceexpand
 
     try:
         addresses = list(braceexpand(source))
     except ValueError as error:
-        raise SourceError(f"{source} is no pattern ({error}); expected braces such as {{0000..0099}}") from None
+        raise SourceError(
+            f"{source} is not a valid pattern ({error}); expected braces such as {{0000..0099}}"
+        ) from None
     found = [each for address in addresses for each in _matching(address)]
     if not found:
         raise SourceError(f"{source} matches nothing; correct the address")
@@ -99,27 +102,28 @@ def _fetch(address: str, place: Path) -> None:
     size = _asked(address, lambda system, path: system.info(path)).get("size") or 0
     if size > limit:
         raise T5Error(
-            f"{address} has {size / 1e9:.1f} GB, and the cache may hold {limit / 1e9:.1f} GB; raise {LIMIT}, or pack "
-            "smaller shards"
+            f"{address} has {size / 1e9:.1f} GB, but the cache may hold only {limit / 1e9:.1f} GB; raise {LIMIT}, or "
+            "make smaller shards"
         )
     _clear(place.parent, limit - size)
     with atomic_file(place) as temporary:
         _asked(address, lambda system, path: system.get_file(path, str(temporary)))
         if size and temporary.stat().st_size != size:
             raise SourceError(
-                f"{address} broke off: {temporary.stat().st_size} of {size} bytes came; run again", retryable=True
+                f"{address}: the transfer stopped after {temporary.stat().st_size} of {size} bytes; run again",
+                retryable=True,
             )
 
 
 def _clear(folder: Path, size: int) -> None:
-    """Remove the oldest files until the others have at most this size."""
+    """Remove the files that were not read for longest, until the others take at most `size` bytes."""
     from webdataset.cache import LRUCleanup
 
     LRUCleanup(str(folder), size, interval=None).cleanup()
 
 
 def _asked(address: str, question: Callable[[Any, str], Result]) -> Result:
-    """What the file system of an address answers. Raises SourceError, with the remedy, where it does not."""
+    """The answer of an address's file system. Raises SourceError, with the remedy, if there is none."""
     from fsspec.core import url_to_fs
 
     try:
@@ -132,17 +136,17 @@ def _asked(address: str, question: Callable[[Any, str], Result]) -> Result:
         except Exception as error:  # each file system has its own
             if _is_refusal(error):
                 raise SourceError(
-                    f"{address} is not there, or may not be read ({type(error).__name__}); correct the address"
+                    f"{address} does not exist or may not be read ({type(error).__name__}); correct the address"
                 ) from None
             if pause is None:
                 told = f"{type(error).__name__}: {error}"[:300]
-                raise SourceError(f"{address} cannot be fetched ({told}); run again later", retryable=True) from error
+                raise SourceError(f"{address} cannot be fetched ({told}); try again later", retryable=True) from error
             time.sleep(pause)
     raise AssertionError
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether trying again cannot help. fsspec says FileNotFoundError of a web server that is down, too."""
+    """Whether trying again cannot help. fsspec also raises FileNotFoundError when a web server is down."""
     if not isinstance(error, FileNotFoundError | PermissionError):
         return False
     status = getattr(error.__cause__, "status", None)
@@ -166,5 +170,5 @@ def _limit() -> int:
     except ValueError:
         limit = 0.0
     if not limit > 0:
-        raise T5Error(f"{LIMIT} is {given!r}; expected gigabytes, such as 100")
+        raise T5Error(f"the environment variable {LIMIT} is {given!r}; expected gigabytes, such as 100")
     return int(limit * 1e9)

@@ -98,10 +98,10 @@ class Shard:
 
     @contextmanager
     def opened(self) -> Iterator[BufferedReader]:
-        """The file, where it lies or as it was fetched.
+        """Open the file, in its place or in the cache.
 
-        Raises T5Error unless it has the sha256 that is listed. A file that did not change since this process last asked
-        is not read again for that.
+        Raises T5Error unless it has the sha256 that is listed. The file is not read again for this check if it did not
+        change since this process last checked it.
         """
         with named(self.path):
             file = remote.opened(self.path)
@@ -175,22 +175,22 @@ def _content(manifest: Path | str) -> Any:
     try:
         return json.loads(remote.text_of(str(manifest)))
     except ValueError:
-        raise T5Error(f"{manifest} is not JSON; expected the manifest of shards") from None
+        raise T5Error(f"{manifest} is not JSON; expected a manifest of shards") from None
 
 
 def _place(path: str, manifest: Path | str) -> str:
-    """Where a shard lies that a manifest lists, relative to itself."""
+    """The full path or address of a shard that a manifest lists relative to itself."""
     if remote.is_remote(path):
         return path
     if not remote.is_remote(manifest):
         return os.path.abspath(Path(manifest).parent / path)
     if path.startswith("/"):
-        raise T5Error(f"{manifest} lists {quoted(path)}; expected shards by addresses, or relative to the manifest")
+        raise T5Error(f"{manifest} lists {quoted(path)}; expected addresses, or paths relative to the manifest")
     return posixpath.join(posixpath.dirname(str(manifest)), path)
 
 
 def changed(shard: Shard, digest: str) -> T5Error:
-    """The message about a shard whose file has a sha256 other than the one listed; no cache keeps it."""
+    """The error for a shard whose sha256 is not the one listed; its copy is removed from the cache."""
     if remote.is_remote(shard.path):
         remote.forget(shard.path)
     return T5Error(
@@ -200,7 +200,7 @@ def changed(shard: Shard, digest: str) -> T5Error:
 
 
 def digest_of(file: BufferedReader) -> str:
-    """The sha256 of a file, read once for as long as it does not change."""
+    """The sha256 of a file, which is read again only if it changed."""
     found = os.fstat(file.fileno())
     state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
     if state not in _digests:

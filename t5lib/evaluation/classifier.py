@@ -90,7 +90,7 @@ def predict(
 
 
 def score(logits: Tensor, labels: Tensor, expected: Tensor | None = None) -> Score:
-    """Of logits (n, classes) and labels (n,); agreement is with `expected`, the classes (n,) of a reference."""
+    """The scores of logits (n, classes) for labels (n,); agreement is with `expected`, a reference's classes (n,)."""
     ranked = logits.topk(min(5, logits.shape[1]), dim=-1).indices == labels[:, None]
     percent = 100 / len(labels)
     return Score(

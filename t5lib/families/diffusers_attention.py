@@ -117,13 +117,13 @@ class DiffusersTTTAttention(TTTLayer):
 
 
 class RowsAttention:
-    """A processor of diffusers: softmax attention where each process has some rows of the image, and all have the text.
+    """A processor of diffusers: softmax attention for processes that each have some rows of the image and all the text.
 
-    Queries are a process's own; keys and values are fetched from all.
+    A process has its own queries, and fetches the keys and values of all.
 
     Args:
-        split: of the rows.
-        call_of: that of the family (DiffusersAdapter.call_of).
+        split: how the rows are shared.
+        call_of: the family's DiffusersAdapter.call_of.
     """
 
     def __init__(self, split: Split, call_of: Callable[..., AttentionCall]):
@@ -142,13 +142,13 @@ class RowsAttention:
 
         Args:
             image_rotary_emb: angles, as the family has them.
-            encoder_hidden_states_mask: (B, T) bool, which tokens are text and no padding.
+            encoder_hidden_states_mask: (B, T) bool, true for text, false for padding.
 
         Raises:
             T5Error: a mask is given.
         """
         if attention_mask is not None:
-            raise T5Error("an attention whose image several processes share takes no attention_mask; call without it")
+            raise T5Error("an attention whose image several processes share takes no attention_mask; call it without")
         grid = self.split.part(current_grid())
         with grid_scope(grid):
             call = self.call_of(hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb)
@@ -185,7 +185,7 @@ def check_attention(attention: nn.Module, name: str, kind: type[nn.Module], proc
 
 
 def _output(attention: nn.Module, o: Tensor, text_o: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-    """Heads (B, H, N, D), and the text's (B, H, T, D) if any, merged and through the output projections there are."""
+    """Heads (B, H, N, D), and the text's (B, H, T, D) if any, merged, and put through the output projections if any."""
     o = _merged(o)
     for module in getattr(attention, "to_out", None) or ():  # projection, dropout
         o = module(o)

@@ -110,9 +110,9 @@ class DiffusersAdapter(Adapter):
         softmax_class: of the models, diffusers' own; converted_class: a subclass whose config.json tells the layers.
         attention_class, processors: of attentions that are plain softmax; layer_class: of those that take their place.
         mlps: names of a block's MLPs.
-        tokens_from, tokens_to: names of the part that makes the image's tokens (B, N, C) for the blocks, and of the
-            last one that takes them, each by itself.
-        angles_from: name of the part that makes the angles of rotary positions; None where there are none.
+        tokens_from, tokens_to: names of the submodule that makes the image's tokens (B, N, C) for the blocks, and of
+            the last one that treats each of them by itself.
+        angles_from: name of the submodule that makes the angles of rotary positions; None if there are none.
     """
 
     package = "diffusers"
@@ -247,7 +247,7 @@ class DiffusersAdapter(Adapter):
         return [part for part in parts if part is not None]
 
     def own_angles(self, angles: Any, grid: RowsOfGrid) -> Any:
-        """Of what `angles_from` gives what this process needs, which has some rows of the image and all of the text."""
+        """The part of the angles that this process needs, which has some rows of the image and all of the text."""
         raise NotImplementedError
 
     def check_inputs(self, model: nn.Module, inputs: Inputs) -> None:

@@ -46,7 +46,7 @@ BLOCKS = {"transformer_blocks": FluxTransformerBlock, "single_transformer_blocks
 
 
 class _KnownGrid(NamedTuple):
-    """What grid_of has read of a tensor of ids, while that had this version."""
+    """The grid that `grid_of` read from a tensor of ids, and the tensor's version at that time."""
 
     version: int
     sides: tuple[int, int]
@@ -57,7 +57,7 @@ _known = WeakTensorKeyDictionary()  # _KnownGrid by the tensor itself
 
 @functools.lru_cache(maxsize=16)
 def image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
-    """The ids (N, 3) of the tokens of one image: 0, row, column. They are kept; not to be changed."""
+    """The ids (N, 3) of the tokens of one image: 0, row, column. The tensor is cached; do not change it."""
     with torch.inference_mode(False):
         sides = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         return torch.stack((torch.zeros_like(sides[0]), *sides), dim=-1).flatten(0, 1).float().to(device)
@@ -70,8 +70,8 @@ def image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
 def grid_of(ids: Tensor | None) -> tuple[int, int]:
     """Rows and columns of the image whose tokens have these ids, (N, 3) or, as once, (B, N, 3).
 
-    A pipeline passes the same tensor in every step. It is read once: that waits for the card, and no CUDA graph can do
-    it.
+    A pipeline passes the same tensor in every step. It is read only once, because reading waits for the card and cannot
+    be part of a CUDA graph.
 
     Raises:
         T5Error: they are not those of one image, row by row.

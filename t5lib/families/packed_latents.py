@@ -54,7 +54,7 @@ class RotaryJointTTTAttention(DiffusersTTTAttention):
     @staticmethod
     @abstractmethod
     def own_angles(angles: Any, grid: RowsOfGrid) -> Any:
-        """Of the angles of image and text those of the text, and of this process's part of the image."""
+        """From the angles of image and text, those of the text and of this process's part of the image."""
 
     @classmethod
     def call_of(cls, x: Tensor, text: Tensor | None, angles: Any, grid: TokenGrid) -> AttentionCall:

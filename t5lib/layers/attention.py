@@ -31,8 +31,8 @@ class TTTLayer(nn.Module):
         num_heads, head_dim: of the layer.
         num_prefix_tokens: class and register tokens of the model, which come before the grid's.
         mixer: holds every new parameter.
-        split: how several processes share an image, of which each calls the layer with its own rows; None where a
-            process has all of it.
+        split: how several processes share an image, each calling the layer with its own rows; None if a process has
+            the whole image.
     """
 
     inherited: tuple[str, ...]
@@ -43,8 +43,8 @@ class TTTLayer(nn.Module):
     split: Split | None = None
 
     def grid(self, given: TokenGrid | None) -> TokenGrid:
-        """The layout of the image's tokens in this call: `given`, or that of the running forward; of them this
-        process's part where the image is split.
+        """The layout of the image's tokens in this call: `given`, or that of the running forward; if the
+        image is split, this process's part of it.
 
         Raises:
             T5Error: `given` is something else, or nothing tells the layout.

@@ -46,7 +46,7 @@ class TokenGrid:
 
     @property
     def whole(self) -> "TokenGrid":
-        """The grid of all of the image; that of a process that has some of its rows is a part of it."""
+        """The grid of the whole image, of which a process may have only some rows."""
         return self
 
     def with_neighbors(
@@ -57,7 +57,7 @@ class TokenGrid:
         Args:
             tokens: (B, H, N, D) each, all tokens of this grid. `compute` gives one such tensor, or several.
             window: rows, an odd number.
-            moves_inward: at the image's border the window moves inward; otherwise it ends there.
+            moves_inward: whether the window moves inward at the image's border; otherwise it is cut off there.
         """
         return compute(*tokens, self)
 
@@ -138,7 +138,7 @@ def tell_grid(embedding: nn.Module, rows: int, columns: int) -> None:
 
 
 def told_grid() -> TokenGrid:
-    """The grid of the image that the forward of this thread is about, which its embedding has been called with.
+    """The grid of the image in this thread's running forward, as its embedding was called with it.
 
     Raises:
         T5Error: no forward of a converted model runs, or nothing has told its grid yet.

@@ -1,4 +1,4 @@
-"""One image in several processes: each has some rows of its tokens, and fetches what these depend on from the others.
+"""One image in several processes: each has some rows of its tokens, and fetches from the others what these depend on.
 
 Every process calls the same layers in the same order, so it knows which rows each of them has and needs, and nothing is
 negotiated. Nothing here has gradients.
@@ -17,12 +17,12 @@ from torch import Tensor, distributed
 from t5lib.layers.grid import TokenGrid
 from t5lib.utils.errors import T5Error
 
-Interval = tuple[int, int]  # the first, and the one behind the last
+Interval = tuple[int, int]  # the first, and the one after the last
 
 
 @dataclass(frozen=True)
 class Split:
-    """How the processes of a group share something, such as the rows of an image: in their order, as evenly as it goes.
+    """How the processes of a group share things, such as the rows of an image: in order, and as evenly as possible.
 
     Attributes:
         group: as torch.distributed has it.
@@ -42,21 +42,21 @@ class Split:
         return self
 
     def share_of(self, rank: int, total: int) -> Interval:
-        """What a process has of so many; the first ones have one more where they do not come out even."""
+        """The share of a process in `total` things; if they do not divide evenly, the first processes have one more."""
         each, more = total // self.size, total % self.size
         first = rank * each + min(rank, more)
         return first, first + each + (rank < more)
 
     def part(self, grid: TokenGrid) -> "RowsOfGrid":
-        """This process's rows of `grid`, which is the whole image's.
+        """This process's rows of `grid`, the grid of the whole image.
 
         Raises:
-            T5Error: it has fewer rows than there are processes.
+            T5Error: the image has fewer rows than there are processes.
         """
         if grid.rows < self.size:
             raise T5Error(
-                f"an image of {grid.rows}×{grid.columns} tokens cannot be shared by {self.size} processes, of which "
-                "each takes one row at least; draw larger images, or start fewer processes"
+                f"an image of {grid.rows}×{grid.columns} tokens cannot be shared by {self.size} processes, because "
+                "each needs at least one row; draw larger images, or start fewer processes"
             )
         first, end = self.share_of(self.rank, grid.rows)
         return RowsOfGrid(end - first, grid.columns, split=self, first=first, total=grid.rows)
@@ -67,9 +67,9 @@ class RowsOfGrid(TokenGrid):
     """The rows of an image that a process has. Its own are a TokenGrid; there are no class or register tokens.
 
     Attributes:
-        split: who else has some.
-        first: the number of the first row in the image.
-        total: rows of the image.
+        split: the processes that share the image.
+        first: the position in the image of the first of these rows.
+        total: rows of the whole image.
     """
 
     split: Split
@@ -88,7 +88,7 @@ class RowsOfGrid(TokenGrid):
     def with_neighbors(
         self, compute: Callable[..., Any], *tokens: Tensor, window: int, moves_inward: bool = False
     ) -> Any:
-        """See TokenGrid; `compute` runs on these rows and those that they need, and the result of these is kept."""
+        """See TokenGrid; `compute` runs on these rows and those that they need, and the result for these is kept."""
         needs = [self._near(rank, window, moves_inward) for rank in range(self.split.size)]
         start, end = needs[self.split.rank]
         results = compute(*self._fetched(tokens, needs), TokenGrid(end - start, self.columns))
@@ -96,7 +96,7 @@ class RowsOfGrid(TokenGrid):
         return results[:, :, own] if isinstance(results, Tensor) else tuple(each[:, :, own] for each in results)
 
     def gathered(self, *tokens: Tensor) -> list[Tensor]:
-        """See TokenGrid; those of the others are fetched."""
+        """See TokenGrid; the tokens of the other processes are fetched."""
         return self._fetched(tokens, [(0, self.total)] * self.split.size)
 
     def summed(self, x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class RowsOfGrid(TokenGrid):
         return x
 
     def statistics(self, k: Tensor) -> KeyStatistics:
-        """Of the keys of the whole image, of which `k` (B, H, N, D) are this process's."""
+        """The statistics of the keys of the whole image; `k` (B, H, N, D) are this process's keys."""
         size, own = self.split.size, KeyStatistics.of(k)
         mine = torch.stack([own.mean, own.squares])
         every = mine.new_empty(size * 2, *own.mean.shape)
@@ -117,7 +117,7 @@ class RowsOfGrid(TokenGrid):
         )
 
     def _near(self, rank: int, window: int, moves_inward: bool) -> Interval:
-        """The rows that those of a process see."""
+        """The rows that the rows of a process depend on."""
         (first, end), reach = self.split.share_of(rank, self.total), window // 2
         if not moves_inward:
             return max(first - reach, 0), min(end + reach, self.total)
@@ -125,10 +125,10 @@ class RowsOfGrid(TokenGrid):
         return min(max(first - reach, 0), last), min(max(end - 1 - reach, 0), last) + window
 
     def _fetched(self, tokens: Sequence[Tensor], needs: list[Interval]) -> list[Tensor]:
-        """Of each of the tokens (B, H, N, D) the rows that this process needs, its own among them.
+        """The rows of each of the tokens (B, H, N, D) that this process needs, including its own.
 
         Args:
-            needs: of every process.
+            needs: the rows that every process needs, by rank.
         """
         split, mine = self.split, (self.first, self.first + self.rows)
         every = range(split.size)

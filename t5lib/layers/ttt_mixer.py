@@ -57,7 +57,7 @@ class TTTMixer(Mixer):
         return ttt_layer(image, weights, self.settings, grid=grid, q_conv=q_conv, k_conv=k_conv, text=text, norms=norms)
 
     def _convolutions(self) -> tuple[Conv | None, Conv | None]:
-        """Weight and bias of those of q and k, where there are any."""
+        """Weight and bias of the convolutions of q and of k, if there are any."""
         if self.config.convolution != "dwc_qk":
             return None, None
         return (self.q_conv.weight, self.q_conv.bias), (self.k_conv.weight, self.k_conv.bias)
@@ -65,7 +65,7 @@ class TTTMixer(Mixer):
     def _attend_together(
         self, image: Tokens, text: Tokens | None, grid: RowsOfGrid, weights: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        """`attend` where this process has some rows of the image; text is the same in all, and counts once."""
+        """`attend` for a process that has some rows of the image; the text is the same in all, and is counted once."""
         own = self.settings
         q, k, v = image
         of_image, of_text = self._statistics(k, text, grid)
@@ -90,7 +90,7 @@ class TTTMixer(Mixer):
     def _statistics(
         self, k: Tensor, text: Tokens | None, grid: RowsOfGrid
     ) -> tuple[KeyStatistics | None, KeyStatistics | None]:
-        """What the keys of image and text are normalized by; None where a norm is of each token by itself."""
+        """The statistics that normalize the keys of image and text; None if the norm treats each token by itself."""
         if self.settings.key_norm not in OVER_TOKENS:
             return None, None
         of_image = grid.statistics(k)

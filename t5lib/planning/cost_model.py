@@ -58,7 +58,7 @@ class Timing:
 
     Attributes:
         resolution: side of the image in pixels.
-        tokens: that attention sees in one image.
+        tokens: those that attention sees in one image.
         rest_ms: everything but the blocks.
         block_ms: one block, by kind; "softmax" among them.
         ms_runs: every timed pass of the short models behind these figures.

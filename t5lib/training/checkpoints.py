@@ -24,7 +24,7 @@ from t5lib.utils.errors import T5Error
 from t5lib.utils.files import put, read_json, sha256, write_json
 
 Kept = Annotated[int, Field(ge=0, le=100)]  # checkpoints
-LARGE = 10**9  # bytes of a checkpoint whose size is told
+LARGE = 10**9  # bytes from which a checkpoint's size is printed
 FILES, MAKER = "files.json", "made_by.json"
 # What decides about a fit, of t5lib; beside it the kernels.
 DECISIVE = ("training", "layers", "families", "data", "conversion.py")
@@ -116,16 +116,16 @@ def newest(folder: Path, made_by: dict[str, Any]) -> Path | None:
 
 
 def require_space(folder: Path, size: int, kept: int, every: int) -> None:
-    """Raises T5Error unless `kept` checkpoints of `size` bytes, and one more while it is written, find room.
+    """Raises T5Error unless there is space for `kept` checkpoints of `size` bytes, and for one more being written.
 
-    Says how much they will take, where that is much; `every`: steps from one to the next.
+    Prints how much large checkpoints will take. `every`: steps from one to the next.
     """
     if not kept:
         return
     if size >= LARGE:
         print(
-            f"checkpoints: {size / 1e9:.1f} GB each, every {every} steps, to {folder}; {kept} kept and one more while "
-            f"it is written: {(kept + 1) * size / 1e9:.1f} GB",
+            f"checkpoints: {size / 1e9:.1f} GB each, every {every} steps, in {folder}; {kept} kept and one being "
+            f"written take {(kept + 1) * size / 1e9:.1f} GB",
             flush=True,
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def require_space(folder: Path, size: int, kept: int, every: int) -> None:
         raise T5Error(
             f"{folder} has {free / 1e9:.1f} GB free; checkpoints need {((kept + 1) * size - present) / 1e9:.1f} GB: "
             f"{kept} of {size / 1e9:.1f} GB and one more while it is written. Free some space, or lower "
-            "checkpoints_kept (2; 1 is enough unless a disk fails; with 0 an interrupted run starts over)"
+            "checkpoints_kept (default 2; 1 is enough unless a disk fails; with 0 an interrupted run starts over)"
         )
 
 

@@ -40,8 +40,8 @@ class CalibrateConfig:
             takes is about 2·L·N·C numbers: half a gigabyte for the paper's layers of SD3.5-Medium at 1024 px.
         reuse: how often each image of a pool is used before the pool is replaced.
         checkpoint_every: steps between checkpoints.
-        checkpoints_kept: how many of them are kept: 2, for the case that a disk damages the newest; 0 writes none, and
-            what is interrupted starts over, or from the last one that is there.
+        checkpoints_kept: how many of them are kept: 2, in case a disk damages the newest. With 0 none is written, and
+            an interrupted fit starts over, or from an older checkpoint if there is one.
         objective: "output" (squared error of the layer's output over its variance), or "attention" (cross-entropy to
             the softmax map, as Hedgehog does, arXiv 2402.04347; for mixers that have a map, at quadratic cost).
         compile: torch.compile the fitting step (worth it on CUDA).

@@ -30,13 +30,13 @@ class LoopConfig:
         lora_rank, lora_alpha: width of the adapters, and their factor times lora_rank.
         precision: "fp32" or "bf16" (autocast).
         compile: torch.compile the transformer blocks, each by itself; one compilation serves all that are alike.
-        gradient_checkpointing: true to compute activations again in the backward pass instead of keeping them, in every
-            block; or the share of the blocks that do: as few as the card's memory allows cost the least time.
+        gradient_checkpointing: true to recompute the activations of every block in the backward pass instead of keeping
+            them, or the share of the blocks that do so. The smallest share that fits into memory is the fastest.
         optimizer: "adamw"; "adamw8bit", whose state takes a quarter of the memory (needs bitsandbytes); "muon", which
             steps inherited matrices by their orthogonalized momentum (arXiv 2502.16982) and the rest as AdamW does.
         checkpoint_every: steps between checkpoints.
-        checkpoints_kept: how many of them are kept: 2, for the case that a disk damages the newest; 0 writes none, and
-            what is interrupted starts over, or from the last one that is there.
+        checkpoints_kept: how many of them are kept: 2, in case a disk damages the newest. With 0 none is written, and
+            an interrupted training starts over, or from an older checkpoint if there is one.
     """
 
     batch_size: BatchSize = 64

@@ -1,4 +1,4 @@
-"""Blocks that compute their activations again in the backward pass instead of keeping them."""
+"""Blocks that recompute their activations in the backward pass instead of keeping them."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,9 +14,9 @@ from t5lib.layers.grid import on_current_grid
 
 @contextmanager
 def recomputed_blocks(model: nn.Module, share: float) -> Iterator[None]:
-    """Within, this share of the model's blocks do so, rounded up; of compiled blocks what was compiled runs twice.
+    """Within this context, `share` of the model's blocks (rounded up) do so; compiled blocks rerun their compiled code.
 
-    They are the first ones: when the backward pass reaches them, the memory of the others is free again.
+    They are the first blocks: when the backward pass reaches them, the memory of the others is free again.
     """
     blocks = list(family_of(model).blocks(model))
     chosen = blocks[: math.ceil(share * len(blocks))]

@@ -33,8 +33,8 @@ def without_secrets(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What the error of a system or a library says, in one line. Of an error of the system it is the words alone,
-    without its number, the path, and what a client wrapped around them."""
+    """The message of an error of the system or of a library, in one line. For an error of the system, only its words:
+    without its number, the path, and what a client wrapped around it."""
     said = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
     system = _SYSTEM.search(said)
     return system[1].strip() if system else re.sub(r" \(os error \d+\)", "", said) or type(error).__name__

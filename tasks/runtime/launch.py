@@ -1,8 +1,7 @@
-"""Start as many processes for a stage as params.yaml says, by Accelerate's launcher, or join those that torchrun, SLURM
-or `accelerate launch` started already.
+"""Start as many processes for a stage as params.yaml says, with Accelerate's launcher, or join those that torchrun,
+SLURM or `accelerate launch` started already.
 
-The section `launch` is of the whole repository. No result depends on it, and so no stage does: on another machine
-nothing is run again.
+The section `launch` applies to all targets. No result depends on it, so no stage runs again when it changes.
 """
 
 import logging
@@ -28,12 +27,12 @@ class LaunchConfig:
     """How many processes share the work of a stage.
 
     Attributes:
-        processes: on this machine; null for one on each accelerator that torch sees, or as many of them as can share
-            the batches of the stage, and one where there is none.
-        strategy: "ddp", every process with all weights; or "fsdp2", with a piece of weights, gradients and optimizer,
-            for a training that is too large for one card.
-        nodes: machines that share it, all of which see the repository's folder. The same command is given on each.
-        address: "host:port" of the first of them, which the others reach it by.
+        processes: on this machine. null means one on each accelerator that torch sees, or fewer if not all of them can
+            share the stage's batches; without an accelerator, one.
+        strategy: with "ddp", every process holds all weights. With "fsdp2", it holds a shard of weights, gradients and
+            optimizer state, for a training that is too large for one card.
+        nodes: machines that share the stage. All see the repository's folder, and run the same command.
+        address: "host:port" of the first node, by a name that the others can reach.
     """
 
     processes: AtLeastOne | None = None
@@ -45,20 +44,20 @@ class LaunchConfig:
         if self.nodes > 1 and not re.fullmatch(r".+:[0-9]{1,5}", self.address or ""):
             raise T5Error(
                 f"nodes is {self.nodes} and address {self.address}; expected address host:port, a free port of the "
-                "first node by the name that the others reach it by, such as gpu-a:29400"
+                "first node by a name that the others can reach, such as gpu-a:29400"
             )
 
 
 def config(root: Path) -> LaunchConfig:
-    """Raises T5Error for a section `launch` with other settings."""
+    """The section `launch` of params.yaml. Raises T5Error for unknown or invalid settings."""
     return from_dict(LaunchConfig, params.read(root).get("launch") or {}, "params.yaml: launch")
 
 
 def number(config: LaunchConfig, sections: Mapping[str, Any]) -> int:
-    """How many processes a stage that reads these sections is to be started in, on this node.
+    """How many processes to start on this node for a stage that reads these sections.
 
     Raises:
-        T5Error: so many processes cannot share the stage's batches.
+        T5Error: the processes cannot share the stage's batches.
     """
     wanted = _wanted(config)
     most = next((fewer for fewer in range(wanted, 0, -1) if not _uneven(sections, fewer * config.nodes)), 0)
@@ -66,19 +65,19 @@ def number(config: LaunchConfig, sections: Mapping[str, Any]) -> int:
         on_nodes = f" on {config.nodes} nodes" if config.nodes > 1 else ""
         reason = f"{wanted * config.nodes} processes{on_nodes} cannot share {_uneven(sections, wanted * config.nodes)}"
         if config.processes or not most:
-            advice = f"take {most}, for example, or other batch sizes" if most else "take other batch sizes"
+            advice = f"set it to {most}, for example, or change the batch sizes" if most else "change the batch sizes"
             raise T5Error(f"params.yaml: launch.processes: {reason}; {advice}")
-        print(f"{most} of {wanted} accelerators: {reason}", flush=True)
+        print(f"using {most} of {wanted} accelerators: {reason}", flush=True)
     return most
 
 
 def pieces(config: LaunchConfig) -> int:
-    """How many processes FSDP2 spreads a training over; 1 where it does not."""
+    """How many processes FSDP2 spreads a training over; 1 without FSDP2."""
     return _wanted(config) * config.nodes if config.strategy == "fsdp2" else 1
 
 
 def _wanted(config: LaunchConfig) -> int:
-    """Processes on each node, as far as the batches of a stage allow."""
+    """Processes on each node, if the batches of a stage allow as many."""
     if config.processes is not None:
         return config.processes
     import torch
@@ -87,7 +86,7 @@ def _wanted(config: LaunchConfig) -> int:
 
 
 def _uneven(settings: Mapping[str, Any], processes: int) -> str:
-    """The batches in sections that so many processes cannot share (t5lib.training.trainer.part_of), in words; "" if
+    """The first batches in `settings` that `processes` cannot share (t5lib.training.trainer.part_of), in words; "" if
     they can share all."""
     for name, section in settings.items():
         if not isinstance(section, Mapping) or section.get("steps") == 0:
@@ -115,7 +114,7 @@ def leave() -> None:
 def start(module: str, arguments: Sequence[str], processes: int, meeting: Meeting) -> None:
     """Run `python -m module arguments` in `processes` processes of one group, until all have ended.
 
-    An error in one of them ends them all. Their outputs are ours.
+    An error in one of them ends them all. They write to our stdout and stderr.
 
     Args:
         processes: on this node.
@@ -123,13 +122,13 @@ def start(module: str, arguments: Sequence[str], processes: int, meeting: Meetin
 
     Raises:
         T5Error: one was killed.
-        SystemExit: one failed, and has said why; 130 when we were interrupted, once all have saved what they do.
+        SystemExit: one failed, and has said why; 130 after an interrupt, once all have saved their work.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # long words of its own about what they say
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it would repeat their messages at length
     os.environ |= _environment(os.environ, processes)
     everywhere = processes * meeting.nodes
     options = ["--multi_gpu", "--num_processes", str(everywhere), "--num_machines", str(meeting.nodes)]
@@ -145,7 +144,7 @@ def start(module: str, arguments: Sequence[str], processes: int, meeting: Meetin
         for rank, status in ends.items():
             if status == -signal.SIGKILL:
                 raise T5Error(
-                    f"process {rank} of {everywhere} was killed, and the others were ended; if memory was short, take "
+                    f"process {rank} of {everywhere} was killed, and the others were stopped; if memory ran out, use "
                     "a smaller batch_size"
                 ) from None
         sys.exit(INTERRUPTED if INTERRUPTED in ends.values() else 1)

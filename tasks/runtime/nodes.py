@@ -1,4 +1,4 @@
-"""Several machines for one stage: how they find each other, and what SLURM tells the processes that it starts."""
+"""One stage on several machines: how they find each other, and how to read SLURM's variables."""
 
 import os
 import re
@@ -15,15 +15,15 @@ from t5lib.utils.errors import T5Error
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-NODE = "NODE_RANK"  # the variable that tells a node its number
+NODE = "NODE_RANK"  # the variable that gives a node its number
 RETRY = 1.0  # seconds
-SILENCE = timedelta(seconds=60)  # of a node that has come to the meeting
-FIRST_PORT, PORTS = 15000, 16000  # that of a SLURM step is one of so many from the first on
+SILENCE = timedelta(seconds=60)  # the longest that a node waits for an answer of another
+FIRST_PORT, PORTS = 15000, 16000  # a SLURM step takes one of PORTS ports, from FIRST_PORT on
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the processes of all nodes meet: `port` of `host`, which is node 0; and which of the nodes this one is."""
+    """Where the processes of all nodes meet (`port` of `host`, which is node 0), and the number of this node."""
 
     host: str
     port: int
@@ -32,27 +32,27 @@ class Meeting:
 
 
 def own_number(nodes: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Which of so many nodes this is. Raises T5Error where nothing says so."""
+    """The number of this node among `nodes`. Raises T5Error if the environment does not give it."""
     if nodes == 1:
         return 0
     given = environment.get(NODE, "")
     if not given.isdecimal() or int(given) >= nodes:
         raise T5Error(
-            f"params.yaml: launch.nodes is {nodes}, and {NODE} is {given or 'not set'}; set it on every node: 0 on the "
-            f"first, whose address is launch.address, to {nodes - 1} on the last"
+            f"params.yaml: launch.nodes is {nodes}, and {NODE} is {given or 'not set'}; set it on every node, from 0 "
+            f"on the first (the one of launch.address) to {nodes - 1} on the last"
         )
     return int(given)
 
 
 @contextmanager
 def met(node: int, nodes: int, address: str | None, work: str) -> Iterator[Meeting]:
-    """Wait for the other nodes at `address`, host:port of the first; within, their processes can meet.
+    """Wait for the other nodes at `address`, host:port of the first; within this context, their processes can meet.
 
     Args:
-        work: what this node is about to do, in words, the same on all.
+        work: what this node is about to do, in words, the same on all nodes.
 
     Raises:
-        T5Error: a number that another node has; no such host, or a port that is taken; nodes that are about to do
+        T5Error: two nodes have the same number; no such host, or a port that is taken; nodes that are about to do
             different work.
     """
     if nodes == 1:
@@ -63,7 +63,9 @@ def met(node: int, nodes: int, address: str | None, work: str) -> Iterator[Meeti
     store = _store(host, int(port), node)
     try:
         if store.add(f"came {node}", 1) > 1:
-            raise T5Error(f"two nodes have {NODE} {node}; give each of the {nodes} a number of its own, from 0 on")
+            raise T5Error(
+                f"two nodes have {NODE} {node}; give each of the {nodes} its own number, from 0 to {nodes - 1}"
+            )
         if node == 0:
             store.set("port", str(_free_port()))
         store.set(f"work {node}", work)
@@ -76,15 +78,19 @@ def met(node: int, nodes: int, address: str | None, work: str) -> Iterator[Meeti
         while node == 0 and store.add("read", 0) < nodes:  # the store ends with the first node
             time.sleep(RETRY)
     except RuntimeError as error:
-        raise T5Error(f"node {node}: the first node, {address}, has ended; its own message says why") from error
+        raise T5Error(
+            f"node {node}: the first node, {address}, has ended; see its own message for the reason"
+        ) from error
     for each, its in enumerate(works):
         if its != work:
-            raise T5Error(f"node {node} was started with {work}, node {each} with {its}; give all the same command")
+            raise T5Error(
+                f"node {node} was started with {work}, node {each} with {its}; start all with the same command"
+            )
     yield meeting
 
 
 def _store(host: str, port: int, node: int) -> "TCPStore":
-    """The store that the first node opens and the others reach once it is there; can be interrupted."""
+    """The store that the first node opens. The others wait until it is there; the wait can be interrupted."""
     from torch.distributed import TCPStore
 
     try:
@@ -98,8 +104,8 @@ def _store(host: str, port: int, node: int) -> "TCPStore":
     except (OSError, RuntimeError) as error:
         why = "another program uses the port" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
         raise T5Error(
-            f"params.yaml: launch.address {host}:{port} does not serve ({why}); expected a free port of the first "
-            "node, by a name that all nodes know"
+            f"params.yaml: launch.address {host}:{port} cannot be used ({why}); expected a free port of the first "
+            "node, by a name that all nodes can resolve"
         ) from None
 
 
@@ -110,7 +116,7 @@ def _free_port() -> int:
 
 
 def of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would have told this process, from what `srun` does; nothing outside of a step of several tasks."""
+    """The variables that torchrun would set, from those of `srun`; none outside a step with several tasks."""
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in environment or tasks == "1":
         return {}
@@ -128,17 +134,17 @@ def of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     except (KeyError, ValueError, IndexError) as error:
         raise T5Error(
             f"SLURM started {tasks} tasks, but its variables do not say how they are to meet ({error!r}); start them "
-            "by `srun`, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+            "with `srun`, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
         ) from None
     return {name: environment.get(name, value) for name, value in told.items()}
 
 
 def first_host(hosts: str) -> str:
-    """The first of a list as SLURM writes it: gpu03 of "gpu[03-05,9],cpu1"."""
+    """The first host of a list as SLURM writes it: gpu03 of "gpu[03-05,9],cpu1"."""
     return re.sub(r"\[(\w+)[^]]*]", r"\1", hosts).split(",")[0]
 
 
 def _numbers(counts: str) -> list[int]:
-    """One for each node, as SLURM writes them: 4, 4, 2 of "4(x2),2"."""
+    """The counts of all nodes, from SLURM's short form: 4, 4, 2 of "4(x2),2"."""
     runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
     return [int(number) for number, times in runs for _ in range(int(times or 1))]

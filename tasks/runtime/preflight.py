@@ -208,7 +208,7 @@ def _hours(works: tuple[Work, ...], card: Card | None) -> list[Item]:
 ESTIMATE = (
     "Memory and hours are estimates for one card, measured on an H100 and an H200 and scaled to other cards "
     f"by their peak FLOPs or bandwidth; memory by {MEMORY_SOURCE}. Several cards divide the hours. "
-    "Only FSDP2 divides memory too, of trainings (--cards N)."
+    "Memory is divided only with FSDP2, and only in training (--cards N)."
 )
 
 

@@ -113,12 +113,12 @@ def hand_over(module: str, arguments: Sequence[str]) -> None:
     if not status and "RANK" in os.environ:
         os.kill(os.getpid(), signal.SIGKILL)  # so that the launcher of several sees what happened
     if not status:
-        sys.exit(f"{module}: its process was killed; if memory was short, take a smaller batch_size")
+        sys.exit(f"{module}: its process was killed; if memory ran out, use a smaller batch_size")
     sys.exit(ANSWER.unpack(status)[0])
 
 
 def end_with_launcher() -> None:
-    """Let this process be interrupted when its launcher is killed and can signal nobody any more."""
+    """Let this process be interrupted when its launcher is killed, which can then signal no one."""
     if sys.platform == "linux":
         CDLL(None).prctl(DEATH_SIGNAL, signal.SIGTERM)
 
@@ -134,7 +134,7 @@ def _work_for(caller: socket.socket) -> NoReturn:
         caller.sendall(ANSWER.pack(STARTED))
         threading.Thread(target=_pass_signals_on, args=[caller], daemon=True).start()
         status = _run(module, arguments)
-        for number in SIGNALS:  # they come too late: a launcher of several ends all when one has failed
+        for number in SIGNALS:  # they would come too late: a launcher ends all its processes when one has failed
             signal.signal(number, signal.SIG_IGN)
         atexit._run_exitfuncs()
     except BaseException:

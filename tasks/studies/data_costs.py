@@ -1,10 +1,10 @@
-"""What images cost before and in training: seconds and main memory of checking, encoding and reading, by their number.
+"""Measure how time and main memory of checking, encoding and reading images grow with the number of images.
 
     python -m tasks.studies.data_costs --images 1000 100000
     python -m tasks.studies.data_costs --images 500 --side 512
 
-Each step runs in a process of its own on pictures that it makes in a temporary folder. Encoding is measured without the
-encoders, whose time is the card's: what stands in their place averages pixels.
+The pictures are made in a temporary folder, and each step runs in its own process. Encoding is measured without the
+encoders, which run on the card: in their place, pixels are averaged.
 """
 
 import io
@@ -37,7 +37,7 @@ MIB = 2**20
 
 
 class _Averages:
-    """In the VAE's place: (B, 3, H, W) to (B, 3, H / 8, W / 8)."""
+    """Stands in for the VAE: (B, 3, H, W) to (B, 3, H / 8, W / 8)."""
 
     device, channels, multiple = "cpu", 3, 8
 
@@ -49,7 +49,7 @@ class _Averages:
 
 
 def make(folder: Path, images: int, side: int) -> None:
-    """Shards of labelled pictures, `KINDS` different ones again and again."""
+    """Write shards of labelled pictures, which repeat `KINDS` different ones."""
     rng = np.random.default_rng(0)
     pictures = []
     for _ in range(KINDS):
@@ -116,7 +116,7 @@ STEPS: dict[str, Callable[[Path, int], int]] = {
 
 
 def measured(name: str, folder: Path, side: int) -> tuple[int, float, float]:
-    """Images gone through, seconds, and MiB by which the process grew."""
+    """Images processed, seconds, and MiB by which the process grew."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_run, args=(name, folder, side, theirs))
@@ -128,7 +128,7 @@ def measured(name: str, folder: Path, side: int) -> tuple[int, float, float]:
 
 def _run(name: str, folder: Path, side: int, answer: Any) -> None:
     torch.set_num_threads(1)
-    transform(_data(side))  # what is imported and made once is none of the images'
+    transform(_data(side))  # imports and what is made once shall not count
     before, begun = _peak(), time.perf_counter()
     count = STEPS[name](folder, side)
     answer.send((count, time.perf_counter() - begun, _peak() - before))
@@ -140,8 +140,10 @@ def _peak() -> float:
 
 def main() -> None:
     arguments = parser("data_costs", str(__doc__))
-    arguments.add_argument("--images", type=int, nargs="+", default=[1000], help="how many (default: 1000)")
-    arguments.add_argument("--side", type=int, default=16, help="of a picture, in pixels (default: 16)")
+    arguments.add_argument(
+        "--images", type=int, nargs="+", default=[1000], help="numbers of images to measure with (default: 1000)"
+    )
+    arguments.add_argument("--side", type=int, default=16, help="side of a picture in pixels (default: 16)")
     given = arguments.parse_args()
     rows: list[tuple[str | None, ...]] = []
     with reported("data_costs"), tempfile.TemporaryDirectory() as place:
@@ -153,7 +155,7 @@ def main() -> None:
             for name in STEPS:
                 count, seconds, grown = measured(name, folder, given.side)
                 rows.append((name, f"{images:,}", f"{count / seconds:,.0f}", f"{grown:.0f}", f"{size / 1000:.1f}"))
-    columns = ("step", "images", "images a second", "MiB grown", "kB an image")
+    columns = ("step", "images", "images per second", "MiB more", "kB per image")
     print("\n".join(table(columns, rows, numbers=True)))
 
 

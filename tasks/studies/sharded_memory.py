@@ -1,10 +1,10 @@
-"""What a full fine-tune of SD3.5-Large's shape takes of every card when FSDP2 spreads it, part by part: arithmetic.
+"""Calculate the memory that a full fine-tune of SD3.5-Large's shape takes on every card with FSDP2, part by part.
 
     python -m tasks.studies.sharded_memory
     python -m tasks.studies.sharded_memory --page docs/several_gpus.md
 
-With --page the table of that page is written anew. `python -m tasks.readiness TARGET --card H200 --cards N` does the
-same sum for the settings of any target.
+With --page the table in that page is replaced. `python -m tasks.readiness TARGET --card H200 --cards N` does the same
+calculation for the settings of any target.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ def parts(cards: int, recipe: DenoiserTrainConfig = RECIPE) -> dict[str, int]:
 
 
 def fewest_recomputed(cards: int, memory: int) -> int | None:
-    """How many blocks have to compute their activations again for a card of so many bytes; None where all is too
-    little."""
+    """The fewest blocks that must recompute their activations so that all fits into `memory` bytes; None if nothing
+    helps."""
     for blocks in range(SHAPE.blocks + 1):
         recipe = dataclasses.replace(RECIPE, gradient_checkpointing=blocks / SHAPE.blocks)
         if sum(parts(cards, recipe).values()) <= memory:
@@ -56,12 +56,12 @@ def lines() -> list[str]:
     rows.append(["main memory of the machine", *(f"{cards * whole:.0f}" for _, _, cards in columns)])
     one = dataclasses.replace(RECIPE, checkpoints_kept=1)
     rows.append(["one checkpoint", *[f"{training_needs.checkpoint_bytes(SIZE, one) / 2 / GIB:.0f}"] * len(columns)])
-    return table(["GiB on each card", *(name for *_, name in MACHINES)], rows, numbers=True)
+    return table(["GiB", *(name for *_, name in MACHINES)], rows, numbers=True)
 
 
 def main() -> None:
     arguments = parser("sharded_memory", str(__doc__))
-    arguments.add_argument("--page", type=Path, help="the page whose table is written anew (default: none)")
+    arguments.add_argument("--page", type=Path, help="the page whose table is replaced (default: none)")
     given = arguments.parse_args()
     with reported("sharded_memory"):
         text = "\n".join(lines())

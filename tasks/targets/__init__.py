@@ -61,8 +61,8 @@ def needs(
     """See Target.needs; `settings` are those that `resolve` gives.
 
     Args:
-        online: fetch the configs of what lies on a hub, some kilobytes, to tell its size and to check them.
-        pieces: cards that FSDP2 spreads trainings over; default: what params.yaml says under `launch`.
+        online: fetch the configs of what lies on a hub, some kilobytes, to learn its size and to check them.
+        pieces: number of cards that FSDP2 spreads trainings over; default: what `launch` in params.yaml says.
     """
     of_kind, root = kind(settings), Path(root)
     pieces = pieces or launch.pieces(launch.config(root))

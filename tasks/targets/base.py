@@ -120,7 +120,7 @@ class Target(ABC, Generic[Recipe]):
             sections, root: see `check`.
             target: its name; what its stages have made already is not counted.
             online: fetch the configs of what lies on a hub and is not here yet.
-            pieces: cards that a training is spread over; 1 where each holds all of it.
+            pieces: number of cards that a training is spread over; 1 if each holds all of it.
         """
 
     # Stages that differ altogether; each returns the stage's metrics.

@@ -32,8 +32,8 @@ ORIGINS = "origins.json"  # beside the manifests: how many images and how many s
 @settings
 class ShardsConfig(ImagesConfig):
     """Images whose tar files hold <key>.jpg (.png, .webp) and <key>.txt or .json, as img2dataset writes them, and how
-    they are encoded. Captioned ones are named by file: or an address; those of a class-conditional denoiser are as
-    classifiers have them (tasks/targets/classifier.py).
+    they are encoded. Captioned images are named by file: or an address. A class-conditional denoiser takes images as
+    classifiers do (tasks/targets/classifier.py).
 
     Attributes:
         train, val: see ImagesConfig; null where the softmax model's samples take their place.

@@ -24,14 +24,14 @@ class ImagesConfig:
         train, val: each one of
             file:data/fashion-mnist/train.json          a manifest; its shards are checked against it
             file:/data/imagenet/train                   a folder of tar files, or a pattern: file:/data/in1k/train-*.tar
-            hf:datasets/OWNER/REPO@COMMIT#train-*.tar   the same from the hub, kept in data/datasets
+            hf:datasets/OWNER/REPO@COMMIT#train-*.tar   tar files from the hub, kept in data/datasets
             hf://datasets/OWNER/REPO@COMMIT/train-*.tar, https://HOST/train-{0000..0099}.tar, or the address of a
             manifest: read from there, through a cache of limited size (t5lib.data.remote)
             Paths are relative to the repository.
         max_skipped: share of the samples that may be left out because the image cannot be read, or the caption or class
             is missing. Every image is decoded once, to see that it can be.
-        limit: of each of the two only the first so many images that can be used, in the order of the tar files; those
-            should be well mixed. Tar files after them are not opened. Null for all.
+        limit: how many images of each split are taken: the first that can be used, in the order of the tar files, so
+            these should be well mixed. Tar files after them are not opened. Null takes all.
     """
 
     train: str
@@ -57,12 +57,14 @@ def check_source(source: str, split: str) -> None:
 
 
 def _check_address(source: str, split: str) -> None:
-    """Raises T5Error for an address that is not encrypted, holds a password, or names what may change unnoticed."""
+    """Raises T5Error for an address without encryption, with a password, or on the hub without a commit."""
     scheme, _, rest = source.partition("://")
     if scheme in ("http", "ftp", "file") and urlsplit(source).hostname not in ("127.0.0.1", "localhost"):
         raise T5Error(f"{split} is '{source[:200]}'; expected https://…, or file:PATH for what lies on this machine")
     if "@" in rest.partition("/")[0]:
-        raise T5Error(f"{split} holds a user name or password, which records would show; use ~/.netrc, or a profile")
+        raise T5Error(
+            f"{split} holds a user name or password, which would be recorded; use ~/.netrc or a profile instead"
+        )
     if scheme == "hf" and not re.match(r"datasets/[^/@]+/[^/@]+@[^/]+/.", rest):
         raise T5Error(f"{split} is '{source[:200]}'; expected hf://datasets/OWNER/REPO@COMMIT/PATTERN, with its commit")
 

@@ -132,7 +132,7 @@ def main(run: Callable[..., dict[str, Any]]) -> None:
         os.environ.setdefault(processes.STRATEGY, config.strategy)
         starts = together and not joined
         if processes.leads():
-            # Every setting, and every file, also those that later stages read: no work shall be lost to a slip.
+            # Check every setting and file, also those that later stages read, so that no work is lost to a mistake.
             settings = resolve(".", target)
             local_sources.check(Path("."), target, settings)
             if starts:
@@ -143,13 +143,13 @@ def main(run: Callable[..., dict[str, Any]]) -> None:
         elif node == 0:
             _do(name, target)
         else:
-            print(f"{name}: the first node does it alone", flush=True)
+            print(f"{name}: only the first node runs this stage", flush=True)
     except T5Error as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(launch.INTERRUPTED)
     finally:
-        for stop in (signal.SIGINT, signal.SIGTERM):  # Python, on its way out, would show where it was
+        for stop in (signal.SIGINT, signal.SIGTERM):  # otherwise Python would print a traceback while it exits
             signal.signal(stop, signal.SIG_DFL)
 
 
@@ -172,7 +172,7 @@ def _join(together: bool) -> bool:
 
 
 def _launch(name: str, target: str, number: int, node: int, config: launch.LaunchConfig) -> None:
-    """Run the stage in so many processes on each node; one that is killed cannot say so itself."""
+    """Run the stage in `number` processes on each node, and report one that is killed, which cannot do so itself."""
     print(f"{name}: {number} process{'es' * (number > 1)}", flush=True)
     try:
         work = f"{name} of {target} in {number} process{'es' * (number > 1)} a node"

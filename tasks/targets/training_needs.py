@@ -37,9 +37,9 @@ def parts(
     """Bytes on each card at the peak of a training.
 
     Args:
-        numbers: images × tokens × channels of so many images in a forward pass.
-        teacher: a softmax model beside the trained one, beyond averaged weights.
-        pieces: cards that FSDP2 spreads the training over.
+        numbers: gives images × tokens × channels of a forward pass of so many images.
+        teacher: whether there is a softmax model beside the trained one, in addition to averaged weights.
+        pieces: number of cards that FSDP2 spreads the training over.
     """
     trained = _trained(size, recipe)
     held = {
@@ -104,7 +104,7 @@ def check_control(recipe: LoopConfig) -> list[Check]:
 
 
 def _again(recipe: LoopConfig, blocks: int) -> int:
-    """Blocks that compute their activations again (t5lib.training.recomputed)."""
+    """The number of blocks that recompute their activations (t5lib.training.recomputed)."""
     return math.ceil(recipe.gradient_checkpointing * blocks)
 
 

@@ -128,7 +128,9 @@ def test_a_lost_machine_is_told_and_the_next_run_goes_on(here, there, worker):
     for process in [worker, *worker.children(recursive=True)]:
         process.kill()
     said, _ = running.communicate(timeout=120)
-    assert running.returncode == 1 and "the worker of the pool 'gpu' is lost. Start it again there" in said, said
+    assert running.returncode == 1 and "the worker of the pool 'gpu' is lost. Start it again on its machine" in said, (
+        said
+    )
     for repo in (here, there):
         repo.set("seconds: 25, ", "seconds: 0, ")
     with serving(there):

@@ -187,7 +187,7 @@ def test_what_fails_before_a_stage_begins_is_told_with_dvcs_words(mlflow_repo, u
     [
         ("fetch: out/a: no space is left on its disk", 1, "fetch: out/a: no space is left on its disk"),
         ("tasks.fetch: its process was killed; if", 1, "tasks.fetch: its process was killed; if"),
-        ("fetch: 10/20  loss 1", -9, "fetch: its process was killed; if memory was short"),
+        ("fetch: 10/20  loss 1", -9, "fetch: its process was killed; if memory ran out"),
     ],
     ids=["full disk", "killed fork", "killed"],
 )

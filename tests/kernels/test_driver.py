@@ -79,7 +79,7 @@ def test_a_queue_starts_its_kernels_in_order_each_time_with_the_pointers_and_the
 
 def test_an_error_of_the_driver_is_told(card):
     card.error = 700
-    with pytest.raises(RuntimeError, match="did not start a kernel; its error is 700"):
+    with pytest.raises(RuntimeError, match="could not start a kernel: error 700"):
         driver.Queue([START])([0, 0], stream=0)
 
 

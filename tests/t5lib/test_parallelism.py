@@ -57,12 +57,12 @@ def test_a_pipeline_draws_the_same_picture_with_guidance_and_rows_split(number, 
 def test_what_processes_cannot_share_is_refused_in_all_of_them(groups):
     expected = {
         "names": "dimensions called .*columns.*expected 'rows', 'batch' or both",
-        "twice": "parallel already",
+        "twice": "is already parallel",
         "noise": "different inputs; give all of them the same prompt",
         "few rows": "an image of 1×6 tokens cannot be shared by 2 processes",
         "odd batch": "a pass has 1 latents, which 2 processes cannot share evenly",
         "control": "takes no block_controlnet_hidden_states",
-        "gradients": "has no gradients; call it within torch.no_grad",
+        "gradients": "has no gradients; call it under torch.no_grad",
         "revert": "several processes share the passes",
     }
     for found in groups[2](shared_passes.refused):

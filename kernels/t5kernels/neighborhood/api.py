@@ -17,7 +17,7 @@ from t5kernels.precision import autocast_dtype
 
 # Of the Triton kernels; larger windows and wider heads in float32 do not fit into shared memory.
 LARGEST_WINDOW, LARGEST_FLOAT32_HEAD = 7, 64
-# Wider heads were not timed beside FlexAttention yet (t5kernels.tools.neighborhoods), so it comes first there.
+# Wider heads were not timed against FlexAttention yet (t5kernels.tools.neighborhoods), so it is the default there.
 LARGEST_MEASURED_HEAD = 64
 
 
@@ -31,8 +31,8 @@ def neighborhood_attention(
         rows, columns: the sides of the grid.
         window: the side of the window, odd, at most the smaller side of the grid.
         impl: "natten", "triton" (windows up to 7, 16-bit tokens, or float32 up to 64 wide), "flex", "reference", or
-            None for what is fast here: on CUDA NATTEN where it is installed, else the kernels for 16-bit tokens up to
-            64 wide, else FlexAttention; elsewhere the reference.
+            None for a fast one: on CUDA NATTEN if it is installed, else the kernels for 16-bit tokens up to 64 wide,
+            else FlexAttention; elsewhere the reference.
 
     Returns:
         (B, H, rows·columns, D) in q's dtype.

@@ -1,10 +1,10 @@
-"""Time what a layer costs Python, beside what its kernels cost the card.
+"""Time what a layer costs on the host, apart from what its kernels cost on the card.
 
     python -m t5kernels.tools.host --out FILE.json
 
-On so few tokens the card is always done first, so the time until a call returns is the host's. The layer is called as
-people call it: eager, and compiled by torch.compile in its default mode; without gradients, with them, and backward. A
-compiled model checks its inputs once, however many layers it has: a figure is what one layer more costs.
+With so few tokens the card always finishes first, so the time until a call returns is the host's. The layer is called
+eagerly, and compiled by torch.compile in its default mode; without gradients, with them, and backward. A compiled model
+checks its inputs once, however many layers it has, so a figure is what one more layer costs.
 """
 
 import argparse
@@ -30,9 +30,10 @@ CALLS, ROUNDS = 20, 25  # a round is short enough for the card's queue of launch
 
 
 def host_us(call: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) -> float:
-    """Microseconds until a call returns, the median of rounds. `prepare` comes before each round, once for every call.
+    """Microseconds until a call returns, the median of rounds.
 
-    It makes what the calls use up: `call` is given no arguments and may take from a list that `prepare` fills.
+    `prepare` runs before each round, once for every call, and makes what the calls use up: `call` gets no arguments,
+    but may take from a list that `prepare` fills.
     """
     times = []
     for _ in range(ROUNDS):
@@ -47,7 +48,7 @@ def host_us(call: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) 
 
 
 def chained(inputs: Inputs, layers: int, leaves: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The outputs of so many layers, each of whose values are the outputs of the one before."""
+    """The outputs of `layers` layers; each takes the outputs of the one before as its values."""
     outs = inputs.layer("triton", **leaves)
     for _ in range(layers - 1):
         values = dict(zip(("v", "text_v"), outs, strict=False))
@@ -56,7 +57,7 @@ def chained(inputs: Inputs, layers: int, leaves: dict[str, torch.Tensor]) -> tup
 
 
 def call_us(inputs: Inputs, layers: int, compiled: bool) -> dict[str, float]:
-    """Microseconds of host time of so many layers, by kind of call."""
+    """Microseconds of host time for `layers` layers, by kind of call."""
     leaves, detached = list(inputs.leaves.values()), {name: t.detach() for name, t in inputs.leaves.items()}
     model: Callable[..., tuple[torch.Tensor, ...]] = partial(chained, inputs, layers)
     if compiled:
@@ -76,7 +77,7 @@ def call_us(inputs: Inputs, layers: int, compiled: bool) -> dict[str, float]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Microseconds of host time that a layer more costs, by way of calling."""
+    """Microseconds of host time that one more layer costs, by kind of call."""
     inputs = Inputs.draw(case)
     row: dict[str, Any] = {"case": case.name, "shape": str(case)}
     for way, compiled in (("eager", False), ("compiled", True)):
@@ -87,7 +88,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the figures as JSON")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write, after every case")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("no CUDA device; this measures how long Python takes to start kernels on one")

@@ -1,9 +1,9 @@
-"""Time neighborhood attention by each of its implementations, side by side and each beside its check.
+"""Time and check every implementation of neighborhood attention, side by side.
 
     python -m t5kernels.tools.neighborhoods --out FILE.json [--case NAME ...]
 
 A time is the median of replays of a CUDA graph, in bfloat16. The check compares outputs and gradients with plain
-PyTorch in float64: an error may be twice that of plain PyTorch in bfloat16.
+PyTorch in float64. Errors may be at most twice those of plain PyTorch in bfloat16.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def results(run: Run) -> dict[str, Tensor]:
 
 
 def measure(case: Case, milliseconds: int = 20) -> dict[str, Any]:
-    """Times and errors by implementation; of one that cannot do the case, why."""
+    """Times and errors by implementation; for one that cannot run the case, the reason."""
     leaves, d_out = draw(case)
     exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
     exact = results(run_of(case, "reference", exact_leaves, d_out.double()))
@@ -87,7 +87,7 @@ def measure(case: Case, milliseconds: int = 20) -> dict[str, Any]:
 def line(row: dict[str, Any], impl: str) -> str:
     run = row["runs"][impl]
     if "cannot" in run:
-        return f"{impl:<8} cannot do it: {run['cannot']}"
+        return f"{impl:<8} cannot run this case: {run['cannot']}"
     verdict = "" if run["correct"] else "WRONG, "
     return (
         f"{impl:<8}{run['forward_ms']:8.3f} ms forward{run['both_ms']:8.3f} ms with backward  "
@@ -98,10 +98,10 @@ def line(row: dict[str, Any], impl: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, after every case")
-    parser.add_argument("--case", nargs="*", choices=[case.name for case in CASES], help="these only")
+    parser.add_argument("--case", nargs="*", choices=[case.name for case in CASES], help="only these cases")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        parser.error("no CUDA device; run it on the card to be measured")
+        parser.error("no CUDA device; run this on the card to be measured")
     rows: list[dict[str, Any]] = []
     for case in CASES:
         if case.name in (options.case or [case.name]):

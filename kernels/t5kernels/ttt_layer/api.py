@@ -2,8 +2,8 @@
 
 Arguments are checked, then an implementation is chosen: "reference" is plain PyTorch and runs anywhere; "triton" runs
 fused kernels, which exist for swiglu and swiglu_last with the dot loss and the key norms "instance" and "none", with or
-without RMS norms of q and k. By default the op takes them where they are made for the call: for 16-bit tokens on CUDA,
-outside of torch.func.
+without RMS norms of q and k. By default the op uses them for such calls with 16-bit tokens on CUDA, except inside
+transforms of torch.func.
 """
 
 from collections.abc import Sequence
@@ -140,14 +140,14 @@ def ttt_prepare(
     grid: GridLike | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """What `ttt_layer` does to queries or keys before the inner model gets them, for a part of a sequence.
+    """Prepare queries or keys for the inner model, as `ttt_layer` does, for a part of a sequence.
 
-    With it, `ttt_accumulate` and `ttt_apply` a layer is computed in parts, which several processes may hold.
+    This op, `ttt_accumulate` and `ttt_apply` together compute a layer in parts, which several processes may hold.
 
     Args:
-        x: (B, H, N, D), any part of the sequence; rows of a grid with what the convolution sees around them.
-        key_norm, eps: as `Settings` has them; "none" for queries.
-        statistics: of the keys of the whole sequence, for norms over tokens; None where `x` is the whole.
+        x: (B, H, N, D), any part of the sequence; with a convolution, rows of the grid and the rows around them.
+        key_norm, eps: as in `Settings`; "none" for queries.
+        statistics: those of the keys of the whole sequence, for norms over tokens; None if `x` is the whole sequence.
         conv, grid: a depthwise convolution and the grid that `x` holds, as `ttt_layer` takes them.
         impl: "triton" (key norms "instance" with statistics, and "none"; no gradients), "reference", or None for the
             kernels on 16-bit CUDA tokens and the reference elsewhere.

@@ -57,10 +57,10 @@ OVER_TOKENS = ("instance", "instance_no_std", "instance_no_mean")
 
 
 class KeyStatistics(NamedTuple):
-    """Of some keys: how many they are, their mean, and the sum of squared deviations from it, (B, H, 1, D) each.
+    """Statistics of keys: how many there are, their mean, and the sum of squared deviations from it, (B, H, 1, D) each.
 
-    Those of several parts of a sequence are merged without sums of squares, which would lose the digits of keys that
-    lie far from zero.
+    The statistics of several parts of a sequence are merged without sums of squares, which would lose digits for keys
+    far from zero.
     """
 
     tokens: int
@@ -69,13 +69,13 @@ class KeyStatistics(NamedTuple):
 
     @classmethod
     def of(cls, k: Tensor) -> "KeyStatistics":
-        """Of the keys (B, H, N, D), in at least float32."""
+        """The statistics of the keys (B, H, N, D), in at least float32."""
         variance, mean = torch.var_mean(_wide(k), TOKENS, correction=0, keepdim=True)
         return cls(k.shape[TOKENS], mean, variance * k.shape[TOKENS])
 
     @classmethod
     def merged(cls, parts: Sequence["KeyStatistics"]) -> "KeyStatistics":
-        """Of the keys of all parts together."""
+        """The statistics of the keys of all parts together."""
         tokens = sum(part.tokens for part in parts)
         mean = torch.stack([part.mean * (part.tokens / tokens) for part in parts]).sum(0)
         squares = [part.squares + part.tokens * (part.mean - mean).square() for part in parts]

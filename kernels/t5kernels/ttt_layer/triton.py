@@ -53,7 +53,7 @@ def layer(image, text, weights, steps: int, q_conv, k_conv, grid, norm: str, eps
 
 
 def prepare(x: Tensor, statistics: KeyStatistics | None, eps: float, conv, grid) -> Tensor:
-    """Queries or keys (B, H, N, D) as the inner model gets them: by the norm of `statistics`, if any, and convolved."""
+    """Queries or keys (B, H, N, D) as the inner model gets them: normalized by `statistics`, if any, and convolved."""
     count, *moments = statistics or (0, None, None)
     place = (grid.rows, grid.columns, grid.num_prefix_tokens) if conv else (0, 0, 0)
     return _prepare(x, *moments, *(conv or (None, None)), *place, count, eps)
@@ -64,7 +64,7 @@ def _prepare(
     x: Tensor, mean: Tensor | None, squares: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     rows: int, columns: int, prefix: int, count: int, eps: float,
 ) -> Tensor:  # fmt: skip
-    """`mean` and `squares` of `count` keys: what a single program would have written that took their mean off first."""
+    """See `prepare`; `mean` and `squares` become sums as one program would write them that subtracts the mean first."""
     sums = None
     if mean is not None and squares is not None:
         sums = torch.stack([torch.zeros_like(mean), squares, mean], dim=2).float().view(-1, 1, 3, x.shape[3])

@@ -1,8 +1,8 @@
 # pyright: reportGeneralTypeIssues=false
 # (The body of a kernel is Triton's language, which has no types that pyright could check.)
-"""The last sums of the backward, over images and programs, in a fixed order: the gradients of the parameters.
+"""The gradients of the parameters: the last sums of the backward, over images and programs, in a fixed order.
 
-They are kernels, although PyTorch could add as well, so that the whole backward is launches that a plan can hold.
+PyTorch could add them, too. They are kernels so that the whole backward consists of launches that a plan can hold.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from t5kernels.reductions import over_tokens
 from t5kernels.tokens import COUNTS, after_previous
 from t5kernels.ttt_layer.triton_prepare import BIAS_SUM, SUMS
 
-WEIGHTS_TILE = Tile(block=1024, warps=4, stages=4)  # a program adds so many numbers of a weight
-CONV_TILE = Tile(block=32, warps=4)  # a program adds so many images at a time
+WEIGHTS_TILE = Tile(block=1024, warps=4, stages=4)  # numbers of a weight that a program adds
+CONV_TILE = Tile(block=32, warps=4)  # images that a program adds at a time
 
 
 @triton.jit
 def _add_programs(
     total, sums, weight, h, number, H, groups, chunks, numbers, mask, WEIGHED: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
-    """total and what the programs of a head wrote of a weight, sums (groups, H, chunks, WEIGHED, numbers)."""
+    """total plus what the programs of a head wrote for a weight, sums (groups, H, chunks, WEIGHED, numbers)."""
     for group in range(groups):
         first = ((group * H + h) * chunks).to(tl.int64) * (WEIGHED * numbers) + weight * numbers
         for chunk in tl.range(chunks, num_stages=STAGES):
@@ -40,8 +40,8 @@ def weights_kernel(
 ):  # fmt: skip
     """Write d_weights (3, H, numbers). The launch grid is (3·H, blocks of the numbers).
 
-    d_stepped: (B, H, 3, numbers) of -dU, of which the sum over images is subtracted. sums, text_sums: (groups, H,
-    chunks, WEIGHED, numbers), of the first WEIGHED weights; added.
+    d_stepped: (B, H, 3, numbers) of -dU; its sum over images is subtracted. sums, text_sums: (groups, H, chunks,
+    WEIGHED, numbers) for the first WEIGHED weights; they are added.
     """
     after_previous(EARLY)
     weight, h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -80,11 +80,11 @@ def convolution_kernel(
 
 
 def weight_gradients(d_stepped: Tensor, sums: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The gradients of all three weights (3, H, D, D), in a dtype.
+    """The gradients of all three weights (3, H, D, D), in `dtype`.
 
     Args:
-        d_stepped: (B, H, 3, D, D), what `launch_apply_backward` gives.
-        sums: of image and, if any, text, what `launch_accumulate_backward` gives.
+        d_stepped: (B, H, 3, D, D), from `launch_apply_backward`.
+        sums: those of the image and, if any, of the text, from `launch_accumulate_backward`.
     """
     B, H, _, D, _ = d_stepped.shape
     total = d_stepped.new_empty(3, H, D, D, dtype=dtype)
@@ -99,7 +99,7 @@ def weight_gradients(d_stepped: Tensor, sums: Sequence[Tensor], dtype: torch.dty
 
 
 def convolution_gradients(sums: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of a convolution's weight (H·D, 1, 3, 3) and bias (H·D,), from the sums (B·H, SUMS, D) of its part."""
+    """The gradients of a convolution's weight (H·D, 1, 3, 3) and bias (H·D,), from sums (B·H, SUMS, D)."""
     D = sums.shape[2]
     H = bias.shape[0] // D
     d_weight, d_bias = sums.new_empty(weight.shape, dtype=weight.dtype), sums.new_empty(bias.shape, dtype=bias.dtype)

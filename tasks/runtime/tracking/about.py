@@ -74,7 +74,7 @@ def flatten(value: dict[str, Any], between: str = ".", prefix: str = "") -> dict
 
 
 def metric_names(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics by the names that MLflow gets: its pages make a section of what comes before the last slash."""
+    """Metrics under the names that MLflow gets; its pages group them by what comes before the last slash."""
     return flatten(metrics, "/")
 
 

@@ -132,7 +132,7 @@ class Run(NoRun):
         self.set_tags({"device": made_by.data.tags["device"], **tags})
 
     def _record_late(self, root: Path, target: str, stage: str, settings: dict[str, Any]) -> None:
-        """A nested run with the metrics and curves of a finished stage; its pictures and its model stay unrecorded."""
+        """A nested run with the metrics and curves of a finished stage; its pictures and its model are not recorded."""
         outputs = root / "data/out" / target
         file, curves = outputs / f"{stage}.json", outputs / stage / "history.jsonl"
         tags = {"target": target, "stage": stage, "protocol": stage, "mlflow.parentRunId": str(self.id)}

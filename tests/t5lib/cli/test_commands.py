@@ -360,7 +360,7 @@ class TestCalibrate:
             patch.setattr(images.ImageReader, "readable", interrupted)
             stopped = run(*command)
         assert stopped.exit_code != 0
-        assert "nothing is written to out; the same command goes on" in words(stopped.stderr)
+        assert "nothing is written to out; the same command resumes" in words(stopped.stderr)
         assert not Path("out").exists()
         resumed = run(*command)
         assert "resuming an earlier run" in words(resumed.stderr)

@@ -169,7 +169,7 @@ def test_so_many_checkpoints_are_kept_and_nothing_of_runs_that_were_killed(kept,
     monkeypatch.setattr(checkpoints, "LARGE", 1)
     run(converted(), dataclasses.replace(ALL_ON, checkpoint_every=2, checkpoints_kept=kept), resume_dir=tmp_path)
     assert names(tmp_path) == ["step-0000006", "step-0000008"][-kept:]
-    told = f"every 2 steps, to {tmp_path}; {kept} kept and one more while it is written: 0.0 GB"
+    told = f"every 2 steps, in {tmp_path}; {kept} kept and one being written take 0.0 GB"
     assert told in capsys.readouterr().out
 
 

@@ -146,7 +146,7 @@ def test_the_tasks_of_a_slurm_step_join_one_group(repo, convert):
     ("settings", "message"),
     [
         ("{fail: too few images, seconds: 20}", "too few images"),
-        ("{inner: killed, seconds: 20}", "process 1 of 2 was killed, and the others were ended; if memory was short"),
+        ("{inner: killed, seconds: 20}", "process 1 of 2 was killed, and the others were stopped; if memory ran out"),
     ],
 )
 def test_what_goes_wrong_in_one_ends_all_at_once_and_is_the_one_error(settings, message, repo, convert):
@@ -191,12 +191,16 @@ def test_so_many_accelerators_are_taken_as_can_share_the_batches(monkeypatch, ca
     each = launch.LaunchConfig()
     for changes, number in (({}, 4), ({"accumulate": 16}, 8), ({"accumulate": 1, "mixup": 0.8}, 2), ({"steps": 0}, 8)):
         assert launch.number(each, {"freeze": {"train": recipe | changes}}) == number, changes
-    assert "4 of 8 accelerators: 8 processes cannot share freeze.train.batch_size 4 with" in capsys.readouterr().out
+    assert (
+        "using 4 of 8 accelerators: 8 processes cannot share freeze.train.batch_size 4 with" in capsys.readouterr().out
+    )
     assert launch.number(each, {"evaluate": {"sampling": {"batch_size": 3}}}) == 8
-    with pytest.raises(T5Error, match=r"3 processes cannot share calibrate.batch_size 4 .*take 2, for example"):
+    with pytest.raises(T5Error, match=r"3 processes cannot share calibrate.batch_size 4 .*set it to 2, for example"):
         launch.number(launch.LaunchConfig(processes=3), {"calibrate": {"lr": 1e-2, "batch_size": 4}})
     two = launch.LaunchConfig(nodes=2, address="gpu-a:29400")
     assert launch.pieces(two) == 1 and launch.pieces(dataclasses.replace(two, strategy="fsdp2")) == 16
     assert launch.number(two, {"freeze": {"train": recipe}}) == 2
-    with pytest.raises(T5Error, match=r"16 processes on 2 nodes cannot share freeze.batch_size 3 .*take other batch"):
+    with pytest.raises(
+        T5Error, match=r"16 processes on 2 nodes cannot share freeze.batch_size 3 .*change the batch sizes"
+    ):
         launch.number(two, {"freeze": {"lr": 1e-2, "batch_size": 3}})

@@ -37,7 +37,7 @@ def test_the_first_of_slurms_hosts(hosts, first):
 
 @pytest.mark.parametrize("given", [{}, {"NODE_RANK": "2"}, {"NODE_RANK": "first"}])
 def test_a_node_needs_a_number(given):
-    with pytest.raises(T5Error, match=r"launch.nodes is 2, and NODE_RANK is .*: 0 on the first"):
+    with pytest.raises(T5Error, match=r"launch.nodes is 2, and NODE_RANK is .* from 0 on the first"):
         nodes.own_number(2, given)
 
 
@@ -45,7 +45,7 @@ def test_a_node_needs_a_number(given):
     ("works", "messages"),
     [
         (("align of a", "align of a"), ("0 of 2 at 127.0.0.1", "1 of 2 at 127.0.0.1")),
-        (("align of a", "align of b"), ("node 1 with align of b; give all", "node 0 with align of a; give all")),
+        (("align of a", "align of b"), ("node 1 with align of b; start all", "node 0 with align of a; start all")),
     ],
 )
 def test_nodes_meet_for_the_same_work_alone(works, messages, monkeypatch):
@@ -70,9 +70,9 @@ def test_a_taken_port_and_an_unknown_host_are_named():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(T5Error, match=r"launch.address 127.0.0.1:\d+ does not serve \(another program uses"):
+        with pytest.raises(T5Error, match=r"launch.address 127.0.0.1:\d+ cannot be used \(another program uses"):
             with nodes.met(0, 2, f"127.0.0.1:{taken.getsockname()[1]}", "align"):
                 pass
-    with pytest.raises(T5Error, match=r"launch.address no-such-host.invalid:29400 does not serve"):
+    with pytest.raises(T5Error, match=r"launch.address no-such-host.invalid:29400 cannot be used"):
         with nodes.met(1, 2, "no-such-host.invalid:29400", "align"):
             pass

@@ -108,7 +108,7 @@ def test_work_that_is_killed_fails_the_command_with_a_reason(folder, variables):
     os.kill(int(process.stdout.readline().split()[0]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "tasks.probe: its process was killed; if memory was short, take a smaller batch_size" in errors
+    assert "tasks.probe: its process was killed; if memory ran out, use a smaller batch_size" in errors
 
 
 def test_without_the_process_a_stage_runs_by_itself(folder, monkeypatch):
