@@ -28,9 +28,29 @@ def after_previous(EARLY: tl.constexpr):
 
 
 @triton.jit
-def as_numbers(stride_b, stride_h, stride_n):
-    """The strides of images, heads and tokens as values that a program may choose, which constants are not."""
-    return tl.cast(stride_b, tl.int64), tl.cast(stride_h, tl.int64), tl.cast(stride_n, tl.int32)
+def own_tokens(x, x_b, x_h, x_n, text, t_b, t_h, t_n, is_text, TEXT: tl.constexpr):
+    """The tokens of this program and the strides of their images, heads and tokens: x's, or with TEXT perhaps text's.
+
+    Strides become values, between which a program can choose; constants it cannot.
+    """
+    if TEXT:
+        x_b, x_h, x_n = tl.cast(x_b, tl.int64), tl.cast(x_h, tl.int64), tl.cast(x_n, tl.int32)
+        if is_text:
+            x = text
+            x_b, x_h, x_n = tl.cast(t_b, tl.int64), tl.cast(t_h, tl.int64), tl.cast(t_n, tl.int32)
+    return x, x_b, x_h, x_n
+
+
+@triton.jit
+def own_share(part, chunks, N, T, TEXT: tl.constexpr):
+    """The number of this program's chunk among those of its tokens, and how many tokens they are.
+
+    With TEXT the `chunks` of the image's N tokens are followed by those of the text's T.
+    """
+    if TEXT:
+        is_text = part >= chunks
+        return tl.where(is_text, part - chunks, part), tl.where(is_text, T, N)
+    return part, N
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Show what the compiler makes of the kernels, without a card: registers, spilled bytes and shared memory by tile.
 
-    python -m t5kernels.tools.occupancy [--width D ...] [--kernel NAME ...] [--rms]
+    python -m t5kernels.tools.occupancy [--width D ...] [--kernel NAME ...] [--rms] [--text]
 
 It compiles for the H100 (sm_90) in bfloat16 with the Triton that is installed. Spilled bytes go through memory in every
 turn of a loop; registers and shared memory say how many programs a multiprocessor holds.
@@ -29,36 +29,9 @@ EVERY_TILE = ttt_layer.EVERY_TILE | neighborhood.TILES
 EVERY_TILE |= {kernel: dict.fromkeys((32, 64, 128), tile) for kernel, tile in LAST_SUMS.items()}
 TARGET = GPUTarget("cuda", 90, 32)
 # Arguments that are pointers to float32, and to tokens or weights in bfloat16. The others are strides and counts.
-FLOAT = {
-    "step",
-    "d_step",
-    "sums",
-    "parts",
-    "totals",
-    "factors",
-    "lse",
-    "delta",
-    "d_stepped",
-    "text_sums",
-    "text_factors",
-}
+FLOAT = {"step", "d_step", "sums", "parts", "totals", "factors", "lse", "delta", "d_stepped"}
 TOKENS = {"q", "k", "v", "out", "do", "dq", "dk", "dv", "first", "x", "y", "dx", "dy", "dn"}
-HALF = TOKENS | {
-    "w1",
-    "w2",
-    "w3",
-    "weight",
-    "bias",
-    "gain",
-    "first_gain",
-    "d_weights",
-    "d_weight",
-    "d_bias",
-    "text_q",
-    "text_k",
-    "text_v",
-    "text_out",
-}
+HALF = TOKENS | {"w1", "w2", "w3", "weight", "bias", "gain", "first_gain", "d_weights", "d_weight", "d_bias"}
 
 
 @dataclass(frozen=True)
@@ -85,8 +58,8 @@ class Occupancy:
         )
 
 
-def occupancy(kernel: str, tile: Tile, head_dim: int, rms: bool = False) -> Occupancy:
-    """Compile `kernel`, a key of EVERY_TILE, with a tile; `rms`: with RMS norms of q and k."""
+def occupancy(kernel: str, tile: Tile, head_dim: int, rms: bool = False, text: bool = False) -> Occupancy:
+    """Compile `kernel`, a key of EVERY_TILE, with a tile. rms: with RMS norms of q and k; text: with text tokens."""
     modules = (triton_kernels, triton_norms, triton_prepare, triton_finish, neighborhood_kernels)
     function = next(vars(module)[f"{kernel}_kernel"] for module in modules if f"{kernel}_kernel" in vars(module))
     constants = {"D": head_dim, "WIDTH": padded_width(head_dim), "BLOCK": tile.block}
@@ -96,7 +69,7 @@ def occupancy(kernel: str, tile: Tile, head_dim: int, rms: bool = False) -> Occu
         "CONV": True,
         "RMS": rms,
         "LAST": False,
-        "TEXT": False,
+        "TEXT": text,
         "EARLY": True,
     }
     constants |= {"WEIGHED": 3, "WINDOW": 5, "TILE": neighborhood.SQUARES[0], "SIDE": neighborhood.LARGEST_SIDE}
@@ -109,7 +82,9 @@ def occupancy(kernel: str, tile: Tile, head_dim: int, rms: bool = False) -> Occu
         signature[name] = _type(name, constants)
         if name in constants:
             constant[(place,)] = constants[name]
-        elif name in FLOAT | HALF or (name[:-1].endswith("_") and name[-1] in "bhn"):  # pointers and strides
+        elif name.removeprefix("text_") in FLOAT | HALF or (
+            name[:-1].endswith("_") and name[-1] in "bhn"
+        ):  # pointers and strides
             aligned[(place,)] = [["tt.divisibility", 16]]
     binary = triton.compile(ASTSource(function, signature, constant, aligned), target=TARGET, options=tile.options)
     registers, spilled_bytes = _resources(binary.asm["cubin"])
@@ -122,6 +97,7 @@ def _type(name: str, constants: dict) -> str:
         return "constexpr"
     if name in ("scale", "eps"):
         return "fp32"
+    name = name.removeprefix("text_")
     return "*fp32" if name in FLOAT else "*bf16" if name in HALF else "i32"
 
 
@@ -148,11 +124,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--width", nargs="*", type=int, default=[32, 64, 72, 128], help="head widths")
     parser.add_argument("--kernel", nargs="*", choices=list(EVERY_TILE), default=list(EVERY_TILE), help="these only")
     parser.add_argument("--rms", action="store_true", help="with RMS norms of q and k")
+    parser.add_argument("--text", action="store_true", help="with text tokens, in the kernels that take them")
     options = parser.parse_args(arguments)
     for head_dim in options.width:
         for kernel in options.kernel:
             tile = EVERY_TILE[kernel][padded_width(head_dim)]
-            print(f"{head_dim:>3}  {occupancy(kernel, tile, head_dim, options.rms)}  {tile}", flush=True)
+            print(f"{head_dim:>3}  {occupancy(kernel, tile, head_dim, options.rms, options.text)}  {tile}", flush=True)
 
 
 if __name__ == "__main__":

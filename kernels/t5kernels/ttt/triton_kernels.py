@@ -42,7 +42,7 @@ WIDTH is D padded to a power of two. What lies outside D or N is read as 0, whic
 import triton
 import triton.language as tl
 
-from t5kernels.tokens import COUNTS, after_previous, as_numbers, load_tokens, start_of_head, store_tokens
+from t5kernels.tokens import COUNTS, after_previous, load_tokens, own_share, own_tokens, start_of_head, store_tokens
 
 
 @triton.jit
@@ -169,14 +169,9 @@ def accumulate_kernel(
     b, h = index // H, index % H
     dtype = k.dtype.element_ty
     w1, w2, w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, HIDDEN)
-    if TEXT:
-        k_b, k_h, k_n = as_numbers(k_b, k_h, k_n)
-        v_b, v_h, v_n = as_numbers(v_b, v_h, v_n)
-        if part >= chunks:
-            k, v, N = text_k, text_v, T
-            k_b, k_h, k_n = as_numbers(tk_b, tk_h, tk_n)
-            v_b, v_h, v_n = as_numbers(tv_b, tv_h, tv_n)
-            part -= chunks
+    k, k_b, k_h, k_n = own_tokens(k, k_b, k_h, k_n, text_k, tk_b, tk_h, tk_n, part >= chunks, TEXT)
+    v, v_b, v_h, v_n = own_tokens(v, v_b, v_h, v_n, text_v, tv_b, tv_h, tv_n, part >= chunks, TEXT)
+    part, N = own_share(part, chunks, N, T, TEXT)
     k, v = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
     s1, s2, s3 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN)
     for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
@@ -211,14 +206,9 @@ def accumulate_last_kernel(
     b, h = index // H, index % H
     dtype = k.dtype.element_ty
     w1, w2, _w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, HIDDEN)
-    if TEXT:
-        k_b, k_h, k_n = as_numbers(k_b, k_h, k_n)
-        v_b, v_h, v_n = as_numbers(v_b, v_h, v_n)
-        if part >= chunks:
-            k, v, N = text_k, text_v, T
-            k_b, k_h, k_n = as_numbers(tk_b, tk_h, tk_n)
-            v_b, v_h, v_n = as_numbers(tv_b, tv_h, tv_n)
-            part -= chunks
+    k, k_b, k_h, k_n = own_tokens(k, k_b, k_h, k_n, text_k, tk_b, tk_h, tk_n, part >= chunks, TEXT)
+    v, v_b, v_h, v_n = own_tokens(v, v_b, v_h, v_n, text_v, tv_b, tv_h, tv_n, part >= chunks, TEXT)
+    part, N = own_share(part, chunks, N, T, TEXT)
     k, v = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
     s3 = _zeros(WIDTH, HIDDEN)
     for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
@@ -249,14 +239,9 @@ def apply_kernel(
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
     dtype = q.dtype.element_ty
-    if TEXT:
-        q_b, q_h, q_n = as_numbers(q_b, q_h, q_n)
-        o_b, o_h, o_n = as_numbers(o_b, o_h, o_n)
-        if part >= chunks:
-            q, out, N = text_q, text_out, T
-            q_b, q_h, q_n = as_numbers(tq_b, tq_h, tq_n)
-            o_b, o_h, o_n = as_numbers(to_b, to_h, to_n)
-            part -= chunks
+    q, q_b, q_h, q_n = own_tokens(q, q_b, q_h, q_n, text_q, tq_b, tq_h, tq_n, part >= chunks, TEXT)
+    out, o_b, o_h, o_n = own_tokens(out, o_b, o_h, o_n, text_out, to_b, to_h, to_n, part >= chunks, TEXT)
+    part, N = own_share(part, chunks, N, T, TEXT)
     q, out = start_of_head(q, b, h, q_b, q_h), start_of_head(out, b, h, o_b, o_h)
     if SLICES == 1:
         u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, 0, dtype, D, WIDTH, HIDDEN, LAST)

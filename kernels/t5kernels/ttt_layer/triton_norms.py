@@ -20,7 +20,16 @@ import triton
 import triton.language as tl
 
 from t5kernels.reductions import over_channels, over_tokens
-from t5kernels.tokens import COUNTS, after_previous, as_numbers, load_tokens, start_of_head, store_tokens, token_mask
+from t5kernels.tokens import (
+    COUNTS,
+    after_previous,
+    load_tokens,
+    own_share,
+    own_tokens,
+    start_of_head,
+    store_tokens,
+    token_mask,
+)
 
 # A program of the statistics writes so many rows: the sums of u - s and of (u - s)², and s.
 STATISTICS = tl.constexpr(3)
@@ -84,12 +93,12 @@ def statistics_kernel(
     after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
+    x, x_b, x_h, x_n = own_tokens(x, x_b, x_h, x_n, text_x, t_b, t_h, t_n, part >= chunks, TEXT)
     if TEXT:
-        x_b, x_h, x_n = as_numbers(x_b, x_h, x_n)
-        if part >= chunks:
-            x, gain, factors, N = text_x, text_gain, text_factors, T
-            x_b, x_h, x_n = as_numbers(t_b, t_h, t_n)
-            part -= chunks
+        is_text = part >= chunks
+        if is_text:
+            gain, factors = text_gain, text_factors
+    part, N = own_share(part, chunks, N, T, TEXT)
     x = start_of_head(x, b, h, x_b, x_h)
     if RMS:
         gains = load_row(gain, 0, D, WIDTH)

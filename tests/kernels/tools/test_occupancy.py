@@ -15,13 +15,17 @@ LINE = re.compile(r"(\d+)  (\w+) +registers +(\d+)  spilled +(\d+)  shared +(\d+
 LOOP_VALUES = {"prepare": 2 + 2, "prepare_backward": 3 + 12 + 4, "accumulate": 3, "apply_backward": 3}
 
 
-@pytest.fixture(scope="module")
-def occupancy():
+def printed(*options):
     """By head width and kernel, what the command prints, in a process where kernels are compiled, not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "t5kernels.tools.occupancy", "--width", "64", "72"]
+    command = [sys.executable, "-m", "t5kernels.tools.occupancy", *options]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     return {(int(width), kernel): tuple(map(int, rest)) for width, kernel, *rest in LINE.findall(output)}
+
+
+@pytest.fixture(scope="module")
+def occupancy():
+    return printed("--width", "64", "72")
 
 
 @pytest.mark.slow
@@ -37,3 +41,11 @@ def test_no_kernel_spills_more_than_it_did_and_all_fit_a_multiprocessor(occupanc
 def test_a_compiled_loop_hands_on_all_that_the_interpreted_one_does(occupancy):
     # The compiler leaves out names that take each other's values where they begin alike; the interpreter does not.
     assert {kernel: occupancy[64, kernel][-1] for kernel in LOOP_VALUES} == LOOP_VALUES
+
+
+@pytest.mark.slow
+def test_with_text_too_no_kernel_spills():
+    """The interpreter says nothing of whether a program can choose between the tokens of image and text."""
+    kernels = ["statistics", "accumulate", "accumulate_last", "apply"]
+    with_text = printed("--width", "64", "--rms", "--text", "--kernel", *kernels)
+    assert {kernel: spilled for (_, kernel), (_, spilled, *_) in with_text.items()} == dict.fromkeys(kernels, 0)
