@@ -6,7 +6,6 @@ One Prefect server, a work pool for each folder, one MLflow server, and a DVC re
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,21 +14,13 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
+from small_deployments import DEPLOYMENTS, free_port
 from tracking_server import tracking_server
 
 from flows import services
 from tests.conftest import SmallRepo
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.slow, pytest.mark.xdist_group("services")]
-DEPLOYMENTS = """
-name: t5
-pull: null
-deployments:
-  - name: convert-vit
-    entrypoint: flows/t5.py:t5
-    parameters: {target: small}
-    work_pool: {name: local}
-"""
 FLOW = "from flows import elsewhere; elsewhere.LOST = 2; from flows.t5 import t5; t5('small', {'convert': 'gpu'})"
 
 
@@ -42,9 +33,7 @@ def here(make_small_repo, tmp_path_factory, empty_mlflow):
     repo.run("dvc", "remote", "add", "--default", "team", str(place / "remote"))
     repo.git("add", "-A")
     repo.git("commit", "-qm", "two machines")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with (
         tracking_server(place, empty_mlflow / "mlflow.db") as (address, process),
         pytest.MonkeyPatch.context() as patch,

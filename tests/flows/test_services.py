@@ -1,33 +1,21 @@
 """Server, worker and deployments in the background, as `make up` and `make down` drive them."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
+from small_deployments import DEPLOYMENTS, free_port
 
 from flows import services
 from t5lib.utils.errors import T5Error
 
-DEPLOYMENTS = """
-name: t5
-pull: null
-deployments:
-  - name: convert-vit
-    entrypoint: flows/t5.py:t5
-    parameters: {target: small}
-    work_pool: {name: local}
-"""
-
 
 @pytest.fixture
 def port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture
