@@ -9,7 +9,7 @@ only. Shapes: B batch, H heads, N tokens, D head width.
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -194,8 +194,13 @@ def stream_of(x: Tensor) -> int:
 
 
 def padded_width(head_dim: int) -> int:
-    """The head width as the kernels see it, a key of every table of tiles."""
+    """The head width as kernels see it that take a power of two."""
     return max(32, 1 << (head_dim - 1).bit_length())
+
+
+def padded_to(widths: Iterable[int], head_dim: int) -> int:
+    """The smallest of the widths, the keys of a table of tiles, into which a head fits."""
+    return min(width for width in widths if width >= head_dim)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -17,9 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from t5kernels.launch import Tile, padded_width
+from t5kernels.launch import Tile, padded_to, padded_width
 from t5kernels.neighborhood import triton as neighborhood
 from t5kernels.neighborhood import triton_kernels as neighborhood_kernels
+from t5kernels.ttt import triton as ttt
 from t5kernels.ttt import triton_kernels
 from t5kernels.ttt_layer import triton as ttt_layer
 from t5kernels.ttt_layer import triton_finish, triton_norms, triton_prepare
@@ -63,6 +64,8 @@ def occupancy(kernel: str, tile: Tile, head_dim: int, rms: bool = False, text: b
     modules = (triton_kernels, triton_norms, triton_prepare, triton_finish, neighborhood_kernels)
     function = next(vars(module)[f"{kernel}_kernel"] for module in modules if f"{kernel}_kernel" in vars(module))
     constants = {"D": head_dim, "WIDTH": padded_width(head_dim), "BLOCK": tile.block}
+    if kernel in ttt.TILES:
+        constants["WIDTH"], constants["REST"] = ttt.groups_of(padded_to(ttt.TILES[kernel], head_dim))
     constants |= {
         "STAGES": tile.stages,
         "NORM": True,
@@ -128,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for head_dim in options.width:
         for kernel in options.kernel:
-            tile = EVERY_TILE[kernel][padded_width(head_dim)]
+            tile = EVERY_TILE[kernel][padded_to(EVERY_TILE[kernel], head_dim)]
             print(f"{head_dim:>3}  {occupancy(kernel, tile, head_dim, options.rms, options.text)}  {tile}", flush=True)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t5kernels.launch import Tile, padded_width
+from t5kernels.launch import Tile, padded_to
 from t5kernels.tools.bench import bandwidth, median_ms, surroundings, write
 from t5kernels.tools.cases import CASES, Case, Inputs
 from t5kernels.ttt import triton as ttt
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append(row)
             write(options.out, report)
 
-        tiles = sweep(kernel, call, padded_width(case.width), record)
+        tiles = sweep(kernel, call, padded_to(EVERY_TILE[kernel], case.width), record)
         print(f"{kernel}, {case}; one pass over a tensor of tokens takes {tensor_ms:.4f} ms")
         for place, row in enumerate(tiles):
             if place < TILES_TO_SHOW or row["in_use"]:

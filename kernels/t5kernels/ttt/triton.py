@@ -23,42 +23,54 @@ from t5kernels.launch import (
     launch,
     like_tokens,
     lying_alike,
-    padded_width,
+    padded_to,
     sum_over_chunks,
 )
 from t5kernels.ops import differentiable, op
 from t5kernels.ttt import triton_kernels as kernels
 
-# By kernel, then by the head width padded to a power of two; 16-bit tokens on a card of the H100's size.
+# By kernel, then by the head width padded to what `groups_of` can split; 16-bit tokens on a card of the H100's size.
 TILES = {
     "accumulate": {
         32: Tile(hidden=32, block=64, warps=4, stages=3, resident=3),
         64: Tile(hidden=64, block=64, warps=4, stages=3, resident=2),
+        80: Tile(hidden=64, block=64, warps=4, stages=2, resident=2),
+        96: Tile(hidden=64, block=64, warps=4, stages=2, resident=2),
         128: Tile(hidden=64, block=64, warps=8, resident=1),
     },
     "accumulate_last": {
         32: Tile(hidden=32, block=64, warps=4, stages=3, resident=4),
         64: Tile(hidden=64, block=64, warps=4, stages=3, resident=3),
+        80: Tile(hidden=64, block=64, warps=4, stages=2, resident=2),
+        96: Tile(hidden=64, block=64, warps=4, stages=2, resident=2),
         128: Tile(hidden=64, block=64, warps=8, stages=2, resident=1),
     },
     "apply": {
         32: Tile(hidden=32, block=64, warps=4, stages=2, resident=4),
         64: Tile(hidden=64, block=128, warps=8, stages=3, resident=2),
+        80: Tile(hidden=128, block=64, warps=4, stages=2, resident=2),
+        96: Tile(hidden=128, block=64, warps=4, stages=2, resident=2),
         128: Tile(hidden=128, block=64, warps=4, stages=2, resident=1),
     },
     "apply_backward": {
         32: Tile(hidden=32, block=64, warps=4, stages=2, resident=2),
         64: Tile(hidden=64, block=64, warps=4, stages=3, resident=2),
+        80: Tile(hidden=64, block=64, warps=8, stages=2, resident=1),
+        96: Tile(hidden=64, block=64, warps=8, stages=2, resident=1),
         128: Tile(hidden=64, block=32, warps=8, resident=1),
     },
     "accumulate_backward": {
         32: Tile(hidden=32, block=64, warps=4, resident=2),
         64: Tile(hidden=64, block=128, warps=8, stages=2, resident=1),
+        80: Tile(hidden=32, block=64, warps=8, stages=2, resident=1),
+        96: Tile(hidden=32, block=64, warps=8, stages=2, resident=1),
         128: Tile(hidden=32, block=32, warps=8, resident=1),
     },
     "accumulate_last_backward": {
         32: Tile(hidden=32, block=64, warps=4, stages=2, resident=3),
         64: Tile(hidden=64, block=32, warps=4, stages=2, resident=2),
+        80: Tile(hidden=64, block=64, warps=8, stages=2, resident=1),
+        96: Tile(hidden=64, block=64, warps=8, stages=2, resident=1),
         128: Tile(hidden=64, block=32, warps=8, resident=1),
     },
 }
@@ -83,7 +95,7 @@ def launch_accumulate(
     first = tokens[0][0]
     B, H, _, D = first.shape
     name, kernel = _kernel_of("accumulate{}", steps)
-    width, tile, slices = _tile_for(name, first)
+    widths, tile, slices = _tile_for(name, first)
     keys, values = (lying_alike(each) for each in zip(*tokens, strict=True))
     chunk, chunks = chunks_of_parts(keys, tile, B * H * slices)
     sums = first.new_empty(B * H, sum(chunks), steps, D, D, dtype=torch.float32)
@@ -93,7 +105,7 @@ def launch_accumulate(
         *(k, v, text_k, text_v, *contiguous(*weights), sums),
         *(*k.stride(), *v.stride(), *text_k.stride()[:3], *text_v.stride()[:3]),
         *(H, k.shape[2], text_k.shape[2], chunk, chunks[0], sum(chunks), scale),
-        *(D, width, tile.hidden, tile.block, len(tokens) > 1),
+        *(D, *widths, tile.hidden, tile.block, len(tokens) > 1),
     )
     return sum_over_chunks(sums).view(B, H, steps, D, D)
 
@@ -103,7 +115,7 @@ def launch_apply(queries: Sequence[Tensor], weights: Sequence[Tensor], step: Ten
     queries = lying_alike(queries)
     q, text_q = queries[0], queries[-1]
     B, H, N, D = q.shape
-    width, tile, slices = _tile_for("apply", q)
+    widths, tile, slices = _tile_for("apply", q)
     chunk, chunks = chunks_of_parts(queries, tile, B * H)
     outs = [like_tokens(each) for each in queries]
     launch(
@@ -111,7 +123,7 @@ def launch_apply(queries: Sequence[Tensor], weights: Sequence[Tensor], step: Ten
         *(q, text_q, *contiguous(*weights, step), outs[0], outs[-1]),
         *(*q.stride(), *text_q.stride()[:3], *outs[0].stride(), *outs[-1].stride()[:3]),
         *(H, N, text_q.shape[2], chunk, chunks[0]),
-        *(D, width, tile.hidden, tile.block, slices, step.shape[2] == 1, len(queries) > 1),
+        *(D, *widths, tile.hidden, tile.block, slices, step.shape[2] == 1, len(queries) > 1),
     )
     return outs
 
@@ -126,7 +138,7 @@ def launch_apply_backward(
     """
     first = tokens[0][1]
     B, H, _, D = first.shape
-    width, tile, slices = _tile_for("apply_backward", first)
+    widths, tile, slices = _tile_for("apply_backward", first)
     shares = [chunks_of(q, tile, B * H)[:2] for _, q in tokens]
     capacity = sum(chunks for _, chunks in shares)
     sums = first.new_empty(B * H, capacity, 3, D, D, dtype=torch.float32)
@@ -138,7 +150,7 @@ def launch_apply_backward(
             *(d_out, q, *contiguous(*weights, step), dq, sums[:, free:]),
             *(*d_out.stride(), *q.stride(), *dq.stride()),
             *(H, q.shape[2], chunk, capacity),
-            *(D, width, tile.hidden, tile.block, slices, step.shape[2] == 1),
+            *(D, *widths, tile.hidden, tile.block, slices, step.shape[2] == 1),
         )
         gradients.append(dq)
         free += chunks
@@ -159,7 +171,7 @@ def launch_accumulate_backward(
     B, H, N, D = k.shape
     steps = d_step.shape[2]
     name, kernel = _kernel_of("accumulate{}_backward", steps)
-    width, tile, slices = _tile_for(name, k)
+    widths, tile, slices = _tile_for(name, k)
     chunk, chunks, images = chunks_of(k, tile, H, B)
     groups = ceil_div(B, images)
     dk, dv = like_tokens(k), like_tokens(v)
@@ -169,7 +181,7 @@ def launch_accumulate_backward(
         *(d_step, k, v, *contiguous(*weights), dk, dv, sums),
         *(*k.stride(), *v.stride(), *dk.stride(), *dv.stride()),
         *(B, H, N, images, chunk, scale, *([d_step.stride(1)] if steps == 1 else [])),
-        *(D, width, tile.hidden, tile.block, slices),
+        *(D, *widths, tile.hidden, tile.block, slices),
     )
     return dk, dv, sums
 
@@ -276,9 +288,16 @@ def _in_dtypes(gradients: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return [g.to(w.dtype) for g, w in zip(gradients.unbind(0), weights, strict=False)]
 
 
-def _tile_for(kernel: str, x: Tensor) -> tuple[int, Tile, int]:
-    """The padded head width, the tile, and how many slices it makes of the hidden width."""
+def _tile_for(kernel: str, x: Tensor) -> tuple[tuple[int, int], Tile, int]:
+    """The widths of the groups of a head's channels, the tile, and how many slices it makes of the hidden width."""
     D = x.shape[3]
-    width = padded_width(D)
-    tile = SAFE_TILE if x.dtype == torch.float32 or lacks_shared_memory(x) else TILES[kernel][width]
-    return width, tile, ceil_div(D, tile.hidden)
+    tiles = TILES[kernel]
+    width = padded_to(tiles, D)
+    tile = SAFE_TILE if x.dtype == torch.float32 or lacks_shared_memory(x) else tiles[width]
+    return groups_of(width), tile, ceil_div(D, tile.hidden)
+
+
+def groups_of(width: int) -> tuple[int, int]:
+    """A width of a head in TILES as the kernels take it: a power of two, and the power of two that is left, or 0."""
+    first = 1 << (width.bit_length() - 1)
+    return first, width - first

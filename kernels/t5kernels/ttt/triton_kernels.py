@@ -42,24 +42,30 @@ WIDTH is D padded to a power of two. What lies outside D or N is read as 0, whic
 import triton
 import triton.language as tl
 
-from t5kernels.tokens import COUNTS, after_previous, load_tokens, own_share, own_tokens, start_of_head, store_tokens
-
-
-@triton.jit
-def _dot(a, b):
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def _add_dot(total, a, b):
-    """total + a b, in one instruction where a tile is large enough."""
-    return tl.dot(a, b, total, input_precision="ieee")
+from t5kernels.tokens import COUNTS, after_previous, own_share, own_tokens, start_of_head
+from t5kernels.ttt.triton_groups import (
+    add_dot_columns,
+    add_dot_rows,
+    added,
+    cast,
+    dot_channels,
+    load_channels,
+    load_columns,
+    load_rows,
+    scaled,
+    store_channels,
+    store_columns,
+    store_rows,
+    transposed,
+    zero_columns,
+    zero_rows,
+)
 
 
 @triton.jit
 def _sigmoid(z, dtype):
-    # It is written out, as tl.zeros is by tl.full, because Triton's own functions are interpreted only if
-    # TRITON_INTERPRET was set when Triton was imported.
+    # It is written out because Triton's own function is interpreted only if TRITON_INTERPRET was set when Triton was
+    # imported.
     if dtype == tl.float32:
         return 1 / (1 + tl.exp(-z))
     if dtype == tl.bfloat16:
@@ -81,75 +87,89 @@ def _silu(z, dtype):
 
 
 @triton.jit
-def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    return tl.full((ROWS, COLUMNS), 0.0, tl.float32)
+def _load_matrices(
+    x1, x2, x3, offset, tile, D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr
+):
+    """A slice of three D x D matrices, each `offset` numbers on: columns of the first two, rows of the third."""
+    return (
+        load_columns(x1 + offset, tile, D, WIDTH, REST, HIDDEN),
+        load_columns(x2 + offset, tile, D, WIDTH, REST, HIDDEN),
+        load_rows(x3 + offset, tile, D, WIDTH, REST, HIDDEN),
+    )
 
 
 @triton.jit
-def _weight_offsets(tile, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
-    """Offsets and masks of a slice of a contiguous D x D matrix: columns (WIDTH, HIDDEN), rows (HIDDEN, WIDTH)."""
-    wide, hidden = tl.arange(0, WIDTH), tile * HIDDEN + tl.arange(0, HIDDEN)
-    columns = wide[:, None] * D + hidden[None, :]
-    rows = hidden[:, None] * D + wide[None, :]
-    in_columns = (wide < D)[:, None] & (hidden < D)[None, :]
-    in_rows = (hidden < D)[:, None] & (wide < D)[None, :]
-    return columns, in_columns, rows, in_rows
-
-
-@triton.jit
-def _load_weights(w1, w2, w3, h, tile, dtype, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+def _load_weights(
+    w1, w2, w3, h, tile, dtype, D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr
+):
     """A slice of a head's inner weights."""
-    columns, in_columns, rows, in_rows = _weight_offsets(tile, D, WIDTH, HIDDEN)
-    h *= D * D
-    return (
-        tl.load(w1 + h + columns, in_columns, other=0.0).to(dtype),
-        tl.load(w2 + h + columns, in_columns, other=0.0).to(dtype),
-        tl.load(w3 + h + rows, in_rows, other=0.0).to(dtype),
-    )
+    w1, w2, w3 = _load_matrices(w1, w2, w3, h * (D * D), tile, D, WIDTH, REST, HIDDEN)
+    return cast(w1, dtype), cast(w2, dtype), cast(w3, dtype)
 
 
 @triton.jit
-def _load_triple(x, index, tile, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+def _load_triple(x, index, tile, D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr):
     """A slice of the matrices 3 index, 3 index + 1, 3 index + 2 of x, a contiguous stack of D x D."""
-    columns, in_columns, rows, in_rows = _weight_offsets(tile, D, WIDTH, HIDDEN)
-    x += index.to(tl.int64) * (3 * D * D)
-    return (
-        tl.load(x + columns, in_columns, other=0.0),
-        tl.load(x + D * D + columns, in_columns, other=0.0),
-        tl.load(x + 2 * D * D + rows, in_rows, other=0.0),
-    )
+    offset = index.to(tl.int64) * (3 * D * D)
+    return _load_matrices(x, x + D * D, x + 2 * D * D, offset, tile, D, WIDTH, REST, HIDDEN)
 
 
 @triton.jit
-def _store_triple(x, index, tile, x1, x2, x3, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+def _store_triple(
+    x, index, tile, x1, x2, x3, D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr
+):
     """Write x1, x2, x3 where `_load_triple` reads."""
-    columns, in_columns, rows, in_rows = _weight_offsets(tile, D, WIDTH, HIDDEN)
     x += index.to(tl.int64) * (3 * D * D)
-    tl.store(x + columns, x1, in_columns)
-    tl.store(x + D * D + columns, x2, in_columns)
-    tl.store(x + 2 * D * D + rows, x3, in_rows)
-
-
-@triton.jit
-def _load_rows(x, index, tile, D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
-    """A slice of the rows of matrix `index` of x, a contiguous stack of D x D."""
-    _, _, rows, in_rows = _weight_offsets(tile, D, WIDTH, HIDDEN)
-    return tl.load(x + index.to(tl.int64) * (D * D) + rows, in_rows, other=0.0)
+    store_columns(x, x1, tile, D, WIDTH, REST, HIDDEN)
+    store_columns(x + D * D, x2, tile, D, WIDTH, REST, HIDDEN)
+    store_rows(x + 2 * D * D, x3, tile, D, WIDTH, REST, HIDDEN)
 
 
 @triton.jit
 def _load_stepped(
     w1, w2, w3, step, h, index, tile, dtype,
-    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, LAST: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """A slice of U = W - G, subtracted in float32. With LAST, step holds G3 alone."""
-    w1, w2, w3 = _load_weights(w1, w2, w3, h, tile, tl.float32, D, WIDTH, HIDDEN)
+    w1, w2, w3 = _load_weights(w1, w2, w3, h, tile, tl.float32, D, WIDTH, REST, HIDDEN)
     if LAST:
-        w3 -= _load_rows(step, index, tile, D, WIDTH, HIDDEN)
+        g3 = load_rows(step + index.to(tl.int64) * (D * D), tile, D, WIDTH, REST, HIDDEN)
     else:
-        g1, g2, g3 = _load_triple(step, index, tile, D, WIDTH, HIDDEN)
-        w1, w2, w3 = w1 - g1, w2 - g2, w3 - g3
-    return w1.to(dtype), w2.to(dtype), w3.to(dtype)
+        g1, g2, g3 = _load_triple(step, index, tile, D, WIDTH, REST, HIDDEN)
+        w1, w2 = added(w1, scaled(g1, -1)), added(w2, scaled(g2, -1))
+    w3 = added(w3, scaled(g3, -1))
+    return cast(w1, dtype), cast(w2, dtype), cast(w3, dtype)
+
+
+@triton.jit
+def _to_hidden(x, w, TURNED: tl.constexpr):
+    """x w, (BLOCK, HIDDEN), for x (BLOCK, channels) and w (channels, HIDDEN); with TURNED its transpose."""
+    if TURNED:
+        product = dot_channels(transposed(w), transposed(x))
+    else:
+        product = dot_channels(x, w)
+    return product
+
+
+@triton.jit
+def _add_sum(total, x, m, TURNED: tl.constexpr):
+    """total + x^T m, (channels, HIDDEN), for x (BLOCK, channels) and m (BLOCK, HIDDEN); with TURNED m, total and the
+    result are transposes."""
+    if TURNED:
+        total = add_dot_rows(total, m, x)
+    else:
+        total = add_dot_columns(total, transposed(x), m)
+    return total
+
+
+@triton.jit
+def _zero_sum(HIDDEN: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, TURNED: tl.constexpr):
+    """What `_add_sum` starts with."""
+    if TURNED:
+        total = zero_rows(HIDDEN, WIDTH, REST)
+    else:
+        total = zero_columns(HIDDEN, WIDTH, REST)
+    return total
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -157,39 +177,44 @@ def accumulate_kernel(
     k, v, text_k, text_v, w1, w2, w3, sums,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, tk_b, tk_h, tk_n, tv_b, tv_h, tv_n,
     H, N, T, chunk, chunks, capacity, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     TEXT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The launch grid is (B·H, chunks of `chunk` tokens, slices). sums: (B·H, capacity, 3, D, D) float32.
 
     With TEXT the `chunks` of the image are followed by those of the text's T tokens, whose channels lie as the image's.
     """
+    TURNED: tl.constexpr = REST > 0
     after_previous(EARLY)
     index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = index // H, index % H
     dtype = k.dtype.element_ty
-    w1, w2, w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, HIDDEN)
+    w1, w2, w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, REST, HIDDEN)
     k, k_b, k_h, k_n = own_tokens(k, k_b, k_h, k_n, text_k, tk_b, tk_h, tk_n, part >= chunks, TEXT)
     v, v_b, v_h, v_n = own_tokens(v, v_b, v_h, v_n, text_v, tv_b, tv_h, tv_n, part >= chunks, TEXT)
     part, N = own_share(part, chunks, N, T, TEXT)
     k, v = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
-    s1, s2, s3 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN)
+    zero = _zero_sum(HIDDEN, WIDTH, REST, TURNED)
+    s1, s2, s3 = zero, zero, zero
     for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
-        values = load_tokens(v, start, v_n, v_d, N, D, WIDTH, BLOCK)
-        keys = load_tokens(k, start, k_n, k_d, N, D, WIDTH, BLOCK)
-        z1, z2 = _dot(keys, w1), _dot(keys, w2)
-        r = _dot(values, tl.trans(w3))
+        values = load_channels(v, start, v_n, v_d, N, D, WIDTH, REST, BLOCK)
+        keys = load_channels(k, start, k_n, k_d, N, D, WIDTH, REST, BLOCK)
+        z1, z2 = _to_hidden(keys, w1, TURNED), _to_hidden(keys, w2, TURNED)
+        r = _to_hidden(values, transposed(w3), TURNED)
         gate, slope, _ = _silu(z1, dtype)
         m1, m2 = (r * z2 * slope).to(dtype), (r * gate).to(dtype)
         a = (gate * z2).to(dtype)
-        keys = tl.trans(keys)
-        s1 = _add_dot(s1, keys, m1)
-        s2 = _add_dot(s2, keys, m2)
-        s3 = _add_dot(s3, tl.trans(values), a)
-    # The third sum is transposed: that keeps the tensor cores' instructions in flight (ptxas: C7515).
-    g1, g2, g3 = -scale * s1, -scale * s2, -scale * tl.trans(s3)
+        s1 = _add_sum(s1, keys, m1, TURNED)
+        s2 = _add_sum(s2, keys, m2, TURNED)
+        s3 = _add_sum(s3, values, a, TURNED)
+    if TURNED:
+        s1, s2 = transposed(s1), transposed(s2)
+    else:
+        # The third sum is transposed: that keeps the tensor cores' instructions in flight (ptxas: C7515).
+        s3 = transposed(s3)
+    g1, g2, g3 = scaled(s1, -scale), scaled(s2, -scale), scaled(s3, -scale)
     place = index * capacity + tl.program_id(1)  # fewer registers than with the number of programs
-    _store_triple(sums, place, tile, g1, g2, g3, D, WIDTH, HIDDEN)
+    _store_triple(sums, place, tile, g1, g2, g3, D, WIDTH, REST, HIDDEN)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -197,29 +222,31 @@ def accumulate_last_kernel(
     k, v, text_k, text_v, w1, w2, w3, sums,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, tk_b, tk_h, tk_n, tv_b, tv_h, tv_n,
     H, N, T, chunk, chunks, capacity, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     TEXT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`accumulate_kernel` where W3 alone steps: sums (B·H, capacity, 1, D, D)."""
+    TURNED: tl.constexpr = REST > 0
     after_previous(EARLY)
     index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = index // H, index % H
     dtype = k.dtype.element_ty
-    w1, w2, _w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, HIDDEN)
+    w1, w2, _w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, REST, HIDDEN)
     k, k_b, k_h, k_n = own_tokens(k, k_b, k_h, k_n, text_k, tk_b, tk_h, tk_n, part >= chunks, TEXT)
     v, v_b, v_h, v_n = own_tokens(v, v_b, v_h, v_n, text_v, tv_b, tv_h, tv_n, part >= chunks, TEXT)
     part, N = own_share(part, chunks, N, T, TEXT)
     k, v = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
-    s3 = _zeros(WIDTH, HIDDEN)
+    s3 = _zero_sum(HIDDEN, WIDTH, REST, TURNED)
     for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
-        values = load_tokens(v, start, v_n, v_d, N, D, WIDTH, BLOCK)
-        keys = load_tokens(k, start, k_n, k_d, N, D, WIDTH, BLOCK)
-        z1, z2 = _dot(keys, w1), _dot(keys, w2)
+        values = load_channels(v, start, v_n, v_d, N, D, WIDTH, REST, BLOCK)
+        keys = load_channels(k, start, k_n, k_d, N, D, WIDTH, REST, BLOCK)
+        z1, z2 = _to_hidden(keys, w1, TURNED), _to_hidden(keys, w2, TURNED)
         a = (z1 * _sigmoid(z1, dtype) * z2).to(dtype)
-        s3 = _add_dot(s3, tl.trans(values), a)
-    _, _, rows, in_rows = _weight_offsets(tile, D, WIDTH, HIDDEN)
+        s3 = _add_sum(s3, values, a, TURNED)
+    if not TURNED:
+        s3 = transposed(s3)
     sums += (index * capacity + tl.program_id(1)).to(tl.int64) * (D * D)
-    tl.store(sums + rows, -scale * tl.trans(s3), in_rows)
+    store_rows(sums, scaled(s3, -scale), tile, D, WIDTH, REST, HIDDEN)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -227,7 +254,7 @@ def apply_kernel(
     q, text_q, w1, w2, w3, step, out, text_out,
     q_b, q_h, q_n, q_d, tq_b, tq_h, tq_n, o_b, o_h, o_n, o_d, to_b, to_h, to_n,
     H, N, T, chunk, chunks,
-    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     SLICES: tl.constexpr, LAST: tl.constexpr, TEXT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The launch grid is (B·H, chunks of `chunk` tokens), and a program goes through all SLICES. With TEXT the `chunks`
@@ -244,17 +271,17 @@ def apply_kernel(
     part, N = own_share(part, chunks, N, T, TEXT)
     q, out = start_of_head(q, b, h, q_b, q_h), start_of_head(out, b, h, o_b, o_h)
     if SLICES == 1:
-        u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, 0, dtype, D, WIDTH, HIDDEN, LAST)
+        u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, 0, dtype, D, WIDTH, REST, HIDDEN, LAST)
     for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
-        queries = load_tokens(q, start, q_n, q_d, N, D, WIDTH, BLOCK)
-        o = _zeros(BLOCK, WIDTH)
+        queries = load_channels(q, start, q_n, q_d, N, D, WIDTH, REST, BLOCK)
+        o = zero_rows(BLOCK, WIDTH, REST)
         for tile in tl.static_range(SLICES):
             if SLICES > 1:
-                u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, HIDDEN, LAST)
-            y1, y2 = _dot(queries, u1), _dot(queries, u2)
+                u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, REST, HIDDEN, LAST)
+            y1, y2 = dot_channels(queries, u1), dot_channels(queries, u2)
             hidden = y1 * _sigmoid(y1, dtype) * y2
-            o = _add_dot(o, hidden.to(dtype), u3)
-        store_tokens(out, o, start, o_n, o_d, N, D, WIDTH, BLOCK)
+            o = add_dot_rows(o, hidden.to(dtype), u3)
+        store_channels(out, o, start, o_n, o_d, N, D, WIDTH, REST, BLOCK)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -262,7 +289,7 @@ def apply_backward_kernel(
     do, q, w1, w2, w3, step, dq, sums,
     do_b, do_h, do_n, do_d, q_b, q_h, q_n, q_d, dq_b, dq_h, dq_n, dq_d,
     H, N, chunk, capacity,
-    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     SLICES: tl.constexpr, LAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The launch grid is (B·H, chunks). dq: (B, H, N, D).
@@ -276,24 +303,28 @@ def apply_backward_kernel(
     do, q = start_of_head(do, b, h, do_b, do_h), start_of_head(q, b, h, q_b, q_h)
     dq = start_of_head(dq, b, h, dq_b, dq_h)
     for tile in range(SLICES):
-        u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, HIDDEN, LAST)
-        s1, s2, s3 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN)
+        u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, REST, HIDDEN, LAST)
+        zero = zero_columns(HIDDEN, WIDTH, REST)
+        s1, s2, s3 = zero, zero, zero
         for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
-            grads = load_tokens(do, start, do_n, do_d, N, D, WIDTH, BLOCK)
-            queries = load_tokens(q, start, q_n, q_d, N, D, WIDTH, BLOCK)
-            y1, y2 = _dot(queries, u1), _dot(queries, u2)
-            dh = _dot(grads, tl.trans(u3))
+            grads = load_channels(do, start, do_n, do_d, N, D, WIDTH, REST, BLOCK)
+            queries = load_channels(q, start, q_n, q_d, N, D, WIDTH, REST, BLOCK)
+            y1, y2 = dot_channels(queries, u1), dot_channels(queries, u2)
+            dh = dot_channels(grads, transposed(u3))
             gate, slope, _ = _silu(y1, dtype)
             dy1, dy2 = (dh * y2 * slope).to(dtype), (dh * gate).to(dtype)
-            s3 = _add_dot(s3, tl.trans(grads), (gate * y2).to(dtype))
-            dq_tile = _add_dot(_dot(dy1, tl.trans(u1)), dy2, tl.trans(u2))
+            s3 = add_dot_columns(s3, transposed(grads), (gate * y2).to(dtype))
+            dq_tile = add_dot_rows(zero_rows(BLOCK, WIDTH, REST), dy1, transposed(u1))
+            dq_tile = add_dot_rows(dq_tile, dy2, transposed(u2))
             if tile > 0:
-                dq_tile += load_tokens(dq, start, dq_n, dq_d, N, D, WIDTH, BLOCK).to(tl.float32)
-            store_tokens(dq, dq_tile, start, dq_n, dq_d, N, D, WIDTH, BLOCK)
-            queries = tl.trans(queries)
-            s1 = _add_dot(s1, queries, dy1)
-            s2 = _add_dot(s2, queries, dy2)
-        _store_triple(sums, index * capacity + part, tile, -s1, -s2, -tl.trans(s3), D, WIDTH, HIDDEN)
+                before = load_channels(dq, start, dq_n, dq_d, N, D, WIDTH, REST, BLOCK)
+                dq_tile = added(dq_tile, cast(before, tl.float32))
+            store_channels(dq, dq_tile, start, dq_n, dq_d, N, D, WIDTH, REST, BLOCK)
+            queries = transposed(queries)
+            s1 = add_dot_columns(s1, queries, dy1)
+            s2 = add_dot_columns(s2, queries, dy2)
+        s1, s2, s3 = scaled(s1, -1), scaled(s2, -1), scaled(transposed(s3), -1)
+        _store_triple(sums, index * capacity + part, tile, s1, s2, s3, D, WIDTH, REST, HIDDEN)
         tl.debug_barrier()  # the next slice adds to dq, perhaps by other threads
 
 
@@ -302,7 +333,7 @@ def accumulate_backward_kernel(
     d_step, k, v, w1, w2, w3, dk, dv, sums,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
     B, H, N, images, chunk, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     SLICES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The launch grid is (H · groups of `images` images, chunks): a program sums dW over a group of images.
@@ -313,48 +344,53 @@ def accumulate_backward_kernel(
     part, group, h = tl.program_id(1), tl.program_id(0) // H, tl.program_id(0) % H
     dtype = k.dtype.element_ty
     for tile in range(SLICES):
-        w1_, w2_, w3_ = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, HIDDEN)
-        s1, s2, s3 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN), _zeros(HIDDEN, WIDTH)
+        w1_, w2_, w3_ = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, REST, HIDDEN)
+        s1, s2 = zero_columns(HIDDEN, WIDTH, REST), zero_columns(HIDDEN, WIDTH, REST)
+        s3 = zero_rows(HIDDEN, WIDTH, REST)
         for image in range(tl.minimum(images, B - group * images)):
             b = group * images + image
             index = b * H + h
-            e1, e2, e3 = _load_triple(d_step, index, tile, D, WIDTH, HIDDEN)
-            e1, e2, e3 = (-scale * e1).to(dtype), (-scale * e2).to(dtype), (-scale * e3).to(dtype)
+            e1, e2, e3 = _load_triple(d_step, index, tile, D, WIDTH, REST, HIDDEN)
+            e1, e2, e3 = cast(scaled(e1, -scale), dtype), cast(scaled(e2, -scale), dtype), cast(scaled(e3, -scale), dtype)
             k_, v_ = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
             dk_, dv_ = start_of_head(dk, b, h, dk_b, dk_h), start_of_head(dv, b, h, dv_b, dv_h)
             for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
-                values = load_tokens(v_, start, v_n, v_d, N, D, WIDTH, BLOCK)
-                keys = load_tokens(k_, start, k_n, k_d, N, D, WIDTH, BLOCK)
-                z1, z2 = _dot(keys, w1_), _dot(keys, w2_)
-                r = _dot(values, tl.trans(w3_))
+                values = load_channels(v_, start, v_n, v_d, N, D, WIDTH, REST, BLOCK)
+                keys = load_channels(k_, start, k_n, k_d, N, D, WIDTH, REST, BLOCK)
+                z1, z2 = dot_channels(keys, w1_), dot_channels(keys, w2_)
+                r = dot_channels(values, transposed(w3_))
                 gate, slope, bend = _silu(z1, dtype)
                 # The order of what follows keeps the fewest values in registers.
                 m1, m2, a = (r * z2 * slope).to(dtype), (r * gate).to(dtype), (gate * z2).to(dtype)
-                da = _dot(values, tl.trans(e3))
+                da = dot_channels(values, transposed(e3))
                 dz1, dz2 = da * z2, da * gate
-                dm2 = _dot(keys, e2)
+                dm2 = dot_channels(keys, e2)
                 dr = dm2 * gate
                 dz1 = (dz1 + dm2 * r) * slope
-                dm1 = _dot(keys, e1)
+                dm1 = dot_channels(keys, e1)
                 dr = (dr + dm1 * z2 * slope).to(dtype)
                 dm1 *= r
                 dz1 = (dz1 + dm1 * z2 * bend).to(dtype)
                 dz2 = (dz2 + dm1 * slope).to(dtype)
 
-                s3 = _add_dot(s3, tl.trans(dr), values)
-                dv_tile = _add_dot(_dot(a, e3), dr, w3_)
+                s3 = add_dot_rows(s3, tl.trans(dr), values)
+                dv_tile = add_dot_rows(add_dot_rows(zero_rows(BLOCK, WIDTH, REST), a, e3), dr, w3_)
                 if tile > 0:
-                    dv_tile += load_tokens(dv_, start, dv_n, dv_d, N, D, WIDTH, BLOCK).to(tl.float32)
-                store_tokens(dv_, dv_tile, start, dv_n, dv_d, N, D, WIDTH, BLOCK)
-                dk_tile = _add_dot(_dot(m1, tl.trans(e1)), m2, tl.trans(e2))
-                dk_tile = _add_dot(_add_dot(dk_tile, dz1, tl.trans(w1_)), dz2, tl.trans(w2_))
+                    before = load_channels(dv_, start, dv_n, dv_d, N, D, WIDTH, REST, BLOCK)
+                    dv_tile = added(dv_tile, cast(before, tl.float32))
+                store_channels(dv_, dv_tile, start, dv_n, dv_d, N, D, WIDTH, REST, BLOCK)
+                dk_tile = add_dot_rows(zero_rows(BLOCK, WIDTH, REST), m1, transposed(e1))
+                dk_tile = add_dot_rows(dk_tile, m2, transposed(e2))
+                dk_tile = add_dot_rows(dk_tile, dz1, transposed(w1_))
+                dk_tile = add_dot_rows(dk_tile, dz2, transposed(w2_))
                 if tile > 0:
-                    dk_tile += load_tokens(dk_, start, dk_n, dk_d, N, D, WIDTH, BLOCK).to(tl.float32)
-                store_tokens(dk_, dk_tile, start, dk_n, dk_d, N, D, WIDTH, BLOCK)
-                keys = tl.trans(keys)
-                s1 = _add_dot(s1, keys, dz1)
-                s2 = _add_dot(s2, keys, dz2)
-        _store_triple(sums, tl.program_id(0) * tl.num_programs(1) + part, tile, s1, s2, s3, D, WIDTH, HIDDEN)
+                    before = load_channels(dk_, start, dk_n, dk_d, N, D, WIDTH, REST, BLOCK)
+                    dk_tile = added(dk_tile, cast(before, tl.float32))
+                store_channels(dk_, dk_tile, start, dk_n, dk_d, N, D, WIDTH, REST, BLOCK)
+                keys = transposed(keys)
+                s1 = add_dot_columns(s1, keys, dz1)
+                s2 = add_dot_columns(s2, keys, dz2)
+        _store_triple(sums, tl.program_id(0) * tl.num_programs(1) + part, tile, s1, s2, s3, D, WIDTH, REST, HIDDEN)
         tl.debug_barrier()  # the next slice adds to dk and dv, perhaps by other threads
 
 
@@ -363,7 +399,7 @@ def accumulate_last_backward_kernel(
     d_step, k, v, w1, w2, w3, dk, dv, sums,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
     B, H, N, images, chunk, scale, step_h,
-    D: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     SLICES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`accumulate_backward_kernel` where W3 alone steps. d_step: float32, a D x D every `step_h` numbers.
@@ -374,34 +410,36 @@ def accumulate_last_backward_kernel(
     part, group, h = tl.program_id(1), tl.program_id(0) // H, tl.program_id(0) % H
     dtype = k.dtype.element_ty
     for tile in range(SLICES):
-        w1_, w2_, _w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, HIDDEN)
-        columns, in_columns, rows, in_rows = _weight_offsets(tile, D, WIDTH, HIDDEN)
-        s1, s2 = _zeros(WIDTH, HIDDEN), _zeros(WIDTH, HIDDEN)
+        w1_, w2_, _w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, REST, HIDDEN)
+        s1, s2 = zero_columns(HIDDEN, WIDTH, REST), zero_columns(HIDDEN, WIDTH, REST)
         for image in range(tl.minimum(images, B - group * images)):
             b = group * images + image
             d_step_ = d_step + (b * H + h).to(tl.int64) * step_h
-            e3 = (-scale * tl.load(d_step_ + rows, in_rows, other=0.0)).to(dtype)
+            e3 = cast(scaled(load_rows(d_step_, tile, D, WIDTH, REST, HIDDEN), -scale), dtype)
             k_, v_ = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
             dk_, dv_ = start_of_head(dk, b, h, dk_b, dk_h), start_of_head(dv, b, h, dv_b, dv_h)
             for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
-                values = load_tokens(v_, start, v_n, v_d, N, D, WIDTH, BLOCK)
-                keys = load_tokens(k_, start, k_n, k_d, N, D, WIDTH, BLOCK)
-                z1, z2 = _dot(keys, w1_), _dot(keys, w2_)
-                da = _dot(values, tl.trans(e3))
+                values = load_channels(v_, start, v_n, v_d, N, D, WIDTH, REST, BLOCK)
+                keys = load_channels(k_, start, k_n, k_d, N, D, WIDTH, REST, BLOCK)
+                z1, z2 = dot_channels(keys, w1_), dot_channels(keys, w2_)
+                da = dot_channels(values, transposed(e3))
                 gate, slope, _ = _silu(z1, dtype)
-                dv_tile = _dot((gate * z2).to(dtype), e3)
+                dv_tile = add_dot_rows(zero_rows(BLOCK, WIDTH, REST), (gate * z2).to(dtype), e3)
                 dz1, dz2 = (da * z2 * slope).to(dtype), (da * gate).to(dtype)
                 if tile > 0:
-                    dv_tile += load_tokens(dv_, start, dv_n, dv_d, N, D, WIDTH, BLOCK).to(tl.float32)
-                store_tokens(dv_, dv_tile, start, dv_n, dv_d, N, D, WIDTH, BLOCK)
-                dk_tile = _add_dot(_dot(dz1, tl.trans(w1_)), dz2, tl.trans(w2_))
+                    before = load_channels(dv_, start, dv_n, dv_d, N, D, WIDTH, REST, BLOCK)
+                    dv_tile = added(dv_tile, cast(before, tl.float32))
+                store_channels(dv_, dv_tile, start, dv_n, dv_d, N, D, WIDTH, REST, BLOCK)
+                dk_tile = add_dot_rows(zero_rows(BLOCK, WIDTH, REST), dz1, transposed(w1_))
+                dk_tile = add_dot_rows(dk_tile, dz2, transposed(w2_))
                 if tile > 0:
-                    dk_tile += load_tokens(dk_, start, dk_n, dk_d, N, D, WIDTH, BLOCK).to(tl.float32)
-                store_tokens(dk_, dk_tile, start, dk_n, dk_d, N, D, WIDTH, BLOCK)
-                keys = tl.trans(keys)
-                s1 = _add_dot(s1, keys, dz1)
-                s2 = _add_dot(s2, keys, dz2)
+                    before = load_channels(dk_, start, dk_n, dk_d, N, D, WIDTH, REST, BLOCK)
+                    dk_tile = added(dk_tile, cast(before, tl.float32))
+                store_channels(dk_, dk_tile, start, dk_n, dk_d, N, D, WIDTH, REST, BLOCK)
+                keys = transposed(keys)
+                s1 = add_dot_columns(s1, keys, dz1)
+                s2 = add_dot_columns(s2, keys, dz2)
         place = sums + (tl.program_id(0) * tl.num_programs(1) + part).to(tl.int64) * (2 * D * D)
-        tl.store(place + columns, s1, in_columns)
-        tl.store(place + D * D + columns, s2, in_columns)
+        store_columns(place, s1, tile, D, WIDTH, REST, HIDDEN)
+        store_columns(place + D * D, s2, tile, D, WIDTH, REST, HIDDEN)
         tl.debug_barrier()  # the next slice adds to dk and dv, perhaps by other threads
