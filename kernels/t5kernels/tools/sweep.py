@@ -36,10 +36,26 @@ def candidates(kernel: str, width: int) -> Iterator[Tile]:
         for numbers, warps, stages, resident in sizes:
             yield Tile(block=max(1, numbers // width), warps=warps, stages=stages, resident=resident)
         return
+    if ttt.groups_of(width)[1]:
+        yield from _candidates_in_groups(kernel)
+        return
     hidden = sorted({min(width, 64), 32})
     for columns, block, warps, stages in itertools.product(hidden, (32, 64, 128), (4, 8), (1, 2, 3)):
         for resident in range(1, 1 + 16 // warps):
             yield Tile(hidden=columns, block=block, warps=warps, stages=stages, resident=resident)
+
+
+def _candidates_in_groups(kernel: str) -> Iterator[Tile]:
+    """Those for heads whose channels are two groups. Their sums leave registers for 8 warps, or with care for 12."""
+    if kernel.endswith("backward"):
+        sizes = itertools.product((32, 64), (32, 64), (1, 2))
+    elif kernel == "apply":  # in one slice, so that the weights are loaded once
+        sizes = itertools.product((128,), (64, 128), (1, 2, 3))
+    else:
+        sizes = itertools.product((64, 128), (32, 64), (2, 3))
+    for hidden, block, stages in sizes:
+        for warps, resident in ((4, 2), (4, 3), (8, 1)):
+            yield Tile(hidden=hidden, block=block, warps=warps, stages=stages, resident=resident)
 
 
 def calls(case: Case) -> dict[str, Call]:

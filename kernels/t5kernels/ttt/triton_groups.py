@@ -1,5 +1,6 @@
 # pyright: reportGeneralTypeIssues=false
-# (The body of a kernel is Triton's language, which has no types that pyright could check.)
+# mypy: disable-error-code=assignment
+# (The body of a kernel is Triton's language, which has no types to check; its tuples grow.)
 """Tokens and weights of heads whose width is no power of two, as the sides of Triton's tiles have to be.
 
 The channels of a head are one group of WIDTH or two, of WIDTH and REST, both powers of two: 72 channels are 64 and 8,

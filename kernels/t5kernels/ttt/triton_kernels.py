@@ -36,7 +36,12 @@ of WIDTH x HIDDEN stay in registers. The backward goes through its tokens once f
 before, in the tokens' dtype. Matrix products take the dtype of the tokens and add in float32. Programs write their
 partial sums side by side and the caller adds them in a fixed order, so there are no atomics.
 
-WIDTH is D padded to a power of two. What lies outside D or N is read as 0, which adds nothing to any sum above.
+Tokens and weights come in one or two groups of channels (triton_groups.py). What lies outside D or N is read as 0,
+which adds nothing to any sum above.
+
+Tensor cores want 64 rows of the first factor of a product. Two groups do not have them in `sum k^T m`, which is
+therefore TURNED where there are two: z and m are transposes from the start, (HIDDEN, BLOCK), and m^T k, (HIDDEN,
+channels), takes m from the registers in which it was computed.
 """
 
 import triton
@@ -144,32 +149,22 @@ def _load_stepped(
 @triton.jit
 def _to_hidden(x, w, TURNED: tl.constexpr):
     """x w, (BLOCK, HIDDEN), for x (BLOCK, channels) and w (channels, HIDDEN); with TURNED its transpose."""
-    if TURNED:
-        product = dot_channels(transposed(w), transposed(x))
-    else:
-        product = dot_channels(x, w)
-    return product
+    return dot_channels(transposed(w), transposed(x)) if TURNED else dot_channels(x, w)
 
 
 @triton.jit
 def _add_sum(total, x, m, TURNED: tl.constexpr):
-    """total + x^T m, (channels, HIDDEN), for x (BLOCK, channels) and m (BLOCK, HIDDEN); with TURNED m, total and the
-    result are transposes."""
-    if TURNED:
-        total = add_dot_rows(total, m, x)
-    else:
-        total = add_dot_columns(total, transposed(x), m)
-    return total
+    """total + x^T m, (channels, HIDDEN), for x (BLOCK, channels) and m (BLOCK, HIDDEN).
+
+    With TURNED total and m are transposes, and so is the result.
+    """
+    return add_dot_rows(total, m, x) if TURNED else add_dot_columns(total, transposed(x), m)
 
 
 @triton.jit
 def _zero_sum(HIDDEN: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, TURNED: tl.constexpr):
     """What `_add_sum` starts with."""
-    if TURNED:
-        total = zero_rows(HIDDEN, WIDTH, REST)
-    else:
-        total = zero_columns(HIDDEN, WIDTH, REST)
-    return total
+    return zero_rows(HIDDEN, WIDTH, REST) if TURNED else zero_columns(HIDDEN, WIDTH, REST)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -351,7 +346,8 @@ def accumulate_backward_kernel(
             b = group * images + image
             index = b * H + h
             e1, e2, e3 = _load_triple(d_step, index, tile, D, WIDTH, REST, HIDDEN)
-            e1, e2, e3 = cast(scaled(e1, -scale), dtype), cast(scaled(e2, -scale), dtype), cast(scaled(e3, -scale), dtype)
+            e1, e2, e3 = scaled(e1, -scale), scaled(e2, -scale), scaled(e3, -scale)
+            e1, e2, e3 = cast(e1, dtype), cast(e2, dtype), cast(e3, dtype)
             k_, v_ = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
             dk_, dv_ = start_of_head(dk, b, h, dk_b, dk_h), start_of_head(dv, b, h, dv_b, dv_h)
             for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):

@@ -41,6 +41,7 @@ def test_no_kernel_spills_more_than_it_did_and_all_fit_a_multiprocessor(occupanc
 def test_a_compiled_loop_hands_on_all_that_the_interpreted_one_does(occupancy):
     # The compiler leaves out names that take each other's values where they begin alike; the interpreter does not.
     assert {kernel: occupancy[64, kernel][-1] for kernel in LOOP_VALUES} == LOOP_VALUES
+    assert occupancy[72, "accumulate"][-1] == 2 * LOOP_VALUES["accumulate"]  # channels in two groups
 
 
 @pytest.mark.slow

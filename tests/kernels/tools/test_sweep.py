@@ -34,8 +34,9 @@ def test_any_tile_gives_the_same_and_the_one_in_use_stays(kernel, calls, monkeyp
     assert sweep.EVERY_TILE[kernel][32] == in_use
 
 
-@pytest.mark.parametrize("kernel", sweep.EVERY_TILE)
-@pytest.mark.parametrize("width", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("kernel", "width"), [(kernel, w) for kernel in sweep.EVERY_TILE for w in sweep.EVERY_TILE[kernel]]
+)
 def test_candidates_are_different_and_hold_what_is_in_use_or_its_like(kernel, width):
     tiles = list(sweep.candidates(kernel, width))
     assert len(set(tiles)) == len(tiles) > 10

@@ -19,7 +19,15 @@ from triton_device import CUDA, DEVICE, by_dtype, needs_cuda
 
 NAMES = ("out", "dq", "dk", "dv", "dw1", "dw2", "dw3")
 SMALL = [(1, 63, 1, 72), (2, 65, 1, 64), (1, 65, 1, 128), (7, 1, 2, 32), (5, 7, 3, 8)]
-LARGE = [(2, 4096, 24, 64), (2, 16384, 24, 64), (128, 197, 6, 64), (4, 1029, 16, 72), (1, 4097, 10, 128)]
+SMALL += [(1, 33, 2, 80), (2, 17, 1, 88), (1, 33, 1, 96), (1, 17, 1, 112)]
+LARGE = [
+    (2, 4096, 24, 64),
+    (2, 16384, 24, 64),
+    (128, 197, 6, 64),
+    (4, 1029, 16, 72),
+    (2, 1029, 8, 96),
+    (1, 4097, 10, 128),
+]
 USUAL = (2, 37, 2, 24)  # several tests share the results at this size
 TRACED = (2, 20, 2, 16)
 
@@ -89,7 +97,21 @@ def test_queries_may_be_another_number_of_tokens(queries, inner):
 
 def test_where_the_last_weight_alone_steps_they_are_as_exact_in_slices_too():
     check((2, 63, 1, 72), torch.float16, inner="swiglu_last")
+    check((1, 33, 1, 96), torch.float16, inner="swiglu_last")
     check((2, 20, 2, 24), torch.float32, inner="swiglu_last")
+
+
+def test_heads_between_64_and_96_channels_are_two_groups_of_them():
+    assert {width: kernels.groups_of(width) for width in kernels.TILES["apply"]} == {
+        32: (32, 0),
+        64: (64, 0),
+        80: (64, 16),
+        96: (64, 32),
+        128: (128, 0),
+    }
+    padded = {8: 32, 64: 64, 65: 80, 72: 80, 80: 80, 81: 96, 96: 96, 97: 128, 128: 128}
+    for tiles in kernels.TILES.values():
+        assert {width: launch.padded_to(tiles, width) for width in padded} == padded
 
 
 def test_memory_outside_the_tokens_is_not_read_and_all_results_are_written():
