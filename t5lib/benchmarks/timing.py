@@ -137,14 +137,13 @@ def time_models(
             call()  # compiles
         passes = {name: _recorded(call, name) for name, call in calls.items()} if rules.graphs else calls
         yardsticks = yardsticks or {}
-        allowed = {
+        plain = {
             name: allowed_error(models[name], inputs, reference_output(models[name], inputs), rules.dtype)
-            for name in sorted(set(yardsticks.values()))
+            for name in dict.fromkeys(yardsticks.values())
         }
+        allowed = {name: plain[own] for name, own in yardsticks.items()}
         errors = {
-            name: check_output(
-                passes[name](), models[name], inputs, f"{name} {where}", allowed.get(yardsticks.get(name, ""))
-            )
+            name: check_output(passes[name](), models[name], inputs, f"{name} {where}", allowed.get(name))
             for name in models
         }
         runs = time_interleaved(passes, **clock)
