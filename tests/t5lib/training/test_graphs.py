@@ -66,17 +66,25 @@ def aligned(**changes) -> tuple[nn.Module, list[float]]:
     return model, losses
 
 
-def flat(model: nn.Module) -> torch.Tensor:
-    return torch.cat([parameter.detach().float().flatten() for parameter in model.parameters()])
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().cpu().flatten() for parameter in model.parameters()])
+
+
+def assert_learns_the_same(tolerance: float, **changes) -> None:
+    """With graphs and without. Weights may differ by more than losses: Adam makes whole steps of gradients that are
+    nothing but round-off."""
+    model, losses = aligned(graphs=True, **changes)
+    plain, expected = aligned(**changes)
+    assert losses == pytest.approx(expected, rel=tolerance)
+    start = weights(t5lib.convert(tiny_vit(dynamic_img_size=True)))
+    moved = weights(plain) - start
+    assert (weights(model) - weights(plain)).norm() < 10 * tolerance * moved.norm()
 
 
 def test_a_training_learns_the_same_and_records_every_shape_once(replays):
     changes = {"trainable": "all", "ema": 0.9, "clip_norm": 0.01}  # clips in place, in the recording's memory
-    model, losses = aligned(graphs=True, **changes)
-    plain, expected = aligned(**changes)
+    assert_learns_the_same(1e-4, **changes)
     assert replays == [4, 2]
-    assert losses == expected
-    assert torch.equal(flat(model), flat(plain))
 
 
 def test_a_pass_reads_the_example_and_leaves_the_gradients_in_the_recording(replays):
@@ -136,7 +144,8 @@ def test_what_cannot_be_is_refused(replays, monkeypatch):
 def test_without_a_card_or_with_several_processes_it_says_so(monkeypatch):
     with pytest.raises(T5Error, match="graphs is on and 2 processes share the training"):
         graphs.check(torch.device("cuda"), 2)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    check = graphs.check
+    monkeypatch.setattr(graphs, "check", lambda _, number: check(torch.device("cpu"), number))
     with pytest.raises(T5Error, match=r"graphs is on and the device is cpu; .* leave graphs out"):
         aligned(graphs=True)
 
@@ -151,11 +160,4 @@ def test_a_training_may_go_on_with_graphs_or_without(replays):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_on_a_card_graphs_learn_what_passes_learn(compiled, precision):
-    changes = {"compile": compiled, "precision": precision}
-    model, losses = aligned(graphs=True, **changes)
-    plain, expected = aligned(**changes)
-    tolerance = 1e-3 if precision == "fp32" else 2e-2
-    assert losses == pytest.approx(expected, rel=tolerance)
-    start = flat(t5lib.convert(tiny_vit(dynamic_img_size=True))).to(flat(plain).device)
-    moved, apart = flat(plain) - start, flat(model) - flat(plain)
-    assert apart.norm() < 10 * tolerance * moved.norm()
+    assert_learns_the_same(1e-3 if precision == "fp32" else 2e-2, compile=compiled, precision=precision)
