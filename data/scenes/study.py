@@ -261,7 +261,8 @@ def _fitted(study: Study, name: str, config: TTTConfig, fold: int) -> tuple[nn.M
 def aligned(study: Study, student: nn.Module, fold: int, changes: dict[str, Any], steps: int) -> dict[str, Any]:
     """Align `student`, in place, and return what is reported of it."""
     options, curve = study.options, []
-    recipe = {"precision": study.precision, "compile": options.compile, "seed": options.seed} | changes
+    cost = {"precision": study.precision, "compile": options.compile, "graphs": options.graphs}
+    recipe = cost | {"seed": options.seed} | changes
     config = AlignConfig(steps=steps, batch_size=options.batch, **recipe)
     # Other batches than those of the calibration.
     batches = study.scenes.fitted(
@@ -379,7 +380,10 @@ def main() -> None:
         help="new parts, colours and mixtures of scenes in every step",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="the alignment")
+    parser.add_argument("--compile", action="store_true", help="the alignment's blocks (default: not)")
+    parser.add_argument(
+        "--graphs", action="store_true", help="record the alignment's passes as CUDA graphs (default: not)"
+    )
     parser.add_argument("--pictures", action="store_true")
     parser.add_argument("--spare", type=float, default=30, help="seconds to keep for measuring")
     parser.add_argument("--until", type=float, help="time by which to end, in seconds since 1970")

@@ -9,12 +9,14 @@ import sys
 import zlib
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from t5lib.utils.errors import T5Error
 from t5lib.weights.focus_decoder import FocusDecoder
@@ -208,6 +210,23 @@ def test_pieces_come_out_of_packages_with_their_attribution(tmp_path):
     (tmp_path / f"{make.GAMES}_1.0_all.deb").unlink()
     with pytest.raises(T5Error, match=f"0 files {make.GAMES}_.* apt-get download {make.GAMES}"):
         make.make(tmp_path / "pieces", tmp_path)
+
+
+def test_how_the_study_aligns_is_an_option(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    study, recipes = script("study"), []
+
+    def align(model, *, config, **given):
+        recipes.append(config)
+        raise study.OutOfTime
+
+    monkeypatch.setattr(study, "align", align)
+    monkeypatch.setattr(study, "Study", lambda options: mock.Mock(options=options, precision="fp32"))
+    monkeypatch.setattr(study, "arms", lambda made: study.aligned(made, nn.Identity(), fold=0, changes={}, steps=1))
+    for words in ([], ["--compile"], ["--graphs"]):
+        monkeypatch.setattr(sys, "argv", ["study", "arms", "--work", str(tmp_path), *words])
+        study.main()
+    assert [(each.compile, each.graphs) for each in recipes] == [(False, False), (True, False), (False, True)]
 
 
 def test_the_study_goes_from_scenes_to_measures_and_maps(composed, tmp_path, monkeypatch):
