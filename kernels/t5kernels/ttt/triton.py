@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.types import Number
 
 from t5kernels.launch import (
+    H100_SHARED,
+    LARGEST_HEAD,
+    LEAST_SHARED,
     Tile,
     ceil_div,
     chunks_of,
@@ -34,7 +37,7 @@ TILES = {
     "accumulate": {
         32: Tile(hidden=32, block=64, warps=4, stages=3, resident=3),
         64: Tile(hidden=64, block=64, warps=4, stages=3, resident=2),
-        128: Tile(hidden=64, block=64, warps=8, resident=1),
+        128: Tile(hidden=64, block=128, warps=8, stages=2, resident=1),
     },
     "accumulate_last": {
         32: Tile(hidden=32, block=64, warps=4, stages=3, resident=4),
@@ -44,23 +47,29 @@ TILES = {
     "apply": {
         32: Tile(hidden=32, block=64, warps=4, stages=2, resident=4),
         64: Tile(hidden=64, block=128, warps=8, stages=3, resident=2),
-        128: Tile(hidden=128, block=64, warps=4, stages=2, resident=1),
+        128: Tile(hidden=128, block=128, warps=8, stages=2, resident=1),
     },
     "apply_backward": {
         32: Tile(hidden=32, block=64, warps=4, stages=2, resident=2),
         64: Tile(hidden=64, block=64, warps=4, stages=3, resident=2),
-        128: Tile(hidden=64, block=32, warps=8, resident=1),
+        128: Tile(hidden=32, block=64, warps=4, stages=2, resident=2),
     },
     "accumulate_backward": {
         32: Tile(hidden=32, block=64, warps=4, resident=2),
         64: Tile(hidden=64, block=128, warps=8, stages=2, resident=1),
-        128: Tile(hidden=32, block=32, warps=8, resident=1),
+        128: Tile(hidden=64, block=128, warps=8, resident=1),
     },
     "accumulate_last_backward": {
         32: Tile(hidden=32, block=64, warps=4, stages=2, resident=3),
         64: Tile(hidden=64, block=32, warps=4, stages=2, resident=2),
         128: Tile(hidden=64, block=32, warps=8, resident=1),
     },
+}
+# Heads 128 wide, on cards with less shared memory than an H100 has, such as the A100.
+SMALLER_TILES = {
+    "accumulate": Tile(hidden=64, block=64, warps=8, resident=1),
+    "apply": Tile(hidden=128, block=64, warps=4, stages=2, resident=1),
+    "accumulate_backward": Tile(hidden=32, block=32, warps=8, resident=1),
 }
 # In float32 tensor cores would lose digits, and small cards have little shared memory: this tile only has to be right.
 SAFE_TILE = Tile(hidden=32, block=32, warps=8, resident=1)
@@ -280,5 +289,9 @@ def _tile_for(kernel: str, x: Tensor) -> tuple[int, Tile, int]:
     """The padded head width, the tile, and how many slices it makes of the hidden width."""
     D = x.shape[3]
     width = padded_width(D)
-    tile = SAFE_TILE if x.dtype == torch.float32 or lacks_shared_memory(x) else TILES[kernel][width]
+    tile = TILES[kernel][width]
+    if x.dtype == torch.float32 or lacks_shared_memory(x, LEAST_SHARED):
+        tile = SAFE_TILE
+    elif width == LARGEST_HEAD and lacks_shared_memory(x, H100_SHARED):
+        tile = SMALLER_TILES.get(kernel, tile)
     return width, tile, ceil_div(D, tile.hidden)
