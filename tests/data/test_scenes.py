@@ -256,12 +256,16 @@ def test_the_study_goes_from_scenes_to_measures_and_maps(composed, tmp_path, mon
     with np.load(tmp_path / "work/maps-arm-t5-last-auto-1-0.npz") as maps:
         assert maps["source"].shape == maps["student"].shape == maps["truth"].shape
 
+    run("arms", "--arms", "hedgehog-auto", "--calibrate", "1", "--align", "1", "--brief")
+    brief = json.loads((tmp_path / "work/arm-hedgehog-auto-1-0.json").read_text())
+    assert set(brief["measured"]) == {"aligned"} and "own_probe_miou" not in brief["measured"]["aligned"]["56"]
+
     words = ["--work", str(tmp_path / "work"), "--scenes", str(composed.folder), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["tables", *words])
     tables = script("tables")
     tables.main()
     arms = json.loads((tmp_path / "out.json").read_text())["arms"]
-    assert set(arms) == {tables.SOURCE, "t5-last-auto"}
+    assert set(arms) == {tables.SOURCE, "t5-last-auto", "hedgehog-auto"}
     shown = arms["t5-last-auto"]["sizes"]["56"]
     assert shown["lost"] == pytest.approx(record["measured"]["aligned"]["56"]["lost_miou"])
     assert shown["lost_at_most"] is None  # a single fold has no spread
