@@ -92,6 +92,7 @@ class Plan:
         resolution: the one asked for, side of the image in pixels.
         eager: at that resolution, uncompiled; None where `timings` are uncompiled, and in older plans.
         launched: at that resolution, compiled and launched from Python; None without graphs, and in older plans.
+            In both, no block is taken to be faster than in a CUDA graph, where there is one.
     """
 
     device: str
