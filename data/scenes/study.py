@@ -44,6 +44,7 @@ from t5lib.weights.focus_decoder import FocusDecoder
 
 FITTED = 518  # pixels; the size of images that models are fitted on
 PROBE = ProbeConfig(l2=1e-3)
+OWN = "own_probe_miou"  # means something where a probe was fitted on the student's own features
 LATE = (0, 1, 2, 3, 4, 5, 6, 8, 9, 10)  # all but layers 7 and 11, a rule made without measuring
 
 AUTO: dict[str, Any] = {"layers": "auto", "softmax_layers": 2}
@@ -164,9 +165,10 @@ class Study:
 
     def write(self, name: str, record: dict[str, Any], sums: dict[str, dict[str, DenseSums]]) -> None:
         """`record` and what was measured, by stage and size, as JSON; the sums themselves beside it."""
+        record["own_probes"] = "aligned" in sums and not self.options.brief
         record["measured"] = {
             stage: {
-                size: {n: v.item() for n, v in each.measures().items() if n != "own_probe_miou" or stage == "aligned"}
+                size: {n: v.item() for n, v in each.measures().items() if n != OWN or record["own_probes"]}
                 for size, each in sizes.items()
             }
             for stage, sizes in sums.items()
@@ -261,7 +263,8 @@ def _fitted(study: Study, name: str, config: TTTConfig, fold: int) -> tuple[nn.M
 def aligned(study: Study, student: nn.Module, fold: int, changes: dict[str, Any], steps: int) -> dict[str, Any]:
     """Align `student`, in place, and return what is reported of it."""
     options, curve = study.options, []
-    recipe = {"precision": study.precision, "compile": options.compile, "seed": options.seed} | changes
+    cost = {"precision": study.precision, "compile": options.compile, "graphs": options.graphs}
+    recipe = cost | {"seed": options.seed} | changes
     config = AlignConfig(steps=steps, batch_size=options.batch, **recipe)
     # Other batches than those of the calibration.
     batches = study.scenes.fitted(
@@ -307,7 +310,7 @@ def tune(study: Study) -> None:
 
 
 def arms(study: Study) -> None:
-    """Every arm on every fold: calibrated, measured, aligned, measured."""
+    """Every arm on every fold: calibrated, measured (unless brief), aligned, measured."""
     options, longest = study.options, 0.0
     for fold in options.folds:
         for arm in options.arms:
@@ -317,12 +320,15 @@ def arms(study: Study) -> None:
             begun, name = time.monotonic(), f"arm-{arm}-{fold}-{options.seed}"
             student, told = calibrated(study, arm, fold)
             record = {"arm": arm, "fold": fold, "seed": options.seed, "calibrated": told}
-            sums = {"calibrated": study.measure(student, fold, own_probes=False)}
-            study.write(name, record, sums)
+            sums = {}
+            if not options.brief:
+                sums["calibrated"] = study.measure(student, fold, own_probes=False)
+                study.write(name, record, sums)
             record["aligned"] = aligned(study, student, fold, study.recipe(), options.align)
             loss = record["aligned"]["loss"]
             print(name, record["aligned"]["steps"], "steps, loss", loss[:4], "…", loss[-4:], flush=True)
-            sums["aligned"], record["focus"] = study.measure(student, fold), study.focus(student, fold)
+            sums["aligned"] = study.measure(student, fold, own_probes=not options.brief)
+            record["focus"] = study.focus(student, fold)
             study.write(name, record, sums)
             if options.pictures:
                 save_maps(study, student, name, fold)
@@ -379,7 +385,11 @@ def main() -> None:
         help="new parts, colours and mixtures of scenes in every step",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="the alignment")
+    parser.add_argument("--compile", action="store_true", help="the alignment's blocks (default: not)")
+    parser.add_argument(
+        "--graphs", action="store_true", help="record the alignment's passes as CUDA graphs (default: not)"
+    )
+    parser.add_argument("--brief", action="store_true", help="measure aligned models alone, by the source's probe")
     parser.add_argument("--pictures", action="store_true")
     parser.add_argument("--spare", type=float, default=30, help="seconds to keep for measuring")
     parser.add_argument("--until", type=float, help="time by which to end, in seconds since 1970")

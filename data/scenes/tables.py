@@ -72,6 +72,8 @@ def together(runs: list[dict[str, Any]], kinds: torch.Tensor) -> dict[str, Any]:
         if focus:
             own["focus"] = {name: float(np.mean([each[name] for each in focus])) for name in focus[0]}
         result["sizes"][size] = summary(sums, kinds) | own
+        if not all(run["record"].get("own_probes") for run in runs):
+            del result["sizes"][size]["own_probe_miou"]
     return result
 
 
@@ -103,6 +105,8 @@ def tables(arms: dict[str, dict[str, Any]]) -> str:
 
 def _cells(size: dict[str, Any]) -> list[str]:
     def cell(name: str) -> str:
+        if name not in size:
+            return ""
         digits = 3 if name == "cosine" else 1
         value, low, high = (f"{size[name][part]:.{digits}f}" for part in ("value", "low", "high"))
         return f"{value} ({low} to {high})"

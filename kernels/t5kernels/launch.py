@@ -27,7 +27,8 @@ LARGEST_HEAD = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The interpreter's machine is small, so that tests split their tokens.
 INTERPRETED_PROGRAMS = 8
-LEAST_SHARED = 160 * 1024  # bytes of shared memory that a program may have on the cards that the tiles are made for
+# Bytes of shared memory that a program may have: on all cards that the tiles are made for, and on an H100.
+LEAST_SHARED, H100_SHARED = 160 * 1024, 227 * 1024
 FIRST_EARLY = 9  # the first major version of cards on which a kernel's programs may come up before the last one is done
 # A program loads weights and writes sums that are added later; that costs it as much as so many blocks of tokens.
 OVERHEAD = 3
@@ -208,9 +209,9 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def lacks_shared_memory(x: Tensor) -> bool:
-    """Whether x is on a card with less shared memory per program than the tiles need, or with an unknown amount."""
-    return x.is_cuda and getattr(_card(x.device), "shared_memory_per_block_optin", 0) < LEAST_SHARED
+def lacks_shared_memory(x: Tensor, needed: int) -> bool:
+    """Whether x is on a card with less than `needed` bytes of shared memory per program, or with an unknown amount."""
+    return x.is_cuda and getattr(_card(x.device), "shared_memory_per_block_optin", 0) < needed
 
 
 @functools.cache

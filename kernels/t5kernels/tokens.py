@@ -31,13 +31,14 @@ def after_previous(EARLY: tl.constexpr):
 def own_tokens(x, x_b, x_h, x_n, text, t_b, t_h, t_n, is_text, TEXT: tl.constexpr):
     """The tokens of this program and the strides of their images, heads and tokens: x's, or with TEXT perhaps text's.
 
-    Strides become values, between which a program can choose; constants it cannot.
+    They are selected, not branched on: behind a branch, Triton 3.6 forgets that channels are adjacent and would read
+    them one by one, without a pipeline.
     """
     if TEXT:
-        x_b, x_h, x_n = tl.cast(x_b, tl.int64), tl.cast(x_h, tl.int64), tl.cast(x_n, tl.int32)
-        if is_text:
-            x = text
-            x_b, x_h, x_n = tl.cast(t_b, tl.int64), tl.cast(t_h, tl.int64), tl.cast(t_n, tl.int32)
+        x = tl.where(is_text, text, x)
+        x_b = tl.where(is_text, tl.cast(t_b, tl.int64), tl.cast(x_b, tl.int64))
+        x_h = tl.where(is_text, tl.cast(t_h, tl.int64), tl.cast(x_h, tl.int64))
+        x_n = tl.where(is_text, tl.cast(t_n, tl.int32), tl.cast(x_n, tl.int32))
     return x, x_b, x_h, x_n
 
 

@@ -11,7 +11,7 @@ import functools
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -110,15 +110,15 @@ def time_models(
     config: TimingConfig,
     rules: Rules,
     where: str = "",
-    yardstick: str | None = None,
+    yardsticks: Mapping[str, str] | None = None,
 ) -> dict[str, ModelTime]:
     """Time models of one family, in float32 on the device, side by side on the same inputs.
 
     Args:
         inputs: float32, on any device.
         where: what errors say of the inputs, such as "at 518 px".
-        yardstick: the name of a model of plain PyTorch. Errors may be ALLOWED times its own error (uncompiled), if that
-            is more than TOLERANCES, because random weights magnify round-off in some models.
+        yardsticks: by model the name of one of plain PyTorch, perhaps itself. Its error may be ALLOWED times that one's
+            (uncompiled), if that is more than TOLERANCES, because random weights magnify round-off in some models.
 
     Raises:
         T5Error: an output that is wrong in this dtype (`check_output`): no speed for wrong results; or the device
@@ -136,12 +136,15 @@ def time_models(
         for call in calls.values():
             call()  # compiles
         passes = {name: _recorded(call, name) for name, call in calls.items()} if rules.graphs else calls
-        tolerance = TOLERANCES[rules.dtype]
-        if yardstick:
-            exact = reference_output(models[yardstick], inputs)
-            tolerance = allowed_error(models[yardstick], inputs, exact, rules.dtype)
+        yardsticks = yardsticks or {}
+        plain = {
+            name: allowed_error(models[name], inputs, reference_output(models[name], inputs), rules.dtype)
+            for name in dict.fromkeys(yardsticks.values())
+        }
+        allowed = {name: plain[own] for name, own in yardsticks.items()}
         errors = {
-            name: check_output(passes[name](), models[name], inputs, f"{name} {where}", tolerance) for name in models
+            name: check_output(passes[name](), models[name], inputs, f"{name} {where}", allowed.get(name))
+            for name in models
         }
         runs = time_interleaved(passes, **clock)
         launched = time_interleaved(calls, **clock) if rules.graphs else dict.fromkeys(calls)

@@ -195,8 +195,9 @@ def plan(
     **Output**
 
     Predicted time and speed-up by layers converted, where the break-even lies, and a verdict: "No gain at this size"
-    where softmax is faster. With --images also what each layer loses, and the chosen layers as t5 convert --layers and
-    params.yaml take them.
+    where softmax is faster. On CUDA also the times uncompiled, compiled, and compiled with CUDA graphs, and which of
+    these is fastest for a converted model. With --images also what each layer loses, and the chosen layers as t5
+    convert --layers and params.yaml take them.
     """
     source = Source(name=model, weights=weights, pretrained=pretrained)
     arguments.refuse_of_transformers(source, "t5 plan", "t5lib.benchmark(softmax_model, converted_model)")

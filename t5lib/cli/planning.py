@@ -23,7 +23,7 @@ from t5lib.families import family_of
 from t5lib.families.inputs import ExampleSize
 from t5lib.layers.config import SOFTMAX, TTTConfig
 from t5lib.layers.layer_map import format_layers
-from t5lib.planning.cost_model import Plan, PlanConfig, Timing, plan, settings_of
+from t5lib.planning.cost_model import MODES, Plan, PlanConfig, Timing, plan, settings_of
 from t5lib.planning.layer_search import Outcome, hybrid, layer_text, measure, scan, select
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.utils.config import to_dict
@@ -98,11 +98,10 @@ def _tell(timing: Timing) -> None:
 
 
 def _print_plan(name: str, found: Plan) -> None:
-    how = "CUDA graphs of compiled models" if found.graphs else "compiled" if found.compiled else "not compiled"
     timing = found.timing
     say(
         f"{name} at {found.resolution} px ({timing.tokens:,} tokens), {counted(found.config.batch, 'image')} a pass, "
-        f"on {found.device}: {found.dtype}, {how}."
+        f"on {found.device}: {found.dtype}, {MODES[found.mode]}."
     )
     rows = [("none (softmax)", *_speed(found, found.uniform(SOFTMAX)))]
     for kind in found.kinds:
@@ -122,8 +121,25 @@ def _print_plan(name: str, found: Plan) -> None:
     say(
         "All blocks take the same time, so it makes no difference to the time which of them are converted. It does to "
         "the quality, which --images FOLDER --speedup X measures. "
-        f"Outputs were checked against float64 (at most {max(timing.relative_error.values()):.1e} off)."
+        f"Outputs were checked against float64 (at most {_largest_error(found):.1e} off)."
     )
+    _print_modes(found)
+
+
+def _print_modes(found: Plan) -> None:
+    softmax = found.uniform(SOFTMAX)
+    rows = [
+        (MODES[mode], kind, f"{found.milliseconds(softmax, timing):.4g}", *_speed(found, found.uniform(kind), timing))
+        for mode, timing in found.modes.items()
+        for kind in found.kinds
+    ]
+    table(("how you run it", "all layers", "softmax ms", "converted ms", "speed-up"), rows)
+    if advice := found.advice():
+        say(advice)
+
+
+def _largest_error(found: Plan) -> float:
+    return max(max(timing.relative_error.values()) for timing in found.modes.values())
 
 
 def _break_even(found: Plan, tokens: int) -> str:
@@ -131,8 +147,8 @@ def _break_even(found: Plan, tokens: int) -> str:
     return f"{below} {found.side(tokens):,} px ({tokens:,} tokens)"
 
 
-def _speed(found: Plan, assignment: Sequence[str]) -> tuple[str, str]:
-    return f"{found.milliseconds(assignment):.4g}", f"{found.speedup(assignment):.2f}x"
+def _speed(found: Plan, assignment: Sequence[str], timing: Timing | None = None) -> tuple[str, str]:
+    return f"{found.milliseconds(assignment, timing):.4g}", f"{found.speedup(assignment, timing):.2f}x"
 
 
 def _choose(request: Request, found: Plan, softmax: nn.Module, recipe: CalibrateConfig) -> None:

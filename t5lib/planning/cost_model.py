@@ -6,10 +6,14 @@ kind of new layer, one with the first few blocks; (time with blocks − time wit
 whatever a pass costs once (starting it, the clock itself) falls out of the difference. Every layer map follows from
 these few numbers; `verify` measures whole models against them.
 
+Where models are compiled, the same short models also tell what a pass takes in the other modes that people use:
+uncompiled, and compiled but with every kernel launched from Python.
+
 All models get the same treatment (t5lib.benchmarks.timing), and every output is checked against float64.
 """
 
 import copy
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -20,7 +24,7 @@ import torch
 from torch import nn
 
 from t5lib.benchmarks.resolution_sweep import break_even_tokens
-from t5lib.benchmarks.timing import Rules, TimingConfig, describe_device, time_models
+from t5lib.benchmarks.timing import ModelTime, Rules, TimingConfig, describe_device, time_models
 from t5lib.conversion import convert
 from t5lib.families import family_of
 from t5lib.families.inputs import ExampleSize
@@ -33,6 +37,9 @@ from t5lib.utils.errors import T5Error
 KINDS = ("swiglu", "swiglu+nat5")
 GAIN = 1.02  # a speed-up below this is within what two runs differ by
 WITHOUT_BLOCKS = "no blocks"
+EAGER, COMPILED, GRAPHS = "eager", "compiled", "graphs"
+MODES = {EAGER: "uncompiled", COMPILED: "compiled without CUDA graphs", GRAPHS: "compiled with CUDA graphs"}
+TURNED_ON = {COMPILED: "model.compile()", GRAPHS: 'model.compile(mode="reduce-overhead")'}
 
 
 @settings
@@ -83,6 +90,9 @@ class Plan:
         patch, prefix: side of a patch in pixels, and tokens that are no patch.
         timings: by growing resolution.
         resolution: the one asked for, side of the image in pixels.
+        eager: at that resolution, uncompiled; None where `timings` are uncompiled, and in older plans.
+        launched: at that resolution, compiled and launched from Python; None without graphs, and in older plans.
+            In both, no block is taken to be faster than in a CUDA graph, where there is one.
     """
 
     device: str
@@ -97,6 +107,19 @@ class Plan:
     kinds: Several[str]
     resolution: int
     timings: Several[Timing]
+    eager: Timing | None = None
+    launched: Timing | None = None
+
+    @property
+    def mode(self) -> str:
+        """That of `timings`, a key of MODES."""
+        return GRAPHS if self.graphs else COMPILED if self.compiled else EAGER
+
+    @property
+    def modes(self) -> dict[str, Timing]:
+        """At the resolution asked for, in every mode measured; the simplest mode first."""
+        every = {EAGER: self.eager, COMPILED: self.launched, self.mode: self.timing}
+        return {mode: timing for mode, timing in every.items() if timing}
 
     @property
     def timing(self) -> Timing:
@@ -198,17 +221,48 @@ class Plan:
             return f"It is ahead at every size measured, from {smallest.resolution:,} px on ({gain})."
         return f"It is ahead from about {self.side(found):,} px ({found:,} tokens) on ({gain})."
 
+    def advice(self) -> str:
+        """How to run a converted model, and which kinds pay in some modes only; empty where one mode was measured."""
+        modes = self.modes
+        if len(modes) == 1:
+            return ""
+        ms = {
+            (kind, mode): self.milliseconds(self.uniform(kind), timing)
+            for mode, timing in modes.items()
+            for kind in self.kinds
+        }
+        kind, fastest = min(ms, key=ms.__getitem__)
+        mode = next(mode for mode in modes if ms[kind, mode] <= GAIN * ms[kind, fastest])  # the simplest one as fast
+        said = [f"A converted model runs fastest {MODES[mode]}: {ms[kind, mode]:.4g} ms a pass with {kind}."]
+        if mode in TURNED_ON:
+            said.append(f"To turn this on, call {TURNED_ON[mode]}.")
+        return " ".join([*said, *filter(None, map(self._where_it_pays_by_mode, self.kinds))])
+
+    def _where_it_pays_by_mode(self, kind: str) -> str:
+        """Empty where all modes agree."""
+        pays = {mode: self.speedup(self.uniform(kind), timing) >= GAIN for mode, timing in self.modes.items()}
+        if len(set(pays.values())) == 1:
+            return ""
+        where, elsewhere = ([MODES[mode] for mode in pays if pays[mode] == wanted] for wanted in (True, False))
+        return f"{kind} pays when {' or '.join(where)}, but not when {' or '.join(elsewhere)}."
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         whole = {
-            kind: {
-                "ms": self.milliseconds(self.uniform(kind)),
-                "speedup": self.speedup(self.uniform(kind)),
-                "break_even_tokens": None if kind == SOFTMAX else self.break_even(kind),
-            }
-            for kind in (SOFTMAX, *self.kinds)
+            kind: figures | {"break_even_tokens": None if kind == SOFTMAX else self.break_even(kind)}
+            for kind, figures in self._figures(self.timing).items()
         }
-        return asdict(self) | {"all_layers": whole, "unrest": self.unrest, "verdict": self.verdict()}
+        modes = {mode: self._figures(timing) for mode, timing in self.modes.items()}
+        said = {"verdict": self.verdict(), "advice": self.advice()}
+        return asdict(self) | {"all_layers": whole, "modes": modes, "unrest": self.unrest} | said
+
+    def _figures(self, timing: Timing) -> dict[str, dict[str, Any]]:
+        """By kind, of a model with it in every layer."""
+        uniform = {kind: self.uniform(kind) for kind in (SOFTMAX, *self.kinds)}
+        return {
+            kind: {"ms": self.milliseconds(layers, timing), "speedup": self.speedup(layers, timing)}
+            for kind, layers in uniform.items()
+        }
 
 
 def plan(
@@ -239,10 +293,13 @@ def plan(
     rules, layers = Rules.of(config, device), {kind: settings_of(kind) for kind in kinds}
     if not layers:
         raise T5Error("kinds is empty; expected values of a layer map, such as 'swiglu'")
-    timings = []
+    timings: list[Timing] = []
+    others: dict[str, Timing] = {}
     for side in _sides(model, resolution, layers, config):
         sized = family.at_resolution(model, ExampleSize(side)).to(device, torch.float32)
-        timings.append(_time(sized, side, layers, config, rules))
+        timing, other_modes = _time(sized, side, layers, config, rules, every_mode=side == resolution)
+        timings.append(timing)
+        others |= other_modes
         if on_timing:
             on_timing(timings[-1])
     return Plan(
@@ -258,6 +315,7 @@ def plan(
         kinds=tuple(layers),
         resolution=resolution,
         timings=tuple(timings),
+        **others,
     )
 
 
@@ -323,31 +381,55 @@ def _sides(model: nn.Module, resolution: int, kinds: dict[str, TTTConfig], confi
     return sorted({resolution, *(patch * grid for grid in grids if grid >= least)})
 
 
-def _time(model: nn.Module, side: int, kinds: dict[str, TTTConfig], config: PlanConfig, rules: Rules) -> Timing:
-    """`model` is of this side, in float32, and on the device."""
+def _time(
+    model: nn.Module, side: int, kinds: dict[str, TTTConfig], config: PlanConfig, rules: Rules, *, every_mode: bool
+) -> tuple[Timing, dict[str, Timing]]:
+    """As `rules` say, and `Plan.eager` and `Plan.launched` where models are compiled and `every_mode` is wanted.
+
+    Args:
+        model: of this side, in float32, and on the device.
+    """
     chain = min(config.chain, len(model.blocks))
     models = {WITHOUT_BLOCKS: _shortened(model, 0), SOFTMAX: _shortened(model, chain)}
     for kind, layer in kinds.items():
         models[kind] = convert(_shortened(model, chain), layer, inplace=True)
     family = family_of(model)
     inputs = family.example_inputs(model, ExampleSize(side, config.batch))
+    size = {"resolution": side, "tokens": family.num_tokens(model, inputs)}
     times = time_models(models, inputs, config, rules, f"at {side} px")
-    ms = {name: time.ms for name, time in times.items()}
+    others = {}
+    if every_mode and rules.compiled:
+        plain = time_models(
+            models, inputs, config, dataclasses.replace(rules, compiled=False), f"uncompiled at {side} px"
+        )
+        others["eager"] = _launched(plain, chain, size)
+        if rules.graphs:
+            others["launched"] = _launched(times, chain, size)
+    return _timing(times, chain, size), others
+
+
+def _launched(times: dict[str, ModelTime], chain: int, size: dict[str, int]) -> Timing:
+    """Of passes launched from Python, in which no block is taken to be faster than in a CUDA graph.
+
+    It seems faster where the model without blocks waits for Python, and four blocks keep the device busy meanwhile.
+    """
+    least, timing = _timing(times, chain, size).block_ms, _timing(times, chain, size, launched=True)
+    return dataclasses.replace(timing, block_ms={kind: max(ms, least[kind]) for kind, ms in timing.block_ms.items()})
+
+
+def _timing(times: dict[str, ModelTime], chain: int, size: dict[str, int], *, launched: bool = False) -> Timing:
+    runs = {name: (time.launched_runs if launched else None) or time.ms_runs for name, time in times.items()}
+    ms = {name: statistics.median(of_model) for name, of_model in runs.items()}
     rest = ms.pop(WITHOUT_BLOCKS)
     block_ms = {kind: (whole - rest) / chain for kind, whole in ms.items()}
     if min(block_ms.values()) <= 0:
         raise T5Error(
-            f"at {side} px a model of {chain} blocks took no longer than one without ({ms} ms against {rest:.4g}): the "
-            "machine is too busy, or the blocks are too small to time; use a larger batch or more repeats"
+            f"at {size['resolution']} px a model of {chain} blocks took no longer than one without ({ms} ms against "
+            f"{rest:.4g}): the machine is too busy, or the blocks are too small to time; use a larger batch or more "
+            "repeats"
         )
-    return Timing(
-        resolution=side,
-        tokens=family.num_tokens(model, inputs),
-        rest_ms=rest,
-        block_ms=block_ms,
-        ms_runs={name: time.ms_runs for name, time in times.items()},
-        relative_error={name: time.relative_error for name, time in times.items()},
-    )
+    errors = {name: time.relative_error for name, time in times.items()}
+    return Timing(**size, rest_ms=rest, block_ms=block_ms, ms_runs=runs, relative_error=errors)
 
 
 def _shortened(model: nn.Module, blocks: int) -> nn.Module:

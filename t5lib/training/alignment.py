@@ -66,6 +66,9 @@ class AlignConfig(LoopConfig):
             leaves every block to its own error. The first blocks of a calibrated model are nearly right already; the
             errors of all later ones together would drive them away from that. More of it bears higher rates.
         prefix: weight of class and register tokens beside that of the image's, in blocks and features.
+        graphs: record forward and backward pass as a CUDA graph, one for every size of batch, and replay it in each
+            step. It helps where a card waits for Python, as with small models, and takes more memory: every graph
+            keeps gradients of its own. One process, accumulate 1, no gradient_checkpointing.
         Others: see LoopConfig.
     """
 
@@ -85,8 +88,15 @@ class AlignConfig(LoopConfig):
     cosine: Weight = 2.0
     damping: Share = 0.75
     prefix: Weight = 0.1
+    graphs: bool = False
 
     def __post_init__(self):
+        if self.graphs and (self.accumulate > 1 or self.gradient_checkpointing):
+            raise T5Error(
+                f"align: graphs is on with accumulate {self.accumulate} and gradient_checkpointing "
+                f"{self.gradient_checkpointing}; a graph is one forward and backward pass that keeps its activations: "
+                "set accumulate: 1 and gradient_checkpointing: false, or leave graphs out"
+            )
         if not (self.blocks or self.output or (self.features and (self.features_weight or self.cosine))):
             raise T5Error("align: blocks, features and output all have weight 0; there is nothing to learn from")
 
@@ -179,6 +189,7 @@ class Alignment(Objective[Inputs]):
 
     def __init__(self, config: AlignConfig, model: nn.Module, teacher: nn.Module):
         self.config, self.family, self.teacher = config, family_of(model), teacher
+        self.in_graphs = config.graphs
         self.features = config.features_of(self.family)
         _check(model, teacher, config, self.features)
         names = self.family.attention_names(teacher)
@@ -227,7 +238,10 @@ class Alignment(Objective[Inputs]):
         with ours.recording():
             output = trainer.output(example)
         grid = self.family.grid(trainer.plain, example)
-        return self.weighed(ours, theirs, output, wanted, grid, trainer.part)
+        loss = self.weighed(ours, theirs, output, wanted, grid, trainer.part)
+        for recorder in self.recorders:
+            recorder.forget()  # what the backward pass needs, autograd keeps; the rest is free, in a graph's memory too
+        return loss
 
     def weighed(
         self, ours: "Recorder", theirs: "Recorder", output: Tensor, wanted: Tensor, grid: TokenGrid, part: Part

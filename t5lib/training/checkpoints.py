@@ -29,7 +29,7 @@ FILES, MAKER = "files.json", "made_by.json"
 # What decides about a fit, of t5lib; beside it the kernels.
 DECISIVE = ("training", "layers", "families", "data", "conversion.py")
 # Settings that change nothing but the cost.
-FREE = ("checkpoint_every", "checkpoints_kept", "compile", "gradient_checkpointing")
+FREE = ("checkpoint_every", "checkpoints_kept", "compile", "gradient_checkpointing", "graphs")
 _log = logging.getLogger(__name__)
 
 

@@ -41,9 +41,7 @@ class Recorder:
     def __init__(self, family: Adapter, model: nn.Module, features: str | None, damping: float = 0.0):
         self.family, self.damping = family, damping
         self.on: int | None = None  # the thread whose forward is recorded
-        self.blocks: list[Tensor] = []
-        self.features: Any = None
-        self.before = 0
+        self.forget()
         self.undo: list[Callable[[], None]] = []
         *others, last = family.blocks(model)
         for block in others:
@@ -51,6 +49,12 @@ class Recorder:
         self._watch(last, self._keep_block)
         if features:
             self._watch(model.get_submodule(features), self._keep_features)
+
+    def forget(self) -> None:
+        """Let go of what was recorded."""
+        self.blocks: list[Tensor] = []
+        self.features: Any = None
+        self.before = 0
 
     def _watch(self, module: nn.Module, keep: Callable[[Any], Any]) -> None:
         """What `keep` returns takes the place of the output. Outside of what is compiled: a hook would become a part
@@ -102,7 +106,8 @@ class Recorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Around one forward; blocks that checkpointing calls again in the backward pass are not recorded."""
-        self.blocks, self.features, self.before, self.on = [], None, 0, threading.get_ident()
+        self.forget()
+        self.on = threading.get_ident()
         try:
             yield
         finally:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from t5lib.data.batches import Batches, open_batches
 from t5lib.families import family_of
 from t5lib.families.inputs import Inputs
-from t5lib.training import checkpoints, lora, sharding
+from t5lib.training import checkpoints, graphs, lora, sharding
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.training.nonfinite import explain_blow_up
 from t5lib.training.optimizers import OPTIMIZERS, freeze, groups
@@ -47,7 +47,14 @@ DDP = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffe
 
 
 class Objective(ABC, Generic[E]):
-    """What a model learns from. The trainer asks for an example of every batch, and for its loss."""
+    """What a model learns from. The trainer asks for an example of every batch, and for its loss.
+
+    Attributes:
+        in_graphs: whether passes are recorded as CUDA graphs (t5lib.training.graphs). `loss` then draws no random
+            numbers and never waits for the device, and examples are Inputs.
+    """
+
+    in_graphs = False
 
     def begin(self, trainer: "Trainer") -> None:
         """Called once, when model and averaged weights are in their place."""
@@ -134,6 +141,8 @@ class Trainer(Work):
             mixed_precision="no", cpu=not torch.accelerator.is_available(), kwargs_handlers=[DDP]
         )
         self.config, self.total, self.whole, self.objective = config, steps, model, objective
+        if objective.in_graphs:
+            graphs.check(self.device, processes.state().num_processes)
         self.in_pieces = sharding.wanted()
         self.part = part_of(config)
         self.adapter = family_of(model)
@@ -156,6 +165,7 @@ class Trainer(Work):
         optimizer = make_optimizer(groups(model, config))
         self.model = model if self.in_pieces else self.accelerator.prepare(model)
         self.optimizer = self.accelerator.prepare(optimizer)
+        self.graphs = graphs.RecordedPasses(model) if objective.in_graphs else None
         self.dropping = share_draws(model, self.part)
         self.blocks_altered = contextlib.ExitStack()
         self.compile_blocks(model)
@@ -225,9 +235,7 @@ class Trainer(Work):
             example = self.objective.example(batch, number, self)
             last = number == numbers[-1]
             with self._gradients_shared(last):
-                loss = self.objective.loss(example, self)
-                self.accelerator.backward(loss / len(batches))
-            losses.append(loss.detach())
+                losses.append(self.graphs(self._learn, example) if self.graphs else self._learn(example))
         norm = self.accelerator.clip_grad_norm_(self.plain.parameters(), self.config.clip_norm or math.inf)
         norm = sharding.full(norm)
         of_all = self.accelerator.gather(torch.stack([torch.stack(losses).mean(), norm]))
@@ -240,6 +248,12 @@ class Trainer(Work):
         if self.ema:
             self.ema.update(self.plain, step=self.done.step + 1)
         return {"loss": value, **rates, "grad_norm": norm}
+
+    def _learn(self, example: Any) -> Tensor:
+        """Add an example's part of a step's gradient; returns its loss."""
+        loss = self.objective.loss(example, self)
+        self.accelerator.backward(loss / (self.config.accumulate // self.part.turns))
+        return loss.detach()
 
     def _gradients_shared(self, shared: bool) -> contextlib.AbstractContextManager[None]:
         """Around a backward pass, after which processes average their gradients or not yet."""
@@ -324,6 +338,7 @@ class Trainer(Work):
     def close(self) -> None:
         """The model is a plain one again, in eval mode, with a gradient for everything that had one."""
         self.blocks_altered.close()
+        self.graphs = None  # their memory
         undo(self.dropping)
         if self.in_pieces:  # beside what lies in pieces, the whole may find no room
             del self.model, self.plain, self.optimizer, self.ema

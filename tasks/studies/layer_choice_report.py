@@ -63,7 +63,7 @@ def table(result: dict[str, Any]) -> str:
         f"{100 * plan['unrest']:.0f}% above the fastest).",
         f"Calibration: {settings['calibrate']['steps']} steps a kind, no labels; no fine-tune. Seeds {seeds}.",
         "",
-        plan["verdict"],
+        f"{plan['verdict']} {plan.get('advice', '')}".rstrip(),
         "",
         *_times(result),
         "",

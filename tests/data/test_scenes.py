@@ -9,12 +9,14 @@ import sys
 import zlib
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from t5lib.utils.errors import T5Error
 from t5lib.weights.focus_decoder import FocusDecoder
@@ -210,6 +212,23 @@ def test_pieces_come_out_of_packages_with_their_attribution(tmp_path):
         make.make(tmp_path / "pieces", tmp_path)
 
 
+def test_how_the_study_aligns_is_an_option(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    study, recipes = script("study"), []
+
+    def align(model, *, config, **given):
+        recipes.append(config)
+        raise study.OutOfTime
+
+    monkeypatch.setattr(study, "align", align)
+    monkeypatch.setattr(study, "Study", lambda options: mock.Mock(options=options, precision="fp32"))
+    monkeypatch.setattr(study, "arms", lambda made: study.aligned(made, nn.Identity(), fold=0, changes={}, steps=1))
+    for words in ([], ["--compile"], ["--graphs"]):
+        monkeypatch.setattr(sys, "argv", ["study", "arms", "--work", str(tmp_path), *words])
+        study.main()
+    assert [(each.compile, each.graphs) for each in recipes] == [(False, False), (True, False), (False, True)]
+
+
 def test_the_study_goes_from_scenes_to_measures_and_maps(composed, tmp_path, monkeypatch):
     """With a small model, few steps and small scenes: that every part of it runs."""
     monkeypatch.syspath_prepend(str(FOLDER))
@@ -237,12 +256,16 @@ def test_the_study_goes_from_scenes_to_measures_and_maps(composed, tmp_path, mon
     with np.load(tmp_path / "work/maps-arm-t5-last-auto-1-0.npz") as maps:
         assert maps["source"].shape == maps["student"].shape == maps["truth"].shape
 
+    run("arms", "--arms", "hedgehog-auto", "--calibrate", "1", "--align", "1", "--brief")
+    brief = json.loads((tmp_path / "work/arm-hedgehog-auto-1-0.json").read_text())
+    assert set(brief["measured"]) == {"aligned"} and "own_probe_miou" not in brief["measured"]["aligned"]["56"]
+
     words = ["--work", str(tmp_path / "work"), "--scenes", str(composed.folder), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["tables", *words])
     tables = script("tables")
     tables.main()
     arms = json.loads((tmp_path / "out.json").read_text())["arms"]
-    assert set(arms) == {tables.SOURCE, "t5-last-auto"}
+    assert set(arms) == {tables.SOURCE, "t5-last-auto", "hedgehog-auto"}
     shown = arms["t5-last-auto"]["sizes"]["56"]
     assert shown["lost"] == pytest.approx(record["measured"]["aligned"]["56"]["lost_miou"])
     assert shown["lost_at_most"] is None  # a single fold has no spread

@@ -68,6 +68,7 @@ CLASSIFIER: dict[str, list[Any]] = {
         "file:data/sd35-micro/train.json",
     ],
     "align.cosine": [NAN, -1],
+    "align.graphs": ["yes", 2, None],
     "explain.map_images": [0, -1],
     **dict.fromkeys(("finetune.lora_alpha", "finetune.cutmix", "align.prefix"), TOO_LARGE),
     **dict.fromkeys(("finetune.batch_size", "calibrate.pool", "calibrate.reuse", "finetune.lora_rank"), NO_SIZE),

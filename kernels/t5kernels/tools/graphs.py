@@ -9,11 +9,13 @@ import torch
 WARM_UP_CALLS = 3
 
 
-def recorded(call: Callable[[], Any]) -> Callable[[], Any]:
+def recorded(call: Callable[[], Any], pool: Any = None) -> Callable[[], Any]:
     """Record what `call` does on the current CUDA device.
 
     Args:
         call: takes no arguments. Its inputs must stay where they are in memory, because every replay reads them there.
+        pool: of memory that several recordings share (`torch.cuda.graph_pool_handle()`); None for memory of its own. A
+            replay may overwrite what the others gave, and no two may run at once.
 
     Returns:
         A function that replays the recording and returns its output, which is the same memory every time.
@@ -30,7 +32,8 @@ def recorded(call: Callable[[], Any]) -> Callable[[], Any]:
             call()
     torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # What other threads do meanwhile, such as a loader's that pins memory, is no mistake.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         output = call()
 
     def replay() -> Any:

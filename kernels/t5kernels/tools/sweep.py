@@ -46,16 +46,16 @@ def candidates(kernel: str, width: int) -> Iterator[Tile]:
 
 
 def _candidates_in_groups(kernel: str) -> Iterator[Tile]:
-    """Those for heads whose channels are two groups. Their sums leave registers for 8 warps, or with care for 12."""
+    """Those for heads whose channels are two groups."""
+    # Hidden columns, warps and resident programs that the sums leave room for.
     if kernel.endswith("backward"):
-        sizes = itertools.product((32, 64), (32, 64), (1, 2))
+        cuts, blocks, depths = ((32, 4, 2), (64, 4, 2), (32, 8, 1), (64, 8, 1)), (64, 128), (1, 2)
     elif kernel == "apply":  # in one slice, so that the weights are loaded once
-        sizes = itertools.product((128,), (64, 128), (1, 2, 3))
+        cuts, blocks, depths = ((128, 4, 2), (128, 8, 1)), (64, 128), (1, 2, 3)
     else:
-        sizes = itertools.product((64, 128), (32, 64), (2, 3))
-    for hidden, block, stages in sizes:
-        for warps, resident in ((4, 2), (4, 3), (8, 1)):
-            yield Tile(hidden=hidden, block=block, warps=warps, stages=stages, resident=resident)
+        cuts, blocks, depths = ((64, 4, 2), (64, 4, 3), (64, 8, 1), (128, 8, 1)), (32, 64, 128), (2, 3)
+    for (hidden, warps, resident), block, stages in itertools.product(cuts, blocks, depths):
+        yield Tile(hidden=hidden, block=block, warps=warps, stages=stages, resident=resident)
 
 
 def calls(case: Case) -> dict[str, Call]:

@@ -159,8 +159,7 @@ def _layer_backward(
     # Outputs of an op may not share memory, so every empty one is a tensor of its own.
     text_dq, text_dk, text_dv = (grads[1] if parts == 2 else q.new_empty(0) for grads in (dq, dk, dv))
     d_convs = take(4) if q_weight is not None else [q.new_empty(0) for _ in range(4)]
-    gains = [gain.sum((0, 1)) for gain in found]
-    d_gains = torch.stack(gains) if gains else _empty_gains(q, 0)
+    d_gains = next(found, _empty_gains(q, 0))
     return dq[0], dk[0], dv[0], text_dq, text_dk, text_dv, d_weights, *d_convs, d_gains  # type: ignore[return-value]
 
 
@@ -170,7 +169,7 @@ def _launch_layer_backward(
     rows, columns, prefix, norm, eps,
 ):  # fmt: skip
     """By part the gradients of q, then of k, then of v; those of the weights; of the convolutions of q and k, if any,
-    those of weight and bias; and of the gains, if any, those of each program, still to be added up."""
+    those of weight and bias; and those of the gains, if there are any."""
     weights, scale = [w1, w2, w3], inner_rate(q, text_q)
     convs = convolutions(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
     gains = ((q_gain, k_gain), (text_q_gain, text_k_gain))
@@ -183,7 +182,8 @@ def _launch_layer_backward(
     for conv, own in zip(convs, (q_sums, k_sums[0]), strict=True):
         if conv is not None and own is not None:
             d_convs += triton_finish.convolution_gradients(own, conv.weight, conv.bias)
-    return *dq, *dk, *dv, d_weights, *d_convs, *d_gains
+    gains = [triton_finish.gain_gradients(d_gains)] if d_gains else []
+    return *dq, *dk, *dv, d_weights, *d_convs, *gains
 
 
 def _common_dtype(*tensors: Tensor) -> torch.dtype:

@@ -19,6 +19,8 @@ from t5kernels.ttt_layer.triton_prepare import BIAS_SUM, SUMS
 
 WEIGHTS_TILE = Tile(block=1024, warps=4, stages=4)  # numbers of a weight that a program adds
 CONV_TILE = Tile(block=32, warps=4)  # images that a program adds at a time
+GAINS_TILE = Tile(block=128, warps=4)  # programs of the kernel before whose parts are added at a time
+MOST_GAINS = 4  # of queries and keys, of image and text
 
 
 @triton.jit
@@ -79,6 +81,25 @@ def convolution_kernel(
         tl.store(d_weight + channels * 9 + row, total, channel < D)
 
 
+@triton.jit(do_not_specialize=("rows0", "rows1", "rows2", "rows3"))
+def gains_kernel(
+    parts0, parts1, parts2, parts3, d_gains, rows0, rows1, rows2, rows3,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Write d_gains (gains, D): of every gain the sum of its parts (rows, D). The launch grid is (gains, 1)."""
+    after_previous(EARLY)
+    gain = tl.program_id(0)
+    parts = tl.where(gain < 2, tl.where(gain == 0, parts0, parts1), tl.where(gain == 2, parts2, parts3))
+    rows = tl.where(gain < 2, tl.where(gain == 0, rows0, rows1), tl.where(gain == 2, rows2, rows3))
+    channel = tl.arange(0, WIDTH)
+    total = tl.full((WIDTH,), 0.0, tl.float32)
+    for first in range(0, rows, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        mask = (row < rows)[:, None] & (channel < D)[None, :]
+        total += over_tokens(tl.load(parts + row[:, None] * D + channel[None, :], mask, other=0.0))
+    tl.store(d_gains + gain * D + channel, total, channel < D)
+
+
 def weight_gradients(d_stepped: Tensor, sums: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The gradients of all three weights (3, H, D, D), in `dtype`.
 
@@ -108,3 +129,17 @@ def convolution_gradients(sums: Tensor, weight: Tensor, bias: Tensor) -> tuple[T
         *(sums, d_weight, d_bias, sums.shape[0] // H, H, D, padded_width(D), CONV_TILE.block),
     )
     return d_weight, d_bias
+
+
+def gain_gradients(parts: Sequence[Tensor]) -> Tensor:
+    """The gradients (gains, D) in float32 of up to MOST_GAINS gains, from what their programs wrote, (B·H, chunks, D)
+    each."""
+    D = parts[0].shape[2]
+    d_gains = parts[0].new_empty(len(parts), D)
+    every = [*parts, *[parts[0]] * (MOST_GAINS - len(parts))]
+    launch(
+        *(gains_kernel, (len(parts), 1), d_gains, GAINS_TILE),
+        *(*every, d_gains, *(each.shape[0] * each.shape[1] for each in every)),
+        *(D, padded_width(D), GAINS_TILE.block),
+    )
+    return d_gains

@@ -25,18 +25,18 @@ from t5kernels.ttt_layer import triton_norms, triton_prepare
 
 # By kernel, then by the head width padded to a power of two. `prepare` and its backward take blocks of columns.
 TILES = {
-    "statistics": {width: Tile(block=8192 // width, warps=8, stages=3, resident=2) for width in (32, 64, 128)},
+    "statistics": {width: Tile(block=4096 // width, warps=4, stages=3, resident=4) for width in (32, 64, 128)},
     "prepare": {
         32: Tile(block=32, warps=4, stages=3, resident=3),
         64: Tile(block=16, warps=4, stages=3, resident=3),
-        128: Tile(block=4, warps=4, resident=3),
+        128: Tile(block=4, warps=2, stages=3, resident=6),
     },
     "prepare_backward": {
         32: Tile(block=8, warps=2, stages=3, resident=6),
         64: Tile(block=4, warps=2, stages=3, resident=6),
-        128: Tile(block=4, warps=4, resident=3),
+        128: Tile(block=2, warps=2, stages=3, resident=6),
     },
-    "norm_backward": {width: Tile(block=4096 // width, warps=8, stages=2, resident=4) for width in (32, 64, 128)},
+    "norm_backward": {width: Tile(block=4096 // width, warps=8, stages=3, resident=2) for width in (32, 64, 128)},
 }
 
 GROUP = 64  # channels

@@ -94,10 +94,8 @@ def statistics_kernel(
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
     x, x_b, x_h, x_n = own_tokens(x, x_b, x_h, x_n, text_x, t_b, t_h, t_n, part >= chunks, TEXT)
-    if TEXT:
-        is_text = part >= chunks
-        if is_text:
-            gain, factors = text_gain, text_factors
+    if TEXT and RMS:
+        gain, factors = tl.where(part >= chunks, text_gain, gain), tl.where(part >= chunks, text_factors, factors)
     part, N = own_share(part, chunks, N, T, TEXT)
     x = start_of_head(x, b, h, x_b, x_h)
     if RMS:

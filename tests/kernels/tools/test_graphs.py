@@ -1,5 +1,7 @@
 """A call recorded as a CUDA graph gives its output at every replay; what cannot be recorded is an error."""
 
+import functools
+
 import pytest
 import torch
 from t5kernels.tools.graphs import WARM_UP_CALLS, recorded
@@ -33,6 +35,20 @@ def test_what_the_device_refuses_to_record_is_an_error():
         recorded(lambda: torch.ones(4, device="cuda").sum().item())
     torch.cuda.synchronize()
     assert recorded(lambda: torch.ones(4, device="cuda").sum())() == 4
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_recordings_may_share_their_memory():
+    x, pool = torch.ones(1 << 20, device="cuda"), torch.cuda.graph_pool_handle()
+
+    def call(times):
+        return times * (x + 1).square()  # what lies between is free for the other recording
+
+    replays = {times: recorded(functools.partial(call, times), pool) for times in (2, 3)}
+    for value, times in enumerate([2, 3, 3, 2]):
+        x.fill_(value)
+        assert torch.equal(replays[times](), call(times))
 
 
 def test_without_a_device_it_says_so(monkeypatch):

@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from t5kernels.launch import H100_SHARED, LEAST_SHARED
 
 # Bytes a thread: what the present tiles take with the compilers that were tried, and a little more.
-MOST_SPILLED = {"accumulate": 16, "accumulate_backward": 512, "apply_backward": 128}
+# At width 128 tiles that spill were measured to be faster than those that do not.
+MOST_SPILLED = {"accumulate": 64, "accumulate_backward": 896, "apply_backward": 384}
 MOST_SPILLED |= {"neighborhood": 160, "neighborhood_queries": 128, "neighborhood_keys": 256}
 LINE = re.compile(r"(\d+)  (\w+) +registers +(\d+)  spilled +(\d+)  shared +(\d+)  carried +(\d+)")
 # The values that a loop hands from turn to turn: pointers, and sums over tokens.
@@ -30,11 +32,11 @@ def occupancy():
 
 @pytest.mark.slow
 def test_no_kernel_spills_more_than_it_did_and_all_fit_a_multiprocessor(occupancy):
-    assert len(occupancy) == 30
+    assert len(occupancy) == 32
     for (width, kernel), (registers, spilled, shared, _) in occupancy.items():
         assert 0 < registers <= 255
         assert spilled <= MOST_SPILLED.get(kernel, 0), (width, kernel)
-        assert shared <= 227 * 1024
+        assert shared <= (H100_SHARED if width == 128 else LEAST_SHARED)
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ def test_any_tile_gives_the_same_and_the_one_in_use_stays(kernel, calls, monkeyp
 def test_candidates_are_different_and_hold_what_is_in_use_or_its_like(kernel, width):
     tiles = list(sweep.candidates(kernel, width))
     assert len(set(tiles)) == len(tiles) > 10
+    assert len(tiles) <= 24 or width not in (80, 96)  # a sweep of what has not been timed is short
     assert all((tile.hidden > 0) == (sweep.EVERY_TILE[kernel][width].hidden > 0) for tile in tiles)
 
 

@@ -315,3 +315,17 @@ def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch):
     q, k, v, weights, _ = inputs((1, 5, 2, 16))
     with pytest.raises(ValueError, match="on cpu; expected CUDA tensors"):
         ttt(q, k, v, weights, inner="swiglu", scale=0.1, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "tile"),
+    [
+        (227, kernels.TILES["accumulate"][128]),
+        (163, kernels.SMALLER_TILES["accumulate"]),
+        (99, kernels.SAFE_TILE),
+    ],
+)
+def test_a_card_with_less_shared_memory_gets_smaller_tiles(monkeypatch, kilobytes, tile):
+    monkeypatch.setattr(kernels, "lacks_shared_memory", lambda x, needed: kilobytes * 1024 < needed)
+    wide = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16)
+    assert kernels._tile_for("accumulate", wide)[1] == tile

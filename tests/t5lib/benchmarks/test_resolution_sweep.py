@@ -107,8 +107,9 @@ class Drifting(nn.Module):
         return x if x.dtype == torch.float64 else x * self.factor
 
 
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize(("drift", "allowed"), [(1.008, True), (1.03, False)])
-def test_a_model_may_be_twice_as_far_off_as_plain_pytorch(pair, drift, allowed):
+def test_a_model_may_be_twice_as_far_off_as_its_yardstick(pair, drift, allowed, own):
     models = {"softmax": at_side(pair[0], 28), "t5": at_side(pair[1], 28)}
     models["softmax"].norm, models["t5"].norm = Drifting(1.005), Drifting(drift)
     config = TimingConfig(repeats=1, warmup=0)
@@ -118,11 +119,12 @@ def test_a_model_may_be_twice_as_far_off_as_plain_pytorch(pair, drift, allowed):
     )
     with pytest.raises(T5Error, match=r"softmax.*at most 0\.001"):
         call()
-    if allowed:
-        assert call(yardstick="softmax")["t5"].relative_error == pytest.approx(drift - 1, rel=0.1)
+    yardsticks = {"softmax": "softmax", "t5": "t5" if own else "softmax"}
+    if allowed or own:
+        assert call(yardsticks=yardsticks)["t5"].relative_error == pytest.approx(drift - 1, rel=0.1)
     else:
         with pytest.raises(T5Error, match=r"t5.*0\.03.*at most 0\.01"):
-            call(yardstick="softmax")
+            call(yardsticks=yardsticks)
 
 
 def test_wrong_results_give_no_speed(pair):

@@ -1,5 +1,6 @@
 """`t5 plan`: what it refuses before any work, that its figures agree with each other, and that its choice is usable."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -135,6 +136,42 @@ def test_it_says_plainly_that_nothing_is_gained(softmax, clock):
     assert re.search(r"break-even of swiglu +none up to 64 px", said)
 
 
+def test_on_a_cpu_one_row_says_how_it_ran(softmax, clock):
+    clock(softmax=2.0, new=1.0)
+    said = run(softmax, "--resolution", 32, "--kinds", "swiglu", "--device", "cpu").stdout
+    assert re.search(r"how you run it +all layers +softmax ms +converted ms +speed-up", said)
+    assert re.search(r"uncompiled +swiglu +7 +4 +1\.75x", said)
+    assert "compiled with CUDA graphs" not in said and "runs fastest" not in said
+
+
+def test_on_a_card_a_row_a_mode_and_advice(softmax, clock, monkeypatch):
+    clock(softmax=2.0, new=1.0)
+    in_graphs = cost_model.time_models
+
+    def launched_too(models, inputs, config, rules, where):
+        """Python takes 5 ms to launch a new layer, and 3 ms for one of softmax."""
+        found = in_graphs(models, inputs, config, rules, where)
+        for name, model in models.items():
+            new = len(ttt_layers(model))
+            launched = 1.0 + 5 * new + 3 * (len(model.blocks) - new)
+            found[name] = dataclasses.replace(found[name], launched_runs=[launched])
+        return found
+
+    monkeypatch.setattr(cost_model, "time_models", launched_too)
+    card = timing.Rules(torch.device("cpu"), torch.float32, compiled=True, graphs=True)
+    monkeypatch.setattr(timing.Rules, "of", lambda *_: card)
+    said = run(softmax, "--resolution", 32, "--kinds", "swiglu,two_layer", "--device", "cpu").stdout
+    assert "float32, compiled with CUDA graphs." in said
+    for kind in ("swiglu", "two_layer"):
+        assert re.search(rf"uncompiled +{kind} +10 +16 +0\.62x", said)
+        assert re.search(rf"compiled without CUDA graphs +{kind} +10 +16 +0\.62x", said)
+        assert re.search(rf"compiled with CUDA graphs +{kind} +7 +4 +1\.75x", said)
+    assert (
+        "runs fastest compiled with CUDA graphs: 4 ms a pass with swiglu. To turn this on, call model.compile(" in said
+    )
+    assert "two_layer pays when compiled with CUDA graphs, but not when uncompiled or" in said
+
+
 def test_out_of_reach_and_nothing_to_do_are_told_before_calibration(softmax, photos, clock, monkeypatch):
     clock(softmax=2.0, new=1.0)
     monkeypatch.setattr(t5lib, "calibrate", None)
@@ -156,6 +193,7 @@ def test_the_chosen_mixture_is_within_the_budget_saved_and_printed_as_convert_ta
     model, told = t5lib.load(out), read_json(out / "plan.json")
     assert parse_layers(printed) == model.t5_config.layers == told["chosen"]["layers"]
     assert told["chosen"]["predicted_ms"] == 5 and len(ttt_layers(model)) == 2
+    assert told["plan"]["modes"]["eager"]["swiglu"] == {"ms": 4, "speedup": 1.75}
     assert told["scan"]["loss"] == "kl" and told["scan"]["images"] == 2
     with torch.no_grad():
         assert model(random_images()).isfinite().all()

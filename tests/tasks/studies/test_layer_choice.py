@@ -18,8 +18,10 @@ from t5lib.training.calibration import CalibrateConfig
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
 from tasks.studies import layer_choice as task
+from tasks.studies import layer_choice_report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parents[3]
 KINDS = ("swiglu", "two_layer")
 PRICES = {"swiglu": 1.0, "two_layer": 1.5}
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 7}
@@ -97,6 +99,14 @@ def test_the_solver_meets_every_budget_and_stands_beside_rules_at_equal_cost(fin
     text = (folder / "out.md").read_text()
     assert "A gain at this size" in text and "| first 3 swiglu |" in text
     assert (folder / "out.png").stat().st_size > 10_000
+
+
+def test_the_page_gives_the_advice_where_the_plan_has_one():
+    old = read_json(ROOT / "docs/results/plan-dinov2-s.json")  # from before plans knew modes
+    text, advice = layer_choice_report.table(old), "A converted model runs fastest compiled."
+    assert old["plan"]["verdict"] in text.splitlines()
+    said = layer_choice_report.table(old | {"plan": old["plan"] | {"advice": advice}})
+    assert f"{old['plan']['verdict']} {advice}" in said.splitlines()
 
 
 def test_summary_names_the_best_rule_and_who_wins(finished):
