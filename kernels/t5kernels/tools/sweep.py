@@ -47,14 +47,14 @@ def candidates(kernel: str, width: int) -> Iterator[Tile]:
 
 def _candidates_in_groups(kernel: str) -> Iterator[Tile]:
     """Those for heads whose channels are two groups."""
-    # Hidden columns, warps and resident programs that the sums leave room for.
+    # A cut is hidden columns, warps, and the resident programs that the sums leave room for.
     if kernel.endswith("backward"):
-        cuts, blocks, depths = ((32, 4, 2), (64, 4, 2), (32, 8, 1), (64, 8, 1)), (64, 128), (1, 2)
+        sizes = itertools.product(((32, 4, 2), (64, 4, 2), (32, 8, 1), (64, 8, 1)), (64, 128), (1, 2))
     elif kernel == "apply":  # in one slice, so that the weights are loaded once
-        cuts, blocks, depths = ((128, 4, 2), (128, 8, 1)), (64, 128), (1, 2, 3)
+        sizes = itertools.product(((128, 4, 2), (128, 8, 1)), (64, 128), (1, 2, 3))
     else:
-        cuts, blocks, depths = ((64, 4, 2), (64, 4, 3), (64, 8, 1), (128, 8, 1)), (32, 64, 128), (2, 3)
-    for (hidden, warps, resident), block, stages in itertools.product(cuts, blocks, depths):
+        sizes = itertools.product(((64, 4, 2), (64, 4, 3), (64, 8, 1), (128, 8, 1)), (32, 64, 128), (2, 3))
+    for (hidden, warps, resident), block, stages in sizes:
         yield Tile(hidden=hidden, block=block, warps=warps, stages=stages, resident=resident)
 
 
