@@ -182,8 +182,8 @@ def _launch_layer_backward(
     for conv, own in zip(convs, (q_sums, k_sums[0]), strict=True):
         if conv is not None and own is not None:
             d_convs += triton_finish.convolution_gradients(own, conv.weight, conv.bias)
-    gains = [triton_finish.gain_gradients(d_gains)] if d_gains else []
-    return *dq, *dk, *dv, d_weights, *d_convs, *gains
+    summed = [triton_finish.gain_gradients(d_gains)] if d_gains else []
+    return *dq, *dk, *dv, d_weights, *d_convs, *summed
 
 
 def _common_dtype(*tensors: Tensor) -> torch.dtype:
