@@ -11,7 +11,7 @@ from triton.language.extra import cuda
 COUNTS = (
     *("B", "H", "N", "chunk", "images", "count", "shares", "capacity", "free", "room"),
     *("rows", "columns", "prefix", "segments", "on_grid"),
-    *("T", "groups", "chunks", "text_groups", "text_chunks"),
+    *("T", "groups", "chunks", "outside", "text_groups", "text_chunks", "text_shares", "text_count"),
 )
 
 

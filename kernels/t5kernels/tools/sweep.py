@@ -72,7 +72,7 @@ def calls(case: Case) -> dict[str, Call]:
         (q, k, v), (None, None, None), convs, (none, none), key_sums, k, case.settings.norm_scope, case.settings.eps
     )
     layer.take_statistics([part], case.settings.norm_scope, 0.0)
-    queries, keys = triton_launch.prepared(q, part.for_q), triton_launch.prepared(k, part.for_k)
+    ((queries,), (keys,)) = (triton_launch.prepared([each]) for each in ((q, part.for_q), (k, part.for_k)))
     step = ttt.launch_accumulate([(keys, v)], weights, scale, steps=3)
     _, d_step = ttt.launch_apply_backward([(d_out, queries)], weights, step)
     dk = ttt.launch_accumulate_backward(d_step, keys, v, weights, scale)[0]
@@ -102,7 +102,7 @@ def calls(case: Case) -> dict[str, Call]:
 
     return {
         "statistics": statistics,
-        "prepare": lambda: (triton_launch.prepared(k, part.for_k),),
+        "prepare": lambda: tuple(triton_launch.prepared([(k, part.for_k)])),
         "accumulate": lambda: (ttt.launch_accumulate([(keys, v)], weights, scale, steps=3),),
         "accumulate_last": lambda: (ttt.launch_accumulate([(keys, v)], weights, scale, steps=1),),
         "apply": lambda: tuple(ttt.launch_apply([queries], weights, step)),

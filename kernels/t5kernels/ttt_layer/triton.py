@@ -74,7 +74,8 @@ def _prepare(
 def _launch_prepare(x, sums, weight, bias, rows, columns, prefix, count, eps) -> tuple[Tensor]:
     norm = None if sums is None else KeyNorm(sums, 1, count, eps)
     conv = None if weight is None else Convolution(weight.contiguous(), bias.contiguous(), (rows, columns, prefix))
-    return (triton_launch.prepared(x, Preparation(None, norm, conv)),)
+    [out] = triton_launch.prepared([(x, Preparation(None, norm, conv))])
+    return (out,)
 
 
 @torch.library.register_fake("t5kernels::ttt_prepare")
@@ -112,10 +113,10 @@ def _launch_layer(
     sums, factors = empty_sums(k, text_k, norm), _empty_factors(q, text_q, q_gain)
     parts = parts_of((q, k, v), (text_q, text_k, text_v), convs, gains, sums, factors, norm, eps)
     take_statistics(parts, norm, rms_eps)
-    keys = [(triton_launch.prepared(part.k, part.for_k), part.v) for part in parts]
-    step = ttt.launch_accumulate(keys, weights, scale, steps)
+    keys = triton_launch.prepared([(part.k, part.for_k) for part in parts])
+    step = ttt.launch_accumulate(list(zip(keys, (part.v for part in parts), strict=True)), weights, scale, steps)
     del keys
-    outs = ttt.launch_apply([triton_launch.prepared(part.q, part.for_q) for part in parts], weights, step)
+    outs = ttt.launch_apply(triton_launch.prepared([(part.q, part.for_q) for part in parts]), weights, step)
     return outs[0], outs[1] if text_q is not None else q.new_empty(0), step, sums, factors
 
 
@@ -303,7 +304,7 @@ def _queries_backward(
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """By part the gradient of the normalized queries; minus that of the stepped weights (B, H, 3, D, D); the sums of
     prepare_backward."""
-    queries = [triton_launch.prepared(part.q, part.for_q) for part in parts]
+    queries = triton_launch.prepared([(part.q, part.for_q) for part in parts])
     dq, d_stepped = ttt.launch_apply_backward(list(zip(d_outs, queries, strict=False)), weights, step)
     del queries
     given = [(grad, part.q, part.for_q) for grad, part in zip(dq, parts, strict=True)]
@@ -317,13 +318,13 @@ def _keys_backward(
     """By part: the gradients of the normalized keys and of the values, the partial sums of the weights' gradients, and
     the sums of prepare_backward over the keys that the part's were normalized with."""
     dk, dv, weight_sums = [], [], []
-    for part in parts:
-        keys = triton_launch.prepared(part.k, part.for_k)
+    prepared = triton_launch.prepared([(part.k, part.for_k) for part in parts])
+    for keys, part in zip(prepared, parts, strict=True):
         grad, d_values, own = ttt.launch_accumulate_backward(d_step, keys, part.v, weights, scale)
-        del keys
         dk.append(grad)
         dv.append(d_values)
         weight_sums.append(own)
+    del prepared, keys
     given = [(grad, part.k, part.for_k) for grad, part in zip(dk, parts, strict=True)]
     if norm == "joint":
         dk, sums = triton_launch.prepare_backward(given)

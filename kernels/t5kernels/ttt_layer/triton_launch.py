@@ -145,22 +145,31 @@ def _capacity(sums: Tensor) -> int:
     return sums.stride(0) // (triton_norms.STATISTICS.value * sums.shape[3])
 
 
-def prepared(x: Tensor, preparation: Preparation) -> Tensor:
-    """The tokens as the inner model gets them; x itself where nothing is done to it."""
-    if not any(preparation.switches):
-        return x
-    out = like_tokens(x)
-    x, y = _as_prepared(preparation, x, out)
-    tile, programs, numbers = _programs("prepare", x, preparation)
+def prepared(parts: Sequence[tuple[Tensor, Preparation]]) -> list[Tensor]:
+    """The tokens of a sequence's parts as the inner model gets them, by one launch. A part to which nothing is done is
+    given back itself; the text's never have more done to them than the image's."""
+    changed = [(x, preparation) for x, preparation in parts if any(preparation.switches)]
+    if not changed:
+        return [x for x, _ in parts]
+    preparation, text_preparation = changed[0][1], changed[-1][1]
+    tokens = lying_alike([x for x, _ in changed])
+    outs = [like_tokens(x) for x in tokens]
+    xs, ys = _as_prepared(preparation, *tokens), _as_prepared(preparation, *outs)
+    x, text, y, text_y = xs[0], xs[-1], ys[0], ys[-1]
+    tile, (heads, programs), numbers = _programs("prepare", x, preparation)
+    *_, chunk, _, on_grid = of_grid = numbers[:8]
+    text_programs = ceil_div(text.shape[2], tile.block * chunk) if len(changed) > 1 else 0
     tensors, norm_numbers = _norm_arguments(x, preparation)
+    text_tensors, text_numbers = _norm_arguments(text, text_preparation)
     weight, bias = preparation.conv[:2] if preparation.conv else (x, x)
     launch(
-        *(triton_prepare.prepare_kernel, programs, x, tile),
-        *(x, *tensors, weight, bias, y),
-        *(*x.stride(), *y.stride(), *norm_numbers, *numbers),
-        *(tile.stages, *preparation.switches),
+        *(triton_prepare.prepare_kernel, (heads, programs + text_programs), x, tile),
+        *(x, *tensors, weight, bias, y, text, *text_tensors, text_y),
+        *(*x.stride(), *y.stride(), *text.stride()[:3], *text_y.stride()[:3]),
+        *(*norm_numbers, *text_numbers[2:4], text.shape[2], programs - on_grid, *of_grid, *numbers[8:]),
+        *(tile.stages, *preparation.switches, len(changed) > 1),
     )
-    return out
+    return [*outs, *(x for x, _ in parts[len(changed) :])]
 
 
 def prepare_backward(

@@ -23,7 +23,15 @@ import triton
 import triton.language as tl
 
 from t5kernels.reductions import over_tokens
-from t5kernels.tokens import COUNTS, after_previous, start_of_head, token_mask, token_pointers
+from t5kernels.tokens import (
+    COUNTS,
+    after_previous,
+    own_share,
+    own_tokens,
+    start_of_head,
+    token_mask,
+    token_pointers,
+)
 from t5kernels.ttt_layer.triton_norms import load_norm, load_row, store_row
 
 # The rows of a program's partial sums: nine of dw, then dbias, sum dn, sum dn n.
@@ -173,39 +181,73 @@ def _store_row_of_grid(
     tl.store(y, ready.to(y.dtype.element_ty), token_mask(column < _columns_of(row, first, last, columns), D, WIDTH))
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def prepare_kernel(
-    x, gain, factors, sums, weight, bias, y,
-    x_b, x_h, x_n, x_d, y_b, y_h, y_n, y_d, factors_h, capacity, shares, count, eps, rows, columns, prefix,
-    H, N, chunk, segments, on_grid,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    RMS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr, EARLY: tl.constexpr,
+@triton.jit
+def _normalize(
+    x, gain, factors, sums, y, text_x, text_gain, text_factors, text_sums, text_y,
+    x_b, x_h, x_n, x_d, y_b, y_h, y_n, y_d, tx_b, tx_h, tx_n, ty_b, ty_h, ty_n,
+    factors_h, capacity, shares, text_shares, count, text_count, eps, prefix, on_grid,
+    index, H, N, T, part, outside, chunk,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, RMS: tl.constexpr, NORM: tl.constexpr,
+    TEXT: tl.constexpr,
 ):  # fmt: skip
-    """Write y.
+    """Write y of `chunk` blocks of tokens without a place in the grid, which holds `on_grid` tokens.
 
-    The launch grid is (B·H, programs). First come `on_grid` programs, each with `chunk` rows of one of the `segments`
-    of the tokens' grid, then programs with `chunk` blocks of tokens without a place in it. gain: (D,); weight:
-    (H·D, 9); bias: (H·D,); factors and sums as in `statistics_kernel`.
+    The first `outside` parts are the image's, the others, with TEXT, the text's.
     """
-    after_previous(EARLY)
-    index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
+    is_text = part >= outside
+    x, x_b, x_h, x_n = own_tokens(x, x_b, x_h, x_n, text_x, tx_b, tx_h, tx_n, is_text, TEXT)
+    y, y_b, y_h, y_n = own_tokens(y, y_b, y_h, y_n, text_y, ty_b, ty_h, ty_n, is_text, TEXT)
+    part, N = own_share(part, outside, N, T, TEXT)
+    if TEXT:
+        gain, factors = tl.where(is_text, text_gain, gain), tl.where(is_text, text_factors, factors)
+        sums, prefix = tl.where(is_text, text_sums, sums), tl.where(is_text, T, prefix)
+        shares, count = tl.where(is_text, text_shares, shares), tl.where(is_text, text_count, count)
     x, y = start_of_head(x, b, h, x_b, x_h), start_of_head(y, b, h, y_b, y_h)
     factors += index.to(tl.int64) * factors_h
     scale, offset = _load_scales(gain, sums, index, capacity, shares, count, eps, D, WIDTH, RMS, NORM)
+    begin = part * chunk * BLOCK
+    for start in range(begin, begin + chunk * BLOCK, BLOCK):
+        token = _outside(start, prefix, on_grid, BLOCK)
+        mask = token_mask(token < N, D, WIDTH)
+        x_at = _pointers(x, token, x_n, x_d, WIDTH)
+        n = _load_normalized(x_at, mask, factors + token, token < N, scale, offset, RMS, NORM)
+        tl.store(_pointers(y, token, y_n, y_d, WIDTH), n.to(y.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def prepare_kernel(
+    x, gain, factors, sums, weight, bias, y, text_x, text_gain, text_factors, text_sums, text_y,
+    x_b, x_h, x_n, x_d, y_b, y_h, y_n, y_d, tx_b, tx_h, tx_n, ty_b, ty_h, ty_n,
+    factors_h, capacity, shares, count, eps, text_shares, text_count, T, outside,
+    rows, columns, prefix, H, N, chunk, segments, on_grid,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    RMS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr, TEXT: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Write y and, with TEXT, the text's.
+
+    The launch grid is (B·H, programs). First come `on_grid` programs, each with `chunk` rows of one of the `segments`
+    of the tokens' grid, then `outside` programs with `chunk` blocks of tokens without a place in it. With TEXT others
+    follow for blocks of its T tokens, whose channels lie as the image's do. gain: (D,); weight: (H·D, 9); bias:
+    (H·D,); factors and sums as in `statistics_kernel`.
+    """
+    after_previous(EARLY)
+    index, part = tl.program_id(0), tl.program_id(1)
     if part >= on_grid:
-        begin = (part - on_grid) * chunk * BLOCK
-        for start in range(begin, begin + chunk * BLOCK, BLOCK):
-            token = _outside(start, prefix, rows * columns, BLOCK)
-            mask = token_mask(token < N, D, WIDTH)
-            x_at = _pointers(x, token, x_n, x_d, WIDTH)
-            n = _load_normalized(x_at, mask, factors + token, token < N, scale, offset, RMS, NORM)
-            tl.store(_pointers(y, token, y_n, y_d, WIDTH), n.to(y.dtype.element_ty), mask)
+        _normalize(
+            x, gain, factors, sums, y, text_x, text_gain, text_factors, text_sums, text_y,
+            x_b, x_h, x_n, x_d, y_b, y_h, y_n, y_d, tx_b, tx_h, tx_n, ty_b, ty_h, ty_n,
+            factors_h, capacity, shares, text_shares, count, text_count, eps, prefix, rows * columns, index, H, N, T,
+            part - on_grid, outside, chunk, D, WIDTH, BLOCK, RMS, NORM, TEXT,
+        )  # fmt: skip
     elif CONV:
+        b, h = index // H, index % H
         segment, first = part % segments, (part // segments) * chunk
         last = tl.minimum(first + chunk, rows)
+        scale, offset = _load_scales(gain, sums, index, capacity, shares, count, eps, D, WIDTH, RMS, NORM)
         _convolve(
-            x, factors, weight, bias, y, h, scale, offset, segment, first, last,
+            start_of_head(x, b, h, x_b, x_h), factors + index.to(tl.int64) * factors_h, weight, bias,
+            start_of_head(y, b, h, y_b, y_h), h, scale, offset, segment, first, last,
             x_n, x_d, y_n, y_d, rows, columns, prefix, D, WIDTH, BLOCK, STAGES, RMS, NORM,
         )  # fmt: skip
 

@@ -49,6 +49,6 @@ def test_a_compiled_loop_hands_on_all_that_the_interpreted_one_does(occupancy):
 @pytest.mark.slow
 def test_with_text_too_no_kernel_spills():
     """The interpreter says nothing of whether a program can choose between the tokens of image and text."""
-    kernels = ["statistics", "accumulate", "accumulate_last", "apply"]
+    kernels = ["statistics", "prepare", "accumulate", "accumulate_last", "apply"]
     with_text = printed("--width", "64", "--rms", "--text", "--kernel", *kernels)
     assert {kernel: spilled for (_, kernel), (_, spilled, *_) in with_text.items()} == dict.fromkeys(kernels, 0)
