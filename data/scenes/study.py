@@ -44,7 +44,7 @@ from t5lib.weights.focus_decoder import FocusDecoder
 
 FITTED = 518  # pixels; the size of images that models are fitted on
 PROBE = ProbeConfig(l2=1e-3)
-OWN = "own_probe_miou"  # means something where a probe was fitted on the student's own features
+OWN = "own_probe_miou"  # of a probe that was fitted on the student's own features
 LATE = (0, 1, 2, 3, 4, 5, 6, 8, 9, 10)  # all but layers 7 and 11, a rule made without measuring
 
 AUTO: dict[str, Any] = {"layers": "auto", "softmax_layers": 2}
@@ -164,12 +164,19 @@ class Study:
             for size in self.scenes.sizes()
         }
 
-    def write(self, name: str, record: dict[str, Any], sums: dict[str, dict[str, DenseSums]]) -> None:
-        """`record` and what was measured, by stage and size, as JSON; the sums themselves beside it."""
-        record["own_probes"] = "aligned" in sums and not self.options.brief
+    def write(
+        self, name: str, record: dict[str, Any], sums: dict[str, dict[str, DenseSums]], own_probes: bool = False
+    ) -> None:
+        """`record` and what was measured, by stage and size, as JSON; the sums themselves beside it.
+
+        `own_probes`: whether probes were fitted on the features of the aligned student.
+        """
+        record["own_probes"] = own_probes
         record["measured"] = {
             stage: {
-                size: {n: v.item() for n, v in each.measures().items() if n != OWN or record["own_probes"]}
+                size: {
+                    n: v.item() for n, v in each.measures().items() if n != OWN or (own_probes and stage == "aligned")
+                }
                 for size, each in sizes.items()
             }
             for stage, sizes in sums.items()
@@ -330,7 +337,7 @@ def arms(study: Study) -> None:
             print(name, record["aligned"]["steps"], "steps, loss", loss[:4], "…", loss[-4:], flush=True)
             sums["aligned"] = study.measure(student, fold, own_probes=not options.brief)
             record["focus"] = study.focus(student, fold)
-            study.write(name, record, sums)
+            study.write(name, record, sums, own_probes=not options.brief)
             if options.pictures:
                 save_maps(study, student, name, fold)
             longest = max(longest, time.monotonic() - begun)

@@ -251,6 +251,8 @@ def test_the_study_goes_from_scenes_to_measures_and_maps(composed, tmp_path, mon
     record = json.loads((tmp_path / "work/arm-t5-last-auto-1-0.json").read_text())
     assert set(record["measured"]) == {"calibrated", "aligned"}
     assert set(record["measured"]["aligned"]) == {"56", "112", "70x112"}
+    own = {stage: "own_probe_miou" in sizes["56"] for stage, sizes in record["measured"].items()}
+    assert own == {"calibrated": False, "aligned": True}
     assert set(record["focus"]) == {"56", "112", "70x112"}
     assert record["aligned"]["steps"] == 2 and len(record["calibrated"]["softmax"]["layers"]) == 2
     with np.load(tmp_path / "work/maps-arm-t5-last-auto-1-0.npz") as maps:
