@@ -15,7 +15,7 @@ from t5kernels import (
 )
 from t5kernels.choice import Candidate, choose
 
-FAST = ["ttt_swiglu_accumulate", "ttt_swiglu_apply"]
+FAST = ["ttt_accumulate", "ttt_apply"]
 
 
 def candidate(name, by_default=True, obstacle=None):

@@ -1,7 +1,7 @@
 """`ttt`, the bidirectional Test-Time-Training op, and its two halves for split sequences.
 
 Arguments are checked, then an implementation is chosen: "reference" is plain PyTorch and runs anywhere; "triton" runs
-the kernels of triton.py, which exist for swiglu and swiglu_last with the dot loss.
+the kernels of triton.py, which exist for FUSED_INNERS with the dot loss.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ INNER_WEIGHTS = {
 }
 # How many of them, the last ones, take the step; all of them where nothing is said.
 STEPPED_WEIGHTS = INNER_WEIGHTS | {"swiglu_last": 1}
-FUSED_INNERS = ("swiglu", "swiglu_last")
+FUSED_INNERS = ("swiglu", "swiglu_last", "linear_proj_qk")
 INNER_MODELS = tuple(INNER_WEIGHTS)
 INNER_LOSSES = ("dot", "residual")
 
@@ -49,9 +49,9 @@ def ttt(
         loss: "dot" (minus the dot product) or "residual" (half the squared error), summed over tokens.
         scale: inner learning rate; the method uses D**-0.5 / N. The linear models normalize, so it cancels there.
         impl: "triton", "reference", or None for the kernels where they are made for the call (16-bit CUDA tokens,
-            swiglu or swiglu_last with the dot loss) and the reference elsewhere. "triton" takes views of any
-            strides as they are, sums over tokens in float32, and returns tokens that lie in memory as (B, N, H, D), so
-            that merging the heads copies nothing. It has a first derivative only.
+            one of FUSED_INNERS with the dot loss) and the reference elsewhere. "triton" takes views of any strides as
+            they are, sums over tokens in float32, and returns tokens that lie in memory as (B, N, H, D), so that
+            merging the heads copies nothing. It has a first derivative only.
 
     Returns:
         (B, H, N, D) in q's dtype.
@@ -71,8 +71,8 @@ def ttt(
         from t5kernels.ttt import triton
 
         narrow_q, narrow_k, narrow_v = as_in_autocast(q, k, v)
-        step = triton.accumulate(narrow_k, narrow_v, weights, scale, STEPPED_WEIGHTS[inner])
-        return triton.apply(narrow_q, weights, step).to(q.dtype)
+        step = triton.accumulate(narrow_k, narrow_v, weights, scale, inner)
+        return triton.apply(narrow_q, weights, step, inner, scale).to(q.dtype)
     return reference.ttt(q, k, v, tuple(weights), inner, scale, loss).to(q.dtype)
 
 
@@ -109,7 +109,7 @@ def ttt_accumulate(
         from t5kernels.ttt import triton
 
         k, v = as_in_autocast(k, v)
-        return triton.accumulate(k, v, weights, scale, STEPPED_WEIGHTS[inner])
+        return triton.accumulate(k, v, weights, scale, inner)
     gradients = reference.STEPPED[inner][0](k, v, tuple(weights), scale, loss)
     return torch.stack(gradients, dim=2).to(torch.promote_types(k.dtype, torch.float32))
 
@@ -140,7 +140,7 @@ def ttt_apply(q: Tensor, weights: tuple[Tensor, ...], step: Tensor, *, inner: st
         from t5kernels.ttt import triton
 
         (narrow_q,) = as_in_autocast(q)
-        return triton.apply(narrow_q, weights, step).to(q.dtype)
+        return triton.apply(narrow_q, weights, step, inner).to(q.dtype)
     return reference.STEPPED[inner][1](q, reference.stepped(tuple(weights), step.unbind(2))).to(q.dtype)
 
 

@@ -113,6 +113,16 @@ def _load_weights(
 
 
 @triton.jit
+def _load_first_weights(
+    w1, w2, h, tile, dtype, D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr
+):
+    """`_load_weights` without W3."""
+    w1 = load_columns(w1 + h * (D * D), tile, D, WIDTH, REST, HIDDEN)
+    w2 = load_columns(w2 + h * (D * D), tile, D, WIDTH, REST, HIDDEN)
+    return cast(w1, dtype), cast(w2, dtype)
+
+
+@triton.jit
 def _load_triple(x, index, tile, D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr):
     """A slice of the matrices 3 index, 3 index + 1, 3 index + 2 of x, a contiguous stack of D x D."""
     offset = index.to(tl.int64) * (3 * D * D)
@@ -214,7 +224,7 @@ def accumulate_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def accumulate_last_kernel(
-    k, v, text_k, text_v, w1, w2, w3, sums,
+    k, v, text_k, text_v, w1, w2, sums,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, tk_b, tk_h, tk_n, tv_b, tv_h, tv_n,
     H, N, T, chunk, chunks, capacity, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
@@ -226,7 +236,7 @@ def accumulate_last_kernel(
     index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = index // H, index % H
     dtype = k.dtype.element_ty
-    w1, w2, _w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, REST, HIDDEN)
+    w1, w2 = _load_first_weights(w1, w2, h, tile, dtype, D, WIDTH, REST, HIDDEN)
     k, k_b, k_h, k_n = own_tokens(k, k_b, k_h, k_n, text_k, tk_b, tk_h, tk_n, part >= chunks, TEXT)
     v, v_b, v_h, v_n = own_tokens(v, v_b, v_h, v_n, text_v, tv_b, tv_h, tv_n, part >= chunks, TEXT)
     part, N = own_share(part, chunks, N, T, TEXT)
@@ -402,7 +412,7 @@ def accumulate_backward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def accumulate_last_backward_kernel(
-    d_step, k, v, text_k, text_v, w1, w2, w3, dk, dv, text_dk, text_dv, sums,
+    d_step, k, v, text_k, text_v, w1, w2, dk, dv, text_dk, text_dv, sums,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, tk_b, tk_h, tk_n, tv_b, tv_h, tv_n,
     dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d, tdk_b, tdk_h, tdk_n, tdv_b, tdv_h, tdv_n,
     B, H, N, T, images, chunk, chunks, scale, step_h,
@@ -422,7 +432,7 @@ def accumulate_last_backward_kernel(
     dv, dv_b, dv_h, dv_n = own_tokens(dv, dv_b, dv_h, dv_n, text_dv, tdv_b, tdv_h, tdv_n, part >= chunks, TEXT)
     part, N = own_share(part, chunks, N, T, TEXT)
     for tile in range(SLICES):
-        w1_, w2_, _w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, REST, HIDDEN)
+        w1_, w2_ = _load_first_weights(w1, w2, h, tile, dtype, D, WIDTH, REST, HIDDEN)
         s1, s2 = zero_columns(HIDDEN, WIDTH, REST), zero_columns(HIDDEN, WIDTH, REST)
         for image in range(tl.minimum(images, B - group * images)):
             b = group * images + image

@@ -1,9 +1,9 @@
 """`ttt_layer`: key norm, convolution of queries and keys, and `ttt`, as one op that keeps its inputs and little more.
 
 Arguments are checked, then an implementation is chosen: "reference" is plain PyTorch and runs anywhere; "triton" runs
-fused kernels, which exist for swiglu and swiglu_last with the dot loss and the key norms "instance" and "none", with or
-without RMS norms of q and k. By default the op uses them for such calls with 16-bit tokens on CUDA, except inside
-transforms of torch.func.
+fused kernels, which exist for the inner models swiglu, swiglu_last and linear_proj_qk with the dot loss and the key
+norms "instance" and "none", with or without RMS norms of q and k. By default the op uses them for such calls with
+16-bit tokens on CUDA, except inside transforms of torch.func.
 """
 
 from collections.abc import Sequence
@@ -195,8 +195,7 @@ def _fused(image, weights, settings, grid, q_conv, k_conv, text, norms) -> tuple
     grid = grid or Grid(rows=0, columns=0)
     rms = norms or (None, None, 0.0)
     parts = as_in_autocast(*image), as_in_autocast(*(text or ()))
-    steps = ttt_api.STEPPED_WEIGHTS[settings.inner]
-    o, text_o = triton.layer(*parts, weights, steps, q_conv, k_conv, grid, norm, settings.eps, rms)
+    o, text_o = triton.layer(*parts, weights, settings.inner, q_conv, k_conv, grid, norm, settings.eps, rms)
     return o.to(dtype), text_o.to(dtype) if text else None
 
 

@@ -17,12 +17,13 @@ from t5kernels.launch import MOST_CHUNKS, like_tokens
 from t5kernels.ops import differentiable, op
 from t5kernels.plans import planned
 from t5kernels.ttt import triton as ttt
+from t5kernels.ttt.triton_tiles import TILES
 from t5kernels.ttt_layer import triton_finish, triton_launch, triton_norms
 from t5kernels.ttt_layer.key_norm import KeyStatistics
 from t5kernels.ttt_layer.reference import inner_rate
 from t5kernels.ttt_layer.triton_launch import BackwardSums, Convolution, GainSums, KeyNorm, Preparation, RmsNorm
 
-EVERY_TILE = ttt.TILES | triton_launch.TILES  # the tiles of all kernels that the layer launches
+EVERY_TILE = TILES | triton_launch.TILES  # the tiles of all kernels that the layer launches
 INPUT_TENSORS = 17  # so many of the op's inputs are tensors, and come first
 
 
@@ -38,18 +39,19 @@ class Part(NamedTuple):
     sums: Tensor
 
 
-def layer(image, text, weights, steps: int, q_conv, k_conv, grid, norm: str, eps: float, rms) -> tuple:
+def layer(image, text, weights, inner: str, q_conv, k_conv, grid, norm: str, eps: float, rms) -> tuple:
     """The outputs of image and text, each (B, H, N, D); the text's is empty where there is no text.
 
-    `steps`: how many of the weights take the step, the last ones. `norm`: "none" or a norm_scope. `rms`: gains (D,) of
-    the image's q and k and of the text's, or None; and their eps.
+    `inner`: the inner model's name. `norm`: "none" or a norm_scope. `rms`: gains (D,) of the image's q and k and of the
+    text's, or None; and their eps.
     """
     text = text or (None, None, None)
     convs = (*(q_conv or (None, None)), *(k_conv or (None, None)))
     image_gains, text_gains, rms_eps = rms
     gains = (*(image_gains or (None, None)), *(text_gains or (None, None)))
     place = (grid.rows, grid.columns, grid.num_prefix_tokens)
-    return _differentiable_layer(*image, *text, *weights, *convs, *gains, *place, norm, eps, rms_eps, steps)[:2]
+    given = (*image, *text, *ttt.three(weights), *convs, *gains)
+    return _differentiable_layer(*given, *place, norm, eps, rms_eps, inner)[:2]
 
 
 def prepare(x: Tensor, statistics: KeyStatistics | None, eps: float, conv, grid) -> Tensor:
@@ -86,48 +88,49 @@ def _(x, mean, squares, weight, bias, rows, columns, prefix, count, eps):
 @op("ttt_layer")
 def _layer(
     q: Tensor, k: Tensor, v: Tensor, text_q: Tensor | None, text_k: Tensor | None, text_v: Tensor | None,
-    w1: Tensor, w2: Tensor, w3: Tensor,
+    w1: Tensor, w2: Tensor, w3: Tensor | None,
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
     q_gain: Tensor | None, k_gain: Tensor | None, text_q_gain: Tensor | None, text_k_gain: Tensor | None,
-    rows: int, columns: int, prefix: int, norm: str, eps: float, rms_eps: float, steps: int,
+    rows: int, columns: int, prefix: int, norm: str, eps: float, rms_eps: float, inner: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The two outputs, and in float32 what the backward needs beside the inputs.
 
-    That is the step (B, H, steps, D, D); the sums (B·H, capacity, STATISTICS, D) of the image's keys and then of the
+    That is the step (B, H, *step_shape); the sums (B·H, capacity, STATISTICS, D) of the image's keys and then of the
     text's; and the factors (2, B·H, N + T) of the RMS norms of q and k, empty where there is no such norm.
 
     The inner learning rate is no argument: torch.compile would fix its value, and with it the number of tokens.
     """
     tokens = (q, k, v, text_q, text_k, text_v)
     parameters = (w1, w2, w3, q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain)
-    return planned(_launch_layer, (*tokens, *parameters), rows, columns, prefix, norm, eps, rms_eps, steps)
+    return planned(_launch_layer, (*tokens, *parameters), rows, columns, prefix, norm, eps, rms_eps, inner)
 
 
 def _launch_layer(
     q, k, v, text_q, text_k, text_v, w1, w2, w3, q_weight, q_bias, k_weight, k_bias,
-    q_gain, k_gain, text_q_gain, text_k_gain, rows, columns, prefix, norm, eps, rms_eps, steps,
+    q_gain, k_gain, text_q_gain, text_k_gain, rows, columns, prefix, norm, eps, rms_eps, inner,
 ):  # fmt: skip
-    weights, scale = [w1, w2, w3], inner_rate(q, text_q)
+    weights, scale, model = ttt.present(w1, w2, w3), inner_rate(q, text_q), ttt.INNERS[inner]
     convs = convolutions(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
     gains = ((q_gain, k_gain), (text_q_gain, text_k_gain))
     sums, factors = empty_sums(k, text_k, norm), _empty_factors(q, text_q, q_gain)
     parts = parts_of((q, k, v), (text_q, text_k, text_v), convs, gains, sums, factors, norm, eps)
     take_statistics(parts, norm, rms_eps)
     keys = triton_launch.prepared([(part.k, part.for_k) for part in parts])
-    step = ttt.launch_accumulate(list(zip(keys, (part.v for part in parts), strict=True)), weights, scale, steps)
+    step = ttt.launch_accumulate(list(zip(keys, (part.v for part in parts), strict=True)), weights, scale, model)
     del keys
-    outs = ttt.launch_apply(triton_launch.prepared([(part.q, part.for_q) for part in parts]), weights, step)
+    queries = triton_launch.prepared([(part.q, part.for_q) for part in parts])
+    outs = ttt.launch_apply(queries, weights, step, scale, model)
     return outs[0], outs[1] if text_q is not None else q.new_empty(0), step, sums, factors
 
 
 @torch.library.register_fake("t5kernels::ttt_layer")
 def _(
     q, k, v, text_q, text_k, text_v, w1, w2, w3, q_weight, q_bias, k_weight, k_bias,
-    q_gain, k_gain, text_q_gain, text_k_gain, rows, columns, prefix, norm, eps, rms_eps, steps,
+    q_gain, k_gain, text_q_gain, text_k_gain, rows, columns, prefix, norm, eps, rms_eps, inner,
 ):  # fmt: skip
     B, H, _, D = q.shape
     text_out = q.new_empty(0) if text_q is None else like_tokens(text_q)
-    step = q.new_empty(B, H, steps, D, D, dtype=torch.float32)
+    step = q.new_empty(B, H, *ttt.INNERS[inner].step_shape(D), dtype=torch.float32)
     return like_tokens(q), text_out, step, empty_sums(k, text_k, norm), _empty_factors(q, text_q, q_gain)
 
 
@@ -135,10 +138,10 @@ def _(
 def _layer_backward(
     d_out: Tensor, d_text: Tensor | None, step: Tensor, sums: Tensor, factors: Tensor,
     q: Tensor, k: Tensor, v: Tensor, text_q: Tensor | None, text_k: Tensor | None, text_v: Tensor | None,
-    w1: Tensor, w2: Tensor, w3: Tensor,
+    w1: Tensor, w2: Tensor, w3: Tensor | None,
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
     q_gain: Tensor | None, k_gain: Tensor | None, text_q_gain: Tensor | None, text_k_gain: Tensor | None,
-    rows: int, columns: int, prefix: int, norm: str, eps: float,
+    rows: int, columns: int, prefix: int, norm: str, eps: float, inner: str,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the three or six tokens, and of all parameters, one after the other in one tensor.
 
@@ -147,43 +150,40 @@ def _layer_backward(
     tokens = (q, k, v, text_q, text_k, text_v)
     parameters = (w1, w2, w3, q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain)
     given = (d_out, d_text, step, sums, factors, *tokens, *parameters)
-    return list(planned(_launch_layer_backward, given, rows, columns, prefix, norm, eps))
+    return list(planned(_launch_layer_backward, given, rows, columns, prefix, norm, eps, inner))
 
 
 def _launch_layer_backward(
     d_out, d_text, step, sums, factors, q, k, v, text_q, text_k, text_v, w1, w2, w3,
     q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain,
-    rows, columns, prefix, norm, eps,
+    rows, columns, prefix, norm, eps, inner,
 ):  # fmt: skip
-    weights, scale = [w1, w2, w3], inner_rate(q, text_q)
+    weights, scale, model = ttt.present(w1, w2, w3), inner_rate(q, text_q), ttt.INNERS[inner]
     convs = convolutions(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
     gains = ((q_gain, k_gain), (text_q_gain, text_k_gain))
     parts = parts_of((q, k, v), (text_q, text_k, text_v), convs, gains, sums, factors, norm, eps)
-    dq, d_stepped, q_sums = _queries_backward(parts, (d_out, d_text), weights, step)
-    dk, dv, weight_sums, k_sums = _keys_backward(parts, d_stepped[:, :, -step.shape[2] :], weights, scale)
+    dq, of_queries, q_sums = _queries_backward(parts, (d_out, d_text), weights, step, scale, model)
+    dk, dv, weight_sums, k_sums = _keys_backward(parts, model.step_gradient(of_queries), weights, scale, model)
     gain_sums = _norms_backward(dq, dk, parts, k_sums, norm)
-    own = _present(*weights, q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain)
-    d_parameters = triton_finish.parameter_gradients(d_stepped, weight_sums, q_sums, k_sums, gain_sums, own)
+    own = ttt.present(*weights, q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain)
+    d_parameters = triton_finish.parameter_gradients(model, of_queries, weight_sums, q_sums, k_sums, gain_sums, own)
     return *itertools.chain(*zip(dq, dk, dv, strict=True)), d_parameters
-
-
-def _present(*tensors: Tensor | None) -> list[Tensor]:
-    return [t for t in tensors if t is not None]
 
 
 @torch.library.register_fake("t5kernels::ttt_layer_backward")
 def _(
     d_out, d_text, step, sums, factors, q, k, v, text_q, text_k, text_v, w1, w2, w3,
     q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain,
-    rows, columns, prefix, norm, eps,
+    rows, columns, prefix, norm, eps, inner,
 ):  # fmt: skip
-    tokens = [like_tokens(t) for t in _present(q, k, v, text_q, text_k, text_v)]
-    own = _present(w1, w2, w3, q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain)
+    tokens = [like_tokens(t) for t in ttt.present(q, k, v, text_q, text_k, text_v)]
+    own = ttt.present(w1, w2, w3, q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain)
     return [*tokens, q.new_empty(sum(t.numel() for t in own), dtype=triton_finish.common_dtype(own))]
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:
-    tensors, (*ctx.numbers, _, _) = inputs[:INPUT_TENSORS], inputs[INPUT_TENSORS:]
+    tensors, (*numbers, _, inner) = inputs[:INPUT_TENSORS], inputs[INPUT_TENSORS:]
+    ctx.numbers = (*numbers, inner)
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
 
@@ -198,7 +198,7 @@ def _differentiate(ctx, d_out, d_text, *_d_kept):
     elif d_text is None:
         d_text = torch.zeros_like(text_q)
     *d_tokens, d_parameters = _layer_backward(d_out, d_text, *statistics, *tensors, *ctx.numbers)
-    own = _present(*tensors[6:])
+    own = ttt.present(*tensors[6:])
     pieces = d_parameters.split([p.numel() for p in own])
     found = iter([*d_tokens, *(g.view(p.shape).to(p.dtype) for g, p in zip(pieces, own, strict=True))])
     return *(None if t is None else next(found) for t in tensors), *(None,) * 7
@@ -269,26 +269,27 @@ def take_statistics(parts: list[Part], norm: str, rms_eps: float) -> None:
 
 
 def _queries_backward(
-    parts: list[Part], d_outs: Sequence[Tensor], weights: Sequence[Tensor], step: Tensor
+    parts: list[Part], d_outs: Sequence[Tensor], weights: Sequence[Tensor], step: Tensor, scale: float, inner: ttt.Inner
 ) -> tuple[list[Tensor], Tensor, BackwardSums | None]:
-    """By part the gradient of the normalized queries; minus that of the stepped weights (B, H, 3, D, D); the sums of
+    """By part the gradient of the normalized queries; those of weights and step (B, H, *gradients_shape); the sums of
     prepare_backward."""
     queries = triton_launch.prepared([(part.q, part.for_q) for part in parts])
-    dq, d_stepped = ttt.launch_apply_backward(list(zip(d_outs, queries, strict=False)), weights, step)
-    del queries
+    tokens = list(zip(d_outs, queries, strict=False))
+    dq, gradients = ttt.launch_apply_backward(tokens, weights, step, scale, inner)
+    del queries, tokens
     given = [(grad, part.q, part.for_q) for grad, part in zip(dq, parts, strict=True)]
     dq, sums = triton_launch.prepare_backward(given)
-    return dq, d_stepped, sums
+    return dq, gradients, sums
 
 
 def _keys_backward(
-    parts: list[Part], d_step: Tensor, weights: Sequence[Tensor], scale: float
+    parts: list[Part], d_step: Tensor, weights: Sequence[Tensor], scale: float, inner: ttt.Inner
 ) -> tuple[list[Tensor], list[Tensor], Tensor, BackwardSums | None]:
     """By part the gradients of the normalized keys and of the values; the partial sums of the weights' gradients; the
     sums of prepare_backward."""
     keys = triton_launch.prepared([(part.k, part.for_k) for part in parts])
     tokens = list(zip(keys, (part.v for part in parts), strict=True))
-    dk, dv, weight_sums = ttt.launch_accumulate_backward(d_step, tokens, weights, scale)
+    dk, dv, weight_sums = ttt.launch_accumulate_backward(d_step, tokens, weights, scale, inner)
     del keys, tokens
     given = [(grad, part.k, part.for_k) for grad, part in zip(dk, parts, strict=True)]
     dk, sums = triton_launch.prepare_backward(given)

@@ -16,6 +16,7 @@ from torch import Tensor
 from t5kernels.launch import Tile, ceil_div, launch, padded_width
 from t5kernels.reductions import over_tokens
 from t5kernels.tokens import COUNTS, after_previous
+from t5kernels.ttt.triton import Inner
 from t5kernels.ttt_layer.triton_launch import BackwardSums, GainSums
 from t5kernels.ttt_layer.triton_prepare import BIAS_SUM, SUMS
 
@@ -26,25 +27,27 @@ CONV_ROWS = tl.constexpr(BIAS_SUM.value + 1)  # of the SUMS, those that are grad
 
 @triton.jit
 def _weight_gradients(
-    d_stepped, sums, d_weights, program, B, H, groups, chunks, numbers,
-    WEIGHED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    of_queries, sums, d_weights, program, B, H, groups, chunks, numbers, of_queries_h,
+    QUERIED: tl.constexpr, FIRST: tl.constexpr, WEIGHED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write a block of d_weights (3, H, numbers).
+    """Write a block of d_weights (weights, H, numbers).
 
-    d_stepped: (B, H, 3, numbers) of -dU; its sum over images is subtracted. sums: (groups, H, chunks, WEIGHED, numbers)
-    for the first WEIGHED weights; they are added.
+    of_queries: for the first QUERIED weights, `numbers` each at the start of every `of_queries_h` of an image and head;
+    their sum over images is subtracted. sums: (groups, H, chunks, WEIGHED, numbers) for WEIGHED weights from the FIRST
+    on; they are added.
     """
     blocks = (numbers + BLOCK - 1) // BLOCK
     matrix, number = program // blocks, (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     weight, h = matrix // H, matrix % H
     mask = number < numbers
     total = tl.full((BLOCK,), 0.0, tl.float32)
-    d_stepped += (h * 3 + weight) * numbers + number
-    for b in tl.range(B, num_stages=STAGES):
-        total -= tl.load(d_stepped + tl.cast(b, tl.int64) * (H * 3 * numbers), mask, other=0.0)
-    if weight < WEIGHED:
+    if weight < QUERIED:
+        of_queries += h * of_queries_h + weight * numbers + number
+        for b in tl.range(B, num_stages=STAGES):
+            total -= tl.load(of_queries + tl.cast(b, tl.int64) * (H * of_queries_h), mask, other=0.0)
+    if weight >= FIRST and weight < FIRST + WEIGHED:
         for group in range(groups):
-            first = ((group * H + h) * chunks).to(tl.int64) * (WEIGHED * numbers) + weight * numbers
+            first = ((group * H + h) * chunks).to(tl.int64) * (WEIGHED * numbers) + (weight - FIRST) * numbers
             for chunk in tl.range(chunks, num_stages=STAGES):
                 total += tl.load(sums + first + chunk * (WEIGHED * numbers) + number, mask, other=0.0)
     tl.store(d_weights + matrix.to(tl.int64) * numbers + number, total, mask)
@@ -66,15 +69,17 @@ def _sum_of_rows(x, count, run, run_stride, stride, D: tl.constexpr, WIDTH: tl.c
 
 @triton.jit(do_not_specialize=COUNTS)
 def parameters_kernel(
-    d_stepped, weight_sums, q_sums, k_sums, gain_sums, d_parameters,
-    B, H, groups, chunks, numbers, heads, on_grid, q_sums_h, k_sums_h, image_chunks, text_chunks,
-    WEIGHED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
+    of_queries, weight_sums, q_sums, k_sums, gain_sums, d_parameters,
+    B, H, groups, chunks, numbers, of_queries_h, heads, on_grid, q_sums_h, k_sums_h, image_chunks, text_chunks,
+    WEIGHTS: tl.constexpr, QUERIED: tl.constexpr, FIRST: tl.constexpr, WEIGHED: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of the weights, (3, H, numbers), of the convolutions and of the gains, one after the other.
+    """Write the gradients of the weights, (WEIGHTS, H, numbers), of the convolutions and of the gains, one after the
+    other.
 
-    The launch grid is so many programs for each: 3·H times the blocks of `numbers`; 2 · `heads` · CONV_ROWS, where
-    `heads` is 0 without convolutions; and one for every gain.
+    The launch grid is so many programs for each: WEIGHTS·H times the blocks of `numbers`; 2 · `heads` · CONV_ROWS,
+    where `heads` is 0 without convolutions; and one for every gain.
 
     Convolutions: of queries and then of keys, weight (heads·D, 9) and bias (heads·D,). q_sums, k_sums: (B, heads,
     programs, SUMS, D), of which the first `on_grid` programs are added. Gains: (2 or 4, D), of the image's queries and
@@ -82,12 +87,13 @@ def parameters_kernel(
     """
     after_previous(EARLY)
     program = tl.program_id(0)
-    conv = program - 3 * H * ((numbers + BLOCK - 1) // BLOCK)
+    conv = program - WEIGHTS * H * ((numbers + BLOCK - 1) // BLOCK)
     gain = conv - 2 * heads * CONV_ROWS
     channel = tl.arange(0, WIDTH)
     if conv < 0:
         _weight_gradients(
-            d_stepped, weight_sums, d_parameters, program, B, H, groups, chunks, numbers, WEIGHED, BLOCK, STAGES
+            of_queries, weight_sums, d_parameters, program, B, H, groups, chunks, numbers, of_queries_h,
+            QUERIED, FIRST, WEIGHED, BLOCK, STAGES,
         )  # fmt: skip
     elif gain < 0:
         row, head = conv % CONV_ROWS, conv // CONV_ROWS
@@ -95,7 +101,7 @@ def parameters_kernel(
         sums, sums_h = tl.where(is_key, k_sums, q_sums), tl.where(is_key, k_sums_h, q_sums_h)
         sums += h.to(tl.int64) * sums_h + row * D
         total = _sum_of_rows(sums, B * on_grid, on_grid, heads * sums_h, SUMS * D, D, WIDTH, AT_ONCE)
-        d_parameters += 3 * H * numbers + tl.where(is_key, heads * (D * CONV_ROWS), 0)
+        d_parameters += WEIGHTS * H * numbers + tl.where(is_key, heads * (D * CONV_ROWS), 0)
         place = (h * D + channel) * tl.where(row == BIAS_SUM, 1, 9) + tl.where(row == BIAS_SUM, heads * (D * 9), row)
         tl.store(d_parameters + place, total, channel < D)
     else:
@@ -103,12 +109,13 @@ def parameters_kernel(
         own, first = tl.where(gain >= 2, text_chunks, image_chunks), tl.where(gain >= 2, image_chunks, 0)
         gain_sums += (side * (B * H)).to(tl.int64) * (capacity * D) + first * D
         total = _sum_of_rows(gain_sums, B * H * own, own, capacity * D, D, D, WIDTH, AT_ONCE)
-        d_parameters += 3 * H * numbers + 2 * heads * (D * CONV_ROWS) + gain * D
+        d_parameters += WEIGHTS * H * numbers + 2 * heads * (D * CONV_ROWS) + gain * D
         tl.store(d_parameters + channel, total, channel < D)
 
 
 def parameter_gradients(
-    d_stepped: Tensor,
+    inner: Inner,
+    of_queries: Tensor,
     weight_sums: Tensor,
     q_sums: BackwardSums | None,
     k_sums: BackwardSums | None,
@@ -118,17 +125,17 @@ def parameter_gradients(
     """The gradients of the parameters, one after the other in one tensor; of their dtype, or float32 where they differ.
 
     Args:
-        d_stepped: (B, H, 3, D, D), from `launch_apply_backward`.
+        of_queries: (B, H, *gradients_shape), from `launch_apply_backward`.
         weight_sums: from `launch_accumulate_backward`.
         q_sums, k_sums: from `prepare_backward`; those of queries are there if there are convolutions.
         gain_sums: from `norm_backward`, if there are gains.
-        parameters: three weights; then, if any, weights and biases of the convolutions; then, if any, the gains.
+        parameters: the weights; then, if any, weights and biases of the convolutions; then, if any, the gains.
     """
-    B, H, _, D, _ = d_stepped.shape
-    groups, _, chunks, weighed = weight_sums.shape[:4]
+    groups, H, chunks, weighed, D, _ = weight_sums.shape
+    B, weights = of_queries.shape[0], len({*inner.of_queries, *inner.of_keys})
     dtype, width, heads, on_grid = common_dtype(parameters), D, 0, 0
-    d_parameters = d_stepped.new_empty(sum(p.numel() for p in parameters), dtype=dtype)
-    q_rows = k_rows = gain_rows = d_stepped
+    d_parameters = of_queries.new_empty(sum(p.numel() for p in parameters), dtype=dtype)
+    q_rows = k_rows = gain_rows = of_queries
     if q_sums and k_sums:
         q_rows, k_rows, on_grid = q_sums.rows, k_sums.rows, q_sums.on_grid
         width, heads = q_rows.shape[3], q_rows.shape[0] // B
@@ -136,13 +143,15 @@ def parameter_gradients(
     if gain_sums:
         gain_rows, gain_chunks = gain_sums.rows, [*gain_sums.chunks, 0][:2]
     gains = 2 * sum(each > 0 for each in gain_chunks)
-    programs = 3 * H * ceil_div(D * D, TILE.block) + 2 * heads * CONV_ROWS.value + gains
+    programs = weights * H * ceil_div(D * D, TILE.block) + 2 * heads * CONV_ROWS.value + gains
     padded = padded_width(width)
     launch(
-        *(parameters_kernel, (programs, 1), d_stepped, TILE),
-        *(d_stepped, weight_sums, q_rows, k_rows, gain_rows, d_parameters),
-        *(B, H, groups, chunks, D * D, heads, on_grid, q_rows.stride(0), k_rows.stride(0), *gain_chunks),
-        *(weighed, width, padded, ROWS // padded, TILE.block, TILE.stages),
+        *(parameters_kernel, (programs, 1), of_queries, TILE),
+        *(of_queries, weight_sums, q_rows, k_rows, gain_rows, d_parameters),
+        *(B, H, groups, chunks, D * D, of_queries.stride(1)),
+        *(heads, on_grid, q_rows.stride(0), k_rows.stride(0), *gain_chunks),
+        *(weights, len(inner.of_queries), inner.of_keys[0], weighed),
+        *(width, padded, ROWS // padded, TILE.block, TILE.stages),
     )
     return d_parameters
 

@@ -47,5 +47,5 @@ def test_on_a_card_kernels_run_between_the_exchanges(split):
         image, text = (torch.empty(2, 2, n, 64, device="cuda", dtype=torch.bfloat16) for n in (grid.rows * 8, 5))
         o, text_o = mixer.joint((image,) * 3, (text,) * 3, grid)
     assert (o.shape, o.dtype, text_o.shape) == (image.shape, torch.bfloat16, text.shape)
-    halves = ["ttt_swiglu_accumulate", "ttt_prepare", "ttt_swiglu_accumulate", "ttt_swiglu_apply", "ttt_swiglu_apply"]
+    halves = ["ttt_accumulate", "ttt_prepare", "ttt_accumulate", "ttt_apply", "ttt_apply"]
     assert ops == ["ttt_prepare", "ttt_prepare", *halves]
