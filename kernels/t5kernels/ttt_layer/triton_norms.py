@@ -126,12 +126,12 @@ def statistics_kernel(
 
 
 @triton.jit
-def _load_two_sums(sums, first, last, stride, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Two rows, each (WIDTH,), added over programs from `first` to before `last`, whose rows lie `stride` apart."""
+def _load_two_sums(sums, begin, end, stride, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Two rows, each (WIDTH,), added over programs from `begin` to before `end`, whose rows lie `stride` apart."""
     channel, row = tl.arange(0, WIDTH)[None, :], tl.arange(0, AT_ONCE)[:, None]
     one, other = tl.full((WIDTH,), 0.0, tl.float32), tl.full((WIDTH,), 0.0, tl.float32)
-    for start in range(first, last, AT_ONCE):
-        mask = (start + row < last) & (channel < D)
+    for start in range(begin, end, AT_ONCE):
+        mask = (start + row < end) & (channel < D)
         pointers = sums + (start + row) * stride + channel
         one += over_tokens(tl.load(pointers, mask, other=0.0))
         other += over_tokens(tl.load(pointers + D, mask, other=0.0))
@@ -157,7 +157,7 @@ def norm_backward_kernel(
     dn, x, gain, factors, sums, text_dn, text_x, text_gain, text_factors, text_sums, totals, parts,
     dn_b, dn_h, dn_n, dn_d, x_b, x_h, x_n, x_d, tdn_b, tdn_h, tdn_n, tx_b, tx_h, tx_n,
     factors_h, capacity, shares, count, eps, text_shares, text_count,
-    totals_h, totals_p, last, text_first, text_last, H, N, T, chunk, chunks,
+    totals_h, totals_p, end, text_begin, text_end, H, N, T, chunk, chunks,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     RMS: tl.constexpr, NORM: tl.constexpr, TEXT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -165,7 +165,7 @@ def norm_backward_kernel(
 
     The launch grid, and image and text, are as in `statistics_kernel`. totals: sum dn and sum dn n, two rows of D
     numbers of each program of the kernel before; programs lie `totals_p` apart and heads `totals_h`. The image's norm
-    has the sums of the first programs to before `last`, the text's those from `text_first` to before `text_last`.
+    takes the programs to before `end`, the text's those from `text_begin` to before `text_end`.
     parts: (B·H, all chunks, D), float32.
     """
     after_previous(EARLY)
@@ -175,17 +175,17 @@ def norm_backward_kernel(
     x, x_b, x_h, x_n = own_tokens(x, x_b, x_h, x_n, text_x, tx_b, tx_h, tx_n, is_text, TEXT)
     dn, dn_b, dn_h, dn_n = own_tokens(dn, dn_b, dn_h, dn_n, text_dn, tdn_b, tdn_h, tdn_n, is_text, TEXT)
     part, N = own_share(part, chunks, N, T, TEXT)
-    first = 0
+    begin = 0
     if TEXT:
         gain, factors = tl.where(is_text, text_gain, gain), tl.where(is_text, text_factors, factors)
         sums, shares = tl.where(is_text, text_sums, sums), tl.where(is_text, text_shares, shares)
         count = tl.where(is_text, text_count, count)
-        first, last = tl.where(is_text, text_first, 0), tl.where(is_text, text_last, last)
+        begin, end = tl.where(is_text, text_begin, 0), tl.where(is_text, text_end, end)
     x, dn = start_of_head(x, b, h, x_b, x_h), start_of_head(dn, b, h, dn_b, dn_h)
     if NORM:
         scale, offset = load_norm(sums, index, capacity, shares, count, eps, D, WIDTH, NORM)
         totals += index.to(tl.int64) * totals_h
-        plain, product = _load_two_sums(totals, first, last, totals_p, D, WIDTH)
+        plain, product = _load_two_sums(totals, begin, end, totals_p, D, WIDTH)
         plain, product = (plain / count)[None, :], (product / count)[None, :]
     if RMS:
         gains = load_row(gain, 0, D, WIDTH)
