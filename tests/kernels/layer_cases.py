@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from t5kernels import Grid, RmsNorms, Settings, ttt_layer
+from t5kernels import INNER_WEIGHTS, Grid, RmsNorms, Settings, ttt_layer
 from triton_device import DEVICE
 
 USUAL, BARE = Settings(), Settings(key_norm="none")
@@ -24,6 +24,10 @@ class Case:
     rms: bool = False
     rms_eps: float = 1e-6
     settings: Settings = USUAL
+
+    @property
+    def weight_names(self):
+        return [f"w{i + 1}" for i in range(INNER_WEIGHTS[self.settings.inner])]
 
     @property
     def sides(self):
@@ -75,7 +79,7 @@ def draw(case, dtype=torch.float32, seed=0):
     leaves = dict(zip(("q", "k", "v"), tokens(count), strict=True))
     if case.text:
         leaves |= dict(zip(("text_q", "text_k", "text_v"), tokens(case.text), strict=True))
-    leaves |= {f"w{i}": (normal(H, D, D) * D**-0.5).to(dtype) for i in (1, 2, 3)}
+    leaves |= {name: (normal(H, D, D) * D**-0.5).to(dtype) for name in case.weight_names}
     if case.conv:
         for name in ("q", "k"):
             leaves[f"{name}_weight"] = (normal(H * D, 1, 3, 3) * 0.2).to(dtype)
@@ -95,7 +99,7 @@ def call(case, leaves, impl, op=ttt_layer):
     gains = [tuple(leaves[f"{side}{n}_gain"] for n in "qk") for side in case.sides if case.rms]
     norms = RmsNorms(*gains, eps=case.rms_eps) if case.rms else None
     grid = Grid(rows=case.rows, columns=case.columns, num_prefix_tokens=case.prefix)
-    weights = tuple(leaves[f"w{i}"] for i in (1, 2, 3))
+    weights = tuple(leaves[name] for name in case.weight_names)
     outs = op(tokens, weights, case.settings, grid=grid, text=text, impl=impl, norms=norms, **convs)
     return outs if case.text else outs[:1]
 

@@ -11,6 +11,7 @@ from t5kernels.launch import Launch
 from torch import Tensor
 
 LAST = replace(LEAST, images=2, settings=Settings(inner="swiglu_last"))
+LINEAR = replace(FULL, settings=Settings(inner="linear_proj_qk"))
 MODALITY = replace(FULL, settings=Settings(norm_scope="modality"))
 BARE = Case(heads=1, text=3, conv=False, settings=NO_KEY_NORM)
 
@@ -25,7 +26,7 @@ def outputs(case: Case, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return call(case, leaves, "triton")
 
 
-@pytest.mark.parametrize("case", [FULL, LAST, Case(heads=1, conv=False)], ids=str)
+@pytest.mark.parametrize("case", [FULL, LAST, LINEAR, Case(heads=1, conv=False)], ids=str)
 def test_a_planned_layer_gives_the_same_bits_for_other_tokens_and_weights(case):
     dtype = torch.float16
     outputs(case, draw(case, dtype, seed=1).leaves)
@@ -39,7 +40,7 @@ def test_a_planned_layer_gives_the_same_bits_for_other_tokens_and_weights(case):
         assert torch.equal(out, plain) and torch.equal(same, plain) and out.stride() == plain.stride()
 
 
-@pytest.mark.parametrize("case", [FULL, MODALITY, LAST, BARE], ids=str)
+@pytest.mark.parametrize("case", [FULL, MODALITY, LAST, LINEAR, BARE], ids=str)
 def test_a_planned_backward_gives_the_same_bits(case):
     dtype = torch.float16
     results(case, draw(case, dtype, seed=1), "triton")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fake_card import fake_card
 from layer_cases import LEAST, TINY, Case, call, draw
-from t5kernels import Grid, RmsNorms, Settings, convolved, ttt_layer
+from t5kernels import INNER_WEIGHTS, Grid, RmsNorms, Settings, convolved, ttt_layer
 from torch.export import Dim
 from torch.testing import assert_close
 from triton_device import DEVICE
@@ -47,8 +47,9 @@ class TestTheChoice:
         """The names of our ops that ran."""
         with fake_card(major) as ops:
             tokens = torch.empty(images, 2, 5, width, dtype=dtype, device=device)
-            weights = (torch.empty(2, width, width, device=device, dtype=dtype),) * 3
-            out, text_out = ttt_layer((tokens,) * 3, weights, settings or Settings(), text=(tokens,) * 3, impl=impl)
+            settings = settings or Settings()
+            weights = (torch.empty(2, width, width, device=device, dtype=dtype),) * INNER_WEIGHTS[settings.inner]
+            out, text_out = ttt_layer((tokens,) * 3, weights, settings, text=(tokens,) * 3, impl=impl)
             assert text_out is not None
             assert out.shape == text_out.shape == tokens.shape
             assert out.dtype == dtype
@@ -69,6 +70,7 @@ class TestTheChoice:
             ({"width": 160}, []),
             ({"settings": Settings(key_norm="rms")}, []),
             ({"settings": Settings(inner="swiglu_last")}, ["ttt_layer"]),
+            ({"settings": Settings(inner="linear_proj_qk")}, ["ttt_layer"]),
             ({"settings": Settings(inner="three_layer")}, []),
             ({"settings": Settings(loss="residual")}, []),
             ({"major": 7}, []),

@@ -4,6 +4,7 @@ Without a CUDA device Triton's interpreter runs them.
 """
 
 import functools
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from exactness import assert_as_exact_as_plain
 from layer_cases import BARE, FULL, LEAST, TINY, Case, call, draw, kernel_results, results
 from t5kernels import Settings, ttt_layer
 from t5kernels.tools.graphs import recorded
-from t5kernels.ttt.api import STEPPED_WEIGHTS
+from t5kernels.ttt.triton import INNERS
 from t5kernels.ttt_layer import triton as kernels
 from t5kernels.ttt_layer import triton_launch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,6 +22,7 @@ from triton_device import CUDA, DEVICE, DTYPES, needs_cuda
 
 MODALITY = Settings(norm_scope="modality")
 LAST = Settings(inner="swiglu_last")
+LINEAR = Settings(inner="linear_proj_qk")
 # The tokens of a wide head make two chunks and its inner model two slices; here a program convolves three rows.
 WIDE = Case(heads=1, rows=9, columns=8, prefix=5, width=72, rms=True)
 SMALL = [
@@ -41,9 +43,13 @@ SMALL = [
     replace(FULL, settings=LAST),
     replace(WIDE, prefix=51, settings=LAST),
     Case(images=3, heads=1, rows=2, settings=replace(LAST, key_norm="none")),
+    replace(FULL, settings=LINEAR),
+    replace(WIDE, settings=LINEAR),
+    Case(images=3, rows=2, text=2, settings=replace(LINEAR, norm_scope="modality")),
+    Case(heads=1, text=3, conv=False, settings=replace(LINEAR, key_norm="none")),
 ]
 # The interpreter is slow, and float32 differs from float16 by the tile of four kernels alone.
-IN_FLOAT32 = SMALL if CUDA else [Case(heads=1, rows=2), *SMALL[:3]]
+IN_FLOAT32 = SMALL if CUDA else [Case(heads=1, rows=2), *SMALL[:3], Case(rows=2, text=3, settings=LINEAR)]
 LARGE = [
     Case(images=2, heads=24, rows=64, columns=64, prefix=0, width=64),
     Case(images=2, heads=24, rows=32, columns=48, prefix=0, width=64, text=333),
@@ -56,11 +62,15 @@ LARGE = [
     Case(images=2, heads=16, rows=33, columns=31, prefix=0, width=72, text=77),
     Case(images=2, heads=16, rows=33, columns=31, prefix=0, width=72, settings=LAST),
     Case(images=1, heads=10, rows=40, columns=41, prefix=0, width=128, settings=LAST),
+    Case(images=2, heads=24, rows=32, columns=48, prefix=0, width=64, text=333, rms=True, settings=LINEAR),
+    Case(images=64, heads=6, rows=14, columns=14, prefix=1, width=64, settings=LINEAR),
+    Case(images=2, heads=16, rows=33, columns=31, prefix=0, width=72, settings=LINEAR),
+    Case(images=1, heads=10, rows=40, columns=41, prefix=0, width=128, settings=LINEAR),
 ]
 # For opcheck, which runs an op a dozen times and asks nothing about its numbers.
 SPECK = Case(heads=1, rows=1, columns=2, prefix=0, text=2, width=8, rms=True)
 SPECK_BARE = replace(SPECK, text=0, rms=False, conv=False, settings=BARE)
-SPECK_LAST = replace(SPECK, settings=LAST)
+SPECK_LAST, SPECK_LINEAR = replace(SPECK, settings=LAST), replace(SPECK, settings=LINEAR)
 
 
 def check(case, dtype):
@@ -131,7 +141,7 @@ def test_runs_are_bit_equal():
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("settings", [Settings(), LAST], ids=lambda settings: settings.inner)
+@pytest.mark.parametrize("settings", [Settings(), LAST, LINEAR], ids=lambda settings: settings.inner)
 def test_the_backward_keeps_the_inputs_and_little_more(settings):
     case = Case(prefix=0, text=4, rms=True, settings=settings)
     leaves = {name: t.detach().requires_grad_() for name, t in draw(case).leaves.items()}
@@ -146,14 +156,15 @@ def test_the_backward_keeps_the_inputs_and_little_more(settings):
         call(case, leaves, "triton")
     extra = sorted(size for pointer, size in sizes.items() if pointer not in own)
     # A number a token and head of q and of k for the RMS norms; the step; and the sums of at most 2 · 32 programs.
-    step = 2 * STEPPED_WEIGHTS[settings.inner] * 16 * 16
+    step = 2 * math.prod(INNERS[settings.inner].step_shape(16))
     assert extra == sorted([2 * 2 * (3 * 5 + 4), step, 2 * 64 * 3 * 16])
 
 
 @pytest.mark.slow
-def test_it_compiles_as_one_graph_for_all_sizes():
+@pytest.mark.parametrize("least", [LEAST, replace(LEAST, settings=LINEAR)], ids=str)
+def test_it_compiles_as_one_graph_for_all_sizes(least):
     compiled = torch.compile(ttt_layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for case in (LEAST, replace(LEAST, rows=3, text=4)):
+    for case in (least, replace(least, rows=3, text=4)):
         with torch._dynamo.config.patch(error_on_recompile=case.rows == 3):
             eager, traced = kernel_results(case, torch.float32), results(case, draw(case), "triton", op=compiled)
         assert_close(traced, eager, rtol=1e-6, atol=1e-6)
@@ -166,7 +177,7 @@ def test_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
-@pytest.mark.parametrize("case", [SPECK, SPECK_LAST], ids=str)
+@pytest.mark.parametrize("case", [SPECK, SPECK_LAST, SPECK_LINEAR], ids=str)
 def test_the_results_lie_in_memory_as_the_compiler_is_told(case):
     forward, backward = op_arguments(replace(case, images=2, heads=2))
     for op, arguments in ((kernels._layer, forward), (kernels._layer_backward, backward)):
@@ -177,7 +188,7 @@ def test_the_results_lie_in_memory_as_the_compiler_is_told(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [SPECK, SPECK_BARE, SPECK_LAST], ids=str)
+@pytest.mark.parametrize("case", [SPECK, SPECK_BARE, SPECK_LAST, SPECK_LINEAR], ids=str)
 def test_the_custom_ops_keep_what_pytorch_asks_of_them(case):
     forward, backward = op_arguments(case)
     torch.library.opcheck(kernels._layer, forward)
@@ -190,11 +201,11 @@ def op_arguments(case):
     names = ("q", "k", "v", "text_q", "text_k", "text_v", "w1", "w2", "w3", "q_weight", "q_bias", "k_weight", "k_bias")
     names += ("q_gain", "k_gain", "text_q_gain", "text_k_gain")
     norm = "none" if case.settings.key_norm == "none" else case.settings.norm_scope
-    numbers = (case.rows, case.columns, case.prefix, norm, 1.0, 1e-6, STEPPED_WEIGHTS[case.settings.inner])
+    numbers = (case.rows, case.columns, case.prefix, norm, 1.0, 1e-6, case.settings.inner)
     plain = [inputs.leaves.get(name) for name in names]
     *_, step, sums, factors = kernels._layer(*plain, *numbers)
-    d_text = inputs.d_outs[1] if case.text else torch.empty(0, device=DEVICE)
-    return (*plain, *numbers), (inputs.d_outs[0], d_text, step, sums, factors, *plain, *numbers[:5])
+    d_text = inputs.d_outs[1] if case.text else None
+    return (*plain, *numbers), (inputs.d_outs[0], d_text, step, sums, factors, *plain, *numbers[:5], numbers[-1])
 
 
 @pytest.mark.parametrize("regrouped", [False, True])
