@@ -21,7 +21,7 @@ from t5kernels.launch import Tile, padded_to, padded_width
 from t5kernels.neighborhood import triton as neighborhood
 from t5kernels.neighborhood import triton_kernels as neighborhood_kernels
 from t5kernels.ttt import triton as ttt
-from t5kernels.ttt import triton_kernels
+from t5kernels.ttt import triton_tiles
 from t5kernels.ttt_layer import triton as ttt_layer
 from t5kernels.ttt_layer import triton_finish, triton_norms, triton_prepare
 
@@ -30,8 +30,8 @@ EVERY_TILE = (
 )
 TARGET = GPUTarget("cuda", 90, 32)
 # Arguments that are pointers to float32, and to tokens or weights in bfloat16. The others are strides and counts.
-FLOAT = {"step", "d_step", "sums", "parts", "totals", "factors", "lse", "delta", "d_stepped"}
-FLOAT |= {"weight_sums", "q_sums", "k_sums", "gain_sums"}
+FLOAT = {"step", "d_step", "sums", "parts", "totals", "factors", "lse", "delta"}
+FLOAT |= {"of_queries", "weight_sums", "q_sums", "k_sums", "gain_sums"}
 TOKENS = {"q", "k", "v", "out", "do", "dq", "dk", "dv", "first", "x", "y", "dx", "dy", "dn"}
 HALF = TOKENS | {"w1", "w2", "w3", "weight", "bias", "gain", "first_gain", "d_parameters"}
 
@@ -62,11 +62,12 @@ class Occupancy:
 
 def occupancy(kernel: str, tile: Tile, head_dim: int, rms: bool = False, text: bool = False) -> Occupancy:
     """Compile `kernel`, a key of EVERY_TILE, with a tile. rms: with RMS norms of q and k; text: with text tokens."""
-    modules = (triton_kernels, triton_norms, triton_prepare, triton_finish, neighborhood_kernels)
-    function = next(vars(module)[f"{kernel}_kernel"] for module in modules if f"{kernel}_kernel" in vars(module))
+    modules = (triton_norms, triton_prepare, triton_finish, neighborhood_kernels)
+    every = ttt.KERNELS | {name: value for module in modules for name, value in vars(module).items()}
+    function = every[f"{kernel}_kernel"]
     constants = {"D": head_dim, "WIDTH": padded_width(head_dim), "BLOCK": tile.block}
-    if kernel in ttt.TILES:
-        constants["WIDTH"], constants["REST"] = ttt.groups_of(padded_to(ttt.TILES[kernel], head_dim))
+    if kernel in triton_tiles.TILES:
+        constants["WIDTH"], constants["REST"] = triton_tiles.groups_of(padded_to(EVERY_TILE[kernel], head_dim))
     constants |= {
         "STAGES": tile.stages,
         "NORM": True,
@@ -77,6 +78,9 @@ def occupancy(kernel: str, tile: Tile, head_dim: int, rms: bool = False, text: b
         "EARLY": True,
     }
     constants |= {
+        "WEIGHTS": 3,
+        "QUERIED": 3,
+        "FIRST": 0,
         "WEIGHED": 3,
         "AT_ONCE": triton_finish.ROWS // padded_width(head_dim),
         "WINDOW": 5,

@@ -54,9 +54,14 @@ from t5kernels.ttt.triton_groups import (
 
 @triton.jit
 def _features(x):
-    """phi(x) and phi'(x)."""
-    slope = tl.exp(tl.minimum(x, 0.0))
-    return slope + tl.maximum(x, 0.0), slope
+    """phi(x)."""
+    return tl.exp(tl.minimum(x, 0.0)) + tl.maximum(x, 0.0)
+
+
+@triton.jit
+def _slope(features):
+    """phi'(x), from phi(x): fewer registers than if both were kept."""
+    return tl.minimum(features, 1.0)
 
 
 @triton.jit
@@ -115,7 +120,7 @@ def accumulate_linear_kernel(
     for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
         values = load_channels(v, start, v_n, v_d, N, D, WIDTH, REST, BLOCK)
         keys = load_channels(k, start, k_n, k_d, N, D, WIDTH, REST, BLOCK)
-        a = _features(dot_channels(transposed(w2), transposed(keys)))[0].to(dtype)  # (HIDDEN, BLOCK)
+        a = _features(dot_channels(transposed(w2), transposed(keys))).to(dtype)  # (HIDDEN, BLOCK)
         s = add_dot_rows(s, a, values)
         token = start + tl.arange(0, BLOCK)
         z += over_channels(tl.where((token < N)[None, :], a.to(tl.float32), 0.0))
@@ -155,7 +160,7 @@ def apply_linear_kernel(
             if SLICES > 1:
                 w1_, s, z = _load_for_queries(w1, step, tile, dtype, D, WIDTH, REST, HIDDEN)
                 s = cast(s, dtype)
-            p = _features(dot_channels(queries, w1_))[0]
+            p = _features(dot_channels(queries, w1_))
             norm += over_channels(p * z[None, :])
             o = add_dot_rows(o, p.to(dtype), s)
         o = scaled(o, (1 / tl.maximum(norm, eps))[:, None])
@@ -204,28 +209,28 @@ def apply_linear_backward_kernel(
         for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
             grads = load_channels(do, start, do_n, do_d, N, D, WIDTH, REST, BLOCK)
             queries = load_channels(q, start, q_n, q_d, N, D, WIDTH, REST, BLOCK)
-            p, slope = _features(dot_channels(queries, w1_))
+            p = _features(dot_channels(queries, w1_))
             g = _dot_halves(grads, high, low)
             norm, product = over_channels(p * z[None, :]), over_channels(p * g)
             for other in tl.static_range(1, SLICES):
                 w1_o, s_o, z_o = _load_for_queries(w1, step, (tile + other) % SLICES, dtype, D, WIDTH, REST, HIDDEN)
                 high_o, low_o = _halves(s_o, dtype)
-                p_o = _features(dot_channels(queries, w1_o))[0]
+                p_o = _features(dot_channels(queries, w1_o))
                 norm += over_channels(p_o * z_o[None, :])
                 product += over_channels(p_o * _dot_halves(grads, high_o, low_o))
             share = 1 / tl.maximum(norm, eps)
             product = tl.where(norm < eps, 0.0, share * product)[:, None]  # do . o
             share = share[:, None]
-            dy = ((g - product * z[None, :]) * (share * slope)).to(dtype)
-            p = (p * share).to(dtype)
-            ds = add_dot_columns(ds, transposed(grads), p)
-            dz -= over_tokens(p.to(tl.float32) * product)
+            dy = ((g - product * z[None, :]) * (share * _slope(p))).to(dtype)
             dq_tile = add_dot_rows(zero_rows(BLOCK, WIDTH, REST), dy, transposed(w1_))
             if tile > 0:
                 before = load_channels(dq, start, dq_n, dq_d, N, D, WIDTH, REST, BLOCK)
                 dq_tile = added(dq_tile, cast(before, tl.float32))
             store_channels(dq, dq_tile, start, dq_n, dq_d, N, D, WIDTH, REST, BLOCK)
             dw1 = add_dot_columns(dw1, transposed(queries), dy)
+            p = (p * share).to(dtype)
+            ds = add_dot_columns(ds, transposed(grads), p)
+            dz -= over_tokens(p.to(tl.float32) * product)
         store_columns(sums, scaled(dw1, -1), tile, D, WIDTH, REST, HIDDEN)
         _store_sums(sums + D * D, transposed(ds), dz, tile, D, WIDTH, REST, HIDDEN)
         tl.debug_barrier()  # the next slice adds to dq, perhaps by other threads
@@ -267,8 +272,8 @@ def accumulate_linear_backward_kernel(
             for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
                 values = load_channels(v_, start, v_n, v_d, N, D, WIDTH, REST, BLOCK)
                 keys = load_channels(k_, start, k_n, k_d, N, D, WIDTH, REST, BLOCK)
-                a, slope = _features(dot_channels(keys, w2_))
-                du = ((root * _dot_halves(values, high, low) + (scale * dz)[None, :]) * slope).to(dtype)
+                a = _features(dot_channels(keys, w2_))
+                du = ((root * _dot_halves(values, high, low) + (scale * dz)[None, :]) * _slope(a)).to(dtype)
                 dv_tile = scaled(add_dot_rows(zero_rows(BLOCK, WIDTH, REST), a.to(dtype), high), root)
                 if tile > 0:
                     before = load_channels(dv_, start, dv_n, dv_d, N, D, WIDTH, REST, BLOCK)
