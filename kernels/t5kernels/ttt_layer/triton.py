@@ -3,7 +3,7 @@
 The forward takes the statistics of the keys, prepares the keys (normalizes and convolves them), accumulates the step,
 prepares the queries and applies the stepped inner model to them. Prepared tokens live until they are read. The backward
 prepares them once more, so that it keeps the inputs, O(H·D²) numbers, and with RMS norms a number a token and head.
-Tokens of two modalities are two runs of the same kernels, whose steps add up.
+Every launch takes the tokens of both modalities, whose steps add up.
 """
 
 import itertools

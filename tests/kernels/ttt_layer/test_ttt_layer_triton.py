@@ -225,6 +225,15 @@ def test_autocast_is_followed_and_weights_may_stay_in_float32():
         assert torch.equal(out, half.float())
 
 
+def test_parameters_of_several_dtypes_get_the_gradients_that_they_get_in_float32():
+    inputs, expected = draw(LEAST), kernel_results(LEAST, torch.float32)
+    inputs.leaves["w2"] = inputs.leaves["w2"].half()
+    inputs.leaves["k_bias"] = inputs.leaves["k_bias"].half()
+    actual = results(LEAST, inputs, "triton")
+    for name in expected:
+        assert_close(actual[name].float(), expected[name], rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.gpu
 @needs_cuda
 def test_a_cuda_graph_replays_it_and_16_bit_tokens_take_the_kernels_by_themselves():
