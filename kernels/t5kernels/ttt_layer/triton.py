@@ -200,7 +200,8 @@ def _differentiate(ctx, d_out, d_text, *_d_kept):
     *d_tokens, d_parameters = _layer_backward(d_out, d_text, *statistics, *tensors, *ctx.numbers)
     own = _present(*tensors[6:])
     pieces = d_parameters.split([p.numel() for p in own])
-    found = iter([*d_tokens, *(g.view(p.shape).to(p.dtype) for g, p in zip(pieces, own, strict=True))])
+    d_own = [g.view_as(p) if g.dtype == p.dtype else g.view_as(p).to(p.dtype) for g, p in zip(pieces, own, strict=True)]
+    found = iter([*d_tokens, *d_own])
     return *(None if t is None else next(found) for t in tensors), *(None,) * 7
 
 
