@@ -237,7 +237,9 @@ def chunks_of(parts: Sequence[Tensor], tile: Tile, heads: int, images: int = 1) 
 
 def lying_alike(parts: Sequence[Tensor]) -> Sequence[Tensor]:
     """The tokens of the parts of a sequence; copies, where the channels of one do not lie as those of the first."""
-    return parts if all(x.stride(3) == parts[0].stride(3) for x in parts) else [x.contiguous() for x in parts]
+    if all(x.stride(3) == parts[0].stride(3) for x in parts):
+        return parts
+    return [x.transpose(1, 2).contiguous().transpose(1, 2) for x in parts]  # heads may lie side by side, and still do
 
 
 def blocks_of(x: Tensor, tile: Tile, heads: int, blocks: int) -> int:

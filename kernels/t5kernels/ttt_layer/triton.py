@@ -3,7 +3,7 @@
 The forward takes the statistics of the keys, prepares the keys (normalizes and convolves them), accumulates the step,
 prepares the queries and applies the stepped inner model to them. Prepared tokens live until they are read. The backward
 prepares them once more, so that it keeps the inputs, O(H·D²) numbers, and with RMS norms a number a token and head.
-Tokens of two modalities are two runs of the same kernels, whose steps add up.
+Every launch takes the tokens of both modalities, whose steps add up.
 """
 
 import itertools
@@ -200,7 +200,8 @@ def _differentiate(ctx, d_out, d_text, *_d_kept):
     *d_tokens, d_parameters = _layer_backward(d_out, d_text, *statistics, *tensors, *ctx.numbers)
     own = ttt.present(*tensors[6:])
     pieces = d_parameters.split([p.numel() for p in own])
-    found = iter([*d_tokens, *(g.view(p.shape).to(p.dtype) for g, p in zip(pieces, own, strict=True))])
+    d_own = [g.view_as(p) if g.dtype == p.dtype else g.view_as(p).to(p.dtype) for g, p in zip(pieces, own, strict=True)]
+    found = iter([*d_tokens, *d_own])
     return *(None if t is None else next(found) for t in tensors), *(None,) * 7
 
 

@@ -194,17 +194,17 @@ def prepare_backward(
     gradients = [dy for dy, *_ in parts]
     if not summed:
         return gradients, None
-    dys, xs, preparations = zip(*summed, strict=True)
-    preparation = preparations[0]
+    preparation, text_preparation = summed[0][2], summed[-1][2]
     if preparation.conv:
-        gradients[0] = like_tokens(xs[0])
+        gradients[0] = like_tokens(parts[0][1])
     [dx] = _as_prepared(preparation, gradients[0])
-    dys, xs = (_as_prepared(preparation, *lying_alike(each)) for each in (dys, xs))
+    dys = _as_prepared(preparation, *(dy for dy, *_ in summed))
+    xs = _as_prepared(preparation, *lying_alike([x for _, x, _ in summed]))
     (dy, text_dy), (x, text) = ((each[0], each[-1]) for each in (dys, xs))
     programs = _programs("prepare_backward", xs, preparation)
     sums = x.new_empty(*programs.grid, triton_prepare.SUMS.value, x.shape[3], dtype=torch.float32)
     tensors, norm_numbers = _norm_arguments(x, preparation)
-    text_tensors, text_numbers = _norm_arguments(text, preparations[-1])
+    text_tensors, text_numbers = _norm_arguments(text, text_preparation)
     launch(
         *(triton_prepare.prepare_backward_kernel, programs.grid, x, programs.tile),
         *(dy, x, *tensors, preparation.conv.weight if preparation.conv else x, dx, text_dy, text, *text_tensors, sums),
