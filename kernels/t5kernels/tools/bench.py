@@ -34,7 +34,7 @@ ALLOWED = 2.0
 # the backward q, k, v, the gradient of the output and those of q, k, v.
 FORWARD_PASSES, BACKWARD_PASSES = 5, 7
 # So many products of a token and a D x D matrix are needed for each head, forward and backward.
-PRODUCTS = {"swiglu": (9, 23), "swiglu_last": (6, 16)}
+PRODUCTS = {"swiglu": (9, 23), "swiglu_last": (6, 16), "linear_proj_qk": (4, 10)}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from t5kernels.ttt.api import INNER_WEIGHTS
 from t5kernels.ttt_layer.api import Grid, Settings, ttt_layer
 
 
@@ -39,6 +40,11 @@ class Case:
         return Settings(inner=self.inner)
 
     @property
+    def weight_names(self) -> list[str]:
+        """Those of the inner weights."""
+        return [f"w{i + 1}" for i in range(INNER_WEIGHTS[self.inner])]
+
+    @property
     def tokens(self) -> int:
         """Tokens of an image, without text."""
         return self.rows * self.columns + self.prefix
@@ -70,6 +76,14 @@ CASES = (
         name="n16384-last", images=2, rows=128, columns=128, heads=24, width=64, inner="swiglu_last",
         targets={"forward_ms": (0.26, None), "both_ms": (1.0, None), "memory": (1.5, None)},
     ),
+    Case(
+        name="n4096-linear", images=2, rows=64, columns=64, heads=24, width=64, inner="linear_proj_qk",
+        targets={"forward_ms": (0.085, None), "both_ms": (0.33, None)},
+    ),
+    Case(
+        name="n16384-linear", images=2, rows=128, columns=128, heads=24, width=64, inner="linear_proj_qk",
+        targets={"forward_ms": (0.26, None), "both_ms": (1.0, None), "memory": (1.5, None)},
+    ),
     Case(name="sd35-joint", images=2, rows=64, columns=64, heads=24, width=64, text=333),
     Case(
         name="flux", images=2, rows=64, columns=64, heads=24, width=128, text=512,
@@ -89,8 +103,8 @@ CASES = (
 class Inputs:
     """Leaves that require gradients, by name, and the gradients of the outputs.
 
-    q, k, v and text_q, text_k, text_v (B, H, N, D) are views of one projection each; w1, w2, w3 (H, D, D); q_weight,
-    k_weight (H·D, 1, 3, 3) and q_bias, k_bias (H·D,) of the convolutions.
+    q, k, v and text_q, text_k, text_v (B, H, N, D) are views of one projection each; w1, w2 and, for most inner
+    models, w3 (H, D, D); q_weight, k_weight (H·D, 1, 3, 3) and q_bias, k_bias (H·D,) of the convolutions.
     """
 
     case: Case
@@ -115,7 +129,7 @@ class Inputs:
         counts = [case.tokens] + [case.text] * bool(case.text)
         names = ("q", "k", "v", "text_q", "text_k", "text_v")
         leaves = dict(zip(names, (t for count in counts for t in projected(count)), strict=False))
-        leaves |= {f"w{i}": (normal(H, D, D) * D**-0.5).to(dtype) for i in (1, 2, 3)}
+        leaves |= {name: (normal(H, D, D) * D**-0.5).to(dtype) for name in case.weight_names}
         for name in "qk":
             leaves[f"{name}_weight"] = (normal(H * D, 1, 3, 3) * 0.2).to(dtype)
             leaves[f"{name}_bias"] = (normal(H * D) * 0.2).to(dtype)
@@ -135,7 +149,7 @@ class Inputs:
             text = (tensors["text_q"], tensors["text_k"], tensors["text_v"])
         out, text_out = ttt_layer(
             (tensors["q"], tensors["k"], tensors["v"]),
-            (tensors["w1"], tensors["w2"], tensors["w3"]),
+            tuple(tensors[name] for name in case.weight_names),
             case.settings,
             grid=Grid(rows=case.rows, columns=case.columns, num_prefix_tokens=case.prefix),
             q_conv=(tensors["q_weight"], tensors["q_bias"]),

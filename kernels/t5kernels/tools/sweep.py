@@ -10,7 +10,7 @@ order. Every tile is written as soon as it is timed, so a sweep that is interrup
 import argparse
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,8 +20,10 @@ from t5kernels.launch import Tile, padded_to
 from t5kernels.tools.bench import bandwidth, median_ms, surroundings, write
 from t5kernels.tools.cases import CASES, Case, Inputs
 from t5kernels.ttt import triton as ttt
+from t5kernels.ttt.triton_tiles import groups_of
 from t5kernels.ttt_layer import triton as layer
 from t5kernels.ttt_layer import triton_launch, triton_prepare
+from t5kernels.ttt_layer.reference import inner_rate
 from t5kernels.ttt_layer.triton import EVERY_TILE
 
 TILES_TO_SHOW = 6
@@ -36,10 +38,10 @@ def candidates(kernel: str, width: int) -> Iterator[Tile]:
         for numbers, warps, stages, resident in sizes:
             yield Tile(block=max(1, numbers // width), warps=warps, stages=stages, resident=resident)
         return
-    if ttt.groups_of(width)[1]:
+    if groups_of(width)[1]:
         yield from _candidates_in_groups(kernel)
         return
-    hidden = sorted({min(width, 64), 32})
+    hidden = [width] if _takes_all(kernel) else sorted({min(width, 64), 32})
     for columns, block, warps, stages in itertools.product(hidden, (32, 64, 128), (4, 8), (1, 2, 3)):
         for resident in range(1, 1 + 16 // warps):
             yield Tile(hidden=columns, block=block, warps=warps, stages=stages, resident=resident)
@@ -48,7 +50,9 @@ def candidates(kernel: str, width: int) -> Iterator[Tile]:
 def _candidates_in_groups(kernel: str) -> Iterator[Tile]:
     """Those for heads whose channels are two groups."""
     # A cut is hidden columns, warps, and the resident programs that the sums leave room for.
-    if kernel.endswith("backward"):
+    if _takes_all(kernel):
+        sizes = itertools.product(((128, 4, 2), (128, 8, 1)), (32, 64, 128), (1, 2, 3))
+    elif kernel.endswith("backward"):
         sizes = itertools.product(((32, 4, 2), (64, 4, 2), (32, 8, 1), (64, 8, 1)), (64, 128), (1, 2))
     elif kernel == "apply":  # in one slice, so that the weights are loaded once
         sizes = itertools.product(((128, 4, 2), (128, 8, 1)), (64, 128), (1, 2, 3))
@@ -58,13 +62,18 @@ def _candidates_in_groups(kernel: str) -> Iterator[Tile]:
         yield Tile(hidden=hidden, block=block, warps=warps, stages=stages, resident=resident)
 
 
+def _takes_all(kernel: str) -> bool:
+    """Whether the kernel is best, or needs, to take all columns of the inner model at once."""
+    return "linear" in kernel
+
+
 def calls(case: Case) -> dict[str, Call]:
     """By kernel, a call that returns its results on the image's tokens of a case."""
-    inputs = Inputs.draw(case)
+    inputs = Inputs.draw(replace(case, inner="swiglu"))  # whose three weights serve every inner model
     leaves = {name: t.detach() for name, t in inputs.leaves.items()}
     q, k, v = (leaves[name] for name in "qkv")
     weights = [leaves[f"w{i}"] for i in (1, 2, 3)]
-    scale, d_out = case.width**-0.5 / case.tokens, inputs.d_outs[0]
+    d_out = inputs.d_outs[0]
     q_conv, k_conv = ((leaves[f"{name}_weight"], leaves[f"{name}_bias"]) for name in "qk")
     convs = layer.convolutions(*q_conv, *k_conv, (case.rows, case.columns, case.prefix))
     key_sums, none = layer.empty_sums(k, None, case.settings.norm_scope), (None, None)
@@ -73,9 +82,10 @@ def calls(case: Case) -> dict[str, Call]:
     )
     layer.take_statistics([part], case.settings.norm_scope, 0.0)
     ((queries,), (keys,)) = (triton_launch.prepared([each]) for each in ((q, part.for_q), (k, part.for_k)))
-    step = ttt.launch_accumulate([(keys, v)], weights, scale, steps=3)
-    _, d_step = ttt.launch_apply_backward([(d_out, queries)], weights, step)
-    [dk], *_ = ttt.launch_accumulate_backward(d_step, [(keys, v)], weights, scale)
+    products: dict[str, Call] = {}
+    for inner in ttt.INNERS.values():
+        products = _products(inner, keys, v, queries, d_out, weights) | products  # the first one's, where they share
+    dk = products["accumulate_backward"]()[0]
     (dn,), sums = triton_launch.prepare_backward([(dk, k, part.for_k)])
 
     def norm_backward() -> tuple[Tensor]:
@@ -91,14 +101,6 @@ def calls(case: Case) -> dict[str, Call]:
         on_grid = own_sums.rows[:, : own_sums.on_grid, :of_norm]
         return dx, torch.cat([on_grid.sum(1), own_sums.rows[:, :, of_norm:].sum(1)], dim=1)
 
-    def apply_backward() -> tuple[Tensor, Tensor]:
-        (dq,), d_stepped = ttt.launch_apply_backward([(d_out, queries)], weights, step)
-        return dq, d_stepped
-
-    def accumulate_backward(d_step: Tensor) -> tuple[Tensor, ...]:
-        dk, dv, own_sums = ttt.launch_accumulate_backward(d_step, [(keys, v)], weights, scale)
-        return *dk, *dv, ttt.weights_summed(own_sums)
-
     def statistics() -> tuple[Tensor]:
         layer.take_statistics([part], case.settings.norm_scope, 0.0)
         return (key_sums[:, :, :2].sum(1),)  # without s, of which every program has its own
@@ -106,14 +108,34 @@ def calls(case: Case) -> dict[str, Call]:
     return {
         "statistics": statistics,
         "prepare": lambda: tuple(triton_launch.prepared([(k, part.for_k)])),
-        "accumulate": lambda: (ttt.launch_accumulate([(keys, v)], weights, scale, steps=3),),
-        "accumulate_last": lambda: (ttt.launch_accumulate([(keys, v)], weights, scale, steps=1),),
-        "apply": lambda: tuple(ttt.launch_apply([queries], weights, step)),
-        "apply_backward": apply_backward,
-        "accumulate_backward": lambda: accumulate_backward(d_step),
-        "accumulate_last_backward": lambda: accumulate_backward(d_step[:, :, -1:]),
         "prepare_backward": prepare_backward,
         "norm_backward": norm_backward,
+        **products,
+    }
+
+
+def _products(
+    inner: ttt.Inner, keys: Tensor, v: Tensor, queries: Tensor, d_out: Tensor, weights: list[Tensor]
+) -> dict[str, Call]:
+    """By kernel, the calls of an inner model."""
+    scale = inner_rate(queries, None)
+    step = ttt.launch_accumulate([(keys, v)], weights, scale, inner)
+    _, gradients = ttt.launch_apply_backward([(d_out, queries)], weights, step, scale, inner)
+
+    def apply_backward() -> tuple[Tensor, Tensor]:
+        (dq,), gradients = ttt.launch_apply_backward([(d_out, queries)], weights, step, scale, inner)
+        return dq, gradients
+
+    def accumulate_backward() -> tuple[Tensor, ...]:
+        d_step = inner.step_gradient(gradients)
+        dk, dv, own_sums = ttt.launch_accumulate_backward(d_step, [(keys, v)], weights, scale, inner)
+        return *dk, *dv, ttt.weights_summed(own_sums)
+
+    return {
+        inner.on_keys: lambda: (ttt.launch_accumulate([(keys, v)], weights, scale, inner),),
+        inner.on_queries: lambda: tuple(ttt.launch_apply([queries], weights, step, scale, inner)),
+        f"{inner.on_queries}_backward": apply_backward,
+        f"{inner.on_keys}_backward": accumulate_backward,
     }
 
 

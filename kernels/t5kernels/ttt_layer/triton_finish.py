@@ -41,8 +41,8 @@ def _weight_gradients(
     weight, h = matrix // H, matrix % H
     mask = number < numbers
     total = tl.full((BLOCK,), 0.0, tl.float32)
+    of_queries += h * of_queries_h + weight * numbers + number
     if weight < QUERIED:
-        of_queries += h * of_queries_h + weight * numbers + number
         for b in tl.range(B, num_stages=STAGES):
             total -= tl.load(of_queries + tl.cast(b, tl.int64) * (H * of_queries_h), mask, other=0.0)
     if weight >= FIRST and weight < FIRST + WEIGHED:

@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from t5kernels.tools import bench
 from t5kernels.tools.cases import CASES, Case, Inputs
+from t5kernels.ttt.api import FUSED_INNERS
 
 CASE = Case(
     name="small",
@@ -63,6 +65,11 @@ def test_the_table_stands_every_time_beside_its_bounds_its_targets_and_its_check
     assert "must" not in wrong
 
 
+def test_an_inner_model_is_given_as_many_weights_as_it_has():
+    leaves = Inputs.draw(replace(CASE, inner="linear_proj_qk"), torch.float32, "cpu").leaves
+    assert "w2" in leaves and "w3" not in leaves
+
+
 def test_what_was_measured_is_written_as_it_comes_and_can_be_shown(inputs, monkeypatch):
     versions = report(inputs, monkeypatch, kernels=scaled(inputs, 1))
     assert [len(row["runs"]["kernels"]) for row in versions] == [1, 2, 3, 4, 5]  # memory and check, then four times
@@ -86,9 +93,10 @@ def test_attention_gets_image_and_text_as_one_sequence(inputs, monkeypatch):
 
 def test_the_cases_are_those_of_the_targets_and_of_other_models():
     with_targets = {case.name for case in CASES if case.targets}
-    assert with_targets == {"n4096", "n16384", "n4096-last", "n16384-last", "flux", "so400m"}
+    by_inner = {f"{size}{kind}" for size in ("n4096", "n16384") for kind in ("", "-last", "-linear")}
+    assert with_targets == {*by_inner, "flux", "so400m"}
     assert {case.width for case in CASES} == {64, 72, 128}
-    assert {case.inner for case in CASES} == {"swiglu", "swiglu_last"}
+    assert {case.inner for case in CASES} == set(FUSED_INNERS) == set(bench.PRODUCTS)
     assert any(case.text for case in CASES)
     assert any(case.prefix for case in CASES)
 
