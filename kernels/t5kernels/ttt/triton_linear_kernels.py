@@ -212,7 +212,7 @@ def apply_linear_backward_kernel(
             p = _features(dot_channels(queries, w1_))
             g = _dot_halves(grads, high, low)
             norm, product = over_channels(p * z[None, :]), over_channels(p * g)
-            for other in tl.static_range(1, SLICES):
+            for other in range(1, SLICES):
                 w1_o, s_o, z_o = _load_for_queries(w1, step, (tile + other) % SLICES, dtype, D, WIDTH, REST, HIDDEN)
                 high_o, low_o = _halves(s_o, dtype)
                 p_o = _features(dot_channels(queries, w1_o))
