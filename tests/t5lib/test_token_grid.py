@@ -200,6 +200,25 @@ def test_blocks_compiled_one_by_one_serve_all_sizes(kind):
 
 
 @torch.no_grad()
+def test_a_compiled_layer_is_checked_in_a_call_hardly_more_than_softmax():
+    """A small model launched from Python waits for these checks."""
+
+    def checks(model: nn.Module) -> int:
+        torch._dynamo.reset()
+        found: list[Any] = []
+
+        def every(guards: Any) -> list[bool]:
+            found.extend(guards)
+            return [True] * len(guards)
+
+        family_of(model).blocks(model)[0].compile(backend="eager", fullgraph=True, options={"guard_filter_fn": every})
+        call(model, sd3_inputs(SIZES[0]))
+        return len(found)
+
+    assert checks(make("sd3")) < 1.2 * checks(softmax("sd3"))
+
+
+@torch.no_grad()
 def test_an_exported_model_takes_other_sizes_and_batches():
     auto = torch.export.Dim.AUTO
     exported = torch.export.export(
