@@ -10,7 +10,6 @@ from t5lib.layers.config import CONVOLUTIONS, INNERS, PRESETS, TTTConfig
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 WIDE = {"num_heads": 2, "dynamic_img_size": True}  # head_dim 16
 VARIANTS = (
     {inner: TTTConfig(inner=inner, radius=2.0) for inner in INNERS}
