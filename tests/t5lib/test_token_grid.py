@@ -26,7 +26,6 @@ from t5lib.layers.grid import TokenGrid, current_grid, grid_scope
 from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noised_batch
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = [(16, 24), (24, 16), (32, 32), (16, 48), (48, 16), (24, 32)]  # 2×3 and 3×2 hold as many tokens
 
 

@@ -9,7 +9,6 @@ from t5lib.benchmarks import training_step as module
 from t5lib.benchmarks.training_step import SMALL, CostConfig, step_cost
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = SMALL | {"num_layers": 2, "dual_attention_layers": (0,)}
 SMALLEST = CostConfig(sizes=(64,), compile=(False,), batch=4, micro_batch=2, text_tokens=3, steps=2)
 

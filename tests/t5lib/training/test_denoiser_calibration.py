@@ -16,7 +16,6 @@ from t5lib.training.calibration import CalibrateConfig
 from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noised_batch, noised_inputs
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = CalibrateConfig(steps=12, batch_size=4, warmup=2, pool=2, reuse=2, checkpoint_every=4)
 MODELS = {"sd3": (tiny_sd3, sd3_batches, RectifiedFlow()), "dit": (tiny_dit, dit_batches, NoiseAndVariance())}
 ATTENTIONS = {
