@@ -18,6 +18,7 @@ from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.mixers import Mixer
 from t5lib.training.checkpoints import Kept
+from t5lib.training.recipe import to_compile
 from t5lib.utils import processes
 from t5lib.utils.config import AtLeastOne, BatchSize, Rate, Repeats, WholeNumber, settings
 from t5lib.utils.errors import T5Error
@@ -44,7 +45,7 @@ class CalibrateConfig:
             an interrupted fit starts over, or from an older checkpoint if there is one.
         objective: "output" (squared error of the layer's output over its variance), or "attention" (cross-entropy to
             the softmax map, as Hedgehog does, arXiv 2402.04347; for mixers that have a map, at quadratic cost).
-        compile: torch.compile the fitting step (worth it on CUDA).
+        compile: torch.compile the fitting step; null does so on CUDA, in one process, for 500 steps or more.
         seed: the order in which images are drawn from a pool.
     """
 
@@ -58,7 +59,7 @@ class CalibrateConfig:
     checkpoint_every: AtLeastOne = 500
     checkpoints_kept: Kept = 2
     objective: Literal["output", "attention"] = "output"
-    compile: bool = False
+    compile: bool | None = None
     seed: WholeNumber = 0
 
 
@@ -160,7 +161,7 @@ class LayerGroup:
         self.projected = not config.lr_inherited and settings.convolution != "cpe"
         self.copy(to_layers=False)
         self.loss = self._attention_loss if config.objective == "attention" else self.error
-        if config.compile:
+        if to_compile(config.compile, device, config.steps):
             self.loss = torch.compile(self.loss)
 
     def examples(self, seen: Seen) -> Example:

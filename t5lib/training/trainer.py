@@ -11,11 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
@@ -23,20 +23,18 @@ from t5lib.data.batches import Batches, open_batches
 from t5lib.families import family_of
 from t5lib.families.inputs import Inputs
 from t5lib.training import checkpoints, graphs, lora, sharding
+from t5lib.training.averages import AveragedWeights
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.training.nonfinite import explain_blow_up
 from t5lib.training.optimizers import OPTIMIZERS, freeze, groups
-from t5lib.training.recipe import LoopConfig
-from t5lib.training.recomputed import recomputed_blocks
+from t5lib.training.recipe import LoopConfig, to_compile
+from t5lib.training.recomputed import memory_of, recomputed_blocks
 from t5lib.training.stochastic import share_draws, undo
 from t5lib.utils import processes
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
 from t5lib.utils.processes import Part
-from t5lib.utils.seeds import derived_seed, own_random_states
-
-if TYPE_CHECKING:
-    from timm.utils import ModelEmaV3
+from t5lib.utils.seeds import derived_seed, own_random_states, seed_everything
 
 E = TypeVar("E")  # an example: a batch as the objective wants it
 KINDS_OF_BLOCKS = 256  # that one process may compile
@@ -132,6 +130,7 @@ class Trainer(Work):
     Attributes:
         plain: the model that is trained, without what DDP wraps around it. With FSDP2 a copy in pieces, whose weights
             `whole`, the model of the caller, gets at the end.
+        compiled: whether blocks are.
     """
 
     def __init__(self, model: nn.Module, objective: Objective, config: LoopConfig, steps: int):
@@ -149,17 +148,17 @@ class Trainer(Work):
         make_optimizer = OPTIMIZERS[config.optimizer]()
         model.to("cpu" if self.in_pieces else self.device).train()
         model.zero_grad(set_to_none=True)
-        set_seed(config.seed)  # of adapters
+        seed_everything(config.seed)  # of adapters
         self.frozen = freeze(model, config)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise T5Error(
                 "train: no parameter of the model has requires_grad, so there is nothing to train; call "
                 "model.requires_grad_() first, or only on those to be trained"
             )
-        self.ema = _averaged(model, config.ema) if config.ema else None
+        self.ema = AveragedWeights(model, config.ema) if config.ema else None
         if self.in_pieces:
             if self.ema:
-                self.ema.module, self.ema.foreach = self.beside(self.ema.module), False
+                self.ema.module = self.beside(self.ema.module)
             model = self.beside(model)
         self.plain = model
         optimizer = make_optimizer(groups(model, config))
@@ -167,9 +166,11 @@ class Trainer(Work):
         self.optimizer = self.accelerator.prepare(optimizer)
         self.graphs = graphs.RecordedPasses(model) if objective.in_graphs else None
         self.dropping = share_draws(model, self.part)
+        self.compiled = to_compile(config.compile, self.device, steps)
         self.blocks_altered = contextlib.ExitStack()
         self.compile_blocks(model)
-        self.blocks_altered.enter_context(recomputed_blocks(model, config.gradient_checkpointing))
+        recomputed = recomputed_blocks(model, config.gradient_checkpointing, memory_of(self.device))
+        self.recomputation = self.blocks_altered.enter_context(recomputed)
         self.done = Done()
         pieces = {"strategy": "fsdp2"} if self.in_pieces else {}
         self.made_by = checkpoints.maker(model, config, steps=steps, **pieces, **objective.made_of())
@@ -193,7 +194,7 @@ class Trainer(Work):
 
     def compile_blocks(self, model: nn.Module) -> None:
         """Compile the model's blocks, or those of a teacher beside it, until the training ends, if it is to be so."""
-        if self.config.compile:
+        if self.compiled:
             self.blocks_altered.enter_context(compiled_blocks(model))
 
     def run(self, batches: Batches, resume_dir: Path | None, log: Log | None) -> TrainReport:
@@ -230,12 +231,13 @@ class Trainer(Work):
         batches = [(number, next(self.source)) for number in numbers]
         rates = self._set_rates()
         losses = []
-        for number, batch in batches:
-            self._seed(number)
-            example = self.objective.example(batch, number, self)
-            last = number == numbers[-1]
-            with self._gradients_shared(last):
-                losses.append(self.graphs(self._learn, example) if self.graphs else self._learn(example))
+        with self.recomputation.observed():
+            for number, batch in batches:
+                self._seed(number)
+                example = self.objective.example(batch, number, self)
+                last = number == numbers[-1]
+                with self._gradients_shared(last):
+                    losses.append(self.graphs(self._learn, example) if self.graphs else self._learn(example))
         norm = self.accelerator.clip_grad_norm_(self.plain.parameters(), self.config.clip_norm or math.inf)
         norm = sharding.full(norm)
         of_all = self.accelerator.gather(torch.stack([torch.stack(losses).mean(), norm]))
@@ -246,7 +248,8 @@ class Trainer(Work):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
-            self.ema.update(self.plain, step=self.done.step + 1)
+            self.ema.update(self.plain, self.done.step + 1)
+        self.recomputation.choose()
         return {"loss": value, **rates, "grad_norm": norm}
 
     def _learn(self, example: Any) -> Tensor:
@@ -265,7 +268,7 @@ class Trainer(Work):
 
     def _seed(self, number: int) -> None:
         """What is drawn while a batch is learned from follows from its number, in all processes that share it alike."""
-        set_seed(derived_seed(self.config.seed, DRAWN, number) >> 32)
+        seed_everything(derived_seed(self.config.seed, DRAWN, number) >> 32)
 
     def _blow_up(self, values: list[float], example: Any) -> None:
         """Raise, in all processes, what the first of them whose loss is not finite finds out; `values`: loss and norm
@@ -400,9 +403,3 @@ def compiled_blocks(model: nn.Module) -> Iterator[None]:
         finally:
             for block in blocks:
                 block._compiled_call_impl = None
-
-
-def _averaged(model: nn.Module, decay: float) -> "ModelEmaV3":
-    from timm.utils import ModelEmaV3  # timm takes seconds to import
-
-    return ModelEmaV3(model, decay=decay, use_warmup=True)

@@ -104,8 +104,8 @@ def check_control(recipe: LoopConfig) -> list[Check]:
 
 
 def _again(recipe: LoopConfig, blocks: int) -> int:
-    """The number of blocks that recompute their activations (t5lib.training.recomputed)."""
-    return math.ceil(recipe.gradient_checkpointing * blocks)
+    """The number of blocks that recompute their activations where memory is short (t5lib.training.recomputed)."""
+    return math.ceil(recipe.recomputed_share * blocks)
 
 
 def _trained(size: Size, recipe: LoopConfig) -> float:
@@ -125,7 +125,7 @@ def _smaller(stage: str, recipe: LoopConfig) -> Iterator[tuple[str, LoopConfig]]
 
 def _milder(recipe: LoopConfig) -> Iterator[dict[str, Any]]:
     for share in (0.25, 0.5, 0.75, True):
-        if share > recipe.gradient_checkpointing:
+        if share > recipe.recomputed_share:
             yield {"gradient_checkpointing": share}
     batch, accumulate = recipe.batch_size, recipe.accumulate
     while batch > 1:
