@@ -181,20 +181,24 @@ class _Fit(Work):
         factor = warmed_up(step, self.config.warmup) * cosine(step / steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        pairs = list(zip(self.groups, batch, strict=True))
-        scales = [group.variances(places, example, self.part) for group, example in pairs]
-        with self.autocast():
-            parts = [g.loss(places, scale, *ex) for (g, ex), scale in zip(pairs, scales, strict=True)]
+        parts = [self._learn(group, places, example) for group, example in zip(self.groups, batch, strict=True)]
         losses = torch.cat(parts)
-        losses.sum().backward()
         processes.average([p.grad for p in self.parameters if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if (step + 1) % LOG_EVERY and step + 1 != steps:
             return {}
-        processes.average([losses := losses.detach()])
+        processes.average([losses])
         self._check_finite(losses, step + 1)
         return {"loss": losses.mean().item(), "lr": self.optimizer.param_groups[0]["lr"]}
+
+    def _learn(self, group: LayerGroup, places: Places, example: Example) -> Tensor:
+        """Make the gradients of a group, whose activations are then free for the next; returns its losses, (L,)."""
+        variances = group.variances(places, example, self.part)
+        with self.autocast():
+            losses = group.loss(places, variances, *example)
+        losses.sum().backward()
+        return losses.detach()
 
     def _draws(self) -> Iterator[tuple[Places, list[Example]]]:
         """What each step learns from. Steps that were done before an interruption are passed over."""
@@ -215,11 +219,12 @@ class _Fit(Work):
         strata = math.gcd(self.config.batch_size, *(count(inputs) * number for inputs in batches))
         for inputs in joined_by_size(batches):
             seen = self.see(inputs)
-            pool = self.examples(seen)
+            places, pool = seen.places, self.examples(seen)
+            del seen  # it would take as much memory again, for as long as the pool is used
             orders = shuffled(count(inputs) * number, strata, self.config.reuse, self.config.seed, self.first)
             for chosen in (part for order in orders for part in order.split(self.config.batch_size)):
                 ours = chosen[self.part.row :: number] // number
-                yield seen.places, [tuple(part[ours] for part in parts) for parts in pool]
+                yield places, [tuple(part[ours] for part in parts) for parts in pool]
 
     def any_process(self, holds: bool) -> bool:
         """Asked now and then: the answer waits for the device."""

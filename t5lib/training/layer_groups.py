@@ -168,7 +168,8 @@ class LayerGroup:
         """All that a run of the teacher gives to learn from."""
         target = torch.stack([seen.outputs[name] for name in self.layers], dim=1)
         tokens = zip(*(seen.calls[name].tokens for name in self.layers), strict=True)
-        x = tuple(torch.stack(part, dim=1).to(target.dtype) for part in tokens)  # autocast would, every step
+        # autocast would narrow them in every step
+        x = tuple(torch.stack([each.to(target.dtype) for each in part], dim=1) for part in tokens)
         known = self._project(x, seen.places) if self.projected else x
         if self.objective == "output":
             return *known, target
