@@ -34,4 +34,4 @@ class AveragedWeights(nn.Module):
             for ours, theirs in averaged:
                 ours.lerp_(theirs, weight)
         else:
-            torch._foreach_lerp_(*map(list, zip(*averaged, strict=True)), weight)
+            torch._foreach_lerp_([ours for ours, _ in averaged], [theirs for _, theirs in averaged], weight)

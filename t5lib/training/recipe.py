@@ -1,5 +1,6 @@
 """The settings that every training has."""
 
+from contextlib import AbstractContextManager
 from typing import Annotated, Literal
 
 import torch
@@ -12,6 +13,7 @@ from t5lib.utils.devices import can_compile
 
 Decay = Annotated[float, Field(gt=0, lt=1)]
 COMPILING_PAYS = 500  # steps: compiling takes as long as a minute
+KINDS_COMPILED = 256  # of blocks or groups of layers, in one process
 
 
 def to_compile(setting: bool | None, device: torch.device, steps: int) -> bool:
@@ -19,6 +21,12 @@ def to_compile(setting: bool | None, device: torch.device, steps: int) -> bool:
     if setting is None:
         return steps >= COMPILING_PAYS and processes.alone() and can_compile(device)
     return setting
+
+
+def many_kinds_compiled() -> AbstractContextManager[None]:
+    """Within, torch compiles one function for more kinds of arguments than it does by default, past which it would
+    quietly run the rest uncompiled."""
+    return torch._dynamo.config.patch(recompile_limit=KINDS_COMPILED)
 
 
 @settings

@@ -27,7 +27,7 @@ from t5lib.training.averages import AveragedWeights
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.training.nonfinite import explain_blow_up
 from t5lib.training.optimizers import OPTIMIZERS, freeze, groups
-from t5lib.training.recipe import LoopConfig, to_compile
+from t5lib.training.recipe import LoopConfig, many_kinds_compiled, to_compile
 from t5lib.training.recomputed import memory_of, recomputed_blocks
 from t5lib.training.stochastic import share_draws, undo
 from t5lib.utils import processes
@@ -37,7 +37,6 @@ from t5lib.utils.processes import Part
 from t5lib.utils.seeds import derived_seed, own_random_states, seed_everything
 
 E = TypeVar("E")  # an example: a batch as the objective wants it
-KINDS_OF_BLOCKS = 256  # that one process may compile
 MOMENTS = "optimizer.pt"  # in a checkpoint
 DRAWN = 3  # keeps the random stream of a step apart from that of noise
 # Some models have a weight that no forward uses, such as DINOv2's mask token; their tables are the same everywhere.
@@ -390,12 +389,11 @@ def rate_factor(step: int, total: int, config: LoopConfig) -> float:
 def compiled_blocks(model: nn.Module) -> Iterator[None]:
     """Within, each transformer block of a model is compiled by itself; one compilation serves all of its kind.
 
-    Blocks that differ in more than their weights (kind of attention, rate of stochastic depth) are compiled anew, more
-    often than torch allows by default, past which it would quietly run the rest uncompiled. At the end the model is a
-    plain one. What was compiled serves the next model of the same kind in this process.
+    Blocks that differ in more than their weights (kind of attention, rate of stochastic depth) are compiled anew. At
+    the end the model is a plain one. What was compiled serves the next model of the same kind in this process.
     """
     blocks = list(family_of(model).blocks(model))
-    with torch._dynamo.config.patch(recompile_limit=KINDS_OF_BLOCKS):
+    with many_kinds_compiled():
         try:
             for block in blocks:
                 block.compile(dynamic=False)
