@@ -29,6 +29,7 @@ from diffusers import SD3Transformer2DModel
 from torch import nn
 
 from t5lib.benchmarks.resolution_sweep import count_flops
+from t5lib.benchmarks.shapes import Shape
 from t5lib.conversion import convert
 from t5lib.data.batches import seeded
 from t5lib.families.inputs import Inputs, first
@@ -158,7 +159,7 @@ def step_cost(
     if config.memory_gib:
         cards.limit_memory(config.memory_gib)
     if config.blocks:
-        shape = shallower(shape, config.blocks)
+        shape = Shape(ADAPTER, shape, config.text_tokens).shallower(config.blocks).arguments
     result: dict[str, Any] = {"settings": asdict(config), "shape": dict(shape)}
     result |= {"machine": _machine(device), "cases": []}
     for case in config.cases():
@@ -170,12 +171,6 @@ def step_cost(
         write_json(out, result)
         print(", ".join(f"{name} {value}" for name, value in case.items() if name != "all_seconds"), flush=True)
     return result
-
-
-def shallower(shape: dict[str, Any], blocks: int) -> dict[str, Any]:
-    """The first `blocks` blocks of a shape."""
-    dual = tuple(index for index in shape["dual_attention_layers"] if index < blocks)
-    return shape | {"num_layers": min(blocks, shape["num_layers"]), "dual_attention_layers": dual}
 
 
 def _is_softmax_of(one: dict[str, Any], other: dict[str, Any]) -> bool:

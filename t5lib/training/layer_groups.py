@@ -24,7 +24,7 @@ from t5lib.utils.errors import T5Error
 from t5lib.utils.processes import Part
 
 Example = tuple[Tensor, ...]
-TOGETHER = 2**27  # images × tokens × channels × layers that a step goes through at once: more only take more memory
+TOGETHER = 2**26  # images × tokens × channels × layers that a step goes through at once: more only take more memory
 
 
 @settings

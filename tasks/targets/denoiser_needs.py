@@ -1,7 +1,7 @@
 """What building a denoiser needs of a machine, from its settings and the pipeline's configs: disk, memory, work."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -259,8 +259,8 @@ def _calibration(one: Denoiser) -> Memory:
     projections = FITTED_PROJECTIONS * one.shape.channels**2 * layers * 4 * SINGLE if config.lr_inherited else 0
 
     def likely(images: int) -> int:
-        pool = one.numbers(images * config.pool) * 2 * HALF * layers
-        return certain + projections + pool + one.numbers(images) * layers * cards.FITTED
+        changed = replace(config, batch_size=images)
+        return certain + projections + training_needs.fitting_bytes(changed, layers, one.numbers)
 
     return Memory("calibrate", certain, likely(config.batch_size), _fewer("calibrate", config.batch_size, likely))
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from t5lib.training.layer_groups import TOGETHER, CalibrateConfig
 from t5lib.training.recipe import LoopConfig
 from t5lib.utils.errors import T5Error
 from tasks.runtime import cards
@@ -93,6 +94,20 @@ def memory(
     certain = max(sum(held.values()) - held["activations"], size.saved)  # before and after, the model is whole
     smaller = tuple((words, likely(changed)) for words, changed in _smaller(stage, recipe))
     return Memory(stage, certain, max(sum(held.values()), size.saved), smaller)
+
+
+def fitting_bytes(config: CalibrateConfig, layers: int, numbers: Callable[[int], int]) -> int:
+    """Bytes of a calibration beside weights and optimizer: its pool, and what a step takes or, if that is more, what
+    the teacher's attentions give for a pool.
+
+    Args:
+        layers: that are fitted.
+        numbers: gives images × tokens × channels of a forward pass of so many images.
+    """
+    pool = numbers(config.batch_size * config.pool) * layers
+    one = numbers(config.batch_size)
+    step = max(one, min(one * layers, TOGETHER)) * cards.FITTED
+    return pool * cards.POOLED + max(step, pool * cards.SEEN)
 
 
 def check_control(recipe: LoopConfig) -> list[Check]:
