@@ -40,7 +40,6 @@ from t5lib.training.calibration import calibrate
 from t5lib.training.denoiser import DenoiserTrainConfig, Denoising
 from t5lib.training.layer_groups import CalibrateConfig
 from t5lib.training.objectives import Batch, RectifiedFlow, noised_inputs
-from t5lib.training.recomputed import AUTO
 from t5lib.training.trainer import compiled_blocks, train
 from t5lib.utils import cards, command_line
 from t5lib.utils.cards import GIB
@@ -97,7 +96,7 @@ class CostConfig:
     sizes: Several[AtLeastOne] = (512, 1024, 2048)
     layers: Several[Literal["softmax", "paper", "all"]] = ("softmax", "paper", "all")
     compile: Several[bool] = (False, True)
-    gradient_checkpointing: Several[bool | Share | Literal["auto"]] = (AUTO,)
+    gradient_checkpointing: Several[bool | Share | Literal["auto"]] = ("auto",)
     optimizers: Several[Literal["adamw", "adamw8bit"]] = ("adamw",)
     trainable: Literal["all", "new", "lora"] = "all"
     batch: AtLeastOne = 16
@@ -369,7 +368,8 @@ def _machine(device: torch.device) -> dict[str, str]:
 
 def _again(text: str) -> bool | float | str:
     """A value of gradient_checkpointing."""
-    return {"on": True, "off": False, AUTO: AUTO}[text] if text in ("on", "off", AUTO) else float(text)
+    words: dict[str, bool | str] = {"on": True, "off": False, "auto": "auto"}
+    return words[text] if text in words else float(text)
 
 
 def main(arguments: list[str] | None = None) -> None:
