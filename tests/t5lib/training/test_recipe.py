@@ -29,11 +29,9 @@ def test_a_fit_is_compiled_as_it_says_or_where_that_pays(setting, device, steps,
     assert to_compile(setting, device, steps) is compiled
 
 
-def test_auto_counts_as_all_blocks_where_memory_is_planned():
-    shares = {
-        value: DenoiserTrainConfig(gradient_checkpointing=value).recomputed_share for value in ("auto", True, 0.5)
-    }
-    assert shares == {"auto": 1.0, True: 1.0, 0.5: 0.5}
+@pytest.mark.parametrize(("setting", "share"), [("auto", 1.0), (True, 1.0), (0.5, 0.5), (False, 0.0)])
+def test_auto_counts_as_all_blocks_where_memory_is_planned(setting, share):
+    assert DenoiserTrainConfig(gradient_checkpointing=setting).recomputed_share == share
 
 
 def test_a_graph_keeps_its_activations():
