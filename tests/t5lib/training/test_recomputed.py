@@ -11,7 +11,7 @@ from t5lib.families import family_of
 from t5lib.training import trainer
 from t5lib.training.denoiser import DenoiserTrainConfig, Denoising
 from t5lib.training.objectives import RectifiedFlow
-from t5lib.training.recomputed import AUTO, SPARE, Recomputation, recomputed_blocks
+from t5lib.training.recomputed import AUTO, SPARE, CardMemory, Recomputation, recomputed_blocks
 
 
 def gradients(model: nn.Module, share: float) -> tuple[list[int], list[torch.Tensor]]:
@@ -124,3 +124,24 @@ def test_a_training_with_auto_learns_the_same(monkeypatch, capsys):
     monkeypatch.setattr(trainer, "memory_of", lambda device: meter)
     assert losses(gradient_checkpointing=AUTO) == expected
     assert "auto: 0 of 3 blocks" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_on_a_card_a_block_tells_about_what_its_activations_take():
+    """Of four blocks that are alike, and of which a card holds more than all; what is kept is what was told."""
+    device = torch.device("cuda")
+    model = tiny_vit(depth=4).train().to(device)
+    images = random_images(256).to(device)
+    with recomputed_blocks(model, AUTO, CardMemory(device)) as recomputation:
+        with recomputation.observed():
+            model(images).square().sum().backward()
+        told = [block.activations for block in recomputation.blocks]
+        model.zero_grad(set_to_none=True)
+        recomputation.choose()
+        assert not any(block.again for block in recomputation.blocks)
+        before = torch.cuda.memory_allocated(device)
+        loss = model(images).square().sum()
+        kept = torch.cuda.memory_allocated(device) - before
+        loss.backward()
+    assert all(size > 0 for size in told) and max(told) < 1.2 * min(told)
+    assert 0.7 * sum(told) < kept < 1.5 * sum(told)
