@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ from t5lib.utils import processes
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
 from t5lib.utils.processes import Part
-from t5lib.utils.seeds import derived_seed, own_random_states, seed_everything
+from t5lib.utils.seeds import derived_seed, own_random_states
 
 E = TypeVar("E")  # an example: a batch as the objective wants it
 MOMENTS = "optimizer.pt"  # in a checkpoint
@@ -147,7 +147,7 @@ class Trainer(Work):
         make_optimizer = OPTIMIZERS[config.optimizer]()
         model.to("cpu" if self.in_pieces else self.device).train()
         model.zero_grad(set_to_none=True)
-        seed_everything(config.seed)  # of adapters
+        set_seed(config.seed)  # of adapters
         self.frozen = freeze(model, config)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise T5Error(
@@ -267,7 +267,7 @@ class Trainer(Work):
 
     def _seed(self, number: int) -> None:
         """What is drawn while a batch is learned from follows from its number, in all processes that share it alike."""
-        seed_everything(derived_seed(self.config.seed, DRAWN, number) >> 32)
+        set_seed(derived_seed(self.config.seed, DRAWN, number) >> 32)
 
     def _blow_up(self, values: list[float], example: Any) -> None:
         """Raise, in all processes, what the first of them whose loss is not finite finds out; `values`: loss and norm

@@ -35,16 +35,6 @@ def own_random_states() -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the global random states of Python, NumPy and torch, on all devices, with a number below 2³²."""
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def derived_seed(*key: int) -> int:
     """A 64-bit seed that follows from these numbers (a seed, what it is for, epoch, batch …) and from no others."""
     import numpy as np  # here: commands that only read prompts or settings start without it
