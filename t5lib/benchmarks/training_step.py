@@ -190,15 +190,12 @@ def _measured(case: dict[str, Any], config: CostConfig, device: torch.device, sh
 
 
 def _run(case: dict[str, Any], config: CostConfig, device: torch.device, shape: dict[str, Any]) -> dict[str, Any]:
-    source = None
-    if case["stage"] == "finetune" and config.teacher != "source":
-        model = _model(case["layers"], shape, device)
-    else:
-        source = _model("softmax", shape, device)
-        model = source if case["layers"] == "softmax" else convert(source, TTTConfig(layers=case["layers"]))
-        source = _model("softmax", shape, device) if model is source else source
+    model, source = _model(case["layers"], shape, device), None
+    if case["stage"] != "finetune" or config.teacher == "source":
+        source = _model("softmax", shape, device)  # of the same weights
     batch = _batch(case["size"], case["micro_batch"], config.text_tokens, shape)
-    error = _error(model, batch, config, compiled=case["compile"])
+    compiled = case["compile"] and case["stage"] != "calibrate"  # which compiles no blocks
+    error = _error(model, batch, config, compiled=compiled)
     if error > TOLERANCE:
         return {"failed": f"relative error {error:.2g} of the prediction, allowed {TOLERANCE}", "error": error}
     inputs = first(RectifiedFlow().noised(batch, seeded(1)).inputs, 1)
