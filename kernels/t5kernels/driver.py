@@ -59,21 +59,23 @@ class Queue:
         """Raises KeyError if a kernel takes arguments that only Triton's own launcher can pass; see `can_start`."""
         kinds = [_kinds(start) for start in starts]
         slots = (ctypes.c_uint64 * sum(len(each) + SCRATCH_POINTERS for each in kinds))()
-        self._launches, pointers, first = [], [], 0
+        pointers = sum(kind.startswith("*") for each in kinds for kind, _ in each)  # their slots come first
+        of_pointers, of_numbers = iter(range(pointers)), iter(range(pointers, len(slots)))
+        self._configs, self._launches, every_place = [], [], []
         for (compiled, cells, _), arguments in zip(starts, kinds, strict=True):
-            for slot, (kind, value) in enumerate(arguments, first):
-                if kind.startswith("*"):
-                    pointers.append(slot)
-                else:
-                    struct.pack_into(CODES[kind], slots, SLOT * slot, value)
-            end = first + len(arguments) + SCRATCH_POINTERS
-            places = (ctypes.c_void_p * (end - first))(
-                *range(ctypes.addressof(slots) + SLOT * first, ctypes.addressof(slots) + SLOT * end, SLOT)
-            )
-            self._launches.append((_config(compiled, cells), ctypes.c_void_p(compiled.function), places))
-            first = end
-        self._kept = starts, slots  # keeps alive what the addresses above point into, and the kernels' code
-        self._slots, self._pointers = np.ctypeslib.as_array(slots).view(np.int64), np.array(pointers, np.int64)
+            own = []
+            for kind, value in arguments:
+                own.append(next(of_pointers if kind.startswith("*") else of_numbers))
+                if not kind.startswith("*"):
+                    struct.pack_into(CODES[kind], slots, SLOT * own[-1], value)
+            own += [next(of_numbers) for _ in range(SCRATCH_POINTERS)]
+            places = (ctypes.c_void_p * len(own))(*(ctypes.addressof(slots) + SLOT * slot for slot in own))
+            config = _config(compiled, cells)
+            self._launches.append((ctypes.addressof(config), compiled.function, ctypes.addressof(places), None))
+            self._configs.append(config)
+            every_place.append(places)
+        self._kept = starts, slots, every_place  # keeps alive what the addresses above point to, and the kernels' code
+        self._pointers = np.ctypeslib.as_array(slots).view(np.int64)[:pointers]
         self._lock = threading.Lock()  # one call at a time uses the slots
         self._stream: int | None = None
 
@@ -89,16 +91,16 @@ class Queue:
         """
         launch = _library().cuLaunchKernelEx
         with self._lock:
-            self._slots[self._pointers] = pointers
+            self._pointers[:] = pointers
             if stream != self._stream:
-                for config, _, _ in self._launches:
+                for config in self._configs:
                     config.stream = stream
                 self._stream = stream
-            for config, function, places in self._launches:
-                error = launch(ctypes.byref(config), function, places, None)
+            for arguments in self._launches:
+                error = launch(*arguments)
                 if error == NO_CONTEXT:  # a thread's first call, such as autograd's
                     _take_context(torch.cuda.current_device())
-                    error = launch(ctypes.byref(config), function, places, None)
+                    error = launch(*arguments)
                 if error:
                     raise RuntimeError(f"CUDA's driver could not start a kernel: error {error} (a CUresult)")
 

@@ -227,23 +227,19 @@ def _programs(x: Tensor, tile: Tile) -> int:
     return tile.resident * _card(x.device).multi_processor_count
 
 
-def chunks_of(x: Tensor, tile: Tile, heads: int, images: int = 1) -> tuple[int, int, int]:
-    """How the tokens x (B, H, N, D) are shared out: tokens a chunk, chunks a head, and images a program."""
-    blocks = ceil_div(x.shape[2], tile.block)
-    blocks_a_chunk, images = _shares((blocks,), heads, images, _programs(x, tile))
-    return blocks_a_chunk * tile.block, ceil_div(blocks, blocks_a_chunk), images
-
-
-def chunks_of_parts(parts: Sequence[Tensor], tile: Tile, heads: int) -> tuple[int, list[int]]:
-    """How the tokens (B, H, N, D) of a sequence's parts are shared out: tokens a chunk, and chunks of each part."""
+def chunks_of(parts: Sequence[Tensor], tile: Tile, heads: int, images: int = 1) -> tuple[int, list[int], int]:
+    """How the tokens (B, H, N, D) of a sequence's parts are shared out: tokens a chunk, chunks of each part, and images
+    a program."""
     blocks = tuple(ceil_div(x.shape[2], tile.block) for x in parts)
-    blocks_a_chunk, _ = _shares(blocks, heads, 1, _programs(parts[0], tile))
-    return blocks_a_chunk * tile.block, [ceil_div(each, blocks_a_chunk) for each in blocks]
+    blocks_a_chunk, images = _shares(blocks, heads, images, _programs(parts[0], tile))
+    return blocks_a_chunk * tile.block, [ceil_div(each, blocks_a_chunk) for each in blocks], images
 
 
 def lying_alike(parts: Sequence[Tensor]) -> Sequence[Tensor]:
     """The tokens of the parts of a sequence; copies, where the channels of one do not lie as those of the first."""
-    return parts if all(x.stride(3) == parts[0].stride(3) for x in parts) else [x.contiguous() for x in parts]
+    if all(x.stride(3) == parts[0].stride(3) for x in parts):
+        return parts
+    return [x.transpose(1, 2).contiguous().transpose(1, 2) for x in parts]  # heads may lie side by side, and still do
 
 
 def blocks_of(x: Tensor, tile: Tile, heads: int, blocks: int) -> int:

@@ -70,16 +70,17 @@ class Plan:
         self._bases = np.array([place.base for place in places], np.int64)
         self._offsets = np.array([place.offset for place in places], np.int64)
 
-    def __call__(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    def __call__(self, inputs: Sequence[Tensor | None], addresses: Sequence[int]) -> tuple[Tensor, ...]:
+        """Make the outputs. addresses: where the inputs begin."""
         first = next(t for t in inputs if t is not None)
-        outputs = tuple(torch.empty_strided(*spec[:2], dtype=spec[2], device=first.device) for spec in self.outputs)
-        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=first.device)
-        bases = (*inputs, *outputs, workspace)
+        outputs = tuple(first.new_empty_strided(size, stride, dtype=dtype) for size, stride, dtype in self.outputs)
+        workspace = first.new_empty(self.workspace_bytes, dtype=torch.uint8)
         with torch.cuda.device_of(first):
             if self.queue is None:
-                self._run(bases, {} if launch.INTERPRETED else {"stream": launch.stream_of(first)})
+                stream = {} if launch.INTERPRETED else {"stream": launch.stream_of(first)}
+                self._run((*inputs, *outputs, workspace), stream)
             else:
-                starts = np.array([0 if base is None else base.data_ptr() for base in bases], np.int64)
+                starts = np.array([*addresses, *(t.data_ptr() for t in outputs), workspace.data_ptr()], np.int64)
                 self.queue(starts[self._bases] + self._offsets, launch.stream_of(first))
         return outputs
 
@@ -104,13 +105,13 @@ def planned(run: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None,
     `run` writes only to new tensors, and what it does depends only on the layout of its inputs (sizes, strides, dtypes,
     device) and on the numbers. A call that also computes with PyTorch is never planned.
     """
-    layouts = [
-        None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % launch.ALIGNMENT) for t in inputs
-    ]
-    key = (run, numbers, *layouts)
+    addresses = [0 if t is None else t.data_ptr() for t in inputs]
+    aligned = [address % launch.ALIGNMENT for address in addresses]
+    layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in inputs]
+    key = (run, numbers, *aligned, *layouts)
     plan = _plans.get(key)
     if plan is not None:
-        return plan(inputs)
+        return plan(inputs, addresses)
     if key in _plans:
         return run(*inputs, *numbers)
     with _recorded() as (launches, computes):

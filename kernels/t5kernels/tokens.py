@@ -9,9 +9,9 @@ from triton.language.extra import cuda
 # Arguments of kernels that are counts. One compilation serves all their values; Triton would specialize on 1 and on
 # multiples of 16.
 COUNTS = (
-    *("B", "H", "N", "chunk", "images", "count", "shares", "capacity", "free", "room"),
-    *("rows", "columns", "prefix", "segments", "on_grid"),
-    *("T", "groups", "chunks", "outside", "text_groups", "text_chunks", "text_shares", "text_count"),
+    *("B", "H", "N", "T", "chunk", "chunks", "images", "groups", "count", "shares", "capacity", "free", "outside"),
+    *("rows", "columns", "prefix", "segments", "on_grid", "heads", "end", "image_chunks"),
+    *("text_shares", "text_count", "text_begin", "text_end", "text_chunks"),
 )
 
 

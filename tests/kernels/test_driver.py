@@ -16,15 +16,16 @@ class StandInDriver:
         self.widths, self.error, self.seen = widths, error, []
 
     def cuLaunchKernelEx(self, config, function, places, extra):
-        config = config._obj
-        assert extra is None and len(places) == len(self.widths)
+        config = driver._Config.from_address(config)
+        assert extra is None
+        places = (ctypes.c_void_p * len(self.widths)).from_address(places)
         values = [ctypes.string_at(place, width) for place, width in zip(places, self.widths, strict=True)]
         early = None
         if config.attribute_count:
             attribute = driver._Attribute.from_address(config.attributes)
             early = (attribute.id, attribute.value[0])
         shape = tuple(config.grid), tuple(config.block), config.shared_bytes
-        self.seen.append((*shape, config.stream, early, function.value, values))
+        self.seen.append((*shape, config.stream, early, function, values))
         return self.error
 
 

@@ -53,6 +53,19 @@ def test_a_planned_backward_gives_the_same_bits(case):
     assert expected.keys() == planned.keys() and all(torch.equal(planned[name], expected[name]) for name in expected)
 
 
+def test_a_text_takes_no_launches_of_its_own_and_all_parameters_share_an_output():
+    def launches(case: Case) -> list[int]:
+        plans._plans.clear()
+        results(case, draw(case), "triton")
+        return [len(plan.steps) for plan in plans._plans.values() if plan is not None]
+
+    alone, with_text = launches(replace(LEAST, text=0)), launches(LEAST)
+    assert with_text == [count + 1 for count in alone], "image and text each have a step and its gradient, to be added"
+    *_, backward = plans._plans.values()
+    assert backward is not None and len(backward.outputs) == 6 + 1
+    assert launches(replace(LEAST, settings=Settings(norm_scope="modality")))[1] == with_text[1]
+
+
 def test_a_layout_has_its_own_plan():
     leaves = draw(LEAST).leaves
     for change in ({}, {"q": leaves["q"].contiguous()}, {"w1": leaves["w1"].half()}):
@@ -120,7 +133,7 @@ def test_on_a_card_the_driver_gets_the_addresses_of_every_call(monkeypatch):
     specs = [((5, 4), (4, 1), torch.float32)]
     plan = plans.Plan([plans.Step(print, [None, 3, None, None], places)], specs, 300, lambda *told: seen.append(told))
     for inputs in ((x,), (x[10:],)):
-        (out,) = plan(inputs)
+        (out,) = plan(inputs, [inputs[0].data_ptr()])
         assert out.shape == (5, 4)
         addresses, stream = seen.pop()
         assert addresses.tolist() == [inputs[0].data_ptr(), out.data_ptr() + 40] and stream == 7

@@ -4,14 +4,15 @@
 
 With so few tokens the card always finishes first, so the time until a call returns is the host's. The layer is called
 eagerly, and compiled by torch.compile in its default mode; without gradients, with them, and backward. A compiled model
-checks its inputs once, however many layers it has, so a figure is what one more layer costs.
+checks its inputs once, however many layers it has, so a figure is what one more layer costs. Every layer has queries,
+keys and parameters of its own, as in a model: where layers share them, PyTorch also adds up their gradients.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ CASES = (
     Case(name="image and text", images=2, rows=8, columns=8, heads=24, width=64, text=16),
 )
 LAYERS = (1, 5)
+VALUES = ("v", "text_v")  # names of leaves
 CALLS, ROUNDS = 20, 25  # a round is short enough for the card's queue of launches
 
 
@@ -47,26 +49,30 @@ def host_us(call: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) 
     return statistics.median(times)
 
 
-def chained(inputs: Inputs, layers: int, leaves: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The outputs of `layers` layers; each takes the outputs of the one before as its values."""
-    outs = inputs.layer("triton", **leaves)
-    for _ in range(layers - 1):
-        values = dict(zip(("v", "text_v"), outs, strict=False))
-        outs = inputs.layer("triton", **leaves | values)
+def chained(inputs: Inputs, leaves: Sequence[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+    """The outputs of layers with these leaves; each but the first takes the outputs of the one before as its values."""
+    outs = inputs.layer("triton", **leaves[0])
+    for own in leaves[1:]:
+        outs = inputs.layer("triton", **own | dict(zip(VALUES, outs, strict=False)))
     return outs
 
 
-def call_us(inputs: Inputs, layers: int, compiled: bool) -> dict[str, float]:
-    """Microseconds of host time for `layers` layers, by kind of call."""
-    leaves, detached = list(inputs.leaves.values()), {name: t.detach() for name, t in inputs.leaves.items()}
-    model: Callable[..., tuple[torch.Tensor, ...]] = partial(chained, inputs, layers)
+def call_us(inputs: Sequence[Inputs], compiled: bool) -> dict[str, float]:
+    """Microseconds of host time for a layer on each of the inputs, by kind of call."""
+    every = [dict(each.leaves) for each in inputs]
+    for own in every[1:]:
+        for name in VALUES:
+            own.pop(name, None)
+    leaves = [t for own in every for t in own.values()]
+    detached = [{name: t.detach() for name, t in own.items()} for own in every]
+    model: Callable[..., tuple[torch.Tensor, ...]] = partial(chained, inputs[0])
     if compiled:
         torch._dynamo.reset()
         model = torch.compile(model)
-    forward, outputs = partial(model, inputs.leaves), list[tuple[torch.Tensor, ...]]()
+    forward, outputs = partial(model, every), list[tuple[torch.Tensor, ...]]()
 
     def differentiate() -> None:
-        torch.autograd.grad(outputs.pop(), leaves, inputs.d_outs)
+        torch.autograd.grad(outputs.pop(), leaves, inputs[0].d_outs)
 
     def keep() -> None:
         outputs.append(forward())
@@ -78,10 +84,10 @@ def call_us(inputs: Inputs, layers: int, compiled: bool) -> dict[str, float]:
 
 def measure(case: Case) -> dict[str, Any]:
     """Microseconds of host time that one more layer costs, by kind of call."""
-    inputs = Inputs.draw(case)
+    inputs = [Inputs.draw(case) for _ in range(max(LAYERS))]
     row: dict[str, Any] = {"case": case.name, "shape": str(case)}
     for way, compiled in (("eager", False), ("compiled", True)):
-        few, many = (call_us(inputs, layers, compiled) for layers in LAYERS)
+        few, many = (call_us(inputs[:layers], compiled) for layers in LAYERS)
         row |= {f"{way}_{kind}": (many[kind] - few[kind]) / (LAYERS[1] - LAYERS[0]) for kind in few}
     return row
 

@@ -25,19 +25,15 @@ from t5kernels.ttt import triton_kernels
 from t5kernels.ttt_layer import triton as ttt_layer
 from t5kernels.ttt_layer import triton_finish, triton_norms, triton_prepare
 
-LAST_SUMS = {
-    "weights": triton_finish.WEIGHTS_TILE,
-    "convolution": triton_finish.CONV_TILE,
-    "gains": triton_finish.GAINS_TILE,
-}
-EVERY_TILE = ttt_layer.EVERY_TILE | neighborhood.TILES
-EVERY_TILE |= {kernel: dict.fromkeys((32, 64, 128), tile) for kernel, tile in LAST_SUMS.items()}
+EVERY_TILE = (
+    ttt_layer.EVERY_TILE | neighborhood.TILES | {"parameters": dict.fromkeys((32, 64, 128), triton_finish.TILE)}
+)
 TARGET = GPUTarget("cuda", 90, 32)
 # Arguments that are pointers to float32, and to tokens or weights in bfloat16. The others are strides and counts.
-FLOAT = {"step", "d_step", "sums", "parts", "totals", "factors", "lse", "delta", "d_stepped", "d_gains"}
-FLOAT |= {f"parts{place}" for place in range(triton_finish.MOST_GAINS)}
+FLOAT = {"step", "d_step", "sums", "parts", "totals", "factors", "lse", "delta", "d_stepped"}
+FLOAT |= {"weight_sums", "q_sums", "k_sums", "gain_sums"}
 TOKENS = {"q", "k", "v", "out", "do", "dq", "dk", "dv", "first", "x", "y", "dx", "dy", "dn"}
-HALF = TOKENS | {"w1", "w2", "w3", "weight", "bias", "gain", "first_gain", "d_weights", "d_weight", "d_bias"}
+HALF = TOKENS | {"w1", "w2", "w3", "weight", "bias", "gain", "first_gain", "d_parameters"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,13 @@ def occupancy(kernel: str, tile: Tile, head_dim: int, rms: bool = False, text: b
         "TEXT": text,
         "EARLY": True,
     }
-    constants |= {"WEIGHED": 3, "WINDOW": 5, "TILE": neighborhood.SQUARES[0], "SIDE": neighborhood.LARGEST_SIDE}
+    constants |= {
+        "WEIGHED": 3,
+        "AT_ONCE": triton_finish.ROWS // padded_width(head_dim),
+        "WINDOW": 5,
+        "TILE": neighborhood.SQUARES[0],
+        "SIDE": neighborhood.LARGEST_SIDE,
+    }
     if tile.hidden:
         constants |= {"HIDDEN": tile.hidden, "SLICES": triton.cdiv(head_dim, tile.hidden)}
     # The channels of a token lie side by side; Triton makes a constant of such a stride.

@@ -21,7 +21,7 @@ from t5kernels.tools.bench import bandwidth, median_ms, surroundings, write
 from t5kernels.tools.cases import CASES, Case, Inputs
 from t5kernels.ttt import triton as ttt
 from t5kernels.ttt_layer import triton as layer
-from t5kernels.ttt_layer import triton_launch
+from t5kernels.ttt_layer import triton_launch, triton_prepare
 from t5kernels.ttt_layer.triton import EVERY_TILE
 
 TILES_TO_SHOW = 6
@@ -75,26 +75,29 @@ def calls(case: Case) -> dict[str, Call]:
     ((queries,), (keys,)) = (triton_launch.prepared([each]) for each in ((q, part.for_q), (k, part.for_k)))
     step = ttt.launch_accumulate([(keys, v)], weights, scale, steps=3)
     _, d_step = ttt.launch_apply_backward([(d_out, queries)], weights, step)
-    dk = ttt.launch_accumulate_backward(d_step, keys, v, weights, scale)[0]
+    [dk], *_ = ttt.launch_accumulate_backward(d_step, [(keys, v)], weights, scale)
     (dn,), sums = triton_launch.prepare_backward([(dk, k, part.for_k)])
 
     def norm_backward() -> tuple[Tensor]:
         out = dn.clone()  # the kernel writes in place; the copy costs a pass more, the same for every tile
-        triton_launch.norm_backward(out, k, part.for_k, sums)
+        triton_launch.norm_backward([(out, k, part.for_k)], sums, apart=False, gain_rows=None)
         return (out,)
 
     def prepare_backward() -> tuple[Tensor, Tensor]:
         (dx,), own_sums = triton_launch.prepare_backward([(dk, k, part.for_k)])
         assert own_sums is not None
-        return dx, own_sums
+        # Another tile has other programs. Those outside the grid have no sums for the convolution.
+        of_norm = triton_prepare.PLAIN_SUM.value
+        on_grid = own_sums.rows[:, : own_sums.on_grid, :of_norm]
+        return dx, torch.cat([on_grid.sum(1), own_sums.rows[:, :, of_norm:].sum(1)], dim=1)
 
     def apply_backward() -> tuple[Tensor, Tensor]:
         (dq,), d_stepped = ttt.launch_apply_backward([(d_out, queries)], weights, step)
         return dq, d_stepped
 
     def accumulate_backward(d_step: Tensor) -> tuple[Tensor, ...]:
-        *d_tokens, own_sums = ttt.launch_accumulate_backward(d_step, keys, v, weights, scale)
-        return *d_tokens, ttt.weights_summed(own_sums)
+        dk, dv, own_sums = ttt.launch_accumulate_backward(d_step, [(keys, v)], weights, scale)
+        return *dk, *dv, ttt.weights_summed(own_sums)
 
     def statistics() -> tuple[Tensor]:
         layer.take_statistics([part], case.settings.norm_scope, 0.0)

@@ -20,7 +20,6 @@ from t5kernels.launch import (
     Tile,
     ceil_div,
     chunks_of,
-    chunks_of_parts,
     contiguous,
     lacks_shared_memory,
     launch,
@@ -107,7 +106,7 @@ def launch_accumulate(
     name, kernel = _kernel_of("accumulate{}", steps)
     widths, tile, slices = _tile_for(name, first)
     keys, values = (lying_alike(each) for each in zip(*tokens, strict=True))
-    chunk, chunks = chunks_of_parts(keys, tile, B * H * slices)
+    chunk, chunks, _ = chunks_of(keys, tile, B * H * slices)
     sums = first.new_empty(B * H, sum(chunks), steps, D, D, dtype=torch.float32)
     (k, text_k), (v, text_v) = ((each[0], each[-1]) for each in (keys, values))
     launch(
@@ -126,7 +125,7 @@ def launch_apply(queries: Sequence[Tensor], weights: Sequence[Tensor], step: Ten
     q, text_q = queries[0], queries[-1]
     B, H, N, D = q.shape
     widths, tile, slices = _tile_for("apply", q)
-    chunk, chunks = chunks_of_parts(queries, tile, B * H)
+    chunk, chunks, _ = chunks_of(queries, tile, B * H)
     outs = [like_tokens(each) for each in queries]
     launch(
         *(kernels.apply_kernel, (B * H, sum(chunks)), q, tile),
@@ -146,54 +145,56 @@ def launch_apply_backward(
     The gradients of the queries; and (B, H, 3, D, D) in float32 minus that of the stepped weights of every image. Of
     those that step it is the gradient of the step, the last S; its negative sum over images is what the weights get.
     """
-    first = tokens[0][1]
-    B, H, _, D = first.shape
-    widths, tile, slices = _tile_for("apply_backward", first)
-    shares = [chunks_of(q, tile, B * H)[:2] for _, q in tokens]
-    capacity = sum(chunks for _, chunks in shares)
-    sums = first.new_empty(B * H, capacity, 3, D, D, dtype=torch.float32)
-    gradients, free = [], 0
-    for (d_out, q), (chunk, chunks) in zip(tokens, shares, strict=True):
-        dq = like_tokens(q)
-        launch(
-            *(kernels.apply_backward_kernel, (B * H, chunks), q, tile),
-            *(d_out, q, *contiguous(*weights, step), dq, sums[:, free:]),
-            *(*d_out.stride(), *q.stride(), *dq.stride()),
-            *(H, q.shape[2], chunk, capacity),
-            *(D, *widths, tile.hidden, tile.block, slices, step.shape[2] == 1),
-        )
-        gradients.append(dq)
-        free += chunks
+    d_outs, queries = (lying_alike(each) for each in zip(*tokens, strict=True))
+    (do, text_do), (q, text_q) = ((each[0], each[-1]) for each in (d_outs, queries))
+    B, H, N, D = q.shape
+    widths, tile, slices = _tile_for("apply_backward", q)
+    chunk, chunks, _ = chunks_of(queries, tile, B * H)
+    sums = q.new_empty(B * H, sum(chunks), 3, D, D, dtype=torch.float32)
+    gradients = [like_tokens(each) for each in queries]
+    dq, text_dq = gradients[0], gradients[-1]
+    launch(
+        *(kernels.apply_backward_kernel, (B * H, sum(chunks)), q, tile),
+        *(do, q, text_do, text_q, *contiguous(*weights, step), dq, text_dq, sums),
+        *(*do.stride(), *q.stride(), *text_do.stride()[:3], *text_q.stride()[:3], *dq.stride(), *text_dq.stride()[:3]),
+        *(H, N, text_q.shape[2], chunk, chunks[0], sum(chunks)),
+        *(D, *widths, tile.hidden, tile.block, slices, step.shape[2] == 1, len(tokens) > 1),
+    )
     return gradients, sum_over_chunks(sums).view(B, H, 3, D, D)
 
 
 def launch_accumulate_backward(
-    d_step: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of k and v, and in float32 partial sums of those of the weights that the step depends on.
+    d_step: Tensor, tokens: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor], scale: float
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """The gradients of the keys and values of all parts of a sequence, and in float32 partial sums of those of the
+    weights that the step depends on.
 
     Args:
         d_step: (B, H, S, D, D); where S is 1, it may be a part of (B, H, 3, D, D).
 
     Returns:
-        dk and dv, (B, H, N, D); (groups of images, H, chunks, 3 or 2, D, D), see `weights_summed`.
+        dk and dv, (B, H, N, D) of each part; (groups of images, H, chunks, 3 or 2, D, D), see `weights_summed`.
     """
+    keys, values = (lying_alike(each) for each in zip(*tokens, strict=True))
+    (k, text_k), (v, text_v) = ((each[0], each[-1]) for each in (keys, values))
     B, H, N, D = k.shape
     steps = d_step.shape[2]
     name, kernel = _kernel_of("accumulate{}_backward", steps)
     widths, tile, slices = _tile_for(name, k)
-    chunk, chunks, images = chunks_of(k, tile, H, B)
+    chunk, chunks, images = chunks_of(keys, tile, H, B)
     groups = ceil_div(B, images)
-    dk, dv = like_tokens(k), like_tokens(v)
-    sums = k.new_empty(groups, H, chunks, _weighed(steps), D, D, dtype=torch.float32)
+    d_keys, d_values = ([like_tokens(each) for each in tensors] for tensors in (keys, values))
+    (dk, text_dk), (dv, text_dv) = ((each[0], each[-1]) for each in (d_keys, d_values))
+    sums = k.new_empty(groups, H, sum(chunks), _weighed(steps), D, D, dtype=torch.float32)
     launch(
-        *(kernel, (groups * H, chunks), k, tile),
-        *(d_step, k, v, *contiguous(*weights), dk, dv, sums),
-        *(*k.stride(), *v.stride(), *dk.stride(), *dv.stride()),
-        *(B, H, N, images, chunk, scale, *([d_step.stride(1)] if steps == 1 else [])),
-        *(D, *widths, tile.hidden, tile.block, slices),
+        *(kernel, (groups * H, sum(chunks)), k, tile),
+        *(d_step, k, v, text_k, text_v, *contiguous(*weights), dk, dv, text_dk, text_dv, sums),
+        *(*k.stride(), *v.stride(), *text_k.stride()[:3], *text_v.stride()[:3]),
+        *(*dk.stride(), *dv.stride(), *text_dk.stride()[:3], *text_dv.stride()[:3]),
+        *(B, H, N, text_k.shape[2], images, chunk, chunks[0], scale, *([d_step.stride(1)] if steps == 1 else [])),
+        *(D, *widths, tile.hidden, tile.block, slices, len(tokens) > 1),
     )
-    return dk, dv, sums
+    return d_keys, d_values, sums
 
 
 def weights_summed(sums: Tensor) -> Tensor:
@@ -230,7 +231,7 @@ def _accumulate_backward(
     d_step: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, scale: Number
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dk, dv, and (3 or 2, H, D, D) gradients of the weights in float32."""
-    dk, dv, sums = launch_accumulate_backward(d_step.contiguous(), k, v, [w1, w2, w3], float(scale))
+    [dk], [dv], sums = launch_accumulate_backward(d_step.contiguous(), [(k, v)], [w1, w2, w3], float(scale))
     return dk, dv, weights_summed(sums)
 
 

@@ -281,20 +281,22 @@ def apply_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def apply_backward_kernel(
-    do, q, w1, w2, w3, step, dq, sums,
-    do_b, do_h, do_n, do_d, q_b, q_h, q_n, q_d, dq_b, dq_h, dq_n, dq_d,
-    H, N, chunk, capacity,
+    do, q, text_do, text_q, w1, w2, w3, step, dq, text_dq, sums,
+    do_b, do_h, do_n, do_d, q_b, q_h, q_n, q_d, tdo_b, tdo_h, tdo_n, tq_b, tq_h, tq_n,
+    dq_b, dq_h, dq_n, dq_d, tdq_b, tdq_h, tdq_n,
+    H, N, T, chunk, chunks, capacity,
     D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
-    SLICES: tl.constexpr, LAST: tl.constexpr, EARLY: tl.constexpr,
+    SLICES: tl.constexpr, LAST: tl.constexpr, TEXT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The launch grid is (B·H, chunks). dq: (B, H, N, D).
-
-    sums: of -dU, float32; of a head the next (3, D, D) of each chunk, out of `capacity`.
-    """
+    """The launch grid, and image and text, are as in `apply_kernel`. sums: (B·H, capacity, 3, D, D) of -dU, float32."""
     after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
     dtype = q.dtype.element_ty
+    do, do_b, do_h, do_n = own_tokens(do, do_b, do_h, do_n, text_do, tdo_b, tdo_h, tdo_n, part >= chunks, TEXT)
+    q, q_b, q_h, q_n = own_tokens(q, q_b, q_h, q_n, text_q, tq_b, tq_h, tq_n, part >= chunks, TEXT)
+    dq, dq_b, dq_h, dq_n = own_tokens(dq, dq_b, dq_h, dq_n, text_dq, tdq_b, tdq_h, tdq_n, part >= chunks, TEXT)
+    part, N = own_share(part, chunks, N, T, TEXT)
     do, q = start_of_head(do, b, h, do_b, do_h), start_of_head(q, b, h, q_b, q_h)
     dq = start_of_head(dq, b, h, dq_b, dq_h)
     for tile in range(SLICES):
@@ -319,25 +321,32 @@ def apply_backward_kernel(
             s1 = add_dot_columns(s1, queries, dy1)
             s2 = add_dot_columns(s2, queries, dy2)
         s1, s2, s3 = scaled(s1, -1), scaled(s2, -1), scaled(transposed(s3), -1)
-        _store_triple(sums, index * capacity + part, tile, s1, s2, s3, D, WIDTH, REST, HIDDEN)
+        _store_triple(sums, index * capacity + tl.program_id(1), tile, s1, s2, s3, D, WIDTH, REST, HIDDEN)
         tl.debug_barrier()  # the next slice adds to dq, perhaps by other threads
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def accumulate_backward_kernel(
-    d_step, k, v, w1, w2, w3, dk, dv, sums,
-    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
-    B, H, N, images, chunk, scale,
+    d_step, k, v, text_k, text_v, w1, w2, w3, dk, dv, text_dk, text_dv, sums,
+    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, tk_b, tk_h, tk_n, tv_b, tv_h, tv_n,
+    dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d, tdk_b, tdk_h, tdk_n, tdv_b, tdv_h, tdv_n,
+    B, H, N, T, images, chunk, chunks, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
-    SLICES: tl.constexpr, EARLY: tl.constexpr,
+    SLICES: tl.constexpr, TEXT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The launch grid is (H · groups of `images` images, chunks): a program sums dW over a group of images.
+    """The launch grid is (H · groups of `images` images, chunks): a program sums dW over a group of images. Image and
+    text are as in `accumulate_kernel`.
 
-    d_step: (B·H, 3, D, D) float32; dk, dv: (B, H, N, D); sums: (groups·H, chunks, 3, D, D) of dW, float32.
+    d_step: (B·H, 3, D, D) float32; dk, dv: (B, H, N, D); sums: (groups·H, all chunks, 3, D, D) of dW, float32.
     """
     after_previous(EARLY)
     part, group, h = tl.program_id(1), tl.program_id(0) // H, tl.program_id(0) % H
     dtype = k.dtype.element_ty
+    k, k_b, k_h, k_n = own_tokens(k, k_b, k_h, k_n, text_k, tk_b, tk_h, tk_n, part >= chunks, TEXT)
+    v, v_b, v_h, v_n = own_tokens(v, v_b, v_h, v_n, text_v, tv_b, tv_h, tv_n, part >= chunks, TEXT)
+    dk, dk_b, dk_h, dk_n = own_tokens(dk, dk_b, dk_h, dk_n, text_dk, tdk_b, tdk_h, tdk_n, part >= chunks, TEXT)
+    dv, dv_b, dv_h, dv_n = own_tokens(dv, dv_b, dv_h, dv_n, text_dv, tdv_b, tdv_h, tdv_n, part >= chunks, TEXT)
+    part, N = own_share(part, chunks, N, T, TEXT)
     for tile in range(SLICES):
         w1_, w2_, w3_ = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, REST, HIDDEN)
         s1, s2 = zero_columns(HIDDEN, WIDTH, REST), zero_columns(HIDDEN, WIDTH, REST)
@@ -386,25 +395,32 @@ def accumulate_backward_kernel(
                 keys = transposed(keys)
                 s1 = add_dot_columns(s1, keys, dz1)
                 s2 = add_dot_columns(s2, keys, dz2)
-        _store_triple(sums, tl.program_id(0) * tl.num_programs(1) + part, tile, s1, s2, s3, D, WIDTH, REST, HIDDEN)
+        place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        _store_triple(sums, place, tile, s1, s2, s3, D, WIDTH, REST, HIDDEN)
         tl.debug_barrier()  # the next slice adds to dk and dv, perhaps by other threads
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def accumulate_last_backward_kernel(
-    d_step, k, v, w1, w2, w3, dk, dv, sums,
-    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
-    B, H, N, images, chunk, scale, step_h,
+    d_step, k, v, text_k, text_v, w1, w2, w3, dk, dv, text_dk, text_dv, sums,
+    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, tk_b, tk_h, tk_n, tv_b, tv_h, tv_n,
+    dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d, tdk_b, tdk_h, tdk_n, tdv_b, tdv_h, tdv_n,
+    B, H, N, T, images, chunk, chunks, scale, step_h,
     D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
-    SLICES: tl.constexpr, EARLY: tl.constexpr,
+    SLICES: tl.constexpr, TEXT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`accumulate_backward_kernel` where W3 alone steps. d_step: float32, a D x D every `step_h` numbers.
 
-    sums: (groups·H, chunks, 2, D, D) of dW1 and dW2.
+    sums: (groups·H, all chunks, 2, D, D) of dW1 and dW2.
     """
     after_previous(EARLY)
     part, group, h = tl.program_id(1), tl.program_id(0) // H, tl.program_id(0) % H
     dtype = k.dtype.element_ty
+    k, k_b, k_h, k_n = own_tokens(k, k_b, k_h, k_n, text_k, tk_b, tk_h, tk_n, part >= chunks, TEXT)
+    v, v_b, v_h, v_n = own_tokens(v, v_b, v_h, v_n, text_v, tv_b, tv_h, tv_n, part >= chunks, TEXT)
+    dk, dk_b, dk_h, dk_n = own_tokens(dk, dk_b, dk_h, dk_n, text_dk, tdk_b, tdk_h, tdk_n, part >= chunks, TEXT)
+    dv, dv_b, dv_h, dv_n = own_tokens(dv, dv_b, dv_h, dv_n, text_dv, tdv_b, tdv_h, tdv_n, part >= chunks, TEXT)
+    part, N = own_share(part, chunks, N, T, TEXT)
     for tile in range(SLICES):
         w1_, w2_, _w3 = _load_weights(w1, w2, w3, h, tile, dtype, D, WIDTH, REST, HIDDEN)
         s1, s2 = zero_columns(HIDDEN, WIDTH, REST), zero_columns(HIDDEN, WIDTH, REST)
@@ -435,7 +451,7 @@ def accumulate_last_backward_kernel(
                 keys = transposed(keys)
                 s1 = add_dot_columns(s1, keys, dz1)
                 s2 = add_dot_columns(s2, keys, dz2)
-        place = sums + (tl.program_id(0) * tl.num_programs(1) + part).to(tl.int64) * (2 * D * D)
+        place = sums + (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * (2 * D * D)
         store_columns(place, s1, tile, D, WIDTH, REST, HIDDEN)
         store_columns(place + D * D, s2, tile, D, WIDTH, REST, HIDDEN)
         tl.debug_barrier()  # the next slice adds to dk and dv, perhaps by other threads

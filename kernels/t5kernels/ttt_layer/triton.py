@@ -3,7 +3,7 @@
 The forward takes the statistics of the keys, prepares the keys (normalizes and convolves them), accumulates the step,
 prepares the queries and applies the stepped inner model to them. Prepared tokens live until they are read. The backward
 prepares them once more, so that it keeps the inputs, O(H·D²) numbers, and with RMS norms a number a token and head.
-Tokens of two modalities are two runs of the same kernels, whose steps add up.
+Every launch takes the tokens of both modalities, whose steps add up.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from t5kernels.ttt import triton as ttt
 from t5kernels.ttt_layer import triton_finish, triton_launch, triton_norms
 from t5kernels.ttt_layer.key_norm import KeyStatistics
 from t5kernels.ttt_layer.reference import inner_rate
-from t5kernels.ttt_layer.triton_launch import Convolution, KeyNorm, Preparation, RmsNorm
+from t5kernels.ttt_layer.triton_launch import BackwardSums, Convolution, GainSums, KeyNorm, Preparation, RmsNorm
 
 EVERY_TILE = ttt.TILES | triton_launch.TILES  # the tiles of all kernels that the layer launches
 INPUT_TENSORS = 17  # so many of the op's inputs are tensors, and come first
@@ -133,35 +133,21 @@ def _(
 
 @op("ttt_layer_backward")
 def _layer_backward(
-    d_out: Tensor, d_text: Tensor, step: Tensor, sums: Tensor, factors: Tensor,
+    d_out: Tensor, d_text: Tensor | None, step: Tensor, sums: Tensor, factors: Tensor,
     q: Tensor, k: Tensor, v: Tensor, text_q: Tensor | None, text_k: Tensor | None, text_v: Tensor | None,
     w1: Tensor, w2: Tensor, w3: Tensor,
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
     q_gain: Tensor | None, k_gain: Tensor | None, text_q_gain: Tensor | None, text_k_gain: Tensor | None,
     rows: int, columns: int, prefix: int, norm: str, eps: float,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:  # fmt: skip
-    """The gradients of the six tokens (empty without text) and of the parameters.
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of the three or six tokens, and of all parameters, one after the other in one tensor.
 
-    Those are of the weights (3, H, D, D), in their dtype if they have one; of weight and bias of the convolutions of q
-    and k (empty without them); and of the gains, a row each in float32.
+    That has the parameters' dtype, or float32 where they differ.
     """
     tokens = (q, k, v, text_q, text_k, text_v)
     parameters = (w1, w2, w3, q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain)
     given = (d_out, d_text, step, sums, factors, *tokens, *parameters)
-    found = iter(planned(_launch_layer_backward, given, rows, columns, prefix, norm, eps))
-
-    def take(count: int) -> list[Tensor]:
-        return list(itertools.islice(found, count))
-
-    parts = 1 if text_q is None else 2
-    dq, dk, dv, [d_weights] = take(parts), take(parts), take(parts), take(1)
-    # Outputs of an op may not share memory, so every empty one is a tensor of its own.
-    text_dq, text_dk, text_dv = (grads[1] if parts == 2 else q.new_empty(0) for grads in (dq, dk, dv))
-    d_convs = take(4) if q_weight is not None else [q.new_empty(0) for _ in range(4)]
-    d_gains = next(found, _empty_gains(q, 0))
-    return dq[0], dk[0], dv[0], text_dq, text_dk, text_dv, d_weights, *d_convs, d_gains  # type: ignore[return-value]
+    return list(planned(_launch_layer_backward, given, rows, columns, prefix, norm, eps))
 
 
 def _launch_layer_backward(
@@ -169,27 +155,20 @@ def _launch_layer_backward(
     q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain,
     rows, columns, prefix, norm, eps,
 ):  # fmt: skip
-    """By part the gradients of q, then of k, then of v; those of the weights; of the convolutions of q and k, if any,
-    those of weight and bias; and those of the gains, if there are any."""
     weights, scale = [w1, w2, w3], inner_rate(q, text_q)
     convs = convolutions(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
     gains = ((q_gain, k_gain), (text_q_gain, text_k_gain))
     parts = parts_of((q, k, v), (text_q, text_k, text_v), convs, gains, sums, factors, norm, eps)
     dq, d_stepped, q_sums = _queries_backward(parts, (d_out, d_text), weights, step)
-    dk, dv, weight_sums, k_sums = _keys_backward(parts, d_stepped[:, :, -step.shape[2] :], weights, scale, norm)
-    d_gains = _norms_backward(dq, dk, parts, k_sums)
-    d_weights = triton_finish.weight_gradients(d_stepped, weight_sums, _common_dtype(w1, w2, w3))
-    d_convs: list[Tensor] = []
-    for conv, own in zip(convs, (q_sums, k_sums[0]), strict=True):
-        if conv is not None and own is not None:
-            d_convs += triton_finish.convolution_gradients(own, conv.weight, conv.bias)
-    summed = [triton_finish.gain_gradients(d_gains)] if d_gains else []
-    return *dq, *dk, *dv, d_weights, *d_convs, *summed
+    dk, dv, weight_sums, k_sums = _keys_backward(parts, d_stepped[:, :, -step.shape[2] :], weights, scale)
+    gain_sums = _norms_backward(dq, dk, parts, k_sums, norm)
+    own = _present(*weights, q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain)
+    d_parameters = triton_finish.parameter_gradients(d_stepped, weight_sums, q_sums, k_sums, gain_sums, own)
+    return *itertools.chain(*zip(dq, dk, dv, strict=True)), d_parameters
 
 
-def _common_dtype(*tensors: Tensor) -> torch.dtype:
-    """That of all, or float32 where they differ."""
-    return tensors[0].dtype if all(t.dtype == tensors[0].dtype for t in tensors) else torch.float32
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
 
 
 @torch.library.register_fake("t5kernels::ttt_layer_backward")
@@ -198,13 +177,9 @@ def _(
     q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain,
     rows, columns, prefix, norm, eps,
 ):  # fmt: skip
-    _, H, _, D = q.shape
-    tokens = [like_tokens(t) for t in (q, k, v)]
-    texts = [q.new_empty(0) if t is None else like_tokens(t) for t in (text_q, text_k, text_v)]
-    weights = q.new_empty(3, H, D, D, dtype=_common_dtype(w1, w2, w3))
-    convs = [q.new_empty(0) if t is None else t.new_empty(t.shape) for t in (q_weight, q_bias, k_weight, k_bias)]
-    gains = sum(gain is not None for gain in (q_gain, k_gain, text_q_gain, text_k_gain))
-    return *tokens, *texts, weights, *convs, _empty_gains(q, gains)
+    tokens = [like_tokens(t) for t in _present(q, k, v, text_q, text_k, text_v)]
+    own = _present(w1, w2, w3, q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain)
+    return [*tokens, q.new_empty(sum(t.numel() for t in own), dtype=triton_finish.common_dtype(own))]
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:
@@ -218,17 +193,16 @@ def _differentiate(ctx, d_out, d_text, *_d_kept):
     tensors, statistics = everything[:INPUT_TENSORS], everything[INPUT_TENSORS:]
     q, text_q = tensors[0], tensors[3]
     d_out = torch.zeros_like(q) if d_out is None else d_out
-    if d_text is None:
-        d_text = q.new_empty(0) if text_q is None else torch.zeros_like(text_q)
-    gradients = _layer_backward(d_out, d_text, *statistics, *tensors, *ctx.numbers)
-    weights, convs, gains = tensors[6:9], tensors[9:13], tensors[13:]
-    d_tokens = gradients[:3] if tensors[3] is None else gradients[:6]
-    d_tokens = (*d_tokens, *(None,) * (6 - len(d_tokens)))
-    d_weights = (g.to(w.dtype) for g, w in zip(gradients[6].unbind(0), weights, strict=True))
-    d_convs = gradients[7:11] if convs[0] is not None else (None,) * 4
-    own_gains = [own.to(gain.dtype) for own, gain in zip(gradients[11], gains, strict=False)]
-    d_gains = (*own_gains, *(None,) * (4 - len(own_gains)))
-    return *d_tokens, *d_weights, *d_convs, *d_gains, *(None,) * 7
+    if text_q is None:
+        d_text = None  # the forward gave an empty tensor in the place of the text's output
+    elif d_text is None:
+        d_text = torch.zeros_like(text_q)
+    *d_tokens, d_parameters = _layer_backward(d_out, d_text, *statistics, *tensors, *ctx.numbers)
+    own = _present(*tensors[6:])
+    pieces = d_parameters.split([p.numel() for p in own])
+    d_own = [g.view_as(p) if g.dtype == p.dtype else g.view_as(p).to(p.dtype) for g, p in zip(pieces, own, strict=True)]
+    found = iter([*d_tokens, *d_own])
+    return *(None if t is None else next(found) for t in tensors), *(None,) * 7
 
 
 _differentiable_layer = differentiable(_layer, _keep_for_backward, _differentiate)
@@ -256,10 +230,6 @@ def _empty_factors(q: Tensor, text_q: Tensor | None, gain: Tensor | None) -> Ten
     B, H, N, _ = q.shape
     tokens = N if text_q is None else N + text_q.shape[2]
     return q.new_empty((0,) if gain is None else (2, B * H, tokens), dtype=torch.float32)
-
-
-def _empty_gains(q: Tensor, count: int) -> Tensor:
-    return q.new_empty(count, q.shape[3], dtype=torch.float32)
 
 
 def _rms(gain: Tensor | None, factors: Tensor, side: int, start: int, x: Tensor) -> RmsNorm | None:
@@ -301,7 +271,7 @@ def take_statistics(parts: list[Part], norm: str, rms_eps: float) -> None:
 
 def _queries_backward(
     parts: list[Part], d_outs: Sequence[Tensor], weights: Sequence[Tensor], step: Tensor
-) -> tuple[list[Tensor], Tensor, Tensor | None]:
+) -> tuple[list[Tensor], Tensor, BackwardSums | None]:
     """By part the gradient of the normalized queries; minus that of the stepped weights (B, H, 3, D, D); the sums of
     prepare_backward."""
     queries = triton_launch.prepared([(part.q, part.for_q) for part in parts])
@@ -313,31 +283,27 @@ def _queries_backward(
 
 
 def _keys_backward(
-    parts: list[Part], d_step: Tensor, weights: Sequence[Tensor], scale: float, norm: str
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor | None]]:
-    """By part: the gradients of the normalized keys and of the values, the partial sums of the weights' gradients, and
-    the sums of prepare_backward over the keys that the part's were normalized with."""
-    dk, dv, weight_sums = [], [], []
-    prepared = triton_launch.prepared([(part.k, part.for_k) for part in parts])
-    for keys, part in zip(prepared, parts, strict=True):
-        grad, d_values, own = ttt.launch_accumulate_backward(d_step, keys, part.v, weights, scale)
-        dk.append(grad)
-        dv.append(d_values)
-        weight_sums.append(own)
-    del prepared, keys
+    parts: list[Part], d_step: Tensor, weights: Sequence[Tensor], scale: float
+) -> tuple[list[Tensor], list[Tensor], Tensor, BackwardSums | None]:
+    """By part the gradients of the normalized keys and of the values; the partial sums of the weights' gradients; the
+    sums of prepare_backward."""
+    keys = triton_launch.prepared([(part.k, part.for_k) for part in parts])
+    tokens = list(zip(keys, (part.v for part in parts), strict=True))
+    dk, dv, weight_sums = ttt.launch_accumulate_backward(d_step, tokens, weights, scale)
+    del keys, tokens
     given = [(grad, part.k, part.for_k) for grad, part in zip(dk, parts, strict=True)]
-    if norm == "joint":
-        dk, sums = triton_launch.prepare_backward(given)
-        return dk, dv, weight_sums, [sums] * len(parts)
-    apart = [triton_launch.prepare_backward([each]) for each in given]
-    return [grad for (grad,), _ in apart], dv, weight_sums, [sums for _, sums in apart]
+    dk, sums = triton_launch.prepare_backward(given)
+    return dk, dv, weight_sums, sums
 
 
-def _norms_backward(dq: list[Tensor], dk: list[Tensor], parts: list[Part], k_sums: list[Tensor | None]) -> list[Tensor]:
-    """Turn the gradients of normalized queries and keys into those of q and k, in place; return those of the gains, by
-    program."""
-    d_gains = []
-    for grad_q, grad_k, part, sums in zip(dq, dk, parts, k_sums, strict=True):
-        d_gains.append(triton_launch.norm_backward(grad_q, part.q, part.for_q, None))
-        d_gains.append(triton_launch.norm_backward(grad_k, part.k, part.for_k, sums if part.for_k.norm else None))
-    return [gain for gain in d_gains if gain is not None]
+def _norms_backward(
+    dq: list[Tensor], dk: list[Tensor], parts: list[Part], k_sums: BackwardSums | None, norm: str
+) -> GainSums | None:
+    """Turn the gradients of normalized queries and keys into those of q and k, in place; return the partial sums of
+    those of the gains."""
+    gain_sums = triton_launch.empty_gain_sums(dq) if parts[0].for_q.rms else None
+    queries = [(grad, part.q, part.for_q) for grad, part in zip(dq, parts, strict=True)]
+    keys = [(grad, part.k, part.for_k) for grad, part in zip(dk, parts, strict=True)]
+    for side, (given, sums) in enumerate(((queries, None), (keys, k_sums))):
+        triton_launch.norm_backward(given, sums, norm == "modality", gain_sums and gain_sums.rows[side])
+    return gain_sums

@@ -14,12 +14,11 @@ from t5kernels.launch import (
     Tile,
     blocks_of,
     ceil_div,
-    chunks_of_parts,
+    chunks_of,
     launch,
     like_tokens,
     lying_alike,
     padded_width,
-    sum_over_chunks,
 )
 from t5kernels.ttt_layer import triton_norms, triton_prepare
 
@@ -110,7 +109,7 @@ def _as_prepared(preparation: Preparation, *tokens: Tensor) -> list[Tensor]:
 def shares_of(kernel: str, *parts: Tensor) -> tuple[int, list[int]]:
     """Tokens that a program takes, and programs a head for each part of a sequence."""
     x = parts[0]
-    return chunks_of_parts(parts, _tile_for(kernel, x)[1], x.shape[0] * x.shape[1])
+    return chunks_of(parts, _tile_for(kernel, x)[1], x.shape[0] * x.shape[1])[:2]
 
 
 def take_statistics(
@@ -156,75 +155,120 @@ def prepared(parts: Sequence[tuple[Tensor, Preparation]]) -> list[Tensor]:
     outs = [like_tokens(x) for x in tokens]
     xs, ys = _as_prepared(preparation, *tokens), _as_prepared(preparation, *outs)
     x, text, y, text_y = xs[0], xs[-1], ys[0], ys[-1]
-    tile, (heads, programs), numbers = _programs("prepare", x, preparation)
-    *_, chunk, _, on_grid = of_grid = numbers[:8]
-    text_programs = ceil_div(text.shape[2], tile.block * chunk) if len(changed) > 1 else 0
+    programs = _programs("prepare", xs, preparation)
     tensors, norm_numbers = _norm_arguments(x, preparation)
     text_tensors, text_numbers = _norm_arguments(text, text_preparation)
     weight, bias = preparation.conv[:2] if preparation.conv else (x, x)
     launch(
-        *(triton_prepare.prepare_kernel, (heads, programs + text_programs), x, tile),
+        *(triton_prepare.prepare_kernel, programs.grid, x, programs.tile),
         *(x, *tensors, weight, bias, y, text, *text_tensors, text_y),
         *(*x.stride(), *y.stride(), *text.stride()[:3], *text_y.stride()[:3]),
-        *(*norm_numbers, *text_numbers[2:4], text.shape[2], programs - on_grid, *of_grid, *numbers[8:]),
-        *(tile.stages, *preparation.switches, len(changed) > 1),
+        *(*norm_numbers, *text_numbers[2:4], *programs.numbers, *programs.constants),
+        *(*preparation.switches, len(changed) > 1),
     )
     return [*outs, *(x for x, _ in parts[len(changed) :])]
 
 
+class BackwardSums(NamedTuple):
+    """What the programs of `prepare_backward` sum.
+
+    Attributes:
+        rows: (B·H, programs, SUMS, D), with regrouped channels (B·H·D / GROUP, programs, SUMS, GROUP).
+        on_grid, image: the first of the programs, which have rows of the grid, and which have tokens of the image.
+    """
+
+    rows: Tensor
+    on_grid: int
+    image: int
+
+
 def prepare_backward(
     parts: Sequence[tuple[Tensor, Tensor, Preparation]],
-) -> tuple[list[Tensor], Tensor | None]:
+) -> tuple[list[Tensor], BackwardSums | None]:
     """From the gradient dy of prepared tokens, the tokens x and their preparation, of each part of a sequence.
 
-    The gradients of the convolution's inputs (dy itself without one); and sums (B·H, SUMS, D) over the tokens of all
-    parts, with regrouped channels (B·H·D / GROUP, SUMS, GROUP); None where no part has a key norm or a convolution.
+    The gradients of the convolution's inputs (dy itself without one); and sums over tokens, None where no part has a
+    key norm or a convolution. The text's never has one that the image's has not.
     """
-    grids = [_programs("prepare_backward", _as_prepared(p, x)[0], p) for _, x, p in parts]
-    idle = [preparation.norm is None and preparation.conv is None for *_, preparation in parts]
-    room = sum(grid[1] for (_, grid, _), rests in zip(grids, idle, strict=True) if not rests)
-    width = GROUP if parts[0][2].regrouped else parts[0][1].shape[3]
-    sums = parts[0][1].new_empty(grids[0][1][0], room, triton_prepare.SUMS.value, width, dtype=torch.float32)
-    gradients, free = [], 0
-    for (dy, x, preparation), (tile, grid, numbers), rests in zip(parts, grids, idle, strict=True):
-        dx = dy if preparation.conv is None else like_tokens(x)
-        gradients.append(dx)
-        if rests:
-            continue
-        dy, x, dx = _as_prepared(preparation, dy, x, dx)
-        tensors, norm_numbers = _norm_arguments(x, preparation)
-        launch(
-            *(triton_prepare.prepare_backward_kernel, grid, x, tile),
-            *(dy, x, *tensors, preparation.conv.weight if preparation.conv else x, dx, sums[:, free:]),
-            *(*dy.stride(), *x.stride(), *dx.stride(), *norm_numbers, *numbers[:8], room, *numbers[8:]),
-            *(tile.stages, *preparation.switches),
-        )
-        free += grid[1]
-    return gradients, sum_over_chunks(sums) if room else None
+    summed = [part for part in parts if part[2].norm or part[2].conv]
+    gradients = [dy for dy, *_ in parts]
+    if not summed:
+        return gradients, None
+    preparation, text_preparation = summed[0][2], summed[-1][2]
+    if preparation.conv:
+        gradients[0] = like_tokens(parts[0][1])
+    [dx] = _as_prepared(preparation, gradients[0])
+    dys = _as_prepared(preparation, *(dy for dy, *_ in summed))
+    xs = _as_prepared(preparation, *lying_alike([x for _, x, _ in summed]))
+    (dy, text_dy), (x, text) = ((each[0], each[-1]) for each in (dys, xs))
+    programs = _programs("prepare_backward", xs, preparation)
+    sums = x.new_empty(*programs.grid, triton_prepare.SUMS.value, x.shape[3], dtype=torch.float32)
+    tensors, norm_numbers = _norm_arguments(x, preparation)
+    text_tensors, text_numbers = _norm_arguments(text, text_preparation)
+    launch(
+        *(triton_prepare.prepare_backward_kernel, programs.grid, x, programs.tile),
+        *(dy, x, *tensors, preparation.conv.weight if preparation.conv else x, dx, text_dy, text, *text_tensors, sums),
+        *(*dy.stride(), *x.stride(), *dx.stride(), *text_dy.stride()[:3], *text.stride()[:3]),
+        *(*norm_numbers, *text_numbers[2:4], *programs.numbers, *programs.constants),
+        *(*preparation.switches, len(summed) > 1),
+    )
+    return gradients, BackwardSums(sums, programs.on_grid, programs.image)
 
 
-def norm_backward(dn: Tensor, x: Tensor, preparation: Preparation, sums: Tensor | None) -> Tensor | None:
-    """Turn dn into the gradient of x, in place. Of the gradient of the RMS norm's gain, if there is one: (B·H, chunks,
-    D), to be added up.
+class GainSums(NamedTuple):
+    """Partial sums of the gains' gradients of queries and of keys.
 
-    `sums`: those of `prepare_backward` over all tokens that the key norm is taken over.
+    Attributes:
+        rows: (2, B·H, chunks of all parts, D) float32.
+        chunks: those of each part.
     """
+
+    rows: Tensor
+    chunks: list[int]
+
+
+def empty_gain_sums(parts: Sequence[Tensor]) -> GainSums:
+    """Room for what `norm_backward` of queries and keys sums, for the tokens (B, H, N, D) of each part."""
+    B, H, _, D = parts[0].shape
+    _, chunks = shares_of("norm_backward", *parts)
+    return GainSums(parts[0].new_empty(2, B * H, sum(chunks), D, dtype=torch.float32), chunks)
+
+
+def norm_backward(
+    parts: Sequence[tuple[Tensor, Tensor, Preparation]],
+    sums: BackwardSums | None,
+    apart: bool,
+    gain_rows: Tensor | None,
+) -> None:
+    """Turn the gradient dn of normalized tokens into that of x, in place, for dn, x and preparation of each part.
+
+    Args:
+        sums: from `prepare_backward`.
+        apart: whether each part has a key norm of its own.
+        gain_rows: gets those of GainSums, where there is an RMS norm.
+    """
+    preparation, text_preparation = parts[0][2], parts[-1][2]
     if preparation.rms is None and preparation.norm is None:
-        return None
-    dn, x = _as_prepared(preparation, dn, x)
+        return
+    dns = _as_prepared(preparation, *(dn for dn, *_ in parts))
+    xs = _as_prepared(preparation, *lying_alike([x for _, x, _ in parts]))
+    (dn, text_dn), (x, text) = ((each[0], each[-1]) for each in (dns, xs))
     B, H, N, D = x.shape
     width, tile = _tile_for("norm_backward", x)
-    chunk, [chunks] = shares_of("norm_backward", x)
-    d_gain = x.new_empty(B * H, chunks, D, dtype=torch.float32) if preparation.rms else None
-    totals = x if sums is None else sums[:, triton_prepare.PLAIN_SUM.value :]
+    chunk, chunks = shares_of("norm_backward", *xs)
+    totals, every, own = x, 0, 0
+    if preparation.norm and sums:
+        totals, every, own = sums.rows[:, :, triton_prepare.PLAIN_SUM.value :], sums.rows.shape[1], sums.image
     tensors, norm_numbers = _norm_arguments(x, preparation)
+    text_tensors, text_numbers = _norm_arguments(text, text_preparation)
     launch(
-        *(triton_norms.norm_backward_kernel, (B * H, chunks), x, tile),
-        *(dn, x, *tensors, totals, dn, x if d_gain is None else d_gain),
-        *(*dn.stride(), *x.stride(), *dn.stride(), *norm_numbers),
-        *(H, N, chunk, totals.stride(0), D, width, tile.block, tile.stages, *preparation.switches[:2]),
+        *(triton_norms.norm_backward_kernel, (B * H, sum(chunks)), x, tile),
+        *(dn, x, *tensors, text_dn, text, *text_tensors, totals, x if gain_rows is None else gain_rows),
+        *(*dn.stride(), *x.stride(), *text_dn.stride()[:3], *text.stride()[:3], *norm_numbers, *text_numbers[2:4]),
+        *(*totals.stride()[:2], own if apart else every, own if apart else 0, every),
+        *(H, N, text.shape[2], chunk, chunks[0]),
+        *(D, width, tile.block, tile.stages, *preparation.switches[:2], len(parts) > 1),
     )
-    return d_gain
 
 
 def _norm_arguments(x: Tensor, preparation: Preparation) -> tuple[tuple[Tensor, Tensor, Tensor], tuple]:
@@ -234,16 +278,36 @@ def _norm_arguments(x: Tensor, preparation: Preparation) -> tuple[tuple[Tensor, 
     return (gain, factors, sums), (factors.stride(0), _capacity(sums), shares, tokens, eps)
 
 
-def _programs(kernel: str, x: Tensor, preparation: Preparation) -> tuple[Tile, tuple[int, int], tuple[int, ...]]:
-    """The tile, the launch grid, and the kernel's numbers from `rows` to BLOCK, for tokens x (B, H, N, D)."""
+class _Programs(NamedTuple):
+    """How the kernels that convolve share out the tokens of a sequence's parts.
+
+    Attributes:
+        grid: of the launch; of each head's programs the first `on_grid` have rows of the tokens' grid, and the first
+            `image` have tokens of the image.
+        numbers: the kernels' arguments from T to `on_grid`; constants: those from D to STAGES.
+    """
+
+    tile: Tile
+    grid: tuple[int, int]
+    on_grid: int
+    image: int
+    numbers: tuple[int, ...]
+    constants: tuple[int, ...]
+
+
+def _programs(kernel: str, parts: Sequence[Tensor], preparation: Preparation) -> _Programs:
+    """The programs for the tokens (B, H, N, D) of an image and, if any, of a text."""
+    x, *texts = parts
     B, H, N, D = x.shape
     width, tile = _tile_for(kernel, x)
     rows, columns, prefix = preparation.conv.grid if preparation.conv else (0, 0, 0)
-    segments, outside = ceil_div(columns, tile.block), ceil_div(N - rows * columns, tile.block)
-    chunk = blocks_of(x, tile, B * H * (segments or 1), rows or outside)
-    on_grid = segments * ceil_div(rows, chunk)
-    programs = (B * H, on_grid + ceil_div(outside, chunk))
-    return tile, programs, (rows, columns, prefix, H, N, chunk, segments or 1, on_grid, D, width, tile.block)
+    segments, blocks_outside = ceil_div(columns, tile.block), ceil_div(N - rows * columns, tile.block)
+    chunk = blocks_of(x, tile, B * H * (segments or 1), rows or blocks_outside)
+    on_grid, outside = segments * ceil_div(rows, chunk), ceil_div(blocks_outside, chunk)
+    image = on_grid + outside
+    grid = B * H, image + sum(ceil_div(text.shape[2], tile.block * chunk) for text in texts)
+    numbers = parts[-1].shape[2], outside, rows, columns, prefix, H, N, chunk, segments or 1, on_grid
+    return _Programs(tile, grid, on_grid, image, numbers, (D, width, tile.block, tile.stages))
 
 
 def _tile_for(kernel: str, x: Tensor) -> tuple[int, Tile]:

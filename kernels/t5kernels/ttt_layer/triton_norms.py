@@ -33,7 +33,7 @@ from t5kernels.tokens import (
 
 # A program of the statistics writes so many rows: the sums of u - s and of (u - s)², and s.
 STATISTICS = tl.constexpr(3)
-AT_ONCE = tl.constexpr(16)  # the statistics of so many programs are added at a time
+AT_ONCE = tl.constexpr(16)  # the sums of so many programs are added at a time
 
 
 @triton.jit
@@ -126,19 +126,26 @@ def statistics_kernel(
 
 
 @triton.jit
+def _load_two_sums(sums, begin, end, stride, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Two rows, each (WIDTH,), added over programs from `begin` to before `end`, whose rows lie `stride` apart."""
+    channel, row = tl.arange(0, WIDTH)[None, :], tl.arange(0, AT_ONCE)[:, None]
+    one, other = tl.full((WIDTH,), 0.0, tl.float32), tl.full((WIDTH,), 0.0, tl.float32)
+    for start in range(begin, end, AT_ONCE):
+        mask = (start + row < end) & (channel < D)
+        pointers = sums + (start + row) * stride + channel
+        one += over_tokens(tl.load(pointers, mask, other=0.0))
+        other += over_tokens(tl.load(pointers + D, mask, other=0.0))
+    return one, other
+
+
+@triton.jit
 def load_norm(
     sums, index, capacity, shares, count, eps, D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr
 ):  # fmt: skip
     """r and c, each (1, WIDTH), of `count` tokens whose sums lie in the first `shares` of `capacity` places."""
     if NORM:
-        channel, row = tl.arange(0, WIDTH)[None, :], tl.arange(0, AT_ONCE)[:, None]
         sums += index.to(tl.int64) * capacity * (STATISTICS * D)
-        mean, square = tl.full((WIDTH,), 0.0, tl.float32), tl.full((WIDTH,), 0.0, tl.float32)
-        for start in range(0, shares, AT_ONCE):
-            mask = (start + row < shares) & (channel < D)
-            pointers = sums + (start + row) * (STATISTICS * D) + channel
-            mean += over_tokens(tl.load(pointers, mask, other=0.0))
-            square += over_tokens(tl.load(pointers + D, mask, other=0.0))
+        mean, square = _load_two_sums(sums, 0, shares, STATISTICS * D, D, WIDTH)
         mean, square = mean / count, square / count
         scale = (1 / tl.sqrt(tl.maximum(square - mean * mean, 0.0) + eps))[None, :]
         return scale, -scale * (mean[None, :] + load_row(sums, 2, D, WIDTH))
@@ -147,30 +154,39 @@ def load_norm(
 
 @triton.jit(do_not_specialize=COUNTS)
 def norm_backward_kernel(
-    dn, x, gain, factors, sums, totals, dx, parts,
-    dn_b, dn_h, dn_n, dn_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d,
-    factors_h, capacity, shares, count, eps,
-    H, N, chunk, totals_h,
+    dn, x, gain, factors, sums, text_dn, text_x, text_gain, text_factors, text_sums, totals, parts,
+    dn_b, dn_h, dn_n, dn_d, x_b, x_h, x_n, x_d, tdn_b, tdn_h, tdn_n, tx_b, tx_h, tx_n,
+    factors_h, capacity, shares, count, eps, text_shares, text_count,
+    totals_h, totals_p, end, text_begin, text_end, H, N, T, chunk, chunks,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    RMS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+    RMS: tl.constexpr, NORM: tl.constexpr, TEXT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Write dx, and the programs' parts of dg.
+    """Turn dn into dx, in place, and write the programs' parts of dg.
 
-    The launch grid is (B·H, chunks of `chunk` tokens). totals: (2, D) every `totals_h` numbers, sum dn and sum dn n.
-    dx may be dn itself. parts: (B·H, chunks, D), float32.
+    The launch grid, and image and text, are as in `statistics_kernel`. totals: sum dn and sum dn n, two rows of D
+    numbers of each program of the kernel before; programs lie `totals_p` apart and heads `totals_h`. The image's norm
+    takes the programs to before `end`, the text's those from `text_begin` to before `text_end`.
+    parts: (B·H, all chunks, D), float32.
     """
     after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
     b, h = index // H, index % H
-    x, dn, dx = (
-        start_of_head(x, b, h, x_b, x_h),
-        start_of_head(dn, b, h, dn_b, dn_h),
-        start_of_head(dx, b, h, dx_b, dx_h),
-    )
+    is_text = part >= chunks
+    x, x_b, x_h, x_n = own_tokens(x, x_b, x_h, x_n, text_x, tx_b, tx_h, tx_n, is_text, TEXT)
+    dn, dn_b, dn_h, dn_n = own_tokens(dn, dn_b, dn_h, dn_n, text_dn, tdn_b, tdn_h, tdn_n, is_text, TEXT)
+    part, N = own_share(part, chunks, N, T, TEXT)
+    begin = 0
+    if TEXT:
+        gain, factors = tl.where(is_text, text_gain, gain), tl.where(is_text, text_factors, factors)
+        sums, shares = tl.where(is_text, text_sums, sums), tl.where(is_text, text_shares, shares)
+        count = tl.where(is_text, text_count, count)
+        begin, end = tl.where(is_text, text_begin, 0), tl.where(is_text, text_end, end)
+    x, dn = start_of_head(x, b, h, x_b, x_h), start_of_head(dn, b, h, dn_b, dn_h)
     if NORM:
         scale, offset = load_norm(sums, index, capacity, shares, count, eps, D, WIDTH, NORM)
         totals += index.to(tl.int64) * totals_h
-        plain, product = load_row(totals, 0, D, WIDTH) / count, load_row(totals, 1, D, WIDTH) / count
+        plain, product = _load_two_sums(totals, begin, end, totals_p, D, WIDTH)
+        plain, product = (plain / count)[None, :], (product / count)[None, :]
     if RMS:
         gains = load_row(gain, 0, D, WIDTH)
         factors += index.to(tl.int64) * factors_h
@@ -189,7 +205,7 @@ def norm_backward_kernel(
             d_gain += grad * fx
             grad *= gains
             grad = factor * (grad - fx * (over_channels(grad * fx) / D)[:, None])
-        store_tokens(dx, grad, start, dx_n, dx_d, N, D, WIDTH, BLOCK)
+        store_tokens(dn, grad, start, dn_n, dn_d, N, D, WIDTH, BLOCK)
     if RMS:
-        parts += (index.to(tl.int64) * tl.num_programs(1) + part) * D
+        parts += (index.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * D
         store_row(parts, 0, over_tokens(d_gain), D, WIDTH)

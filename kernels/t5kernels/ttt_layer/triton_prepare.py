@@ -254,34 +254,58 @@ def prepare_kernel(
 
 @triton.jit
 def _outside_backward(
-    dy, x, dx, factors, scale, offset, begin, dy_n, dy_d, x_n, x_d, dx_n, dx_d, prefix, on_grid, N, chunk,
+    dy, x, gain, factors, sums, dx, text_dy, text_x, text_gain, text_factors, text_sums, parts,
+    dy_b, dy_h, dy_n, dy_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d, tdy_b, tdy_h, tdy_n, tx_b, tx_h, tx_n,
+    factors_h, capacity, shares, text_shares, count, text_count, eps, prefix, on_grid,
+    index, H, N, T, part, outside, chunk,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    RMS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr,
+    RMS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr, TEXT: tl.constexpr,
 ):  # fmt: skip
-    """Write dn of `chunk` blocks of tokens without a place in the grid; return sum dn and sum dn n, apart by token."""
+    """Write dn of `chunk` blocks of tokens without a place in the grid, and their sums; see `_normalize`.
+
+    The text is not convolved, so that its dn is its dy.
+    """
+    b, h = index // H, index % H
+    is_text = part >= outside
+    x, x_b, x_h, x_n = own_tokens(x, x_b, x_h, x_n, text_x, tx_b, tx_h, tx_n, is_text, TEXT)
+    dy, dy_b, dy_h, dy_n = own_tokens(dy, dy_b, dy_h, dy_n, text_dy, tdy_b, tdy_h, tdy_n, is_text, TEXT)
+    part, N = own_share(part, outside, N, T, TEXT)
+    written = N
+    if TEXT:
+        gain, factors = tl.where(is_text, text_gain, gain), tl.where(is_text, text_factors, factors)
+        sums, prefix = tl.where(is_text, text_sums, sums), tl.where(is_text, T, prefix)
+        shares, count = tl.where(is_text, text_shares, shares), tl.where(is_text, text_count, count)
+        written = tl.where(is_text, 0, N)
+    x, dy = start_of_head(x, b, h, x_b, x_h), start_of_head(dy, b, h, dy_b, dy_h)
+    dx = start_of_head(dx, b, h, dx_b, dx_h)
+    factors += index.to(tl.int64) * factors_h
+    scale, offset = _load_scales(gain, sums, index, capacity, shares, count, eps, D, WIDTH, RMS, NORM)
     s_plain, s_product = tl.full((BLOCK, WIDTH), 0.0, tl.float32), tl.full((BLOCK, WIDTH), 0.0, tl.float32)
+    begin = part * chunk * BLOCK
     for start in range(begin, begin + chunk * BLOCK, BLOCK):
         token = _outside(start, prefix, on_grid, BLOCK)
         mask = token_mask(token < N, D, WIDTH)
         grad = tl.load(_pointers(dy, token, dy_n, dy_d, WIDTH), mask, other=0.0)
         if CONV:
-            tl.store(_pointers(dx, token, dx_n, dx_d, WIDTH), grad, mask)
+            tl.store(_pointers(dx, token, dx_n, dx_d, WIDTH), grad, token_mask(token < written, D, WIDTH))
         if NORM:
             x_at = _pointers(x, token, x_n, x_d, WIDTH)
             n = _load_normalized(x_at, mask, factors + token, token < N, scale, offset, RMS, NORM)
             s_plain += grad.to(tl.float32)
             s_product += grad.to(tl.float32) * n
-    return s_plain, s_product
+    if NORM:
+        store_row(parts, PLAIN_SUM, over_tokens(s_plain), D, WIDTH)
+        store_row(parts, PRODUCT_SUM, over_tokens(s_product), D, WIDTH)
 
 
 @triton.jit
 def _convolve_backward(
-    dy, x, dx, factors, weight, h, scale, offset, segment, first, last,
+    dy, x, dx, factors, weight, parts, h, scale, offset, segment, first, last,
     dy_n, dy_d, x_n, x_d, dx_n, dx_d, rows, columns, prefix,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     RMS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Write dn of a segment's rows from `first` to before `last`; return the SUMS, each apart by token."""
+    """Write dn of a segment's rows from `first` to before `last`, and the SUMS, apart by token until the end."""
     zero = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
     s0, s1, s2, s3, s4, s5, s6, s7, s8 = zero, zero, zero, zero, zero, zero, zero, zero, zero
     s_bias, s_plain, s_product = zero, zero, zero
@@ -320,54 +344,48 @@ def _convolve_backward(
         dy_at += columns * dy_n
         x_at += columns * x_n
         dx_at += columns * dx_n
-    return s0, s1, s2, s3, s4, s5, s6, s7, s8, s_bias, s_plain, s_product
+    _store_window(parts, s0, s1, s2, s3, s4, s5, s6, s7, s8, D, WIDTH)
+    store_row(parts, BIAS_SUM, over_tokens(s_bias), D, WIDTH)
+    if NORM:
+        store_row(parts, PLAIN_SUM, over_tokens(s_plain), D, WIDTH)
+        store_row(parts, PRODUCT_SUM, over_tokens(s_product), D, WIDTH)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def prepare_backward_kernel(
-    dy, x, gain, factors, sums, weight, dx, parts,
-    dy_b, dy_h, dy_n, dy_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d,
-    factors_h, capacity, shares, count, eps, rows, columns, prefix,
-    H, N, chunk, segments, on_grid, room,
+    dy, x, gain, factors, sums, weight, dx, text_dy, text_x, text_gain, text_factors, text_sums, parts,
+    dy_b, dy_h, dy_n, dy_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d, tdy_b, tdy_h, tdy_n, tx_b, tx_h, tx_n,
+    factors_h, capacity, shares, count, eps, text_shares, text_count, T, outside,
+    rows, columns, prefix, H, N, chunk, segments, on_grid,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    RMS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr, EARLY: tl.constexpr,
+    RMS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr, TEXT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write dn into dx, and the programs' partial sums.
 
     The launch grid is as in `prepare_kernel`. dx is written with a convolution only; without one, dn is dy.
-    parts: of a head the next (SUMS, D) of each program, out of `room`. The sums of a program stay apart by token until
-    its end, so a block is small.
+    parts: (B·H, programs, SUMS, D). Of the convolution's sums there are those of programs on the grid, of
+    the others those with a norm. The sums of a program stay apart by token until its end, so a block is small.
     """
     after_previous(EARLY)
     index, part = tl.program_id(0), tl.program_id(1)
-    b, h = index // H, index % H
-    x, dy, dx = (
-        start_of_head(x, b, h, x_b, x_h),
-        start_of_head(dy, b, h, dy_b, dy_h),
-        start_of_head(dx, b, h, dx_b, dx_h),
-    )
-    factors += index.to(tl.int64) * factors_h
-    scale, offset = _load_scales(gain, sums, index, capacity, shares, count, eps, D, WIDTH, RMS, NORM)
-    zero = tl.full((BLOCK, WIDTH), 0.0, tl.float32)
-    s0, s1, s2, s3, s4, s5, s6, s7, s8 = zero, zero, zero, zero, zero, zero, zero, zero, zero
-    s_bias, s_plain, s_product = zero, zero, zero
+    parts += (index.to(tl.int64) * tl.num_programs(1) + part) * (SUMS * D)
     if part >= on_grid:
-        s_plain, s_product = _outside_backward(
-            dy, x, dx, factors, scale, offset, (part - on_grid) * chunk * BLOCK, dy_n, dy_d, x_n, x_d, dx_n, dx_d,
-            prefix, rows * columns, N, chunk, D, WIDTH, BLOCK, RMS, NORM, CONV,
+        _outside_backward(
+            dy, x, gain, factors, sums, dx, text_dy, text_x, text_gain, text_factors, text_sums, parts,
+            dy_b, dy_h, dy_n, dy_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d, tdy_b, tdy_h, tdy_n, tx_b, tx_h, tx_n,
+            factors_h, capacity, shares, text_shares, count, text_count, eps, prefix, rows * columns, index, H, N, T,
+            part - on_grid, outside, chunk, D, WIDTH, BLOCK, RMS, NORM, CONV, TEXT,
         )  # fmt: skip
     elif CONV:
+        b, h = index // H, index % H
         segment, first = part % segments, (part // segments) * chunk
-        s0, s1, s2, s3, s4, s5, s6, s7, s8, s_bias, s_plain, s_product = _convolve_backward(
-            dy, x, dx, factors, weight, h, scale, offset, segment, first, tl.minimum(first + chunk, rows),
-            dy_n, dy_d, x_n, x_d, dx_n, dx_d, rows, columns, prefix, D, WIDTH, BLOCK, STAGES, RMS, NORM,
+        scale, offset = _load_scales(gain, sums, index, capacity, shares, count, eps, D, WIDTH, RMS, NORM)
+        _convolve_backward(
+            start_of_head(dy, b, h, dy_b, dy_h), start_of_head(x, b, h, x_b, x_h), start_of_head(dx, b, h, dx_b, dx_h),
+            factors + index.to(tl.int64) * factors_h, weight, parts, h, scale, offset, segment, first,
+            tl.minimum(first + chunk, rows), dy_n, dy_d, x_n, x_d, dx_n, dx_d, rows, columns, prefix,
+            D, WIDTH, BLOCK, STAGES, RMS, NORM,
         )  # fmt: skip
-    parts += (index.to(tl.int64) * room + part) * (SUMS * D)
-    # Also what is 0 here: the programs of another part of the sequence may have it.
-    _store_window(parts, s0, s1, s2, s3, s4, s5, s6, s7, s8, D, WIDTH)
-    store_row(parts, BIAS_SUM, over_tokens(s_bias), D, WIDTH)
-    store_row(parts, PLAIN_SUM, over_tokens(s_plain), D, WIDTH)
-    store_row(parts, PRODUCT_SUM, over_tokens(s_product), D, WIDTH)
 
 
 @triton.jit

@@ -22,12 +22,30 @@ def test_layers_follow_one_another():
         def layer(self, impl, q, v, text_v):
             return v + q, text_v + 2
 
-    assert host.chained(StandIn(), 3, {"q": 1, "v": 10, "text_v": 20}) == (13, 26)
+    assert host.chained(StandIn(), [{"q": 1, "v": 10, "text_v": 20}, {"q": 2}, {"q": 4}]) == (17, 26)
+
+
+def test_layers_share_no_leaf_so_that_no_gradients_are_added_up(monkeypatch):
+    class StandIn:
+        def __init__(self):
+            self.leaves = {name: torch.ones(2, requires_grad=True) for name in ("q", "v")}
+            self.d_outs = (torch.ones(2),)
+
+        def layer(self, impl, q, v):
+            return (q * v,)
+
+    gradients = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *arguments: gradients.append(grad(*arguments)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(host, "ROUNDS", 1)
+    host.call_us([StandIn(), StandIn(), StandIn()], compiled=False)
+    assert all(len(each) == 4 and all(g.tolist() == [1, 1] for g in each) for each in gradients)
 
 
 def test_what_a_layer_more_costs_is_told(monkeypatch):
     monkeypatch.setattr(host.Inputs, "draw", lambda case: None)
-    monkeypatch.setattr(host, "call_us", lambda _, layers, compiled: {"forward_us": 100.0 + (7 + compiled) * layers})
+    monkeypatch.setattr(host, "call_us", lambda inputs, compiled: {"forward_us": 100.0 + (7 + compiled) * len(inputs)})
     row = host.measure(host.CASES[0])
     assert (row["eager_forward_us"], row["compiled_forward_us"]) == (7, 8)
 

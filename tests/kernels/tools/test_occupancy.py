@@ -32,7 +32,7 @@ def occupancy():
 
 @pytest.mark.slow
 def test_no_kernel_spills_more_than_it_did_and_all_fit_a_multiprocessor(occupancy):
-    assert len(occupancy) == 32
+    assert len(occupancy) == 28
     for (width, kernel), (registers, spilled, shared, _) in occupancy.items():
         assert 0 < registers <= 255
         assert spilled <= MOST_SPILLED.get(kernel, 0), (width, kernel)
@@ -47,8 +47,11 @@ def test_a_compiled_loop_hands_on_all_that_the_interpreted_one_does(occupancy):
 
 
 @pytest.mark.slow
-def test_with_text_too_no_kernel_spills():
+def test_with_text_too_no_kernel_spills_more():
     """The interpreter says nothing of whether a program can choose between the tokens of image and text."""
     kernels = ["statistics", "prepare", "accumulate", "accumulate_last", "apply"]
+    kernels += ["apply_backward", "accumulate_backward", "prepare_backward", "norm_backward"]
     with_text = printed("--width", "64", "--rms", "--text", "--kernel", *kernels)
-    assert {kernel: spilled for (_, kernel), (_, spilled, *_) in with_text.items()} == dict.fromkeys(kernels, 0)
+    assert len(with_text) == len(kernels)
+    for (_, kernel), (_, spilled, *_) in with_text.items():
+        assert spilled <= MOST_SPILLED.get(kernel, 0), kernel

@@ -214,6 +214,19 @@ def test_heads_that_do_not_lie_side_by_side_are_taken_as_they_are():
         assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-4)
 
 
+def test_parts_whose_channels_lie_differently_are_taken_as_they_are():
+    case = Case(heads=4, rows=2, columns=2, width=16, text=2)
+    inputs = draw(case)
+    k = inputs.leaves["text_k"].transpose(1, 2)
+    # Every other number of memory, heads side by side: they can be regrouped, but not with the same strides.
+    spread = torch.stack([k, torch.full_like(k, torch.nan)], dim=-1)[..., 0].transpose(1, 2)
+    assert triton_launch.can_regroup(spread) and spread.stride(3) == 2
+    changed = replace(inputs, leaves=inputs.leaves | {"text_k": spread})
+    expected, actual = (results(case, each, "triton") for each in (inputs, changed))
+    for name in expected:
+        assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
 def test_autocast_is_followed_and_weights_may_stay_in_float32():
     leaves = draw(TINY).leaves
     narrow = {name: t.half() if name.removeprefix("text_") in "qkv" else t for name, t in leaves.items()}
@@ -223,6 +236,15 @@ def test_autocast_is_followed_and_weights_may_stay_in_float32():
     for out, half in zip(outs, expected, strict=True):
         assert out.dtype == torch.float32
         assert torch.equal(out, half.float())
+
+
+def test_parameters_of_several_dtypes_get_the_gradients_that_they_get_in_float32():
+    inputs, expected = draw(LEAST), kernel_results(LEAST, torch.float32)
+    inputs.leaves["w2"] = inputs.leaves["w2"].half()
+    inputs.leaves["k_bias"] = inputs.leaves["k_bias"].half()
+    actual = results(LEAST, inputs, "triton")
+    for name in expected:
+        assert_close(actual[name].float(), expected[name], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu
