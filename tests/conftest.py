@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FORK_NOTHING = ("tests/kernels", "tests/t5lib/layers")
 # pytest gives loggers that do not propagate its handler, and with any handler torch writes out all that it traces.
 logging.getLogger("torch.__trace").propagate = True
+# Operations this small take longer to hand out to threads than to do, all the more beside another worker. A process
+# forked from here would also wait without end for threads that it does not have.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):  # nothing here may reach a server of the user's
     os.environ.pop(name, None)
 
@@ -104,15 +107,6 @@ targets:
 """
 
 INPUTS = {"fetch": [], "convert": ["fetch"], "evaluate": ["fetch", "convert"]}
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Operations this small take longer to hand out to threads than to do, all the more on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -61,6 +61,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "learned+-auto": {"preset": "t5+", "neighborhood_share": "learned", **AUTO},
     "two_layer-auto": {"inner": "two_layer", **AUTO},
     "linear_proj_qk-auto": {"inner": "linear_proj_qk", **AUTO},
+    "linear_proj_qk+": {"preset": "t5+", "inner": "linear_proj_qk"},
     "linear_proj_qk+-auto": {"preset": "t5+", "inner": "linear_proj_qk", **AUTO},
     "hedgehog-auto": {"preset": "hedgehog", **AUTO},
     "clear-auto": {"preset": "clear", **AUTO},

@@ -4,7 +4,7 @@ Shapes: B latents, N image tokens, T text tokens, C channels, H heads, D head wi
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class DiffusersTTTAttention(TTTLayer):
         config: of this layer.
 
     Attributes:
+        norms_eps: of all norms of q and k, where they are plain RMS norms with gains; None where they are not.
         softmax_class, settings, order: the class of `attention`, its plain values and the names of its parts, for who
             reverts it.
     """
@@ -55,6 +56,9 @@ class DiffusersTTTAttention(TTTLayer):
         self.settings = {name: value for name, value in vars(attention).items() if name != "_modules"}
         for name in self.inherited:
             setattr(self, name, getattr(attention, name, None))
+        self.norms_eps = _common_eps(
+            [getattr(self, name) for name in (*IMAGE[3:], *(TEXT[3:] if self.add_k_proj else ()))]
+        )
         self.add_mixer(config, self.to_q)
         self.train(attention.training)
 
@@ -89,10 +93,11 @@ class DiffusersTTTAttention(TTTLayer):
             _log.warning("a TTT layer does not take %s, which is ignored", ", ".join(others))
         if text is not None and self.add_k_proj is None:
             raise T5Error("a TTT layer that replaces self-attention sees its own tokens only; call it without others")
-        away = {parameter.device for parameter in self.mixer.parameters()} - {x.device}
-        if away:
+        # In a compiled model each parameter that is looked at here would be checked in every call.
+        away = None if torch.compiler.is_compiling() else next(self.mixer.parameters(), x).device
+        if away not in (None, x.device):
             raise T5Error(
-                f"a TTT layer's new weights are on {away.pop()}, its input on {x.device}: offloading part by part "
+                f"a TTT layer's new weights are on {away}, its input on {x.device}: offloading part by part "
                 "leaves them behind; use enable_model_cpu_offload, or group offloading of whole blocks"
             )
 
@@ -101,19 +106,16 @@ class DiffusersTTTAttention(TTTLayer):
         image, *text = call.tokens
         call = call.of(self.mixer.prepare(image, grid), *text)
         alone = self.split is None
-        norms = self._norms(bool(text)) if call.rope is None and alone else {}  # rotation comes after norms
+        norms = self._norms(text) if call.rope is None and alone else {}  # rotation comes after norms
         parts = projected(self, call, normed=not norms)
         return _output(self, *self.mixer.joint(parts[0], parts[1] if text else None, grid, **norms))
 
-    def _norms(self, text: bool) -> dict[str, RmsNorms]:
+    def _norms(self, text: Sequence[Tensor]) -> dict[str, RmsNorms]:
         """The q and k norms where the mixer does them, of image and text; nothing where modules do."""
-        norms = [[getattr(self, name) for name in names[3:]] for names in (IMAGE, TEXT)[: 1 + text]]
-        every = [norm for pair in norms for norm in pair]
-        alike = all(type(norm) is RMSNorm and norm.eps == every[0].eps for norm in every)
-        if not (alike and self.mixer.takes_norms and all(n.weight is not None and n.bias is None for n in every)):
+        if self.norms_eps is None or not self.mixer.takes_norms:
             return {}
-        of_image, *of_text = [(q.weight, k.weight) for q, k in norms]
-        return {"norms": RmsNorms(of_image, of_text[0] if of_text else None, every[0].eps)}
+        of_text = (self.norm_added_q.weight, self.norm_added_k.weight) if text else None
+        return {"norms": RmsNorms((self.norm_q.weight, self.norm_k.weight), of_text, self.norms_eps)}
 
 
 class RowsAttention:
@@ -164,6 +166,13 @@ class RowsAttention:
         if isinstance(out, tuple) and encoder_hidden_states is None:  # they came in one sequence, text first
             return torch.cat(out[::-1], dim=1)
         return out
+
+
+def _common_eps(norms: list[nn.Module | None]) -> float | None:
+    """That of RMS norms with gains alone, all alike; None if there is another among them."""
+    plain = [norm for norm in norms if type(norm) is RMSNorm and norm.weight is not None and norm.bias is None]
+    eps = {norm.eps for norm in plain}
+    return eps.pop() if len(plain) == len(norms) and len(eps) == 1 else None
 
 
 def check_attention(attention: nn.Module, name: str, kind: type[nn.Module], processors: tuple[type, ...]) -> None:

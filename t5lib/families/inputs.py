@@ -112,13 +112,18 @@ def count(inputs: Inputs) -> int:
 def placed(inputs: Inputs, *where: torch.device | torch.dtype | str) -> Inputs:
     """Inputs moved to a device, and cast to another precision unless they are numbers of steps or classes."""
     for each in where:
-        inputs = {
-            name: tensor.to(each, non_blocking=True)
-            if tensor.is_floating_point() or not isinstance(each, torch.dtype)
-            else tensor
-            for name, tensor in inputs.items()
-        }
+        if isinstance(each, torch.dtype):
+            inputs = {name: t.to(each) if t.is_floating_point() else t for name, t in inputs.items()}
+        else:
+            inputs = {name: _moved(tensor, torch.device(each)) for name, tensor in inputs.items()}
     return inputs
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """To CUDA by way of pinned memory: from other memory, a copy would wait until the device has done all its work."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def first(inputs: Inputs, number: int) -> Inputs:

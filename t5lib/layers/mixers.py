@@ -29,24 +29,31 @@ class Mixer(nn.Module):
         num_heads: H of one layer.
         head_dim: D.
         layers: how many layers' heads are counted together.
+
+    Attributes:
+        takes_norms: whether `joint` can do the pretrained RMS norms of q and k itself.
     """
+
+    takes_norms = False
 
     def __init__(self, num_heads: int, head_dim: int, config: TTTConfig, layers: int = 1):
         super().__init__()
         self.num_heads, self.head_dim, self.config, self.layers = num_heads * layers, head_dim, config, layers
+        # As plain values, because torch.compile checks in every call how a property comes by its value.
+        self.convolution, self.window = config.convolution, config.window
         channels = self.num_heads * head_dim
         if config.rescale:
             for name in ("q", "k"):
                 setattr(self, f"{name}_scale", nn.Parameter(torch.ones(self.num_heads, 1, head_dim)))
                 setattr(self, f"{name}_offset", nn.Parameter(torch.zeros(self.num_heads, 1, head_dim)))
         convolved = {"dwc_qk": ("q_conv", "k_conv"), "dwc_v": ("v_conv",), "cpe": ("x_conv",)}
-        for name in convolved.get(config.convolution, ()):
+        for name in convolved.get(self.convolution, ()):
             setattr(self, name, nn.Conv2d(channels, channels, 3, padding=1, groups=channels))
-        if config.convolution == "dconv_v":
+        if self.convolution == "dconv_v":
             self.v_dconv = DynamicConvolution(self.num_heads, head_dim)
         if config.text == "exact":
             self.text_weight = nn.Parameter(torch.zeros(self.num_heads, 1, 1))
-        if config.window and config.neighborhood_share == "learned":
+        if self.window and config.neighborhood_share == "learned":
             self.near_share = nn.Parameter(torch.zeros(self.num_heads, 1, head_dim))  # a half, by its sigmoid
 
     def inner_weight(self) -> nn.Parameter:
@@ -69,11 +76,6 @@ class Mixer(nn.Module):
         o, text_o = self.joint(image, text, grid.with_suffix(0))
         return o if text_o is None else torch.cat((o, text_o), dim=2)
 
-    @property
-    def takes_norms(self) -> bool:
-        """Whether `joint` can do the pretrained RMS norms of q and k itself."""
-        return False
-
     def joint(
         self, image: Tokens, text: Tokens | None, grid: TokenGrid, **norms: RmsNorms
     ) -> tuple[Tensor, Tensor | None]:
@@ -93,16 +95,15 @@ class Mixer(nn.Module):
             return self._with_exact_text(self.joint(image, None, grid)[0], image, text, grid)
         self._check(grid, image[0].shape[2])
         o, text_o = self.attend(image, text, grid, **norms)
-        if self.config.convolution == "dwc_v":
+        if self.convolution == "dwc_v":
             o = o + convolved(image[2], self.v_conv, grid)
-        elif self.config.convolution == "dconv_v":
+        elif self.convolution == "dconv_v":
             o = o + grid.with_neighbors(self.v_dconv, image[2], window=3)
-        window = self.config.window
-        return self._with_neighborhood(o, *image, grid, window) if window else o, text_o
+        return self._with_neighborhood(o, *image, grid, self.window) if self.window else o, text_o
 
     def prepare(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """What is done to the layer's input (B, N, C) before the projections: positional encoding by convolution."""
-        if self.config.convolution != "cpe":
+        if self.convolution != "cpe":
             return x
         return x + convolved(x.unsqueeze(1), self.x_conv, grid).squeeze(1)
 
@@ -120,7 +121,7 @@ class Mixer(nn.Module):
         """q and k (B, H, N, D), with suffix tokens if the grid has them, as the mixing itself gets them."""
         q, k = self.rescaled(q, k)
         k = self.normalized(k, grid)
-        if self.config.convolution == "dwc_qk":
+        if self.convolution == "dwc_qk":
             q, k = q + convolved(q, self.q_conv, grid), k + convolved(k, self.k_conv, grid)
         return q, k
 

@@ -29,6 +29,8 @@ class TTTMixer(Mixer):
 
     def __init__(self, num_heads: int, head_dim: int, config: TTTConfig, layers: int = 1):
         super().__init__(num_heads, head_dim, config, layers)
+        # Each of the others wants normalized q and k itself.
+        self.takes_norms = not config.rescale and not config.window and config.text == "linear"
         self.weight_names = [f"w{i + 1}" for i in range(INNER_WEIGHTS[config.inner])]
         for name in self.weight_names:
             setattr(self, name, self.inner_weight())
@@ -39,11 +41,6 @@ class TTTMixer(Mixer):
             eps=config.key_norm_eps,
             norm_scope=config.key_norm_scope,
         )
-
-    @property
-    def takes_norms(self) -> bool:
-        own = self.config  # all three want normalized q and k themselves
-        return not own.rescale and not own.window and own.text == "linear"
 
     def attend(
         self, image: Tokens, text: Tokens | None, grid: TokenGrid, norms: RmsNorms | None = None
@@ -58,7 +55,7 @@ class TTTMixer(Mixer):
 
     def _convolutions(self) -> tuple[Conv | None, Conv | None]:
         """Weight and bias of the convolutions of q and of k, if there are any."""
-        if self.config.convolution != "dwc_qk":
+        if self.convolution != "dwc_qk":
             return None, None
         return (self.q_conv.weight, self.q_conv.bias), (self.k_conv.weight, self.k_conv.bias)
 

@@ -91,7 +91,7 @@ class AlignConfig(LoopConfig):
     graphs: bool = False
 
     def __post_init__(self):
-        if self.graphs and (self.accumulate > 1 or self.gradient_checkpointing):
+        if self.graphs and (self.accumulate > 1 or self.recomputed_share):
             raise T5Error(
                 f"align: graphs is on with accumulate {self.accumulate} and gradient_checkpointing "
                 f"{self.gradient_checkpointing}; a graph is one forward and backward pass that keeps its activations: "
@@ -207,7 +207,7 @@ class Alignment(Objective[Inputs]):
         trainer.plain.eval()  # what is dropped at random in training would only blur what is to be matched
         self.placed = trainer.beside(self.teacher).eval()
         trainer.compile_blocks(self.placed)
-        if self.config.compile:
+        if trainer.compiled:
             self.errors = torch.compile(token_errors, dynamic=False)
         self.recorders = [
             Recorder(self.family, trainer.plain, self.features, self.config.damping),

@@ -9,8 +9,10 @@ Shapes: B images, L layers, H heads, N tokens, D head width, C channels.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,9 +30,10 @@ from t5lib.families.inputs import Inputs, check_finite, count, joined_by_size, p
 from t5lib.layers.attention import TTTLayer
 from t5lib.layers.layer_map import AUTO
 from t5lib.training import checkpoints
-from t5lib.training.layer_groups import CalibrateConfig, Example, LayerGroup, Places, Seen, check_fit
+from t5lib.training.layer_groups import TOGETHER, CalibrateConfig, Example, LayerGroup, Places, Seen, check_fit
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.training.pair import check_pair, dtypes
+from t5lib.training.recipe import many_kinds_compiled, to_compile
 from t5lib.training.softmax_layers import SoftmaxChoice, put_softmax_back
 from t5lib.utils import processes
 from t5lib.utils.config import checked
@@ -105,14 +108,15 @@ def calibrate(
             source = open_batches(batches, fit.batches, fit.part)
         fit.source = map(inputs_of, source)
         try:
-            run_steps(
-                fit,
-                title="calibrate",
-                total=config.steps,
-                resume_dir=resume_dir if config.checkpoints_kept else None,
-                every=config.checkpoint_every,
-                log=log if processes.state().is_main_process else None,
-            )
+            with many_kinds_compiled() if fit.compiled else nullcontext():
+                run_steps(
+                    fit,
+                    title="calibrate",
+                    total=config.steps,
+                    resume_dir=resume_dir if config.checkpoints_kept else None,
+                    every=config.checkpoint_every,
+                    log=log if processes.state().is_main_process else None,
+                )
         finally:
             fit.write_back()  # also when interrupted: a model half of whose layer was fitted would be of no use
         report.seconds, report.error_after = fit.done.seconds, fit.errors(fit.see(probe))
@@ -133,6 +137,7 @@ class _Fit(Work):
         self.part.of(config.batch_size, "calibrate: batch_size")
         self.sources = {name: self._source(name, layer) for name, layer in self.layers.items()}
         self.device = next(teacher.parameters()).device
+        self.compiled = to_compile(config.compile, self.device, config.steps)
         seen = self.see(probe)
         check_fit(config, [layer.mixer for layer in self.layers.values()])
         self.groups = self._groups(seen)
@@ -176,27 +181,31 @@ class _Fit(Work):
 
     def step(self) -> dict[str, float]:
         """One optimizer step; the mean loss comes only now and then, since reading a number waits for the device."""
-        places, batch = next(self.drawn)
+        batch = next(self.drawn)
         step, steps = self.done.step, self.config.steps
         factor = warmed_up(step, self.config.warmup) * cosine(step / steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        pairs = list(zip(self.groups, batch, strict=True))
-        scales = [group.variances(places, example, self.part) for group, example in pairs]
-        with self.autocast():
-            parts = [g.loss(places, scale, *ex) for (g, ex), scale in zip(pairs, scales, strict=True)]
+        parts = [self._learn(group, *each) for group, each in zip(self.groups, batch, strict=True)]
         losses = torch.cat(parts)
-        losses.sum().backward()
         processes.average([p.grad for p in self.parameters if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if (step + 1) % LOG_EVERY and step + 1 != steps:
             return {}
-        processes.average([losses := losses.detach()])
+        processes.average([losses])
         self._check_finite(losses, step + 1)
         return {"loss": losses.mean().item(), "lr": self.optimizer.param_groups[0]["lr"]}
 
-    def _draws(self) -> Iterator[tuple[Places, list[Example]]]:
+    def _learn(self, group: LayerGroup, places: Places, example: Example) -> Tensor:
+        """Make the gradients of a group, whose activations are then free for the next; returns its losses, (L,)."""
+        variances = group.variances(places, example, self.part)
+        with self.autocast():
+            losses = group.loss(places, variances, *example)
+        losses.sum().backward()
+        return losses.detach()
+
+    def _draws(self) -> Iterator[list[tuple[Places, Example]]]:
         """What each step learns from. Steps that were done before an interruption are passed over."""
         while True:
             step = self.first
@@ -206,7 +215,7 @@ class _Fit(Work):
                 step += 1
             self.batches, self.first = self.batches + self.config.pool, step
 
-    def _pool(self) -> Iterator[tuple[Places, list[Example]]]:
+    def _pool(self) -> Iterator[list[tuple[Places, Example]]]:
         """The steps of a few batches, those of one size together, each image `reuse` times in random order.
 
         Several processes hold every so many of the images, and so of those of any step.
@@ -215,11 +224,13 @@ class _Fit(Work):
         strata = math.gcd(self.config.batch_size, *(count(inputs) * number for inputs in batches))
         for inputs in joined_by_size(batches):
             seen = self.see(inputs)
-            pool = self.examples(seen)
+            places, pool = [seen.places(group.layers) for group in self.groups], self.examples(seen)
+            del seen  # it would take as much memory again, for as long as the pool is used
             orders = shuffled(count(inputs) * number, strata, self.config.reuse, self.config.seed, self.first)
             for chosen in (part for order in orders for part in order.split(self.config.batch_size)):
                 ours = chosen[self.part.row :: number] // number
-                yield seen.places, [tuple(part[ours] for part in parts) for parts in pool]
+                parts = [tuple(part[ours] for part in example) for example in pool]
+                yield list(zip(places, parts, strict=True))
 
     def any_process(self, holds: bool) -> bool:
         """Asked now and then: the answer waits for the device."""
@@ -238,13 +249,14 @@ class _Fit(Work):
     def errors(self, seen: Seen) -> dict[str, float]:
         """Squared error over variance of every layer, whatever the objective."""
         with self.autocast():
-            parts = [
-                group.error(seen.places, group.variances(seen.places, example, WHOLE), *example)
-                for group, example in zip(self.groups, self.examples(seen), strict=True)
-            ]
+            parts = [self._error(group, seen) for group in self.groups]
         names = [name for group in self.groups for name in group.layers]
         by_name = dict(zip(names, torch.cat(parts).tolist(), strict=True))
         return {name: by_name[name] for name in self.layers}
+
+    def _error(self, group: LayerGroup, seen: Seen) -> Tensor:
+        places, example = seen.places(group.layers), group.examples(seen)
+        return group.error(places, group.variances(places, example, WHOLE), *example)
 
     def write_back(self) -> None:
         for group in self.groups:
@@ -290,14 +302,19 @@ class _Fit(Work):
                     yield from part.parameters()
 
     def _groups(self, seen: Seen) -> list[LayerGroup]:
-        kinds: dict[tuple, dict[str, TTTLayer]] = {}
+        """Of one kind, and no more layers than a step goes through at once, whatever the number of processes."""
+        kinds: dict[tuple, list[str]] = {}
         for name, layer in self.layers.items():
-            kinds.setdefault(seen.kind_of(name, layer), {})[name] = layer
-        parts = [len(seen.calls[next(iter(layers))].tokens) for layers in kinds.values()]
-        return [
-            LayerGroup(self.family, layers, self.sources, count, self.config, self.device)
-            for layers, count in zip(kinds.values(), parts, strict=True)
-        ]
+            kinds.setdefault(seen.kind_of(name, layer), []).append(name)
+        groups = []
+        for names in kinds.values():
+            at_once = max(1, TOGETHER // (self.config.batch_size * seen.numbers(names[0])))
+            number, parts = math.ceil(len(names) / at_once), len(seen.calls[names[0]].tokens)
+            for layers in _shared_out(names, number):
+                mine = {name: self.layers[name] for name in layers}
+                options = self.config, self.device, self.compiled
+                groups.append(LayerGroup(self.family, mine, self.sources, parts, *options))
+        return groups
 
     def _source(self, name: str, layer: TTTLayer) -> nn.Module:
         """The attention that `layer` learns from."""
@@ -322,6 +339,12 @@ class _Fit(Work):
         first = self.family.projections(attention)[0]
         q = self.family.project(attention, AttentionCall((first.weight.new_zeros(1, 1, first.in_features),)))[0]
         return q.shape[1], q.shape[3], first.in_features
+
+
+def _shared_out(names: list[str], number: int) -> list[list[str]]:
+    """So many lists of consecutive names, of nearly the same length."""
+    ends = [len(names) * index // number for index in range(number + 1)]
+    return [names[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def _check_places(model: nn.Module, teacher: nn.Module) -> None:

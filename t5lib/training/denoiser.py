@@ -97,14 +97,13 @@ class Denoising(Objective[Noised]):
         return example.inputs
 
     def loss(self, example: Noised, trainer: Trainer) -> Tensor:
-        output = trainer.output(example.inputs)
-        loss = self.noising.loss(output, example)
         if self.teacher is None:
-            return loss
-        with torch.no_grad():
+            return self.noising.loss(trainer.output(example.inputs), example)
+        with torch.no_grad():  # first, before there are activations beside its own
             wanted = trainer.output(example.inputs, self.teacher)
+        output = trainer.output(example.inputs)
         ours, theirs = (self.noising.prediction(each, example) for each in (output, wanted))
-        return loss + self.config.align * F.mse_loss(ours, theirs)
+        return self.noising.loss(output, example) + self.config.align * F.mse_loss(ours, theirs)
 
 
 @torch.no_grad()

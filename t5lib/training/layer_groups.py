@@ -4,7 +4,7 @@ Shapes: B images, L layers, H heads, N image tokens, T text tokens (of a joint a
 width, C channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -24,6 +24,7 @@ from t5lib.utils.errors import T5Error
 from t5lib.utils.processes import Part
 
 Example = tuple[Tensor, ...]
+TOGETHER = 2**26  # images × tokens × channels × layers that a step goes through at once: more only take more memory
 
 
 @settings
@@ -44,7 +45,7 @@ class CalibrateConfig:
             an interrupted fit starts over, or from an older checkpoint if there is one.
         objective: "output" (squared error of the layer's output over its variance), or "attention" (cross-entropy to
             the softmax map, as Hedgehog does, arXiv 2402.04347; for mixers that have a map, at quadratic cost).
-        compile: torch.compile the fitting step (worth it on CUDA).
+        compile: torch.compile the fitting step; null does so on CUDA, in one process, for 500 steps or more.
         seed: the order in which images are drawn from a pool.
     """
 
@@ -58,7 +59,7 @@ class CalibrateConfig:
     checkpoint_every: AtLeastOne = 500
     checkpoints_kept: Kept = 2
     objective: Literal["output", "attention"] = "output"
-    compile: bool = False
+    compile: bool | None = None
     seed: WholeNumber = 0
 
 
@@ -96,15 +97,15 @@ def _check_maps(mixer: Mixer) -> None:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tokens of images of one size lie.
+    """Where the tokens of images of one size lie, for the layers of a group.
 
     Attributes:
         grid: of the image's tokens.
-        ropes: for each attention, by name, the rotary table it is called with, or None.
+        ropes: for each layer, in order, the rotary table that its attention is called with, or None.
     """
 
     grid: TokenGrid
-    ropes: dict[str, Tensor | None]
+    ropes: tuple[Tensor | None, ...]
 
 
 class Seen:
@@ -116,9 +117,8 @@ class Seen:
         self.calls: dict[str, AttentionCall] = {}
         self.outputs: dict[str, Tensor] = {}
 
-    @property
-    def places(self) -> Places:
-        return Places(self.grid, {name: call.rope for name, call in self.calls.items()})
+    def places(self, names: Iterable[str]) -> Places:
+        return Places(self.grid, tuple(self.calls[name].rope for name in names))
 
     def kind_of(self, name: str, layer: TTTLayer) -> tuple:
         """Layers for which this is equal can be fitted as one mixer, at any size of the image."""
@@ -126,6 +126,10 @@ class Seen:
         drops_text = output.shape[1] < sum(part.shape[1] for part in tokens)
         channels = tuple(part.shape[2] for part in tokens)
         return layer.mixer.config, layer.num_heads, layer.head_dim, channels, drops_text
+
+    def numbers(self, name: str) -> int:
+        """Tokens × channels of an image that an attention got."""
+        return sum(part[0].numel() for part in self.calls[name].tokens)
 
 
 class LayerGroup:
@@ -141,6 +145,7 @@ class LayerGroup:
         parts: 2 for joint attention, 1 for image tokens alone.
         sources: the softmax attentions, by the same names.
         config: of the calibration.
+        compiled: whether `loss` is.
     """
 
     def __init__(
@@ -151,24 +156,27 @@ class LayerGroup:
         parts: int,
         config: CalibrateConfig,
         device: torch.device,
+        compiled: bool,
     ):
         first = next(iter(layers.values()))
         self.family, self.layers, self.sources, self.parts = family, layers, sources, parts
+        self.members = list(layers.values())  # what is compiled sees no names, so that groups of one kind share it
         self.objective = config.objective
         settings = first.mixer.config
         self.mixer = make_mixer(first.num_heads, first.head_dim, settings, len(layers)).to(device)
         self.projected = not config.lr_inherited and settings.convolution != "cpe"
         self.copy(to_layers=False)
         self.loss = self._attention_loss if config.objective == "attention" else self.error
-        if config.compile:
+        if compiled:
             self.loss = torch.compile(self.loss)
 
     def examples(self, seen: Seen) -> Example:
         """All that a run of the teacher gives to learn from."""
         target = torch.stack([seen.outputs[name] for name in self.layers], dim=1)
         tokens = zip(*(seen.calls[name].tokens for name in self.layers), strict=True)
-        x = tuple(torch.stack(part, dim=1).to(target.dtype) for part in tokens)  # autocast would, every step
-        known = self._project(x, seen.places) if self.projected else x
+        # autocast would narrow them in every step
+        x = tuple(torch.stack([each.to(target.dtype) for each in part], dim=1) for part in tokens)
+        known = self._project(x, seen.places(self.layers)) if self.projected else x
         if self.objective == "output":
             return *known, target
         maps = [self.family.project(self.sources[name], seen.calls[name])[:2] for name in self.layers]
@@ -194,7 +202,7 @@ class LayerGroup:
         (q, k, v), (target, *_) = self._split(example, places)
         o = self.mixer(q, k, v, self._layout(q, grid))
         B, _, N, D = o.shape
-        o = o.view(B, len(self.layers), -1, N, D).transpose(2, 3).flatten(3).float()
+        o = o.view(B, len(self.members), -1, N, D).transpose(2, 3).flatten(3).float()
         target = target.float()
         image, tokens = grid.patches.stop, target.shape[2]
         error = _squared_error(o[:, :, :image], target[:, :, :image]) / variances[0]
@@ -208,7 +216,7 @@ class LayerGroup:
         (q, k, _), (_, teacher_q, teacher_k) = self._split(example, places)
         wanted = (teacher_q.float() * teacher_q.shape[-1] ** -0.5 @ teacher_k.float().mT).softmax(-1)
         ours = self.mixer.attention_map(q, k).float().clamp_min(1e-8)
-        return -(wanted * ours.log()).sum(-1).unflatten(1, (len(self.layers), -1)).mean(dim=(0, 2, 3))
+        return -(wanted * ours.log()).sum(-1).unflatten(1, (len(self.members), -1)).mean(dim=(0, 2, 3))
 
     def _split(self, example: Example, places: Places) -> tuple[Example, Example]:
         """The layers' q, k, v, and what is to be matched."""
@@ -220,11 +228,11 @@ class LayerGroup:
         """x (B, L, N, C), and perhaps the text's (B, L, T, C), to q, k, v, each (B, L·H, N + T, D)."""
         image, *text = x
         together = image.transpose(1, 2).flatten(2)  # the layers' channels side by side, as the stacked mixer has them
-        prepared = self.mixer.prepare(together, places.grid).unflatten(2, (len(self.layers), -1))
+        prepared = self.mixer.prepare(together, places.grid).unflatten(2, (len(self.members), -1))
         made = []
-        for index, (name, layer) in enumerate(self.layers.items()):
+        for index, (layer, rope) in enumerate(zip(self.members, places.ropes, strict=True)):
             tokens = (prepared[:, :, index], *(part[:, index] for part in text))
-            made.append(self.family.project(layer, AttentionCall(tokens, places.ropes[name])))
+            made.append(self.family.project(layer, AttentionCall(tokens, rope)))
         return tuple(torch.cat(part, dim=1) for part in zip(*made, strict=True))
 
     def _layout(self, q: Tensor, grid: TokenGrid) -> TokenGrid:

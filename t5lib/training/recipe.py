@@ -1,13 +1,32 @@
 """The settings that every training has."""
 
+from contextlib import AbstractContextManager
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 
 from t5lib.training.checkpoints import Kept
+from t5lib.utils import processes
 from t5lib.utils.config import AtLeastOne, BatchSize, Rate, Share, WholeNumber, settings
+from t5lib.utils.devices import can_compile
 
 Decay = Annotated[float, Field(gt=0, lt=1)]
+COMPILING_PAYS = 500  # steps: compiling takes as long as a minute
+KINDS_COMPILED = 256  # of blocks or groups of layers, in one process
+
+
+def to_compile(setting: bool | None, device: torch.device, steps: int) -> bool:
+    """Whether a fit of so many steps is compiled; for None where that pays and has been tried."""
+    if setting is None:
+        return steps >= COMPILING_PAYS and processes.alone() and can_compile(device)
+    return setting
+
+
+def many_kinds_compiled() -> AbstractContextManager[None]:
+    """Within, torch compiles one function for more kinds of arguments than it does by default, past which it would
+    quietly run the rest uncompiled."""
+    return torch._dynamo.config.patch(recompile_limit=KINDS_COMPILED)
 
 
 @settings
@@ -29,9 +48,12 @@ class LoopConfig:
             all attentions.
         lora_rank, lora_alpha: width of the adapters, and their factor times lora_rank.
         precision: "fp32" or "bf16" (autocast).
-        compile: torch.compile the transformer blocks, each by itself; one compilation serves all that are alike.
+        compile: torch.compile the transformer blocks, each by itself; one compilation serves all that are alike. Null
+            does so on CUDA, in one process, for 500 steps or more.
         gradient_checkpointing: true to recompute the activations of every block in the backward pass instead of keeping
-            them, or the share of the blocks that do so. The smallest share that fits into memory is the fastest.
+            them, or the share of the blocks that do so. The smallest share that fits into memory is the fastest; "auto"
+            finds it on CUDA: the first step recomputes all blocks, and what memory it leaves, less a tenth, decides how
+            many keep their activations from then on. Elsewhere "auto" keeps all.
         optimizer: "adamw"; "adamw8bit", whose state takes a quarter of the memory (needs bitsandbytes); "muon", which
             steps inherited matrices by their orthogonalized momentum (arXiv 2502.16982) and the rest as AdamW does.
         checkpoint_every: steps between checkpoints.
@@ -52,9 +74,14 @@ class LoopConfig:
     lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8
     lora_alpha: Annotated[float, Field(gt=0, le=1e4)] = 16.0
     precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False
-    gradient_checkpointing: bool | Share = False
+    compile: bool | None = None
+    gradient_checkpointing: bool | Share | Literal["auto"] = False
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     checkpoint_every: AtLeastOne = 100
     checkpoints_kept: Kept = 2
     seed: WholeNumber = 0
+
+    @property
+    def recomputed_share(self) -> float:
+        """The share of the blocks that recompute their activations; for "auto" the most that it may be."""
+        return 1.0 if self.gradient_checkpointing == "auto" else float(self.gradient_checkpointing)

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -23,11 +23,12 @@ from t5lib.data.batches import Batches, open_batches
 from t5lib.families import family_of
 from t5lib.families.inputs import Inputs
 from t5lib.training import checkpoints, graphs, lora, sharding
+from t5lib.training.averages import AveragedWeights
 from t5lib.training.loop import Done, Log, Work, cosine, run_steps, warmed_up
 from t5lib.training.nonfinite import explain_blow_up
 from t5lib.training.optimizers import OPTIMIZERS, freeze, groups
-from t5lib.training.recipe import LoopConfig
-from t5lib.training.recomputed import recomputed_blocks
+from t5lib.training.recipe import LoopConfig, many_kinds_compiled, to_compile
+from t5lib.training.recomputed import memory_of, recomputed_blocks
 from t5lib.training.stochastic import share_draws, undo
 from t5lib.utils import processes
 from t5lib.utils.errors import T5Error
@@ -35,11 +36,7 @@ from t5lib.utils.files import read_json, write_json
 from t5lib.utils.processes import Part
 from t5lib.utils.seeds import derived_seed, own_random_states
 
-if TYPE_CHECKING:
-    from timm.utils import ModelEmaV3
-
 E = TypeVar("E")  # an example: a batch as the objective wants it
-KINDS_OF_BLOCKS = 256  # that one process may compile
 MOMENTS = "optimizer.pt"  # in a checkpoint
 DRAWN = 3  # keeps the random stream of a step apart from that of noise
 # Some models have a weight that no forward uses, such as DINOv2's mask token; their tables are the same everywhere.
@@ -132,6 +129,7 @@ class Trainer(Work):
     Attributes:
         plain: the model that is trained, without what DDP wraps around it. With FSDP2 a copy in pieces, whose weights
             `whole`, the model of the caller, gets at the end.
+        compiled: whether blocks are.
     """
 
     def __init__(self, model: nn.Module, objective: Objective, config: LoopConfig, steps: int):
@@ -156,10 +154,10 @@ class Trainer(Work):
                 "train: no parameter of the model has requires_grad, so there is nothing to train; call "
                 "model.requires_grad_() first, or only on those to be trained"
             )
-        self.ema = _averaged(model, config.ema) if config.ema else None
+        self.ema = AveragedWeights(model, config.ema) if config.ema else None
         if self.in_pieces:
             if self.ema:
-                self.ema.module, self.ema.foreach = self.beside(self.ema.module), False
+                self.ema.module = self.beside(self.ema.module)
             model = self.beside(model)
         self.plain = model
         optimizer = make_optimizer(groups(model, config))
@@ -167,9 +165,11 @@ class Trainer(Work):
         self.optimizer = self.accelerator.prepare(optimizer)
         self.graphs = graphs.RecordedPasses(model) if objective.in_graphs else None
         self.dropping = share_draws(model, self.part)
+        self.compiled = to_compile(config.compile, self.device, steps)
         self.blocks_altered = contextlib.ExitStack()
         self.compile_blocks(model)
-        self.blocks_altered.enter_context(recomputed_blocks(model, config.gradient_checkpointing))
+        recomputed = recomputed_blocks(model, config.gradient_checkpointing, memory_of(self.device))
+        self.recomputation = self.blocks_altered.enter_context(recomputed)
         self.done = Done()
         pieces = {"strategy": "fsdp2"} if self.in_pieces else {}
         self.made_by = checkpoints.maker(model, config, steps=steps, **pieces, **objective.made_of())
@@ -193,7 +193,7 @@ class Trainer(Work):
 
     def compile_blocks(self, model: nn.Module) -> None:
         """Compile the model's blocks, or those of a teacher beside it, until the training ends, if it is to be so."""
-        if self.config.compile:
+        if self.compiled:
             self.blocks_altered.enter_context(compiled_blocks(model))
 
     def run(self, batches: Batches, resume_dir: Path | None, log: Log | None) -> TrainReport:
@@ -230,12 +230,13 @@ class Trainer(Work):
         batches = [(number, next(self.source)) for number in numbers]
         rates = self._set_rates()
         losses = []
-        for number, batch in batches:
-            self._seed(number)
-            example = self.objective.example(batch, number, self)
-            last = number == numbers[-1]
-            with self._gradients_shared(last):
-                losses.append(self.graphs(self._learn, example) if self.graphs else self._learn(example))
+        with self.recomputation.observed():
+            for number, batch in batches:
+                self._seed(number)
+                example = self.objective.example(batch, number, self)
+                last = number == numbers[-1]
+                with self._gradients_shared(last):
+                    losses.append(self.graphs(self._learn, example) if self.graphs else self._learn(example))
         norm = self.accelerator.clip_grad_norm_(self.plain.parameters(), self.config.clip_norm or math.inf)
         norm = sharding.full(norm)
         of_all = self.accelerator.gather(torch.stack([torch.stack(losses).mean(), norm]))
@@ -246,7 +247,8 @@ class Trainer(Work):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
-            self.ema.update(self.plain, step=self.done.step + 1)
+            self.ema.update(self.plain, self.done.step + 1)
+        self.recomputation.choose()
         return {"loss": value, **rates, "grad_norm": norm}
 
     def _learn(self, example: Any) -> Tensor:
@@ -387,12 +389,11 @@ def rate_factor(step: int, total: int, config: LoopConfig) -> float:
 def compiled_blocks(model: nn.Module) -> Iterator[None]:
     """Within, each transformer block of a model is compiled by itself; one compilation serves all of its kind.
 
-    Blocks that differ in more than their weights (kind of attention, rate of stochastic depth) are compiled anew, more
-    often than torch allows by default, past which it would quietly run the rest uncompiled. At the end the model is a
-    plain one. What was compiled serves the next model of the same kind in this process.
+    Blocks that differ in more than their weights (kind of attention, rate of stochastic depth) are compiled anew. At
+    the end the model is a plain one. What was compiled serves the next model of the same kind in this process.
     """
     blocks = list(family_of(model).blocks(model))
-    with torch._dynamo.config.patch(recompile_limit=KINDS_OF_BLOCKS):
+    with many_kinds_compiled():
         try:
             for block in blocks:
                 block.compile(dynamic=False)
@@ -400,9 +401,3 @@ def compiled_blocks(model: nn.Module) -> Iterator[None]:
         finally:
             for block in blocks:
                 block._compiled_call_impl = None
-
-
-def _averaged(model: nn.Module, decay: float) -> "ModelEmaV3":
-    from timm.utils import ModelEmaV3  # timm takes seconds to import
-
-    return ModelEmaV3(model, decay=decay, use_warmup=True)

@@ -1,5 +1,6 @@
-"""Devices by name."""
+"""Devices: by name, and what can be done on them."""
 
+import shutil
 from typing import TYPE_CHECKING
 
 from t5lib.utils.errors import T5Error
@@ -21,3 +22,10 @@ def usable_device(name: "str | torch.device", called: str = "device") -> "torch.
         reason = str(error).splitlines()[0]
         raise T5Error(f"{called} {name} cannot be used ({reason}); expected cpu, cuda or cuda:1") from None
     return device
+
+
+def can_compile(device: "torch.device") -> bool:
+    """Whether torch.compile makes kernels of its own for a device: CUDA with Triton, which needs a C compiler."""
+    from torch.utils._triton import has_triton
+
+    return device.type == "cuda" and has_triton() and any(map(shutil.which, ("cc", "gcc", "clang")))

@@ -1,46 +1,14 @@
-"""Graphics cards, and the rates that we measured on two of them: what hours and memory are estimated from.
+"""The rates that we measured on two graphics cards: what hours and memory are estimated from.
 
 On another card a rate is scaled by its peak of dense bf16 FLOPs, or by its memory's bandwidth where that is the bound.
-Peaks and bandwidths are the makers' published ones. All that follows from here is an estimate.
+All that follows from here is an estimate.
 """
 
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from t5lib.utils.errors import T5Error
+from t5lib.utils.cards import CARDS, GIB, Card, named, present
 
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Card:
-    """`memory` in bytes, `flops` and `bandwidth` (bytes) a second; None: not known."""
-
-    name: str
-    memory: int | None
-    flops: float | None = None
-    bandwidth: float | None = None
-
-
-def _card(name: str, gib: float, teraflops: float, terabytes: float) -> Card:
-    return Card(name, round(gib * GIB), teraflops * 1e12, terabytes * 1e12)
-
-
-CARDS = {
-    card.name: card
-    for card in (
-        _card("B200", 178, 2250, 8.0),
-        _card("H200", 139, 989, 4.8),
-        _card("H100", 79, 989, 3.35),
-        _card("H20", 95, 148, 4.0),
-        _card("A100", 79, 312, 2.04),
-        _card("L40S", 44, 362, 0.864),
-        _card("A6000", 47, 155, 0.768),
-        _card("RTX 5090", 31, 209, 1.79),
-        _card("RTX 4090", 23, 165, 1.008),
-        _card("MI300X", 191, 1307, 5.3),
-    )
-}
+__all__ = ["CARDS", "GIB", "RATES", "Card", "Rate", "named", "present"]
 
 
 @dataclass(frozen=True)
@@ -91,34 +59,8 @@ PER_BLOCK_KEPT = 4  # a number and block, with gradient checkpointing
 IN_BLOCK = 195  # a number, while a block is computed again and its gradients are: the chain's freeze
 PER_BLOCK = 100  # a number and block without checkpointing: counted, not measured
 FITTED = 54  # a number and layer of a calibration step: the chain's calibrate
+POOLED = 4  # a number and layer of a calibration's pool: what attentions got and gave, in bf16
+SEEN = 6  # the same while the pool is filled: what they got is in single precision
 ENCODED = 3_140  # a pixel of the VAE's encoder: the chain's shards
 DRAWN = 1_160  # a pixel of the VAE's decoder: the chain's evaluate
 MEMORY_SOURCE = "docs/results/sd35-random-chain.json and sd35-step-cost-h100.json"
-
-
-def named(name: str, gib: float | None = None) -> Card:
-    """A card by a name such as "H200" or "NVIDIA H100 80GB HBM3"; of one that is not in the table the speed is unknown.
-
-    Args:
-        gib: its memory, where that is another than the table's.
-
-    Raises:
-        T5Error: neither the table nor the caller knows its memory.
-    """
-    known = [card for short, card in CARDS.items() if re.search(rf"\b{short}\b", name, re.I)]
-    memory = None if gib is None else round(gib * GIB)
-    if known:
-        return replace(known[0], name=name, memory=memory or known[0].memory)
-    if memory is None:
-        raise T5Error(f"no figures for a card '{name[:100]}'; known: {', '.join(CARDS)}; or add --memory GIB")
-    return Card(name, memory)
-
-
-def present() -> Card | None:
-    """The card that torch sees first; None where there is none."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    properties = torch.cuda.get_device_properties(0)
-    return named(properties.name, properties.total_memory / GIB)

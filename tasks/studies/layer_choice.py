@@ -307,7 +307,7 @@ class _Seed:
         print(f"seed {self.seed}: calibrating {kind}", flush=True)
         batches, partial = self.images.calibrate(self.seed), self.folder / f"{kind}.partial"
         report = t5lib.calibrate(model, teacher=self.softmax, batches=batches, config=recipe, resume_dir=partial)
-        if recipe.compile:
+        if recipe.compile is not False:
             torch.compiler.reset()  # the next kind compiles anew; without this torch soon gives up and runs eager
         errors = {"before": report.error_before, "after": report.error_after}
         means = {moment: statistics.mean(values.values()) for moment, values in errors.items()}

@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 
 from t5lib.report.models import MODELS
-from tasks.runtime import cards
 from tasks.runtime.needs import Memory, Needs, Remote, Room, Work
 from tasks.targets import training_needs
 from tasks.targets.image_count import counted, remote_images
@@ -59,8 +58,7 @@ def _memories(sections: dict[str, Any], model: Any, size: training_needs.Size, p
         return _numbers(sections, model, images)
 
     if calibrate.steps:
-        pool = numbers(calibrate.batch_size * calibrate.pool) * 4 * blocks
-        likely = 2 * size.saved + pool + numbers(calibrate.batch_size) * blocks * cards.FITTED
+        likely = 2 * size.saved + training_needs.fitting_bytes(calibrate, blocks, numbers)
         found.append(Memory("calibrate", 2 * size.saved, likely))
     recipes = {"align": sections["align"]} if sections["align"].steps else {}
     recipes |= {"freeze": sections["freeze"].train, "finetune": sections["finetune"]}

@@ -1,7 +1,7 @@
 """What building a denoiser needs of a machine, from its settings and the pipeline's configs: disk, memory, work."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -259,8 +259,8 @@ def _calibration(one: Denoiser) -> Memory:
     projections = FITTED_PROJECTIONS * one.shape.channels**2 * layers * 4 * SINGLE if config.lr_inherited else 0
 
     def likely(images: int) -> int:
-        pool = one.numbers(images * config.pool) * 2 * HALF * layers
-        return certain + projections + pool + one.numbers(images) * layers * cards.FITTED
+        changed = replace(config, batch_size=images)
+        return certain + projections + training_needs.fitting_bytes(changed, layers, one.numbers)
 
     return Memory("calibrate", certain, likely(config.batch_size), _fewer("calibrate", config.batch_size, likely))
 
@@ -300,7 +300,7 @@ def _works(one: Denoiser, made: set[str]) -> list[Work]:
     count = None if one.train.count is None or one.val.count is None else one.train.count + one.val.count
     sampling, samples = sections["evaluate"].sampling, sections["evaluate"].samples
     flips = 2 if sections["shards"].encode.flip else 1
-    fit = "fit compiled" if calibrate.compile else "fit"
+    fit = "fit" if calibrate.compile is False else "fit compiled"
     tuned = one.recipes.get("finetune")
     works = [
         Work("shards", "draw", _drawn(one, sections["shards"].samples, one.sample_count, one.area)),
@@ -330,7 +330,7 @@ def _drawn(one: Denoiser, sampling: Any, images: int, area: int) -> float:
 
 def _trained(recipe: Any, forward: int, teacher: bool = False) -> float:
     """FLOPs of a training: forward, backward, forward again where activations are not kept, the teacher's forward."""
-    passes = 3 + recipe.gradient_checkpointing + (teacher or bool(getattr(recipe, "align", 0)))
+    passes = 3 + recipe.recomputed_share + (teacher or bool(getattr(recipe, "align", 0)))
     return float(recipe.steps * recipe.batch_size * recipe.accumulate * passes * forward)
 
 

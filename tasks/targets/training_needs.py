@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from t5lib.training.layer_groups import TOGETHER, CalibrateConfig
 from t5lib.training.recipe import LoopConfig
 from t5lib.utils.errors import T5Error
 from tasks.runtime import cards
@@ -95,6 +96,20 @@ def memory(
     return Memory(stage, certain, max(sum(held.values()), size.saved), smaller)
 
 
+def fitting_bytes(config: CalibrateConfig, layers: int, numbers: Callable[[int], int]) -> int:
+    """Bytes of a calibration beside weights and optimizer: its pool, and what a step takes or, if that is more, what
+    the teacher's attentions give for a pool.
+
+    Args:
+        layers: that are fitted.
+        numbers: gives images × tokens × channels of a forward pass of so many images.
+    """
+    pool = numbers(config.batch_size * config.pool) * layers
+    one = numbers(config.batch_size)
+    step = max(one, min(one * layers, TOGETHER)) * cards.FITTED
+    return pool * cards.POOLED + max(step, pool * cards.SEEN)
+
+
 def check_control(recipe: LoopConfig) -> list[Check]:
     """What the stage control, whose model has no new layers, cannot do; it comes after the fine-tune."""
     if recipe.trainable != "new":
@@ -104,8 +119,8 @@ def check_control(recipe: LoopConfig) -> list[Check]:
 
 
 def _again(recipe: LoopConfig, blocks: int) -> int:
-    """The number of blocks that recompute their activations (t5lib.training.recomputed)."""
-    return math.ceil(recipe.gradient_checkpointing * blocks)
+    """The number of blocks that recompute their activations where memory is short (t5lib.training.recomputed)."""
+    return math.ceil(recipe.recomputed_share * blocks)
 
 
 def _trained(size: Size, recipe: LoopConfig) -> float:
@@ -125,7 +140,7 @@ def _smaller(stage: str, recipe: LoopConfig) -> Iterator[tuple[str, LoopConfig]]
 
 def _milder(recipe: LoopConfig) -> Iterator[dict[str, Any]]:
     for share in (0.25, 0.5, 0.75, True):
-        if share > recipe.gradient_checkpointing:
+        if share > recipe.recomputed_share:
             yield {"gradient_checkpointing": share}
     batch, accumulate = recipe.batch_size, recipe.accumulate
     while batch > 1:

@@ -13,7 +13,6 @@ from t5lib.layers import attention, factory
 from t5lib.utils.files import read_json
 
 FILE = Path(__file__).parents[2] / "data/rotary/study.py"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

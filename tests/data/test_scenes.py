@@ -21,7 +21,6 @@ from torch import nn
 from t5lib.utils.errors import T5Error
 from t5lib.weights.focus_decoder import FocusDecoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FOLDER = Path(__file__).parents[2] / "data/scenes"
 
 

@@ -224,7 +224,7 @@ def no_hub(monkeypatch):
         monkeypatch.setattr(kind, "from_pretrained", from_pretrained(kind.from_pretrained))
 
 
-@pytest.mark.usefixtures("one_thread", "no_hub")
+@pytest.mark.usefixtures("no_hub")
 @pytest.mark.parametrize("name", PAGES)
 def test_the_page_does_what_it_says(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

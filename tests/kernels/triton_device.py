@@ -4,10 +4,12 @@ conftest.py imports this module before any test module, because a kernel is inte
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 import torch
+from triton.language import core, semantic
 from triton.runtime import interpreter  # before TRITON_INTERPRET is set: Triton's own functions are not made for it
 
 CUDA = torch.cuda.is_available()
@@ -39,9 +41,39 @@ def call_device_function(function, *args, **kwargs):
     return function.rewrite()(*args, **kwargs)
 
 
+def broadcast_unless_alike(semantic, left, right):
+    """The language's `broadcast_impl_value`, which goes through the sides of two blocks also where they are equal."""
+    blocks = left.type.is_block(), right.type.is_block()
+    if blocks == (False, False) or (all(blocks) and left.type.shape.values == right.type.shape.values):
+        return left, right
+    return ORIGINAL_BROADCAST(semantic, left, right)
+
+
+def numpy_dtype(dtype):
+    """The interpreter's `_get_np_dtype`, which makes a table of all types for each look at it."""
+    return np.dtype(np.uint64) if dtype.scalar.is_ptr() else numpy_dtype_of_numbers(dtype.scalar)
+
+
+def block_type_once(self, element_ty, shape):
+    """The language's `block_type.__init__`, which checks and writes out the same few shapes again and again."""
+    sides = (side.value if isinstance(side, core.constexpr) else side for side in shape)
+    key = element_ty.name, getattr(element_ty, "address_space", None), *sides
+    if key not in BLOCK_TYPES:
+        ORIGINAL_BLOCK_TYPE(self, element_ty, shape)
+        BLOCK_TYPES[key] = vars(self)
+    self.__dict__ = BLOCK_TYPES[key]
+
+
+BLOCK_TYPES = {}
+ORIGINAL_BLOCK_TYPE = core.block_type.__init__
+ORIGINAL_BROADCAST = semantic.TritonSemantic.broadcast_impl_value
+numpy_dtype_of_numbers = functools.cache(interpreter._get_np_dtype)
 ORIGINAL_REDUCE = interpreter.ReduceOps.generic_reduce
 if not CUDA:
     interpreter.ReduceOps.generic_reduce = reduce_by_slices
+    interpreter._get_np_dtype = numpy_dtype
+    semantic.TritonSemantic.broadcast_impl_value = broadcast_unless_alike
+    core.block_type.__init__ = block_type_once
     interpreter.InterpretedFunction.__call__ = call_device_function
     # Compiled kernels do not watch for overflow of integers either; it costs the interpreter a quarter of its time.
     options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)

@@ -13,8 +13,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import t5lib
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MODELS = {
     "vit": lambda: t5lib.convert(tiny_vit("dinov2_registers")),
     "rotary": lambda: t5lib.convert(tiny_eva("dinov3")),

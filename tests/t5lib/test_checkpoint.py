@@ -14,8 +14,6 @@ import t5lib
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:

@@ -17,7 +17,6 @@ from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 

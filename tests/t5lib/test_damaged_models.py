@@ -14,8 +14,6 @@ import t5lib
 from t5lib.checkpoint import read_description
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def edit(folder: Path, **changes) -> None:
     """Change a saved model on purpose: without digests, which tell that something was changed."""

@@ -13,9 +13,6 @@ from tiny_pipelines import tiny_dit_pipeline, tiny_sd3_pipeline
 import t5lib
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 BROKEN = {
     "new weights": (
         lambda w, name: w.pop(name),

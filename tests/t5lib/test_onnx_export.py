@@ -15,8 +15,6 @@ from t5lib.onnx_export import open_onnx, run_onnx
 from t5lib.training.objectives import NoiseAndVariance, noised_batch
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @torch.no_grad()
 def test_a_file_takes_any_batch_and_needs_no_operators_but_onnxs_own(tmp_path):

@@ -16,7 +16,7 @@ from t5lib.families.inputs import placed
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.errors import T5Error
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.xdist_group("processes")
 # Joint attentions come first, then those of the image alone. 5×5 neighborhoods and a process of one row meet in three.
 CASES = [
     ("sd3", {}),

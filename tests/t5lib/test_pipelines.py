@@ -35,7 +35,6 @@ from t5lib.layers.config import TTTConfig
 from t5lib.pipelines import Figures, License, model_card, push_to_hub
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = TTTConfig(locality="dwc_qk+nat3")
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 

@@ -14,7 +14,6 @@ from t5lib.conversion import ttt_layers
 
 SAVED = Path(__file__).parents[1] / "data/saved"
 ROUNDING = 3e-6
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def expected(name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -26,7 +26,6 @@ from t5lib.layers.grid import TokenGrid, current_grid, grid_scope
 from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noised_batch
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = [(16, 24), (24, 16), (32, 32), (16, 48), (48, 16), (24, 32)]  # 2×3 and 3×2 hold as many tokens
 
 
@@ -197,6 +196,25 @@ def test_blocks_compiled_one_by_one_serve_all_sizes(kind):
     for size, output in zip(SIZES[:3], expected(kind)[:3], strict=True):
         torch.testing.assert_close(call(model, INPUTS[kind](size)), output)
     assert counter.frame_count <= 2 * len(family_of(model).blocks(model))
+
+
+@torch.no_grad()
+def test_a_compiled_layer_is_checked_in_a_call_hardly_more_than_softmax():
+    """A small model launched from Python waits for these checks."""
+
+    def checks(model: nn.Module) -> int:
+        torch._dynamo.reset()
+        found: list[Any] = []
+
+        def every(guards: Any) -> list[bool]:
+            found.extend(guards)
+            return [True] * len(guards)
+
+        family_of(model).blocks(model)[0].compile(backend="eager", fullgraph=True, options={"guard_filter_fn": every})
+        call(model, sd3_inputs(SIZES[0]))
+        return len(found)
+
+    assert checks(make("sd3")) < 1.2 * checks(softmax("sd3"))
 
 
 @torch.no_grad()

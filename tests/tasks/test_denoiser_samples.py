@@ -39,7 +39,7 @@ def settings(kind: str, root: Path, **changes) -> dict:
 
 
 @pytest.fixture(scope="module")
-def built(root, kind, one_thread) -> dict[str, dict]:
+def built(root, kind) -> dict[str, dict]:
     """The metrics of every stage, run in order."""
     return {name: run_stage(name, "tiny", params=settings(kind, root), root=root) for name in denoiser_target.STAGES}
 

@@ -44,7 +44,7 @@ def stage(root: Path, kind: str, name: str, **changes) -> dict:
 
 
 @pytest.fixture(scope="module")
-def built(root, kind, one_thread) -> dict[str, dict]:
+def built(root, kind) -> dict[str, dict]:
     """The metrics of every stage, run in order."""
     return {name: stage(root, kind, name) for name in denoiser_target.STAGES}
 

@@ -20,7 +20,7 @@ from tasks.targets.run import run_stage
 TRAINING_METRICS = {"top1", "loss", "steps", "seconds", "samples_per_second"}
 
 
-pytestmark = [pytest.mark.xdist_group("model-stages"), pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.xdist_group("model-stages")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from t5lib.utils.files import read_json
 from tasks.runtime.stage import read_history
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.xdist_group("processes")
 STAGES = ("source", "convert", "calibrate", "align", "freeze", "finetune", "control", "evaluate")
 TIMES = {"seconds", "samples_per_second"}
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import classifier_target
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tracking_server import tracking_server
@@ -51,8 +50,6 @@ def root(server, tmp_path_factory) -> Path:
     """Where the target was built; the run of the flow is finished as flows.t5 does it."""
     root = tmp_path_factory.mktemp("training")
     classifier_target.write(root)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     flow = tracking.start_flow(root, "tiny", SETTINGS, list(STAGES))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(tracking.PARENT_VARIABLE, flow.id)
@@ -61,7 +58,6 @@ def root(server, tmp_path_factory) -> Path:
     flow.log_images(root / "data/out/tiny/shards", SETTINGS["shards"])
     flow.describe(root / "data/out/tiny")
     flow.finish()
-    torch.set_num_threads(threads)
     return root
 
 
@@ -126,7 +122,6 @@ def test_the_model_is_a_version_that_says_what_it_is(root, client, runs):
 
 def load_and_predict(address: str, images: np.ndarray) -> tuple[dict[str, np.ndarray], str]:
     """In a process that knows none of our code, in another folder."""
-    torch.set_num_threads(1)  # threads that the process it was forked from has had would be waited for without end
     ours = ("t5lib", "t5kernels", "tasks", "flows")
     for name in [name for name in sys.modules if name.split(".")[0] in ours]:
         del sys.modules[name]

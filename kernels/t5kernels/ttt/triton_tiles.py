@@ -47,7 +47,7 @@ TILES = {
     "accumulate_backward": {
         32: Tile(hidden=32, block=64, warps=4, resident=2),
         64: Tile(hidden=64, block=128, warps=8, stages=2, resident=1),
-        80: Tile(hidden=32, block=64, warps=4, resident=2),
+        80: Tile(hidden=32, block=32, warps=4, resident=2),
         96: Tile(hidden=32, block=64, warps=8, resident=1),
         128: Tile(hidden=64, block=128, warps=8, resident=1),
     },

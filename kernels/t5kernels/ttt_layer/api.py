@@ -78,6 +78,7 @@ class Settings:
     norm_scope: str = "joint"
 
     def __post_init__(self):
+        ttt_api.check_names("ttt_layer", self.inner, self.loss)
         if self.key_norm not in KEY_NORMS or self.norm_scope not in NORM_SCOPES:
             raise ValueError(
                 f"ttt_layer: key_norm={self.key_norm!r}, norm_scope={self.norm_scope!r}; expected one of "
@@ -118,7 +119,6 @@ def ttt_layer(
     Source: "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772), section 3.
     """
     _check_tokens(image, text)
-    ttt_api.check_names("ttt_layer", settings.inner, settings.loss)
     ttt_api.check_weights("ttt_layer", image[0], weights, settings.inner)
     _check_conv(image[0], grid, q_conv, k_conv)
     _check_norms(image[0], text, norms)

@@ -12,7 +12,6 @@ from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH = 16  # of a head of the tiny models
 CONFIGS = {
     "default": TTTConfig(),

@@ -11,8 +11,6 @@ from t5lib.layers.config import TTTConfig
 from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noised_batch
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(
     ("make", "batch", "objective", "order"),

@@ -10,7 +10,6 @@ from t5lib.layers.config import TTTConfig
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES = random_images(6)
 
 

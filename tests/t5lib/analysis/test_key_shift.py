@@ -9,8 +9,6 @@ import t5lib
 from t5lib.analysis.key_shift import shift_ratio
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def by_hand(model: nn.Module, images: torch.Tensor) -> list[list[float]]:
     """‖mean key‖ / mean ‖key‖ for each layer and head, averaged over images, from what reaches softmax attention."""

@@ -1,12 +1,9 @@
 """Two exports are timed in turns on the same images, after each was held against its model."""
 
-import pytest
 from tiny import random_images, tiny_vit
 
 import t5lib
 from t5lib.benchmarks.onnx import compare_exports
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_converted_model_and_its_softmax_model_side_by_side():

@@ -14,7 +14,6 @@ from t5lib.benchmarks.training_step import SMALL
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 MEDIUM = SHAPES["sd35-medium"]
 SHAPE = replace(MEDIUM, arguments=SMALL | {"num_layers": 3, "dual_attention_layers": (0,)}, text_tokens=3)

@@ -13,7 +13,7 @@ from t5lib.benchmarks.training_step import SMALL
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.xdist_group("processes")
 SHAPE = replace(SHAPES["sd35-medium"], arguments=SMALL, text_tokens=3).shallower(2)
 CONFIG = TimingConfig(batch=2, repeats=2, warmup=0)
 

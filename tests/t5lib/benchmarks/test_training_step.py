@@ -7,11 +7,11 @@ import torch
 
 from t5lib.benchmarks import training_step as module
 from t5lib.benchmarks.training_step import SMALL, CostConfig, step_cost
+from t5lib.utils.cards import Card
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = SMALL | {"num_layers": 2, "dual_attention_layers": (0,)}
-SMALLEST = CostConfig(sizes=(64,), compile=(False,), batch=4, micro_batch=2, text_tokens=3, steps=2)
+SMALLEST = CostConfig(sizes=(64,), compile=(False,), batch=4, micro_batches=(2,), text_tokens=3, steps=2)
 
 
 def test_converted_stands_beside_softmax_with_time_and_error(tmp_path):
@@ -23,7 +23,7 @@ def test_converted_stands_beside_softmax_with_time_and_error(tmp_path):
         assert len(case["all_seconds"]) == 2 and 0 < case["error"] < module.TOLERANCE
         assert case["hours_of_3000_steps"] == pytest.approx(case["seconds"] * 3000 / 3600)
         assert case["times_softmax"] == pytest.approx(found["cases"][0]["seconds"] / case["seconds"])
-        assert case["peak_gib"] is None and case["micro_batch"] == 2
+        assert case["peak_gib"] is None and case["utilization"] is None and case["micro_batch"] == 2
     assert found["settings"]["teacher"] == "ema" and found["machine"]["device"] == "cpu"
 
 
@@ -76,15 +76,17 @@ def test_what_was_measured_stays_when_the_rest_is_cut_off(tmp_path, monkeypatch)
 
 
 def test_a_forward_pass_has_as_many_tokens_at_every_size():
-    assert [CostConfig().images(size) for size in (512, 1024, 2048)] == [16, 4, 1]
+    assert [CostConfig().images(size) for size in (512, 1024, 2048)] == [(16,), (4,), (1,)]
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
         ({"sizes": (100,)}, r"sizes \[100\]: expected multiples of 16 pixels"),
-        ({"batch": 6, "micro_batch": 4}, "a batch that is a multiple of micro_batch"),
+        ({"batch": 6, "micro_batches": (2, 4)}, "a batch that is a multiple of micro_batch"),
         ({"layers": ("half",)}, "half"),
+        ({"stages": ("freeze",)}, "freeze"),
+        ({"gradient_checkpointing": ("most",)}, "gradient_checkpointing"),
     ],
     ids=str,
 )
@@ -94,12 +96,51 @@ def test_settings_out_of_range_are_refused(setting, message):
 
 
 def test_the_command_writes_the_file(tmp_path):
-    numbers = ["--sizes", "64", "--batch", "2", "--micro-batch", "2", "--steps", "1", "--text-tokens", "3"]
+    numbers = ["--sizes", "64", "--batch", "2", "--micro-batches", "2", "--steps", "1", "--text-tokens", "3"]
     out = tmp_path / "cost.json"
-    module.main(
-        ["--out", str(out), "--small", "--layers", "paper", "--compile", "off", "--optimizers", "adamw", *numbers]
-    )
-    assert json.loads(out.read_text())["cases"][0]["seconds"] > 0
+    what = ["--small", "--blocks", "2", "--layers", "paper", "--compile", "off", "--gradient-checkpointing", "0.5"]
+    how = ["--optimizers", "adamw", "--trainable", "lora", "--not-averaged", "--teacher", "none"]
+    module.main(["--out", str(out), *what, *how, *numbers])
+    written = json.loads(out.read_text())
+    (case,) = written["cases"]
+    assert case["seconds"] > 0 and case["gradient_checkpointing"] == 0.5
+    assert written["shape"]["num_layers"] == 2 and written["shape"]["dual_attention_layers"] == [0, 1]
+    assert written["settings"]["trainable"] == "lora" and not written["settings"]["averaged"]
+
+
+def test_an_alignment_is_measured_beside_the_teacher(tmp_path):
+    config = CostConfig(**vars(SMALLEST) | {"stages": ("align",), "gradient_checkpointing": (0.5, False)})
+    cases = step_cost(config, out=tmp_path / "cost.json", device="cpu", shape=SHAPE)["cases"]
+    assert [(case["layers"], case["gradient_checkpointing"]) for case in cases] == [
+        ("paper", 0.5), ("all", 0.5), ("paper", False), ("all", False)
+    ]  # fmt: skip
+    assert all(len(case["all_seconds"]) == 2 and case["teraflops"] > 0 for case in cases)
+
+
+def test_a_calibration_is_timed_by_pools_and_told_for_the_whole_recipe(tmp_path):
+    changes = {"stages": ("calibrate",), "layers": ("softmax", "all"), "pool": 2, "reuse": 3, "recipe_steps": 100}
+    config = CostConfig(**vars(SMALLEST) | changes)
+    (case,) = step_cost(config, out=tmp_path / "cost.json", device="cpu", shape=SHAPE)["cases"]
+    assert len(case["all_seconds"]) == config.pools and case["seconds_a_block"] == case["seconds"] / 2
+    assert case["extrapolated"] and case["seconds_once"] > 0
+    assert case["recipe_seconds"] == pytest.approx(case["seconds_once"] + 100 * case["seconds"])
+    whole = CostConfig(**vars(config) | {"recipe_steps": 19})
+    (case,) = step_cost(whole, out=tmp_path / "cost.json", device="cpu", shape=SHAPE)["cases"]
+    assert not case["extrapolated"]  # three pools of two batches, three times each, and one step
+
+
+def test_utilization_is_of_the_cards_peak_and_of_the_models_flops(tmp_path, monkeypatch):
+    card = Card("made up", None, flops=1e12)
+    monkeypatch.setattr(module, "_utilization", lambda flops_a_second, device: flops_a_second / card.flops)
+    changes = {"layers": ("softmax",), "steps": 1}
+    flops = {}
+    for name, more in {"ema": {}, "none": {"teacher": "none"}, "new": {"trainable": "lora"}}.items():
+        config = CostConfig(**vars(SMALLEST) | changes | more)
+        (case,) = step_cost(config, out=tmp_path / "cost.json", device="cpu", shape=SHAPE)["cases"]
+        assert case["utilization"] == pytest.approx(case["teraflops"] / case["seconds"])
+        flops[name] = case["teraflops"]
+    forward = flops["ema"] / 4  # of a batch: student, teacher, and a backward pass that counts twice
+    assert flops == pytest.approx({"ema": 4 * forward, "none": 3 * forward, "new": 3 * forward})
 
 
 @pytest.mark.gpu

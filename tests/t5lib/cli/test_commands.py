@@ -26,8 +26,6 @@ from t5lib.conversion import ttt_layers
 from t5lib.layers.config import CONVOLUTIONS, PRESETS, TTTConfig
 from t5lib.training.calibration import CalibrateConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def softmax(tmp_path_factory) -> Path:

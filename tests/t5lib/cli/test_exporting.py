@@ -12,8 +12,6 @@ from tiny import random_images, tiny_vit
 import t5lib
 from t5lib.onnx_export import open_onnx, run_onnx
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):

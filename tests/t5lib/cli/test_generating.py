@@ -10,7 +10,6 @@ from tiny_pipelines import SIDE, tiny_dit_pipeline, tiny_sd3_pipeline
 
 from t5lib.evaluation.prompts import seed_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = ("--steps", 2, "--device", "cpu", "--max-sequence-length", 16)
 
 

@@ -15,8 +15,6 @@ import t5lib
 from t5lib.conversion import ttt_layers
 from t5lib.families import family_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def softmax(tmp_path_factory):

@@ -19,7 +19,6 @@ from t5lib.layers.layer_map import parse_layers
 from t5lib.planning import cost_model
 from t5lib.utils.files import read_json
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DEPTH = 3
 
 

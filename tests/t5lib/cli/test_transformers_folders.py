@@ -14,8 +14,6 @@ from tiny_transformers import tiny_transformer
 import t5lib
 from t5lib.conversion import ttt_layers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -26,8 +26,6 @@ from t5lib.data.shards import ShardSet
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import sha256
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 pytest.importorskip("diffusers", reason="VAE and pipeline are diffusers'")
 
 ASPECTS = EncodingConfig(buckets=BucketConfig(sizes=((16, 16), (12, 20), (20, 12))), batch_size=2)

@@ -21,7 +21,6 @@ from t5lib.evaluation.dense import (
 )
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = torch.tensor([0, 0, 1, 1, 2])  # five entities, three classes
 
 

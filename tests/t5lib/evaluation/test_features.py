@@ -14,8 +14,6 @@ from t5lib.evaluation import features
 from t5lib.evaluation.features import Dinov2, Extractor, choose
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def images(count=3, height=40, width=40, channels=3, seed=0):
     generator = torch.Generator().manual_seed(seed)

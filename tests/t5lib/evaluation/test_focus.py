@@ -9,8 +9,6 @@ from t5lib.evaluation.focus import _distance, compare_focus
 from t5lib.utils.errors import T5Error
 from t5lib.weights.focus_decoder import FocusDecoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Spot(torch.nn.Module):
     """Hot where the first channel is."""

@@ -15,7 +15,6 @@ from t5lib.report import plots
 from t5lib.report.sample_grid import sample_grid
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {"steps": 3, "guidance": 3.0}
 
 

@@ -12,7 +12,6 @@ from t5lib.evaluation import sample_shards
 from t5lib.evaluation.generation import GenerateConfig
 from t5lib.evaluation.sample_shards import Wanted, draw_shards, joined
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = GenerateConfig(steps=2, guidance=3.0, batch_size=2)
 
 

@@ -25,7 +25,6 @@ from t5lib.evaluation.scores import (
 from t5lib.report.score_table import METRICS, score_table
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 BLUE, RED, YELLOW = (55, 100, 215), (215, 50, 45), (250, 215, 60)
 
 

@@ -11,8 +11,6 @@ import torch
 from t5lib.families import coverage
 from t5lib.families.coverage import ACCEPTED, NOT_MADE, ON_REQUEST, REFUSED, judged, page, timm_models, verdicts
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SAMPLE = {
     "vit_tiny_patch16_224": ACCEPTED,
     "vit_small_patch16_dinov3": ACCEPTED,

@@ -20,7 +20,6 @@ from t5lib.training.calibration import CalibrateConfig
 from t5lib.training.objectives import NoiseAndVariance, Noising, RectifiedFlow, noised_batch, noised_inputs
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = CalibrateConfig(steps=30, batch_size=4, warmup=2, pool=2, reuse=2)
 NEIGHBORS = TTTConfig(locality="dwc_qk+nat3")
 

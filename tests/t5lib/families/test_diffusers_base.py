@@ -13,8 +13,6 @@ from t5lib.families.inputs import ExampleSize
 from t5lib.layers.grid import TokenGrid
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def inputs() -> dict[str, Tensor]:
     """Two latents of 8×8, 4×4 tokens."""

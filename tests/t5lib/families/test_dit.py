@@ -21,8 +21,6 @@ from t5lib.layers.config import TTTConfig
 from t5lib.utils.errors import T5Error
 from t5lib.weights import released_dit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def run(model: nn.Module, height: int = 8, width: int = 8) -> Tensor:
     latents = dit_batch(0, size=2)["latents"].repeat(1, 1, 2, 2)[:, :, :height, :width]

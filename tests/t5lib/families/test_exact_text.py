@@ -15,7 +15,6 @@ from t5lib.training.calibration import CalibrateConfig
 from t5lib.training.objectives import RectifiedFlow, noised_batch, noised_inputs
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = TTTConfig(text="exact")
 JOINT = [f"transformer_blocks.{index}.attn" for index in range(3)]
 

@@ -16,7 +16,6 @@ from t5lib.layers.grid import TokenGrid
 from t5lib.training.objectives import RectifiedFlow, noised_batch
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randn(2, 24, HEADS * HEAD_DIM, generator=torch.Generator().manual_seed(0))
 TEXT = torch.randn(2, 5, HEADS * HEAD_DIM, generator=torch.Generator().manual_seed(1))
 

@@ -14,8 +14,6 @@ from t5lib.layers.config import TTTConfig
 from t5lib.training.objectives import NoiseAndVariance, noised_batch, noising_of
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def inputs(**changes) -> dict[str, Tensor]:
     """Two latents of 8 × 12; the last token of each text is masked."""

@@ -35,8 +35,6 @@ from t5lib.layers.config import TTTConfig
 from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noised_batch
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def vit(kind):
     return lambda: (tiny_vit(kind), {"x": random_images()})

@@ -15,7 +15,6 @@ from t5lib.layers.grid import TokenGrid
 from t5lib.training.objectives import RectifiedFlow, noised_batch, noising_of
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MASK = torch.tensor([[True, True, True, True], [True, True, False, False], [True, False, True, False]])
 TEXTS = torch.randn(3, 4, CAPTION, generator=torch.Generator().manual_seed(0))
 

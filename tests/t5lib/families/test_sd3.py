@@ -19,7 +19,6 @@ from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {"medium": {}, "large": {"dual_attention_layers": ()}, "sd3": {"dual_attention_layers": (), "qk_norm": None}}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 CONFIG = TTTConfig(locality="dwc_qk+nat3")

@@ -13,7 +13,6 @@ import t5lib
 from t5lib.planning.cost_model import plan
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 every_kind = pytest.mark.parametrize("kind", ENCODERS)
 SIZES = ((32, 48), (64, 32))
 

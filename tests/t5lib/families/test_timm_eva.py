@@ -21,7 +21,6 @@ from t5lib.training.alignment import AlignConfig
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 every_kind = pytest.mark.parametrize("kind", EVAS)
 SIZES = [(16, 24), (24, 16), (32, 32)]
 

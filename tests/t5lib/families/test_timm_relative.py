@@ -11,8 +11,6 @@ from t5lib.families import family_of
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WITHOUT = TTTConfig(drop_position_bias=True)
 NAMES = {
     "beit": "beit_base_patch16_224",

@@ -7,8 +7,6 @@ from tiny import random_images, tiny_vit
 import t5lib
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:

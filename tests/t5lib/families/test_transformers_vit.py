@@ -22,7 +22,6 @@ from t5lib.training.alignment import AlignConfig
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 # One of everything that is called, aligned and described in its own way.
 FEW = [

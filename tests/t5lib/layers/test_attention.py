@@ -15,7 +15,6 @@ from t5lib.layers.mixers import convolved
 from t5lib.layers.ttt_mixer import TTTMixer
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 B, H, D = 2, 3, 4
 C = H * D
 

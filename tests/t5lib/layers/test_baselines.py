@@ -11,7 +11,6 @@ from t5lib.layers.config import BASELINES, TTTConfig
 from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 B, H, D, LAYERS = 2, 2, 4, 3
 GRID = TokenGrid(3, 5, num_prefix_tokens=2)
 N = 17

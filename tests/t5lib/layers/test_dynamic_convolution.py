@@ -10,7 +10,6 @@ from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.mixers import convolved
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 B, H, D = 2, 2, 16
 GRIDS = [TokenGrid(3, 5, num_prefix_tokens=2), TokenGrid(1, 4), TokenGrid(4, 3, 1, num_suffix_tokens=3)]
 by_grid = pytest.mark.parametrize("grid", GRIDS, ids=["prefix", "row", "prefix and text"])

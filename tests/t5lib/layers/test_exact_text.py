@@ -9,7 +9,6 @@ from t5lib.layers.config import TTTConfig
 from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 B, H, D, IMAGE, TEXT = 2, 2, 8, 12, 5
 GRID = TokenGrid(3, 4)
 WHOLE = GRID.with_suffix(TEXT)

@@ -9,7 +9,6 @@ from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 B, H, D = 2, 2, 4
 GRIDS = [
     TokenGrid(4, 6, num_prefix_tokens=2),

@@ -8,7 +8,6 @@ from t5lib.layers.config import TTTConfig
 from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 H, D = 2, 8
 GRIDS = [TokenGrid(3, 4, num_prefix_tokens=1), TokenGrid(3, 4, num_suffix_tokens=5)]
 by_grid = pytest.mark.parametrize("grid", GRIDS, ids=["prefix", "text"])

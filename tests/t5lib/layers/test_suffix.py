@@ -9,7 +9,6 @@ from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 H, D, TEXT = 2, 4, 3
 BEFORE, AFTER = TokenGrid(5, 6, num_prefix_tokens=TEXT), TokenGrid(5, 6, num_suffix_tokens=TEXT)
 

@@ -20,7 +20,6 @@ from t5lib.utils.config import from_dict, to_dict
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DEPTH, KINDS = 6, ("swiglu", "two_layer")
 REST = 0.7
 RESULTS = Path(__file__).parents[3] / "docs" / "results"

@@ -17,7 +17,6 @@ from t5lib.layers.layer_map import parse_indices, parse_layers
 from t5lib.planning import layer_search
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DEPTH, KINDS = 3, ("swiglu", "two_layer")
 
 

@@ -22,7 +22,6 @@ from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noised_in
 from t5lib.training.recorder import Recorder, output_error, token_errors
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = AlignConfig(
     steps=8, batch_size=4, lr=1e-3, lr_new=3e-3, features=None, cosine=0.0, damping=0.0, checkpoint_every=3
 )

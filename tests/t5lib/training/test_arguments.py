@@ -14,7 +14,6 @@ from t5lib.training.checkpoints import FILES
 from t5lib.training.layer_groups import CalibrateConfig
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES = random_images()
 FITS = {
     "calibrate": (t5lib.calibrate, CalibrateConfig(steps=2, batch_size=2, pool=1, reuse=1, warmup=0)),

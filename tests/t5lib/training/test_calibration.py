@@ -18,7 +18,6 @@ from t5lib.layers.grid import TokenGrid
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = TokenGrid(4, 4, num_prefix_tokens=1)  # of a tiny model's images
 QUICK = CalibrateConfig(steps=24, batch_size=4, warmup=2, pool=2, reuse=2, checkpoint_every=4, lr_inherited=0.0)
 

@@ -27,8 +27,6 @@ from t5lib.training import checkpoints
 from t5lib.training.trainer import Trainer
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())

@@ -21,8 +21,6 @@ from t5lib.training.classifier import TrainConfig
 from t5lib.training.trainer import rate_factor
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def change(model: nn.Module, before: dict[str, torch.Tensor]) -> dict[str, float]:
     return {name: (tensor - before[name]).abs().max().item() for name, tensor in model.state_dict().items()}

@@ -17,8 +17,6 @@ from t5lib.training.classifier import Classification
 from t5lib.training.trainer import Trainer
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:

@@ -20,7 +20,6 @@ from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow
 from t5lib.training.trainer import train
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = DenoiserTrainConfig(steps=4, batch_size=4, lr=1e-3, lr_new=1e-2, warmup=0.0, ema=None, checkpoint_every=2)
 MODELS = {"sd3": (tiny_sd3, sd3_batches, RectifiedFlow()), "dit": (tiny_dit, dit_batches, NoiseAndVariance())}
 

@@ -1,6 +1,7 @@
 """Attention transfer in denoisers: on noised latents, for image and text, in joint and image-only attentions."""
 
 import dataclasses
+import functools
 from itertools import count
 
 import pytest
@@ -12,11 +13,11 @@ import t5lib
 from t5lib.conversion import new_parameters
 from t5lib.families.base import AttentionCall
 from t5lib.layers.config import TTTConfig
+from t5lib.training import calibration
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noised_batch, noised_inputs
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = CalibrateConfig(steps=12, batch_size=4, warmup=2, pool=2, reuse=2, checkpoint_every=4)
 MODELS = {"sd3": (tiny_sd3, sd3_batches, RectifiedFlow()), "dit": (tiny_dit, dit_batches, NoiseAndVariance())}
 ATTENTIONS = {
@@ -190,3 +191,29 @@ def test_a_teacher_of_another_shape_is_refused():
         calibrated(t5lib.convert(tiny_sd3()), tiny_sd3(num_attention_heads=4, attention_head_dim=4), "sd3")
     with pytest.raises(T5Error, match=r"with a TTT layer at transformer_blocks\.0\.attn1; pass the softmax"):
         calibrated(t5lib.convert(tiny_dit()), t5lib.convert(tiny_dit()), "dit")
+
+
+def test_layers_that_take_turns_in_a_step_learn_the_same(kind, monkeypatch):
+    """As many as a step goes through at once, or here one after the other."""
+    teacher, told = MODELS[kind][0](), []
+    for at_once in (calibration.TOGETHER, 1):
+        monkeypatch.setattr(calibration, "TOGETHER", at_once)
+        losses: list[float] = []
+        log = {"log": lambda values, _, losses=losses: losses.append(values["loss"])}
+        report = calibrated(t5lib.convert(teacher), teacher, kind, **log)
+        told.append([*losses, *report.error_before.values(), *report.error_after.values()])
+    assert told[0] == pytest.approx(told[1], rel=1e-3)
+
+
+def test_layers_that_take_turns_share_what_is_compiled(monkeypatch):
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(calibration, "TOGETHER", 1)
+    teacher = tiny_sd3(num_layers=6, dual_attention_layers=(0, 1, 2, 3))
+    calibrated(t5lib.convert(teacher), teacher, "sd3", steps=2, compile=True)
+    assert len(graphs) == 3  # joint, joint without the text's output, of the image alone

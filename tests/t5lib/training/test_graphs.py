@@ -13,7 +13,6 @@ from t5lib.training import checkpoints, graphs
 from t5lib.training.alignment import AlignConfig, Alignment
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SIDES = (32, 32, 48)  # pixels, in turn
 QUICK = AlignConfig(steps=6, batch_size=4, lr=1e-3, lr_new=3e-3, warmup=0.0)
 

@@ -15,7 +15,6 @@ from t5lib.layers.config import TTTConfig
 from t5lib.training import lora
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ADAPTERS = dataclasses.replace(PLAIN, trainable="lora", lora_rank=3, lora_alpha=6.0)
 ADAPTED = {f"blocks.1.attn.{part}.weight" for part in ("qkv", "proj")}
 RANDOM = dataclasses.replace(ALL_ON, trainable="lora")

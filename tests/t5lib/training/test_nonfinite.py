@@ -11,8 +11,6 @@ from t5lib.layers.config import TTTConfig
 from t5lib.training.classifier import TrainConfig
 from t5lib.training.nonfinite import activation_peaks, explain_blow_up
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_peaks_are_those_of_the_outputs_in_order_and_no_hook_stays():
     model, images = t5lib.convert(tiny_vit()), random_images()

@@ -14,8 +14,6 @@ from t5lib.data.batches import seeded
 from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow, noising_of
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def noised(objective, size: int = 4, seed: int = 0):
     return objective.noised(dit_batch(0, size), seeded(seed))

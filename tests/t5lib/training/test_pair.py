@@ -13,8 +13,6 @@ from t5lib.training.calibration import CalibrateConfig
 from t5lib.training.pair import check_pair
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IMAGES = random_images(2)
 BROKEN = IMAGES.clone()
 BROKEN[1, 0, 3, 3] = torch.nan

@@ -6,7 +6,7 @@ import shared_work
 
 from t5lib.utils.errors import T5Error
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.xdist_group("processes")
 NUMBERS = (2, 4)
 
 

@@ -13,7 +13,6 @@ from t5lib.training.calibration import CalibrateConfig
 from t5lib.training.objectives import RectifiedFlow, noised_batch
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = CalibrateConfig(steps=4, batch_size=4, warmup=1, pool=1, reuse=1)
 
 

@@ -10,7 +10,6 @@ import t5lib
 from t5lib.training.alignment import AlignConfig
 from t5lib.training.calibration import CalibrateConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 BATCHES = [random_images(4, seed=number) for number in range(5)]
 LOOKS = {
     "diagnose": lambda teacher, model: t5lib.diagnose(teacher, BATCHES[0]).as_dict(),

@@ -11,8 +11,6 @@ from t5lib.layers.config import TTTConfig
 from t5lib.utils.errors import T5Error
 from t5lib.weights import released_vit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 pytest.importorskip("diffusers", reason="DiT models are diffusers'")
 
 

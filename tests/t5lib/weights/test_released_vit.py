@@ -18,8 +18,6 @@ from t5lib.utils.errors import T5Error
 from t5lib.weights import released as released_checkpoints
 from t5lib.weights import released_vit, state_dicts
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NAT5 = TTTConfig.preset("t5+")
 VARIANTS = {
     "swiglu": ({}, {}, None),

@@ -14,8 +14,6 @@ import t5lib
 from t5lib.utils.errors import T5Error
 from t5lib.weights import sd3_single_file
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 OUTSIDE = {
     "pos_embed.proj": "x_embedder.proj",
     "pos_embed.pos_embed": "pos_embed",

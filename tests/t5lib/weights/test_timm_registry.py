@@ -17,8 +17,6 @@ from t5lib.layers.config import TTTConfig
 from t5lib.utils.errors import T5Error
 from t5lib.weights import timm_registry
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NAMES = sorted(
     f"t5_{base}{mark}"
     for base in ("deit_tiny_patch16_224", "deit_small_patch16_224", "vit_small_patch14_dinov2")

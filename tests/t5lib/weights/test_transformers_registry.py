@@ -24,7 +24,7 @@ from t5lib.families import family_of
 from t5lib.layers.config import TTTConfig
 from t5lib.utils.errors import T5Error
 
-pytestmark = pytest.mark.usefixtures("one_thread", "quiet")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")

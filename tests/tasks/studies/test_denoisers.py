@@ -23,13 +23,10 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Operations this small take longer to hand out to threads than to do, and pictures longer to draw than models."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Pictures take longer to draw than models to fit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "DPI", 20)
         yield
-    torch.set_num_threads(before)
 
 
 KINDS = [

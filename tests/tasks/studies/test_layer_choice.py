@@ -20,7 +20,6 @@ from t5lib.utils.files import read_json
 from tasks.studies import layer_choice as task
 from tasks.studies import layer_choice_report
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[3]
 KINDS = ("swiglu", "two_layer")
 PRICES = {"swiglu": 1.0, "two_layer": 1.5}

@@ -15,7 +15,7 @@ from tasks.studies.ablation.runner import why_stopped
 RESULTS = Path(__file__).parents[4] / "docs/results"
 
 
-pytestmark = [pytest.mark.xdist_group("ablation"), pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.xdist_group("ablation")
 
 
 @pytest.fixture(scope="module")
