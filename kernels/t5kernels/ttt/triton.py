@@ -47,11 +47,11 @@ class Inner:
         return (self.steps, D, D) if self.steps else (D + 1, D)
 
     def gradients_shape(self, D: int) -> tuple[int, ...]:
-        """That of what queries give an image and head: minus the gradients of the weights, and that of the step.
+        """That of what queries give an image and head: minus the gradients of the weights, then that of the step.
 
         As the stepped weights are W - G, the gradient of G is a part of the former.
         """
-        return (len(self.of_queries), D, D) if self.steps else (len(self.of_queries) * D + D + 1, D)
+        return (len(self.of_queries), D, D) if self.steps else (2 * D + 1, D)
 
     def weight_gradients(self, gradients: Tensor) -> Tensor:
         """Minus those of the weights `of_queries`, (B, H, weights, D, D), of `gradients` (B, H, *gradients_shape)."""
