@@ -14,7 +14,7 @@ from t5kernels.linear_attention.reference import SMALLEST_NORMALIZER
 from t5kernels.tools.graphs import recorded
 from t5kernels.ttt import reference, triton_tiles
 from t5kernels.ttt import triton as kernels
-from t5kernels.ttt.api import FUSED_INNERS, INNER_WEIGHTS
+from t5kernels.ttt.api import FUSED_INNERS, INNER_WEIGHTS, STEPPED_WEIGHTS
 from torch.nn import functional as F
 from torch.testing import assert_close
 from triton_device import CUDA, DEVICE, by_dtype, needs_cuda
@@ -129,6 +129,13 @@ def test_a_normalizer_is_at_least_the_smallest_as_in_the_reference(dtype):
     exact = results(*wide[0], wide[1], d_out.to(dtype).double(), "reference", inner="linear_proj_qk")
     kernel, plain = (results(q, k, v, weights, d_out, impl, inner="linear_proj_qk") for impl in ("triton", "reference"))
     assert_as_exact_as_plain(kernel, plain, exact)
+
+
+def test_every_inner_model_with_kernels_is_known_to_the_op_and_steps_as_the_reference_does():
+    assert set(kernels.INNERS) == set(FUSED_INNERS)
+    for name, inner in kernels.INNERS.items():
+        assert inner.steps == (STEPPED_WEIGHTS[name] if name in reference.STEPPED else 0)
+        assert {*inner.of_keys, *inner.of_queries} == set(range(INNER_WEIGHTS[name]))
 
 
 def test_heads_between_64_and_96_channels_are_two_groups_of_them():
