@@ -180,7 +180,6 @@ def test_a_batch_may_be_empty():
         ({"impl": "cuda"}, "impl is 'cuda'; expected one of"),
         ({"weights": (torch.zeros(2, 16, 16),) * 2}, "ttt_layer: swiglu takes 3 weights of shape"),
         ({"weights": (torch.zeros(2, 16, 8),) * 3}, "ttt_layer: swiglu takes 3 weights of shape"),
-        ({"settings": Settings(inner="swigloo")}, "ttt_layer: inner='swigloo'"),
         ({"q_conv": None}, "one of q_conv and k_conv is missing"),
         ({"grid": Grid(rows=9, columns=9)}, "for 13 image tokens; expected a grid that they fill"),
         ({"grid": None}, "None for 13 image tokens"),
@@ -209,3 +208,5 @@ def test_what_does_not_fit_is_refused(change, message):
 def test_unknown_settings_are_refused():
     with pytest.raises(ValueError, match="key_norm='batch', norm_scope='joint'; expected"):
         Settings(key_norm="batch")
+    with pytest.raises(ValueError, match="ttt_layer: inner='swigloo', loss='dot'; expected"):
+        Settings(inner="swigloo")
