@@ -25,6 +25,7 @@ INNER_WEIGHTS = {
 # How many of them, the last ones, take the step; all of them where nothing is said.
 STEPPED_WEIGHTS = INNER_WEIGHTS | {"swiglu_last": 1}
 FUSED_INNERS = ("swiglu", "swiglu_last", "linear_proj_qk")
+UNTRIED = ("linear_proj_qk",)  # their kernels have run on no card yet, and only where `impl` asks for them
 INNER_MODELS = tuple(INNER_WEIGHTS)
 INNER_LOSSES = ("dot", "residual")
 
@@ -49,7 +50,7 @@ def ttt(
         loss: "dot" (minus the dot product) or "residual" (half the squared error), summed over tokens.
         scale: inner learning rate; the method uses D**-0.5 / N. The linear models normalize, so it cancels there.
         impl: "triton", "reference", or None for the kernels where they are made for the call (16-bit CUDA tokens,
-            one of FUSED_INNERS with the dot loss) and the reference elsewhere. "triton" takes views of any strides as
+            swiglu or swiglu_last with the dot loss) and the reference elsewhere. "triton" takes views of any strides as
             they are, sums over tokens in float32, and returns tokens that lie in memory as (B, N, H, D), so that
             merging the heads copies nothing. It has a first derivative only.
 
@@ -172,4 +173,5 @@ def kernels(inner: str, loss: str, tokens: Sequence[Tensor], weights: Sequence[T
             return f"with inner={inner!r}, loss={loss!r}; expected one of {FUSED_INNERS} and 'dot'; use 'reference'"
         return None
 
-    return triton_candidate(tokens, weights, obstacle)
+    candidate = triton_candidate(tokens, weights, obstacle)
+    return candidate._replace(by_default=candidate.by_default and inner not in UNTRIED)
