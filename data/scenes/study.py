@@ -63,6 +63,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "linear_proj_qk-auto": {"inner": "linear_proj_qk", **AUTO},
     "linear_proj_qk+": {"preset": "t5+", "inner": "linear_proj_qk"},
     "linear_proj_qk+-auto": {"preset": "t5+", "inner": "linear_proj_qk", **AUTO},
+    "linear_proj_qk+learned-auto": {
+        "preset": "t5+",
+        "inner": "linear_proj_qk",
+        "neighborhood_share": "learned",
+        **AUTO,
+    },
     "hedgehog-auto": {"preset": "hedgehog", **AUTO},
     "clear-auto": {"preset": "clear", **AUTO},
     "vit3-auto": {"preset": "vit3", "key_norm": "instance", **AUTO},
