@@ -268,7 +268,7 @@ def write(path: Path, report: dict) -> None:
     """Write a report as JSON, atomically: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(report, indent=2) + "\n")
+    part.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(part, path)
 
 

@@ -146,7 +146,7 @@ def test_what_killed_writers_of_other_folders_left_is_swept_too_and_nothing_else
 
 def test_json_is_readable_by_people(tmp_path):
     files.write_json(tmp_path / "x.json", {"a": 1})
-    assert (tmp_path / "x.json").read_text() == json.dumps({"a": 1}, indent=2) + "\n"
+    assert (tmp_path / "x.json").read_text() == json.dumps({"a": 1}, indent=1) + "\n"
 
 
 def test_what_killed_writers_left_is_removed_and_a_folder_set_aside_is_put_back(tmp_path):
