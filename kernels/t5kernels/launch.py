@@ -242,9 +242,9 @@ def lying_alike(parts: Sequence[Tensor]) -> Sequence[Tensor]:
     return [x.transpose(1, 2).contiguous().transpose(1, 2) for x in parts]  # heads may lie side by side, and still do
 
 
-def blocks_of(x: Tensor, tile: Tile, heads: int, blocks: int) -> int:
-    """How many of the `blocks` of a head a program takes."""
-    return _shares((blocks,), heads, 1, _programs(x, tile))[0]
+def blocks_of(x: Tensor, tile: Tile, heads: int, *blocks: int) -> int:
+    """How many blocks of a head a program takes, of the `blocks` in each part of a sequence."""
+    return _shares(blocks, heads, 1, _programs(x, tile))[0]
 
 
 @functools.cache

@@ -10,8 +10,8 @@ from triton.language.extra import cuda
 # multiples of 16.
 COUNTS = (
     *("B", "H", "N", "T", "chunk", "chunks", "images", "groups", "count", "shares", "capacity", "free", "outside"),
-    *("rows", "columns", "prefix", "segments", "on_grid", "heads", "end", "image_chunks"),
-    *("text_shares", "text_count", "text_begin", "text_end", "text_chunks"),
+    *("rows", "columns", "prefix", "segments", "on_grid", "chunk_outside", "heads", "end"),
+    *("text_shares", "text_count", "text_begin", "text_end", "image_chunks", "text_chunks"),
 )
 
 

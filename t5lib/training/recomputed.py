@@ -39,7 +39,8 @@ class CardMemory:
     """That of a CUDA device; see Memory."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        # The limit of a process is told for a numbered card alone, "cuda" is not enough.
+        self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
     def usable(self) -> int:
         free, total = torch.cuda.mem_get_info(self.device)

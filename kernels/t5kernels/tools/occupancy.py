@@ -23,7 +23,7 @@ from t5kernels.neighborhood import triton_kernels as neighborhood_kernels
 from t5kernels.ttt import triton as ttt
 from t5kernels.ttt import triton_tiles
 from t5kernels.ttt_layer import triton as ttt_layer
-from t5kernels.ttt_layer import triton_finish, triton_norms, triton_prepare
+from t5kernels.ttt_layer import triton_finish, triton_launch, triton_norms, triton_prepare
 
 EVERY_TILE = (
     ttt_layer.EVERY_TILE | neighborhood.TILES | {"parameters": dict.fromkeys((32, 64, 128), triton_finish.TILE)}
@@ -78,6 +78,7 @@ def occupancy(kernel: str, tile: Tile, head_dim: int, rms: bool = False, text: b
         "EARLY": True,
     }
     constants |= {
+        "BLOCK_OUTSIDE": triton_launch.OUTSIDE[padded_width(head_dim)],
         "WEIGHTS": 3,
         "QUERIED": 3,
         "FIRST": 0,

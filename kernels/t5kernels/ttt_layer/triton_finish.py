@@ -46,10 +46,10 @@ def _weight_gradients(
         for b in tl.range(B, num_stages=STAGES):
             total -= tl.load(of_queries + tl.cast(b, tl.int64) * (H * of_queries_h), mask, other=0.0)
     if weight >= FIRST and weight < FIRST + WEIGHED:
-        for group in range(groups):
-            first = ((group * H + h) * chunks).to(tl.int64) * (WEIGHED * numbers) + (weight - FIRST) * numbers
-            for chunk in tl.range(chunks, num_stages=STAGES):
-                total += tl.load(sums + first + chunk * (WEIGHED * numbers) + number, mask, other=0.0)
+        of_weight = sums + (weight - FIRST) * numbers + number
+        for row in tl.range(groups * chunks, num_stages=STAGES):
+            place = ((row // chunks) * H + h) * chunks + row % chunks
+            total += tl.load(of_weight + tl.cast(place, tl.int64) * (WEIGHED * numbers), mask, other=0.0)
     tl.store(d_weights + matrix.to(tl.int64) * numbers + number, total, mask)
 
 

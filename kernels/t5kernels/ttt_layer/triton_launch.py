@@ -39,6 +39,9 @@ TILES = {
 }
 
 GROUP = 64  # channels
+# Tokens without a place in the grid that `prepare` and its backward take at a time, by padded width. Blocks of columns
+# are smaller because of all that is kept of them. With 16 tokens, at any width, the backward spills registers.
+OUTSIDE = {32: 64, 64: 32, 128: 8}
 
 
 class Convolution(NamedTuple):
@@ -284,7 +287,7 @@ class _Programs(NamedTuple):
     Attributes:
         grid: of the launch; of each head's programs the first `on_grid` have rows of the tokens' grid, and the first
             `image` have tokens of the image.
-        numbers: the kernels' arguments from T to `on_grid`; constants: those from D to STAGES.
+        numbers: the kernels' arguments from T to `chunk_outside`; constants: those from D to BLOCK_OUTSIDE.
     """
 
     tile: Tile
@@ -301,13 +304,15 @@ def _programs(kernel: str, parts: Sequence[Tensor], preparation: Preparation) ->
     B, H, N, D = x.shape
     width, tile = _tile_for(kernel, x)
     rows, columns, prefix = preparation.conv.grid if preparation.conv else (0, 0, 0)
-    segments, blocks_outside = ceil_div(columns, tile.block), ceil_div(N - rows * columns, tile.block)
-    chunk = blocks_of(x, tile, B * H * (segments or 1), rows or blocks_outside)
-    on_grid, outside = segments * ceil_div(rows, chunk), ceil_div(blocks_outside, chunk)
-    image = on_grid + outside
-    grid = B * H, image + sum(ceil_div(text.shape[2], tile.block * chunk) for text in texts)
-    numbers = parts[-1].shape[2], outside, rows, columns, prefix, H, N, chunk, segments or 1, on_grid
-    return _Programs(tile, grid, on_grid, image, numbers, (D, width, tile.block, tile.stages))
+    segments, block_outside = ceil_div(columns, tile.block), OUTSIDE[width]
+    blocks = [ceil_div(N - rows * columns, block_outside), *(ceil_div(t.shape[2], block_outside) for t in texts)]
+    chunk = blocks_of(x, tile, B * H * segments, rows) if segments else 1
+    chunk_outside = blocks_of(x, tile, B * H, *blocks) if any(blocks) else 1
+    on_grid, (outside, *of_text) = segments * ceil_div(rows, chunk), (ceil_div(n, chunk_outside) for n in blocks)
+    grid = B * H, on_grid + outside + sum(of_text)
+    numbers = parts[-1].shape[2], outside, rows, columns, prefix, H, N, chunk, segments or 1, on_grid, chunk_outside
+    constants = D, width, tile.block, tile.stages, block_outside
+    return _Programs(tile, grid, on_grid, on_grid + outside, numbers, constants)
 
 
 def _tile_for(kernel: str, x: Tensor) -> tuple[int, Tile]:

@@ -220,15 +220,15 @@ def prepare_kernel(
     x, gain, factors, sums, weight, bias, y, text_x, text_gain, text_factors, text_sums, text_y,
     x_b, x_h, x_n, x_d, y_b, y_h, y_n, y_d, tx_b, tx_h, tx_n, ty_b, ty_h, ty_n,
     factors_h, capacity, shares, count, eps, text_shares, text_count, T, outside,
-    rows, columns, prefix, H, N, chunk, segments, on_grid,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    rows, columns, prefix, H, N, chunk, segments, on_grid, chunk_outside,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, BLOCK_OUTSIDE: tl.constexpr,
     RMS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr, TEXT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write y and, with TEXT, the text's.
 
     The launch grid is (B·H, programs). First come `on_grid` programs, each with `chunk` rows of one of the `segments`
-    of the tokens' grid, then `outside` programs with `chunk` blocks of tokens without a place in it. With TEXT others
-    follow for blocks of its T tokens, whose channels lie as the image's do. gain: (D,); weight: (H·D, 9); bias:
+    of the tokens' grid, then `outside` programs with `chunk_outside` blocks of tokens without a place in it. With TEXT
+    others follow for blocks of its T tokens, whose channels lie as the image's do. gain: (D,); weight: (H·D, 9); bias:
     (H·D,); factors and sums as in `statistics_kernel`.
     """
     after_previous(EARLY)
@@ -238,7 +238,7 @@ def prepare_kernel(
             x, gain, factors, sums, y, text_x, text_gain, text_factors, text_sums, text_y,
             x_b, x_h, x_n, x_d, y_b, y_h, y_n, y_d, tx_b, tx_h, tx_n, ty_b, ty_h, ty_n,
             factors_h, capacity, shares, text_shares, count, text_count, eps, prefix, rows * columns, index, H, N, T,
-            part - on_grid, outside, chunk, D, WIDTH, BLOCK, RMS, NORM, TEXT,
+            part - on_grid, outside, chunk_outside, D, WIDTH, BLOCK_OUTSIDE, RMS, NORM, TEXT,
         )  # fmt: skip
     elif CONV:
         b, h = index // H, index % H
@@ -356,8 +356,8 @@ def prepare_backward_kernel(
     dy, x, gain, factors, sums, weight, dx, text_dy, text_x, text_gain, text_factors, text_sums, parts,
     dy_b, dy_h, dy_n, dy_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d, tdy_b, tdy_h, tdy_n, tx_b, tx_h, tx_n,
     factors_h, capacity, shares, count, eps, text_shares, text_count, T, outside,
-    rows, columns, prefix, H, N, chunk, segments, on_grid,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    rows, columns, prefix, H, N, chunk, segments, on_grid, chunk_outside,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, BLOCK_OUTSIDE: tl.constexpr,
     RMS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr, TEXT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write dn into dx, and the programs' partial sums.
@@ -374,7 +374,7 @@ def prepare_backward_kernel(
             dy, x, gain, factors, sums, dx, text_dy, text_x, text_gain, text_factors, text_sums, parts,
             dy_b, dy_h, dy_n, dy_d, x_b, x_h, x_n, x_d, dx_b, dx_h, dx_n, dx_d, tdy_b, tdy_h, tdy_n, tx_b, tx_h, tx_n,
             factors_h, capacity, shares, text_shares, count, text_count, eps, prefix, rows * columns, index, H, N, T,
-            part - on_grid, outside, chunk, D, WIDTH, BLOCK, RMS, NORM, CONV, TEXT,
+            part - on_grid, outside, chunk_outside, D, WIDTH, BLOCK_OUTSIDE, RMS, NORM, CONV, TEXT,
         )  # fmt: skip
     elif CONV:
         b, h = index // H, index % H
