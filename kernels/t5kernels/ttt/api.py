@@ -25,7 +25,6 @@ INNER_WEIGHTS = {
 # How many of them, the last ones, take the step; all of them where nothing is said.
 STEPPED_WEIGHTS = INNER_WEIGHTS | {"swiglu_last": 1}
 FUSED_INNERS = ("swiglu", "swiglu_last", "linear_proj_qk")
-UNTRIED = ("linear_proj_qk",)  # their kernels have run on no card yet, and only where `impl` asks for them
 INNER_MODELS = tuple(INNER_WEIGHTS)
 INNER_LOSSES = ("dot", "residual")
 
@@ -173,5 +172,4 @@ def kernels(inner: str, loss: str, tokens: Sequence[Tensor], weights: Sequence[T
             return f"with inner={inner!r}, loss={loss!r}; expected one of {FUSED_INNERS} and 'dot'; use 'reference'"
         return None
 
-    candidate = triton_candidate(tokens, weights, obstacle)
-    return candidate._replace(by_default=candidate.by_default and inner not in UNTRIED)
+    return triton_candidate(tokens, weights, obstacle)
