@@ -86,8 +86,9 @@ class DiffusersTTTAttention(TTTLayer):
 
     def check_call(self, x: Tensor, text: Tensor | None, mask: Tensor | None, others: dict[str, Any]) -> None:
         """Raises T5Error when the layer cannot do what it is called with; `others` only cause a warning."""
-        if mask is not None or SEEN & others.keys():
-            given = ["attention_mask"] * (mask is not None) + sorted(SEEN & others.keys())
+        # torch.compile of torch 2.11 cannot trace a set together with the keys of a dict.
+        if mask is not None or any(name in SEEN for name in others):
+            given = ["attention_mask"] * (mask is not None) + sorted(SEEN.intersection(others))
             raise T5Error(f"a TTT layer sees all tokens and no others; call it without {', '.join(given)}")
         if others:  # as diffusers' own do with what their processor does not take
             _log.warning("a TTT layer does not take %s, which is ignored", ", ".join(others))
