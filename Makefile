@@ -11,7 +11,7 @@ RUN   := .venv/bin/python
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs up down ui
+.PHONY: help demo test oldest lint docs up down ui
 
 help:  ## this list
 	@echo "make WHAT, where WHAT is"
@@ -24,6 +24,14 @@ demo: $(READY)  ## from real weights to a measured linear model and its report; 
 
 test: $(READY)  ## every test that this machine can run
 	@$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+oldest: $(READY)  ## tests of compiled models with the oldest torch that pyproject.toml allows, installed into .venv-oldest
+	@.venv/bin/uv venv --quiet --clear --python $(RUN) .venv-oldest
+	@grep -vE '^(torch|torchvision|triton|setuptools|nvidia-.*|cuda-.*)==' constraints.txt > .venv-oldest/constraints.txt
+	@.venv/bin/uv pip install --quiet --python .venv-oldest -c .venv-oldest/constraints.txt -e '.[diffusion,dev]' \
+	  $$(sed -n 's/^    "\(torch\|torchvision\)>=\([0-9.]*\)",.*/\1==\2.*/p' pyproject.toml)
+	@PYTHONPATH=. .venv-oldest/bin/python -m pytest -n 2 -k "compiles or compiled or compilation" \
+	  tests/t5lib/families tests/t5lib/layers tests/t5lib/test_token_grid.py tests/t5lib/test_pipelines.py
 
 lint: $(READY)  ## style, formatting and types of the Python code
 	@$(RUN) -m ruff check .

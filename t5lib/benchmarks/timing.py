@@ -213,6 +213,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def compile_model(model: nn.Module, inputs: Inputs, whole: bool = False) -> nn.Module:
     """Compile `model` in place for inputs of this size, after one uncompiled pass: whole, or as its family prefers.
 
+    A block has to be one graph, for parts that run uncompiled would be timed without a word.
+
     The masks that neighborhood attention keeps from its first pass would otherwise be made anew in every compiled one.
     """
     adapter = family_of(model)
@@ -220,7 +222,7 @@ def compile_model(model: nn.Module, inputs: Inputs, whole: bool = False) -> nn.M
         adapter.call(model, inputs)
     if adapter.compiled_by_block and not whole:
         for block in adapter.blocks(model):
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, fullgraph=True)
     else:
         model.compile(dynamic=False)
     return model

@@ -33,8 +33,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="All settings of a layer by one name: t5 (default), t5+, t5-last, t5-last+, dit5, or a baseline from "
-            "another paper: hedgehog, lolcats, performer, lit, clear, vit3, graft-swa, graft-conv.",
+            help="All settings of a layer by one name: t5 (default), t5+, t5-last, t5-last+, linear+, dit5, or a baseline "
+            "from another paper: hedgehog, lolcats, performer, lit, clear, vit3, graft-swa, graft-conv.",
             rich_help_panel=LAYER,
         ),
     ] = None,
@@ -152,7 +152,7 @@ def convert(
     - `t5 convert deit_tiny_patch16_224 deit-t5 --calibrate photos --steps 300 --batch-size 32`
     - `t5 convert my-softmax-folder half --layers 0-5 --inner two_layer`
     - `t5 convert my-softmax-folder mixed --layers 0-5=softmax,6-11=swiglu+nat5 --calibrate photos`
-    - `t5 convert MODEL best --preset t5-last+ --layers auto --softmax-layers 2 --calibrate photos` (dense features)
+    - `t5 convert MODEL best --preset linear+ --layers auto --softmax-layers 2 --calibrate photos` (dense features)
     - `t5 convert my-transformers-folder vit-t5 --calibrate photos` (a folder made by save_pretrained)
     - `t5 convert sd35-folder sd35-t5 --layers paper` (a diffusers pipeline; calibrate it in Python)
 

@@ -35,6 +35,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "locality": "dwc_qk+nat5",
         "neighborhood_share": "learned",
     },
+    "linear+": {"inner": "linear_proj_qk", "key_norm": "instance", "locality": "dwc_qk+nat5"},
     "dit5": {
         "inner": "two_layer",
         "inner_loss": "residual",

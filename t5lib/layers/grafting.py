@@ -40,7 +40,7 @@ class LocalMixer(Mixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
         own = grid.patches
         apart_q, apart_k, apart_v = (torch.cat([t[:, :, : own.start], t[:, :, own.stop :]], dim=2) for t in (q, k, v))
-        o = self.local((q[:, :, own], k[:, :, own], v[:, :, own]), (apart_k, apart_v), grid).to(q.dtype)
+        o = self.local((grid.on_grid(q), grid.on_grid(k), grid.on_grid(v)), (apart_k, apart_v), grid).to(q.dtype)
         if not apart_q.shape[2]:
             return o
         before, after = softmax_attention(apart_q, k, v).tensor_split((own.start,), dim=2)

@@ -40,6 +40,11 @@ class TokenGrid:
         """Which tokens lie on the grid."""
         return slice(self.num_prefix_tokens, self.num_prefix_tokens + self.rows * self.columns)
 
+    def on_grid(self, x: Tensor) -> Tensor:
+        """Those tokens of (B, H, N, D) that lie on the grid: x[:, :, patches], but torch.compile of torch 2.11 takes the
+        ends of such a slice for constants."""
+        return x.narrow(2, self.num_prefix_tokens, self.rows * self.columns)
+
     def with_suffix(self, num_suffix_tokens: int) -> "TokenGrid":
         """This layout with suffix tokens after it."""
         return replace(self, num_suffix_tokens=num_suffix_tokens)

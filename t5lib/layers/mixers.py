@@ -171,12 +171,12 @@ class Mixer(nn.Module):
         def attention(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
             return neighborhood_attention(q, k, v, rows=grid.rows, columns=grid.columns, window=window)
 
-        own = grid.patches
-        q, k, v = (t[:, :, own] for t in (q, k, v))
+        q, k, v = (grid.on_grid(t) for t in (q, k, v))
         near = grid.with_neighbors(attention, q, k, v, window=window, moves_inward=True)
         learned = self.config.neighborhood_share == "learned"
         share = torch.sigmoid(self.near_share).to(o.dtype) if learned else 0.5
-        mixed = torch.lerp(o[:, :, own], near.to(o.dtype), share)
+        mixed = torch.lerp(grid.on_grid(o), near.to(o.dtype), share)
+        own = grid.patches
         return torch.cat([o[:, :, : own.start], mixed, o[:, :, own.stop :]], dim=2)
 
 
