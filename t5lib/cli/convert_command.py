@@ -33,8 +33,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="All settings of a layer by one name: t5 (default), t5+, t5-last, t5-last+, linear+, dit5, or a baseline "
-            "from another paper: hedgehog, lolcats, performer, lit, clear, vit3, graft-swa, graft-conv.",
+            help="All settings of a layer by one name: t5 (default), t5+, t5-last, t5-last+, linear+, dit5, or a "
+            "baseline from another paper: hedgehog, lolcats, performer, lit, clear, vit3, graft-swa, graft-conv.",
             rich_help_panel=LAYER,
         ),
     ] = None,

@@ -41,8 +41,10 @@ class TokenGrid:
         return slice(self.num_prefix_tokens, self.num_prefix_tokens + self.rows * self.columns)
 
     def on_grid(self, x: Tensor) -> Tensor:
-        """Those tokens of (B, H, N, D) that lie on the grid: x[:, :, patches], but torch.compile of torch 2.11 takes the
-        ends of such a slice for constants."""
+        """Those tokens of (B, H, N, D) that lie on the grid: x[:, :, patches].
+
+        torch.compile of torch 2.11 would take the ends of that slice for constants.
+        """
         return x.narrow(2, self.num_prefix_tokens, self.rows * self.columns)
 
     def with_suffix(self, num_suffix_tokens: int) -> "TokenGrid":
