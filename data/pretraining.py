@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from t5lib.training.graphs import RecordedPasses
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import atomic_file
 
@@ -37,6 +38,7 @@ class PretrainConfig:
         clip: largest norm of the gradient.
         untimed: first steps after every start, in which torch.compile works.
         threads: that make batches ahead of the step they are for; 0 makes each when it is needed.
+        graphs: on CUDA, record each pass as a CUDA graph (t5lib.training.graphs). Batches are then tensors by name.
     """
 
     minutes: float
@@ -51,6 +53,7 @@ class PretrainConfig:
     seed: int = 0
     untimed: int = 0
     threads: int = 0
+    graphs: bool = False
 
     def __post_init__(self):
         if self.minutes <= 0 or self.steps < 1 or not 0 < self.decay <= 1 or not 0 <= self.ema < 1:
@@ -129,6 +132,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(
             self.weights, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=self.cuda
         )
+        self.passes = RecordedPasses(model) if config.graphs and self.cuda else None
         self.record = Record()
         self.recent: list[Tensor] = []
         self.here = 0  # steps since this start
@@ -139,21 +143,25 @@ class _Run:
 
     def step(self, batch: Any) -> None:
         self.optimizer.param_groups[0]["lr"] = self.config.rate(self.record.steps, self.record.seconds)
-        with torch.autocast(self.weights[0].device.type, torch.bfloat16, enabled=self.cuda):
-            loss = self.loss(batch)
-        loss.backward()
+        loss = self.passes(self._learn, batch) if self.passes else self._learn(batch)
         nn.utils.clip_grad_norm_(self.weights, self.config.clip, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad()
         kept = min(self.config.ema, (1 + self.record.steps) / (10 + self.record.steps))
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.weights, 1 - kept)
-        self.recent.append(loss.detach())
+        self.recent.append(loss.clone())  # the next replay of a graph writes to the same place
         self.record.steps += 1
         self.here += 1
         self._count_time()
         if len(self.recent) == LOG_EVERY or self.over():
             self._log()
+
+    def _learn(self, batch: Any) -> Tensor:
+        with torch.autocast(self.weights[0].device.type, torch.bfloat16, enabled=self.cuda):
+            loss = self.loss(batch)
+        loss.backward()
+        return loss.detach()
 
     def _count_time(self) -> None:
         untimed = self.here <= self.config.untimed

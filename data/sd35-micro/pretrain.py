@@ -19,7 +19,6 @@ import argparse
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +39,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # where pretraining.p
 from pretraining import PretrainConfig, Record, pretrain, zero_gates
 
 FOLDER = Path(__file__).parent
+BESIDE = ("clean", "noise", "level")  # what Noised holds beside the model's inputs
 VAE, POOL, FLOW, HELD_OUT = range(4)  # first part of the seeds, so that no two steps draw the same
 
 
@@ -59,6 +59,7 @@ class Settings:
     pool: tuple[int, int] = (131072, 49152)
     empty_captions: float = 0.1
     threads: int = 6
+    graphs: bool = True
     scored_prompts: int = 256
 
 
@@ -175,9 +176,14 @@ def train_flow(
     """Transformer and text encoders together."""
     noising = noising_of(FlowMatchEulerDiscreteScheduler(shift=config.shift))
 
-    def batch_at(step: int) -> Noised:
+    def batch_at(step: int) -> dict[str, Tensor]:
         which = step % len(SIZES)
-        return noised(world, vae, pools[which], settings, noising, settings.batch[which], FLOW, step)
+        batch = noised(world, vae, pools[which], settings, noising, settings.batch[which], FLOW, step)
+        return batch.inputs | {name: getattr(batch, name) for name in BESIDE}
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name not in BESIDE}
+        return flow_loss(model, noising, Noised(inputs=inputs, **{name: batch[name] for name in BESIDE}))
 
     schedule = PretrainConfig(
         minutes=settings.minutes,
@@ -186,12 +192,13 @@ def train_flow(
         seed=settings.seed,
         untimed=2,
         threads=settings.threads,
+        graphs=settings.graphs,
     )
     zero_gates(model.transformer, model.transformer.proj_out)
     if world.device.type == "cuda":
         for block in model.transformer.transformer_blocks:
             block.compile(dynamic=False)
-    return pretrain("flow", model, batch_at, partial(flow_loss, model, noising), schedule, scratch / "flow.pt", stop)
+    return pretrain("flow", model, batch_at, loss, schedule, scratch / "flow.pt", stop)
 
 
 def noised(world: World, vae, pool: tuple, settings: Settings, noising, number: int, part: int, step: int) -> Noised:
@@ -308,11 +315,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=Settings.minutes, help="of transformer and text encoders")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="most steps, in each of the two trainings")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=Settings.lr, help="of transformer and text encoders")
+    parser.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        default=Settings.graphs,
+        help="record passes of transformer and text encoders as CUDA graphs",
+    )
     parser.add_argument(
         "--stop-after", type=float, default=float("inf"), help="seconds, then save the state and exit 3"
     )
     args = parser.parse_args(arguments)
-    settings = Settings(vae_minutes=args.vae_minutes, minutes=args.minutes, steps=args.steps, seed=args.seed)
+    given = {name: getattr(args, name) for name in ("vae_minutes", "minutes", "steps", "seed", "lr", "graphs")}
+    settings = Settings(**given)
     run(MicroConfig(), settings, args.out, args.scratch, time.monotonic() + args.stop_after)
 
 

@@ -45,6 +45,22 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, threads, monkeypa
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
 
 
+@pytest.mark.gpu
+def test_on_a_card_graphs_learn_what_passes_learn(tmp_path):
+    def weights(graphs: bool):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1, device="cuda")
+        batch_at = lambda step: {"x": torch.randn(8 + 8 * (step % 2), 4, generator=seeded(0, step)).cuda()}  # noqa: E731
+        config = PretrainConfig(minutes=1.0, steps=60, lr=0.1, warmup=5, threads=2, graphs=graphs)
+        loss = lambda batch: (model(batch["x"]) - batch["x"].sum(1, keepdim=True)).square().mean()  # noqa: E731
+        record = pretrain("line", model, batch_at, loss, config, tmp_path / f"{graphs}.pt")
+        return model.weight.detach(), record.losses
+
+    (plain, losses), (replayed, same) = weights(False), weights(True)
+    torch.testing.assert_close(replayed, plain)
+    assert same == [pytest.approx(each) for each in losses]
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path):
     first, _ = train(tmp_path)
     again, record = train(tmp_path, steps=60)
