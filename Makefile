@@ -26,6 +26,7 @@ test: $(READY)  ## every test that this machine can run
 	@$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 oldest: $(READY)  ## tests of compiled models with the oldest torch that pyproject.toml allows, installed into .venv-oldest
+	@echo "installing the oldest torch into .venv-oldest; then a few minutes of tests"
 	@.venv/bin/uv venv --quiet --clear --python $(RUN) .venv-oldest
 	@grep -vE '^(torch|torchvision|triton|setuptools|nvidia-.*|cuda-.*)==' constraints.txt > .venv-oldest/constraints.txt
 	@.venv/bin/uv pip install --quiet --python .venv-oldest -c .venv-oldest/constraints.txt -e '.[diffusion,dev]' \

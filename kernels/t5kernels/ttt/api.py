@@ -49,7 +49,7 @@ def ttt(
         loss: "dot" (minus the dot product) or "residual" (half the squared error), summed over tokens.
         scale: inner learning rate; the method uses D**-0.5 / N. The linear models normalize, so it cancels there.
         impl: "triton", "reference", or None for the kernels where they are made for the call (16-bit CUDA tokens,
-            swiglu or swiglu_last with the dot loss) and the reference elsewhere. "triton" takes views of any strides as
+            one of FUSED_INNERS with the dot loss) and the reference elsewhere. "triton" takes views of any strides as
             they are, sums over tokens in float32, and returns tokens that lie in memory as (B, N, H, D), so that
             merging the heads copies nothing. It has a first derivative only.
 
