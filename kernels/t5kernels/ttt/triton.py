@@ -1,5 +1,5 @@
-"""Some inner models with the dot loss by the kernels of triton_kernels.py and triton_linear_kernels.py: two
-differentiable custom ops, the halves of `ttt`.
+"""Some inner models with the dot loss by the kernels of triton_kernels.py, triton_last_kernels.py and
+triton_linear_kernels.py: two differentiable custom ops, the halves of `ttt`.
 
 `accumulate` sums the step over keys and values, `apply` applies the stepped model to queries. Autograd joins their
 backward passes through the step, so the backward keeps the inputs and the step only: S·D² numbers a head, where S is 3,
@@ -18,7 +18,7 @@ from torch.types import Number
 from t5kernels.launch import ceil_div, chunks_of, contiguous, launch, like_tokens, lying_alike, sum_over_chunks
 from t5kernels.linear_attention.reference import SMALLEST_NORMALIZER
 from t5kernels.ops import differentiable, op
-from t5kernels.ttt import triton_kernels, triton_linear_kernels
+from t5kernels.ttt import triton_kernels, triton_last_kernels, triton_linear_kernels
 from t5kernels.ttt.triton_tiles import tile_for
 
 
@@ -79,7 +79,7 @@ INNERS = {
         on_keys="accumulate_linear", on_queries="apply_linear", of_keys=(1,), of_queries=(0,), steps=0
     ),
 }
-KERNELS = vars(triton_kernels) | vars(triton_linear_kernels)
+KERNELS = vars(triton_kernels) | vars(triton_last_kernels) | vars(triton_linear_kernels)
 
 
 def accumulate(k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float, inner: str) -> Tensor:

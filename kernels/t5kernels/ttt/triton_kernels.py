@@ -2,7 +2,8 @@
 # (The body of a kernel is Triton's language: constants decide which branches exist, and its loops have no types.)
 """The Triton kernels of swiglu with the dot loss. One program takes some tokens of one head; triton.py launches them.
 
-Those of swiglu_last, of which only W3 steps, are its halves on queries (LAST) and two short ones of their own.
+Those of swiglu_last, of which only W3 steps, are its halves on queries (LAST) and those in
+triton_last_kernels.py.
 
 Notation, for one image and head, with row vectors: q, k, v are the tokens, W1 W2 W3 the inner weights, s the inner
 learning rate, G the step, U = W - G. g = silu(z1), g' and g'' are its derivatives by z1; * is elementwise; sums run
@@ -26,9 +27,6 @@ m1 = r * z2 * g', m2 = r * g and a = g * z2, have the gradients dm1 = k E1, dm2 
     dk  = m1 E1^T + m2 E2^T + dz1 W1^T + dz2 W2^T
     dv  = a E3 + dr W3
     dW1 += sum k^T dz1,   dW2 += sum k^T dz2,   dW3 += sum dr^T v    (summed over images).
-
-With W3 alone stepping, U1 = W1 and U2 = W2, and of the above remain G3 (`accumulate_last_kernel`), da with
-    dz1 = da * z2 * g',   dz2 = da * g,   dk = dz1 W1^T + dz2 W2^T,   dv = a E3   (`accumulate_last_backward_kernel`).
 
 Everything above splits over the hidden width (columns of W1 and W2, rows of W3): the sums over tokens of a slice need
 that slice only, and o, dq, dk, dv are sums over slices. A slice has HIDDEN columns, so few that its three float32 sums
@@ -68,7 +66,7 @@ from t5kernels.ttt.triton_groups import (
 
 
 @triton.jit
-def _sigmoid(z, dtype):
+def sigmoid(z, dtype):
     # It is written out because Triton's own function is interpreted only if TRITON_INTERPRET was set when Triton was
     # imported.
     if dtype == tl.float32:
@@ -83,12 +81,12 @@ def _sigmoid(z, dtype):
 
 
 @triton.jit
-def _silu(z, dtype):
+def silu(z, dtype):
     """silu(z), and its first and second derivatives."""
-    sigmoid = _sigmoid(z, dtype)
-    value = z * sigmoid
-    rest = 1 - sigmoid
-    return value, sigmoid + value * rest, sigmoid * rest * (2 + z * (1 - 2 * sigmoid))
+    gate = sigmoid(z, dtype)
+    value = z * gate
+    rest = 1 - gate
+    return value, gate + value * rest, gate * rest * (2 + z * (1 - 2 * gate))
 
 
 @triton.jit
@@ -113,7 +111,7 @@ def _load_weights(
 
 
 @triton.jit
-def _load_first_weights(
+def load_first_weights(
     w1, w2, h, tile, dtype, D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr
 ):
     """`_load_weights` without W3."""
@@ -157,13 +155,13 @@ def _load_stepped(
 
 
 @triton.jit
-def _to_hidden(x, w, TURNED: tl.constexpr):
+def to_hidden(x, w, TURNED: tl.constexpr):
     """x w, (BLOCK, HIDDEN), for x (BLOCK, channels) and w (channels, HIDDEN); with TURNED its transpose."""
     return dot_channels(transposed(w), transposed(x)) if TURNED else dot_channels(x, w)
 
 
 @triton.jit
-def _add_sum(total, x, m, TURNED: tl.constexpr):
+def add_sum(total, x, m, TURNED: tl.constexpr):
     """total + x^T m, (channels, HIDDEN), for x (BLOCK, channels) and m (BLOCK, HIDDEN).
 
     With TURNED total and m are transposes, and so is the result.
@@ -172,8 +170,8 @@ def _add_sum(total, x, m, TURNED: tl.constexpr):
 
 
 @triton.jit
-def _zero_sum(HIDDEN: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, TURNED: tl.constexpr):
-    """What `_add_sum` starts with."""
+def zero_sum(HIDDEN: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, TURNED: tl.constexpr):
+    """What `add_sum` starts with."""
     return zero_rows(HIDDEN, WIDTH, REST) if TURNED else zero_columns(HIDDEN, WIDTH, REST)
 
 
@@ -199,19 +197,19 @@ def accumulate_kernel(
     v, v_b, v_h, v_n = own_tokens(v, v_b, v_h, v_n, text_v, tv_b, tv_h, tv_n, part >= chunks, TEXT)
     part, N = own_share(part, chunks, N, T, TEXT)
     k, v = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
-    zero = _zero_sum(HIDDEN, WIDTH, REST, TURNED)
+    zero = zero_sum(HIDDEN, WIDTH, REST, TURNED)
     s1, s2, s3 = zero, zero, zero
     for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
         values = load_channels(v, start, v_n, v_d, N, D, WIDTH, REST, BLOCK)
         keys = load_channels(k, start, k_n, k_d, N, D, WIDTH, REST, BLOCK)
-        z1, z2 = _to_hidden(keys, w1, TURNED), _to_hidden(keys, w2, TURNED)
-        r = _to_hidden(values, transposed(w3), TURNED)
-        gate, slope, _ = _silu(z1, dtype)
+        z1, z2 = to_hidden(keys, w1, TURNED), to_hidden(keys, w2, TURNED)
+        r = to_hidden(values, transposed(w3), TURNED)
+        gate, slope, _ = silu(z1, dtype)
         m1, m2 = (r * z2 * slope).to(dtype), (r * gate).to(dtype)
         a = (gate * z2).to(dtype)
-        s1 = _add_sum(s1, keys, m1, TURNED)
-        s2 = _add_sum(s2, keys, m2, TURNED)
-        s3 = _add_sum(s3, values, a, TURNED)
+        s1 = add_sum(s1, keys, m1, TURNED)
+        s2 = add_sum(s2, keys, m2, TURNED)
+        s3 = add_sum(s3, values, a, TURNED)
     if TURNED:
         s1, s2 = transposed(s1), transposed(s2)
     else:
@@ -220,38 +218,6 @@ def accumulate_kernel(
     g1, g2, g3 = scaled(s1, -scale), scaled(s2, -scale), scaled(s3, -scale)
     place = index * capacity + tl.program_id(1)  # fewer registers than with the number of programs
     _store_triple(sums, place, tile, g1, g2, g3, D, WIDTH, REST, HIDDEN)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def accumulate_last_kernel(
-    k, v, text_k, text_v, w1, w2, sums,
-    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, tk_b, tk_h, tk_n, tv_b, tv_h, tv_n,
-    H, N, T, chunk, chunks, capacity, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
-    TEXT: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """`accumulate_kernel` where W3 alone steps: sums (B·H, capacity, 1, D, D)."""
-    TURNED: tl.constexpr = REST > 0 or (WIDTH == 64 and HIDDEN == 64)
-    after_previous(EARLY)
-    index, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, h = index // H, index % H
-    dtype = k.dtype.element_ty
-    w1, w2 = _load_first_weights(w1, w2, h, tile, dtype, D, WIDTH, REST, HIDDEN)
-    k, k_b, k_h, k_n = own_tokens(k, k_b, k_h, k_n, text_k, tk_b, tk_h, tk_n, part >= chunks, TEXT)
-    v, v_b, v_h, v_n = own_tokens(v, v_b, v_h, v_n, text_v, tv_b, tv_h, tv_n, part >= chunks, TEXT)
-    part, N = own_share(part, chunks, N, T, TEXT)
-    k, v = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
-    s3 = _zero_sum(HIDDEN, WIDTH, REST, TURNED)
-    for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
-        values = load_channels(v, start, v_n, v_d, N, D, WIDTH, REST, BLOCK)
-        keys = load_channels(k, start, k_n, k_d, N, D, WIDTH, REST, BLOCK)
-        z1, z2 = _to_hidden(keys, w1, TURNED), _to_hidden(keys, w2, TURNED)
-        a = (z1 * _sigmoid(z1, dtype) * z2).to(dtype)
-        s3 = _add_sum(s3, values, a, TURNED)
-    if not TURNED:
-        s3 = transposed(s3)
-    sums += (index * capacity + tl.program_id(1)).to(tl.int64) * (D * D)
-    store_rows(sums, scaled(s3, -scale), tile, D, WIDTH, REST, HIDDEN)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -284,7 +250,7 @@ def apply_kernel(
             if SLICES > 1:
                 u1, u2, u3 = _load_stepped(w1, w2, w3, step, h, index, tile, dtype, D, WIDTH, REST, HIDDEN, LAST)
             y1, y2 = dot_channels(queries, u1), dot_channels(queries, u2)
-            hidden = y1 * _sigmoid(y1, dtype) * y2
+            hidden = y1 * sigmoid(y1, dtype) * y2
             o = add_dot_rows(o, hidden.to(dtype), u3)
         store_channels(out, o, start, o_n, o_d, N, D, WIDTH, REST, BLOCK)
 
@@ -318,7 +284,7 @@ def apply_backward_kernel(
             queries = load_channels(q, start, q_n, q_d, N, D, WIDTH, REST, BLOCK)
             y1, y2 = dot_channels(queries, u1), dot_channels(queries, u2)
             dh = dot_channels(grads, transposed(u3))
-            gate, slope, _ = _silu(y1, dtype)
+            gate, slope, _ = silu(y1, dtype)
             dy1, dy2 = (dh * y2 * slope).to(dtype), (dh * gate).to(dtype)
             s3 = add_dot_columns(s3, transposed(grads), (gate * y2).to(dtype))
             dq_tile = add_dot_rows(zero_rows(BLOCK, WIDTH, REST), dy1, transposed(u1))
@@ -374,7 +340,7 @@ def accumulate_backward_kernel(
                 keys = load_channels(k_, start, k_n, k_d, N, D, WIDTH, REST, BLOCK)
                 z1, z2 = dot_channels(keys, w1_), dot_channels(keys, w2_)
                 r = dot_channels(values, transposed(w3_))
-                gate, slope, bend = _silu(z1, dtype)
+                gate, slope, bend = silu(z1, dtype)
                 # The order of what follows keeps the fewest values in registers.
                 m1, m2, a = (r * z2 * slope).to(dtype), (r * gate).to(dtype), (gate * z2).to(dtype)
                 da = dot_channels(values, transposed(e3))
@@ -407,61 +373,4 @@ def accumulate_backward_kernel(
                 s2 = add_dot_columns(s2, keys, dz2)
         place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         _store_triple(sums, place, tile, s1, s2, s3, D, WIDTH, REST, HIDDEN)
-        tl.debug_barrier()  # the next slice adds to dk and dv, perhaps by other threads
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def accumulate_last_backward_kernel(
-    d_step, k, v, text_k, text_v, w1, w2, dk, dv, text_dk, text_dv, sums,
-    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, tk_b, tk_h, tk_n, tv_b, tv_h, tv_n,
-    dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d, tdk_b, tdk_h, tdk_n, tdv_b, tdv_h, tdv_n,
-    B, H, N, T, images, chunk, chunks, scale, step_h,
-    D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
-    SLICES: tl.constexpr, TEXT: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """`accumulate_backward_kernel` where W3 alone steps. d_step: float32, a D x D every `step_h` numbers.
-
-    sums: (groups·H, all chunks, 2, D, D) of dW1 and dW2.
-    """
-    after_previous(EARLY)
-    part, group, h = tl.program_id(1), tl.program_id(0) // H, tl.program_id(0) % H
-    dtype = k.dtype.element_ty
-    k, k_b, k_h, k_n = own_tokens(k, k_b, k_h, k_n, text_k, tk_b, tk_h, tk_n, part >= chunks, TEXT)
-    v, v_b, v_h, v_n = own_tokens(v, v_b, v_h, v_n, text_v, tv_b, tv_h, tv_n, part >= chunks, TEXT)
-    dk, dk_b, dk_h, dk_n = own_tokens(dk, dk_b, dk_h, dk_n, text_dk, tdk_b, tdk_h, tdk_n, part >= chunks, TEXT)
-    dv, dv_b, dv_h, dv_n = own_tokens(dv, dv_b, dv_h, dv_n, text_dv, tdv_b, tdv_h, tdv_n, part >= chunks, TEXT)
-    part, N = own_share(part, chunks, N, T, TEXT)
-    for tile in range(SLICES):
-        w1_, w2_ = _load_first_weights(w1, w2, h, tile, dtype, D, WIDTH, REST, HIDDEN)
-        s1, s2 = zero_columns(HIDDEN, WIDTH, REST), zero_columns(HIDDEN, WIDTH, REST)
-        for image in range(tl.minimum(images, B - group * images)):
-            b = group * images + image
-            d_step_ = d_step + (b * H + h).to(tl.int64) * step_h
-            e3 = cast(scaled(load_rows(d_step_, tile, D, WIDTH, REST, HIDDEN), -scale), dtype)
-            k_, v_ = start_of_head(k, b, h, k_b, k_h), start_of_head(v, b, h, v_b, v_h)
-            dk_, dv_ = start_of_head(dk, b, h, dk_b, dk_h), start_of_head(dv, b, h, dv_b, dv_h)
-            for start in tl.range(part * chunk, part * chunk + chunk, BLOCK, disable_licm=True):
-                values = load_channels(v_, start, v_n, v_d, N, D, WIDTH, REST, BLOCK)
-                keys = load_channels(k_, start, k_n, k_d, N, D, WIDTH, REST, BLOCK)
-                z1, z2 = dot_channels(keys, w1_), dot_channels(keys, w2_)
-                da = dot_channels(values, transposed(e3))
-                gate, slope, _ = _silu(z1, dtype)
-                dv_tile = add_dot_rows(zero_rows(BLOCK, WIDTH, REST), (gate * z2).to(dtype), e3)
-                dz1, dz2 = (da * z2 * slope).to(dtype), (da * gate).to(dtype)
-                if tile > 0:
-                    before = load_channels(dv_, start, dv_n, dv_d, N, D, WIDTH, REST, BLOCK)
-                    dv_tile = added(dv_tile, cast(before, tl.float32))
-                store_channels(dv_, dv_tile, start, dv_n, dv_d, N, D, WIDTH, REST, BLOCK)
-                dk_tile = add_dot_rows(zero_rows(BLOCK, WIDTH, REST), dz1, transposed(w1_))
-                dk_tile = add_dot_rows(dk_tile, dz2, transposed(w2_))
-                if tile > 0:
-                    before = load_channels(dk_, start, dk_n, dk_d, N, D, WIDTH, REST, BLOCK)
-                    dk_tile = added(dk_tile, cast(before, tl.float32))
-                store_channels(dk_, dk_tile, start, dk_n, dk_d, N, D, WIDTH, REST, BLOCK)
-                keys = transposed(keys)
-                s1 = add_dot_columns(s1, keys, dz1)
-                s2 = add_dot_columns(s2, keys, dz2)
-        place = sums + (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * (2 * D * D)
-        store_columns(place, s1, tile, D, WIDTH, REST, HIDDEN)
-        store_columns(place + D * D, s2, tile, D, WIDTH, REST, HIDDEN)
         tl.debug_barrier()  # the next slice adds to dk and dv, perhaps by other threads
