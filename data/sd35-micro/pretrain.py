@@ -18,7 +18,7 @@ Needs a GPU for the real thing. Exits with 3 when stopped before the end.
 import argparse
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,18 +54,17 @@ class Settings:
     vae_batch: tuple[int, int] = (256, 64)
     vae_lr: float = 1e-3
     kl: float = 3e-4
-    batch: tuple[int, int] = (512, 128)
+    batch: tuple[int, int] = (256, 64)
     lr: float = 1e-3
     pool: tuple[int, int] = (131072, 49152)
     empty_captions: float = 0.1
-    threads: int = 6
     graphs: bool = True
     scored_prompts: int = 256
 
 
 @dataclass(kw_only=True)
 class World:
-    """What every step uses: the emoji, their sprites on the device, all captions and their token ids (on the CPU)."""
+    """What every step uses: the emoji, their sprites, all captions and their token ids; tensors on the device."""
 
     kinds: list[Emoji]
     sprites: Tensor
@@ -85,7 +84,7 @@ class World:
             tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
             for tokenizer in (clip, t5)
         ]
-        ids = torch.cat([ids[0], ids[0], ids[1]], 1)
+        ids = torch.cat([ids[0], ids[0], ids[1]], 1).to(device)
         return cls(kinds=found, sprites=sprites, captions=captions, tokenizers=tokenizers, ids=ids)
 
     @property
@@ -103,16 +102,16 @@ def train_vae(world: World, config: MicroConfig, settings: Settings, scratch: Pa
         vae.encoder.compile(dynamic=False)
         vae.decoder.compile(dynamic=False)
 
-    def batch_at(step: int) -> tuple[Tensor, Tensor]:
+    def batch_at(step: int) -> dict[str, Tensor]:
         which = step % len(SIZES)
         number, size = settings.vae_batch[which], SIZES[which]
         pictures = compose(world.sprites, world.scenes(number, settings.seed, VAE, step), size)
         chance = torch.Generator(world.device).manual_seed(settings.seed * 10_000_000 + step)
         shape = (number, config.latent_channels, size // DOWN, size // DOWN)
-        return pictures, torch.randn(shape, generator=chance, device=world.device)
+        return {"pictures": pictures, "noise": torch.randn(shape, generator=chance, device=world.device)}
 
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        pictures, noise = batch
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        pictures, noise = batch["pictures"], batch["noise"]
         found = vae.encode(pictures).latent_dist
         mean, logvar = found.mean.float(), found.logvar.float()
         error = vae.decode(mean + (0.5 * logvar).exp() * noise).sample.float() - pictures
@@ -126,6 +125,7 @@ def train_vae(world: World, config: MicroConfig, settings: Settings, scratch: Pa
         seed=settings.seed,
         warmup=100,
         untimed=2,
+        graphs=settings.graphs,
     )
     record = pretrain("vae", vae, batch_at, loss, schedule, scratch / "vae.pt", stop)
     trained = build_vae(config).to(world.device, memory_format=torch.channels_last)  # one that is not compiled
@@ -141,15 +141,16 @@ def encode(vae, pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def fill_pool(world: World, vae, which: int, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Latents (N, C, h, w) in half precision and caption numbers (N,) of composed scenes, on the CPU."""
+    """Latents (N, C, h, w) in half precision and caption numbers (N,) of composed scenes, on the device."""
     total, size = settings.pool[which], SIZES[which]
-    latents = torch.empty(total, vae.config.latent_channels, size // DOWN, size // DOWN, dtype=torch.float16)
-    captions = torch.empty(total, dtype=torch.long)
+    shape = (total, vae.config.latent_channels, size // DOWN, size // DOWN)
+    latents = torch.empty(shape, dtype=torch.float16, device=world.device)
+    captions = torch.empty(total, dtype=torch.long, device=world.device)
     chance = torch.Generator(world.device).manual_seed(settings.seed * 10 + POOL)
     for begin in range(0, total, settings.vae_batch[which]):
         rows = slice(begin, min(begin + settings.vae_batch[which], total))
         scenes = world.scenes(rows.stop - begin, settings.seed, POOL, size, begin)
-        latents[rows] = encode(vae, compose(world.sprites, scenes, size), chance).half().cpu()
+        latents[rows] = encode(vae, compose(world.sprites, scenes, size), chance)
         captions[rows] = scenes.captions()
     return latents, captions
 
@@ -191,7 +192,6 @@ def train_flow(
         lr=settings.lr,
         seed=settings.seed,
         untimed=2,
-        threads=settings.threads,
         graphs=settings.graphs,
     )
     zero_gates(model.transformer, model.transformer.proj_out)
@@ -202,14 +202,22 @@ def train_flow(
 
 
 def noised(world: World, vae, pool: tuple, settings: Settings, noising, number: int, part: int, step: int) -> Noised:
-    """A batch of `number` latents of the pool, their captions' ids, some empty, and noise; the same for a seed."""
+    """A batch of `number` latents of the pool, their captions' ids, some empty, and noise; the same for a seed.
+
+    All but a few numbers an image is drawn on the device, where a step would otherwise wait for it.
+    """
     latents, captions = pool
     chance = seeded(settings.seed, part, step)
-    rows = torch.randint(len(latents), (number,), generator=chance)
-    empty = torch.rand(number, generator=chance) < settings.empty_captions
+    rows = torch.randint(len(latents), (number,), generator=chance).to(world.device)
+    empty = (torch.rand(number, generator=chance) < settings.empty_captions).to(world.device)
     ids = world.ids[captions[rows].masked_fill(empty, len(world.ids) - 1)]
-    scaled = (latents[rows].float() - vae.config.shift_factor) * vae.config.scaling_factor
-    return noising.noised({"latents": scaled, "prompt_embeds": ids, "pooled": ids}, chance).to(world.device)
+    drawn = {"latents": torch.zeros(number, 1, 1, 1), "prompt_embeds": ids, "pooled": ids}
+    level = noising.noised(drawn, chance).to(world.device)
+    clean = (latents[rows].float() - vae.config.shift_factor) * vae.config.scaling_factor
+    chance = torch.Generator(world.device).manual_seed(chance.initial_seed() ^ 1)
+    noise = torch.randn(clean.shape, generator=chance, device=world.device)
+    noisy = torch.lerp(clean, noise, level.level[:, None, None, None])
+    return replace(level, inputs=level.inputs | {"hidden_states": noisy}, clean=clean, noise=noise)
 
 
 def flow_loss(model: Captioned, noising, batch: Noised) -> Tensor:
@@ -266,8 +274,8 @@ def held_out_loss(world: World, model: Captioned, vae, config: MicroConfig, sett
     for which, size in enumerate(SIZES):
         number = settings.batch[which]
         scenes = world.scenes(number, settings.seed, HELD_OUT, size)
-        latents = encode(vae, compose(world.sprites, scenes, size), chance).cpu()
-        batch = noised(world, vae, (latents, scenes.captions()), settings, noising, number, HELD_OUT, size)
+        latents = encode(vae, compose(world.sprites, scenes, size), chance)
+        batch = noised(world, vae, (latents, scenes.captions().to(world.device)), settings, noising, number, HELD_OUT, size)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=world.device.type == "cuda"):
             found[str(size)] = float(flow_loss(model, noising, batch))
     return found

@@ -175,7 +175,7 @@ def pretrained(micro, tmp_path_factory):
     config = micro.networks.MicroConfig(
         layers=2, heads=1, clip_widths=(32, 32), text_width=64, vae_widths=(8, 16), max_side=32
     )
-    small = {"vae_batch": (2, 2), "batch": (2, 2), "pool": (4, 4), "threads": 1, "scored_prompts": 1}
+    small = {"vae_batch": (2, 2), "batch": (2, 2), "pool": (4, 4), "scored_prompts": 1}
     settings = micro.pretrain.Settings(steps=2, **small)
     with compiled_for_tracing_alone(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(micro.card, "STEPS", 2)  # of every sample
