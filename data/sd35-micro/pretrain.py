@@ -275,7 +275,8 @@ def held_out_loss(world: World, model: Captioned, vae, config: MicroConfig, sett
         number = settings.batch[which]
         scenes = world.scenes(number, settings.seed, HELD_OUT, size)
         latents = encode(vae, compose(world.sprites, scenes, size), chance)
-        batch = noised(world, vae, (latents, scenes.captions().to(world.device)), settings, noising, number, HELD_OUT, size)
+        pool = latents, scenes.captions().to(world.device)
+        batch = noised(world, vae, pool, settings, noising, number, HELD_OUT, size)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=world.device.type == "cuda"):
             found[str(size)] = float(flow_loss(model, noising, batch))
     return found
