@@ -1,56 +1,58 @@
 """Quality of a denoiser against fine-tune steps: layer sets, calibrated or not, beside the softmax control.
 
     python -m tasks.studies.curves sd35-micro --layers paper all --steps 0 100 400 --seeds 0 1 --out results/sd35-micro
+    python -m tasks.studies.curves sd35-micro --layers all --arm last convert.layers=all convert.inner=swiglu_last \\
+        --steps 400 --control-steps 400 1000 --out results/inner-models
 
-Every point is a training of its own with the target's recipe over so many steps, from the calibrated (or merely
-converted) model; the control is the softmax source under the same recipe. Writes OUT.json (every figure of every seed,
-settings, device), OUT.md, OUT.png (curves) and OUT-samples.png, after every arm. Points that are done are not run
-again; --jobs processes share the cards that are seen; after --until SECONDS nothing is begun, and what is there is
-shown.
+Every point is a training of its own with the target's recipe over so many steps, from the calibrated and aligned (or
+merely converted) model; the control is the softmax source under the same recipe. --arm adds models with settings of
+their own, and --control-steps gives the control the compute that calibration and alignment had besides. Writes
+OUT.json (every figure of every seed, settings, device), OUT.md, OUT.png (curves) and OUT-samples.png, after every arm.
+Points that are done are not run again; --jobs processes share the cards that are seen; after --until SECONDS nothing is
+begun, and what is there is shown.
 """
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from t5lib.evaluation.generation import read_images
 from t5lib.report import plots
 from t5lib.report.sample_grid import sample_grid
-from t5lib.report.score_table import METRICS
 from t5lib.utils import markdown
 from t5lib.utils.errors import T5Error
 from t5lib.utils.files import read_json, write_json
 from tasks.runtime import command_line
+from tasks.runtime.params import changed
 from tasks.runtime.stage import Stage
 from tasks.studies import common
-from tasks.studies.common import plus_minus, spread, with_seed, workspace
-from tasks.targets import kind, resolve
+from tasks.studies.common import with_seed, workspace
+from tasks.studies.curves_report import CONTROL, PLAIN, picture, table
+from tasks.targets import checked, kind, resolve
 from tasks.targets.run import run_stage
 
 SHARED = ("fetch", "shards", "source")  # stages that are the same for all arms and seeds
 READ = ("data", "evaluate")  # the sections that an evaluation reads
-CONTROL = "control"
-CURVES = ("loss", "fd_dinov2", "fid", "retrieval_r1")  # the scores that are drawn, where there are any
-REFERENCES = (("real images", "real"), ("source", "source"))  # the first rows of the table, and where they stand
 SHOWN = 6  # rows of samples
+UNCALIBRATED = ("calibrate.steps=0", "align.steps=0")
 NOT_SHOWN = ("diagnose", "freeze", "explain", "benchmark")  # sections that decide about nothing here
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of the picture: a layer set (None: softmax), with attention transfer or without."""
+    """One line of the picture: the control, or a model with settings of its own, written as --set takes them."""
 
-    layers: str | None
-    calibrated: bool
+    name: str
+    changes: tuple[str, ...]
 
     @property
-    def name(self) -> str:
-        return CONTROL if self.layers is None else self.layers + ("" if self.calibrated else ", not calibrated")
+    def is_control(self) -> bool:
+        return self.name == CONTROL
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def run(
     seeds: list[int],
     out: Path,
     work: Path,
+    more: Sequence[Arm] = (),
+    control_steps: list[int] | None = None,
     jobs: int = 1,
     seconds: float = math.inf,
 ) -> dict[str, Any]:
@@ -115,20 +119,24 @@ def run(
     Args:
         settings: of the target, resolved.
         layers: layer sets, as convert.layers takes them; steps: of the fine-tunes, 0 for none; jobs: processes.
+        more: arms beside the control and the layer sets; control_steps: those of the control, if others than `steps`.
         seconds: after which no training and no drawing is begun.
 
     Raises:
-        T5Error: a target that is no denoiser, an arm that broke (after the others were done), or nothing done in time.
+        T5Error: a target that is no denoiser, two arms of one name, settings that an arm cannot have, an arm that broke
+            (after the others were done), or nothing done in time.
     """
     _check_kind(target, settings)
-    until = time.time() + seconds
-    arms = [Arm(None, False), *(Arm(each, calibrated) for each in layers for calibrated in (True, False))]
+    until, arms = time.time() + seconds, [*_arms(layers), *more]
+    _check_names([arm.name for arm in arms])
+    own = {arm.name: control_steps if arm.is_control and control_steps else steps for arm in arms}
     planned = [
-        Job(target, arm, seed, tuple(sorted(set(steps))), _of_arm(settings, arm, seed), work, until)
+        Job(target, arm, seed, tuple(sorted(set(own[arm.name]))), _of_arm(target, settings, arm, seed), work, until)
         for seed in seeds
         for arm in arms
     ]
-    _make_shared(planned[0])
+    for job in {job.shared: job for job in planned}.values():
+        _make_shared(job)
     problems, written = [], False
     for outcome in common.run_jobs(add_points, [job for job in planned if not job.done()], jobs, until=until):
         name = f"{outcome.job.arm.name}, seed {outcome.job.seed}"
@@ -161,14 +169,20 @@ def _check_kind(target: str, settings: dict[str, Any]) -> None:
         )
 
 
-def _of_arm(settings: dict[str, Any], arm: Arm, seed: int) -> dict[str, Any]:
-    own = with_seed(settings, seed)
-    if arm.layers is not None:
-        own["convert"] = own["convert"] | {"layers": arm.layers}
-    if not arm.calibrated:
-        for name in ("calibrate", "align"):
-            own[name] = own[name] | {"steps": 0}
-    return own
+def _arms(layers: list[str]) -> list[Arm]:
+    """The control, and each layer set with attention transfer and without."""
+    converted = [Arm(each, (f"convert.layers={each}",)) for each in layers]
+    plain = [Arm(arm.name + PLAIN, (*arm.changes, *UNCALIBRATED)) for arm in converted]
+    return [Arm(CONTROL, UNCALIBRATED), *(arm for pair in zip(converted, plain, strict=True) for arm in pair)]
+
+
+def _check_names(names: list[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise T5Error(f"two arms are called '{twice[0]}'; the names taken are {', '.join(names)}: give --arm another")
+
+
+def _of_arm(target: str, settings: dict[str, Any], arm: Arm, seed: int) -> dict[str, Any]:
+    return with_seed(checked(changed(settings, arm.changes, target), f"the arm '{arm.name}'"), seed)
 
 
 def _shared_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -191,7 +205,8 @@ def add_points(job: Job) -> None:
     _link_shared(job)
     known = job.result() or {"points": []}
     stages = _start(job, known)
-    start, training = ("source", "control") if job.arm.layers is None else ("align", "finetune")
+    start, training = ("source", "control") if job.arm.is_control else ("align", "finetune")
+    before = sum(stage.get("seconds", 0.0) for stage in stages.values())  # converting takes none worth noting
     evaluator, points = _evaluator(job), known["points"]
     drawn = {"source": evaluator.draw("source", job.out / "source", job.shared / "images")}
     for steps in job.steps:
@@ -206,7 +221,7 @@ def add_points(job: Job) -> None:
             common.clean_up()
         drawn["model"] = evaluator.draw(job.arm.name, model, job.root / f"images/{steps}")
         scores = evaluator.scores(drawn)
-        points.append({"steps": steps, "seconds": seconds, **scores["model"]})
+        points.append({"steps": steps, "seconds": seconds, "seconds_in_all": before + seconds, **scores["model"]})
         result = {"arm": job.arm.name, "seed": job.seed, "settings": job.settings, "stages": stages, "points": points}
         result |= {"source": scores["source"], "real": scores["real images"], "prompts": evaluator.prompts}
         write_json(job.result_file, result | common.machine())
@@ -214,7 +229,7 @@ def add_points(job: Job) -> None:
 
 def _start(job: Job, known: dict[str, Any]) -> dict[str, Any]:
     """The model that the trainings start from, made unless it is there; the metrics of the stages that made it."""
-    if job.arm.layers is None:
+    if job.arm.is_control:
         return {}
     if "stages" in known and (job.out / "align").is_dir():
         return known["stages"]
@@ -259,93 +274,6 @@ def _write(target: str, settings: dict[str, Any], planned: list[Job], out: Path)
     return True
 
 
-def at(arm: dict[str, Any], steps: int, metric: str) -> dict[str, float] | None:
-    """Mean and deviation over the seeds of one arm's score after `steps`; None where it has none."""
-    points = [point for run in arm.values() for point in run["points"] if point["steps"] == steps and metric in point]
-    return spread([point[metric] for point in points]) if points else None
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result as Markdown: a row a model, a column a score."""
-    arms = result["arms"]
-    metrics = [name for name in METRICS if any(name in point for point in points_of(arms))]
-    ends = {0, *(max(point["steps"] for point in points_of({name: arm})) for name, arm in arms.items())}
-    rows = [[name, *(_plain(result[key].get(metric), metric) for metric in metrics), ""] for name, key in REFERENCES]
-    for name, arm in arms.items():
-        own = {point["steps"] for point in points_of({name: arm})}
-        for steps in sorted(ends & own):
-            if name == CONTROL and not steps:
-                continue  # that is the source
-            cells = [_mean(at(arm, steps, metric), METRICS[metric][2]) for metric in metrics]
-            rows.append([f"{name}, {steps:,} steps", *cells, _mean(at(arm, steps, "seconds"), 0)])
-    lines = [
-        f"# {result['target']}",
-        "",
-        f"Seeds {', '.join(sorted({seed for arm in arms.values() for seed in arm}))}; mean ± standard deviation. "
-        f"{common.measured_on({'source': result['source']})}. Device: {result['device']}, torch {result['torch']}. An "
-        "arrow says which way is better.",
-        "",
-        *markdown.table(["model", *(common.heading(METRICS[metric]) for metric in metrics), "seconds"], rows),
-    ]
-    return "\n".join([*lines, ""])
-
-
-def points_of(arms: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every point of every seed."""
-    return [point for arm in arms.values() for run in arm.values() for point in run["points"]]
-
-
-def _plain(value: float | None, metric: str) -> str:
-    return "" if value is None else f"{value:.{METRICS[metric][2]}f}"
-
-
-def _mean(value: dict[str, float] | None, digits: int) -> str:
-    return plus_minus(value, digits) if value else ""
-
-
-@plots.styled
-def picture(result: dict[str, Any]) -> Figure:
-    """A panel a score: means over the seeds with their standard deviation; the source as a dotted line."""
-    arms, points = result["arms"], points_of(result["arms"])
-    steps = sorted({point["steps"] for point in points})
-    shown = [name for name in CURVES if any(name in point for point in points)]
-    figure = Figure(figsize=(plots.WIDTH, 2.3 * len(shown)), layout="constrained")
-    panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
-    for axes, metric in zip(panels, shown, strict=True):
-        for name, arm in arms.items():
-            _draw(axes, {number: value for number in steps if (value := at(arm, number, metric))}, name, list(arms))
-        axes.axhline(result["source"][metric], color=plots.MUTED, linewidth=0.9, linestyle=":")
-        axes.set_title(f"{METRICS[metric][0]} ({METRICS[metric][1]} is better)")
-        axes.set_xscale("symlog", linthresh=max(1, steps[1] if len(steps) > 1 else 1))
-        axes.set_xticks(steps, [f"{number:,}" for number in steps])
-        if common.needs_logarithm(axes.dataLim.intervaly, METRICS[metric][1]):
-            axes.set_yscale("log")
-            plots.plain_log_ticks(axes.yaxis)
-        axes.minorticks_off()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, handlelength=3.5)
-    panels[-1].set_xlabel("fine-tune steps (dotted: the source)")
-    return figure
-
-
-def _draw(axes: Axes, values: dict[int, dict[str, float]], name: str, arms: list[str]) -> None:
-    """One arm's line; blue is softmax, a colour stands for a layer set, dashes for no calibration."""
-    sets = list(dict.fromkeys(arm.partition(", ")[0] for arm in arms if arm != CONTROL))
-    colours = (plots.T5, plots.T5_LIGHT, plots.T5_PALE)
-    colour = plots.SOFTMAX if name == CONTROL else colours[sets.index(name.partition(", ")[0]) % len(colours)]
-    means, errors = ([value[key] for value in values.values()] for key in ("mean", "std"))
-    axes.errorbar(
-        list(values),
-        means,
-        yerr=errors,
-        label=name,
-        color=colour,
-        linestyle="--" if ", " in name else "-",
-        marker="o",
-        markersize=3.5,
-        capsize=2,
-    )
-
-
 def samples(jobs: list[Job]) -> Figure:
     """Rows of prompts, a column for the source and one for every arm after its longest fine-tune (which its title
     says), of one seed: that of the first arm that has any."""
@@ -366,8 +294,17 @@ def main() -> None:
     parser = common.parser("curves", __doc__)
     command_line.add_target(parser)
     sets = ["paper", "all"]
-    parser.add_argument("--layers", nargs="+", default=sets, help="layer sets to compare, as convert.layers takes them")
+    parser.add_argument("--layers", nargs="*", default=sets, help="layer sets to compare, as convert.layers takes them")
+    parser.add_argument(
+        "--arm",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "SECTION.NAME=VALUE"),
+        help="one more model: its name, and settings to replace; may be given several times (default: none)",
+    )
     parser.add_argument("--steps", type=int, nargs="+", required=True, help="steps of the fine-tunes; 0: no fine-tune")
+    parser.add_argument("--control-steps", type=int, nargs="+", help="those of the control (default: as --steps)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds; every arm is run with each")
     parser.add_argument("--out", type=Path, required=True, help="path of the .json, .md and .png, with no file ending")
     parser.add_argument("--work", type=Path, default=Path("data/scratch/curves"), help="where partial work is kept")
@@ -386,7 +323,9 @@ def main() -> None:
             arguments.target,
             resolve(Path("."), arguments.target, arguments.set),
             layers=arguments.layers,
+            more=[Arm(name, tuple(changes)) for name, *changes in arguments.arm],
             steps=arguments.steps,
+            control_steps=arguments.control_steps,
             seeds=arguments.seeds,
             out=arguments.out,
             work=arguments.work / arguments.target,

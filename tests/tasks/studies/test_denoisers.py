@@ -170,6 +170,39 @@ def test_curves_go_on_from_the_points_that_are_done_and_show_what_there_is(setti
         curves.run("tiny", settings, **options, steps=[0, 2], seconds=0)
 
 
+@pytest.mark.parametrize("kind", KINDS[:1], indirect=True)
+def test_curves_compare_models_with_settings_of_their_own_and_a_control_with_more_steps(settings, tmp_path):
+    last = curves.Arm("last", ("convert.layers=all", "convert.inner=swiglu_last"))
+    options = {"layers": [], "steps": [1], "seeds": [0], "out": tmp_path / "tiny", "work": tmp_path / "work"}
+    result = curves.run("tiny", settings, **options, more=[last], control_steps=[1, 2])
+    steps = {name: [point["steps"] for point in arm["0"]["points"]] for name, arm in result["arms"].items()}
+    assert steps == {"control": [1, 2], "last": [1]}
+    [job] = (tmp_path / "work").glob("last--*/data/out/tiny/finetune/t5.json")
+    assert read_json(job)["t5"]["inner"] == "swiglu_last"
+    run = result["arms"]["last"]["0"]
+    before = run["stages"]["calibrate"]["seconds"] + run["stages"]["align"].get("seconds", 0.0)
+    assert run["points"][0]["seconds_in_all"] == pytest.approx(before + run["points"][0]["seconds"])
+    text = (tmp_path / "tiny.md").read_text()
+    assert "| control, 1 steps |" in text and "| control, 2 steps |" in text
+
+
+@pytest.mark.parametrize("kind", KINDS[:1], indirect=True)
+@pytest.mark.parametrize(
+    ("arm", "told"),
+    [
+        (("all", "convert.inner=mlp"), "two arms are called 'all'; the names taken are control, all"),
+        (("wide", "convert.iner=mlp"), "the arm 'wide'.convert.*iner"),
+        (("wide", "finetune"), "--set finetune: expected SECTION.NAME=VALUE"),
+    ],
+)
+def test_curves_refuse_an_arm_that_cannot_be_before_anything_is_made(settings, tmp_path, arm, told):
+    name, *changes = arm
+    options = {"layers": ["all"], "steps": [1], "seeds": [0], "out": tmp_path / "tiny", "work": tmp_path / "work"}
+    with pytest.raises(T5Error, match=told):
+        curves.run("tiny", settings, **options, more=[curves.Arm(name, tuple(changes))])
+    assert not list(tmp_path.iterdir())
+
+
 def test_curves_refuse_a_classifier(monkeypatch):
     monkeypatch.setattr(curves, "kind", lambda settings: object)
     with pytest.raises(T5Error, match="'tiny' is a classifier, and these curves are of denoisers"):
