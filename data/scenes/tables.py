@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from compose import Composed
 from matplotlib.figure import Figure
-from scipy.stats import t as student_t
 
 from t5lib.evaluation.dense import DenseSums, summary
+from t5lib.evaluation.level import upper_bound
 from t5lib.report import plots
 from t5lib.utils import markdown
 from t5lib.utils.errors import T5Error
@@ -67,7 +67,7 @@ def together(runs: list[dict[str, Any]], kinds: torch.Tensor) -> dict[str, Any]:
         for run in runs[1:]:
             sums = sums + run["sums"][size]
         lost = [run["record"]["measured"][run["stage"]][size]["lost_miou"] for run in runs]
-        own = {"lost_by_fold": lost, "lost": float(np.mean(lost)), "lost_at_most": bound(lost)}
+        own = {"lost_by_fold": lost, "lost": float(np.mean(lost)), "lost_at_most": upper_bound(lost)}
         focus = [run["record"]["focus"][size] for run in runs if run["record"].get("focus")]
         if focus:
             own["focus"] = {name: float(np.mean([each[name] for each in focus])) for name in focus[0]}
@@ -75,14 +75,6 @@ def together(runs: list[dict[str, Any]], kinds: torch.Tensor) -> dict[str, Any]:
         if not all(run["record"].get("own_probes") for run in runs):
             del result["sizes"][size]["own_probe_miou"]
     return result
-
-
-def bound(values: list[float]) -> float | None:
-    """The upper one-sided bound of 95 % of the mean, None for a single value."""
-    count = len(values)
-    if count < 2:
-        return None
-    return float(np.mean(values) + student_t.ppf(0.95, count - 1) * np.std(values, ddof=1) / count**0.5)
 
 
 def tables(arms: dict[str, dict[str, Any]]) -> str:

@@ -1,10 +1,12 @@
 """The result of tasks.studies.curves as Markdown table and picture."""
 
+import statistics
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from t5lib.evaluation.level import upper_bound
 from t5lib.report import plots
 from t5lib.report.score_table import METRICS
 from t5lib.utils import markdown
@@ -43,7 +45,31 @@ def table(result: dict[str, Any]) -> str:
         "",
         *markdown.table(["model", *(common.heading(METRICS[metric]) for metric in metrics), "seconds"], rows),
     ]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *_beside_control(arms)])
+
+
+def _beside_control(arms: dict[str, Any]) -> list[str]:
+    """How much farther from real images an arm ends than the control does, each after its longest training."""
+    rows = []
+    for name, arm in arms.items():
+        for metric in ("fd_dinov2", "fid"):
+            over = _over_control(arm, arms.get(CONTROL, {}), metric) if name != CONTROL else []
+            if over:
+                bound = upper_bound(over)
+                by_seed = ", ".join(f"{value:+.1f}" for value in over)
+                at_most = "" if bound is None else f"{bound:+.1f}"
+                rows.append([name, METRICS[metric][0], f"{statistics.mean(over):+.1f}", by_seed, at_most])
+    if not rows:
+        return []
+    header = ["model", "score", "over the control's, %", "by seed", "at most, %"]
+    said = "The last column is the upper one-sided bound of 95 % of the mean over seeds."
+    return [said, "", *markdown.table(header, rows), ""]
+
+
+def _over_control(arm: dict[str, Any], control: dict[str, Any], metric: str) -> list[float]:
+    """In percent of the control's score with the same seed; none where a score is missing."""
+    ends = [(arm[seed]["points"][-1], control[seed]["points"][-1]) for seed in arm if seed in control]
+    return [100 * (mine[metric] / its[metric] - 1) for mine, its in ends if metric in mine and metric in its]
 
 
 def points_of(arms: dict[str, Any]) -> list[dict[str, Any]]:

@@ -271,4 +271,3 @@ def test_the_study_goes_from_scenes_to_measures_and_maps(composed, tmp_path, mon
     assert shown["lost"] == pytest.approx(record["measured"]["aligned"]["56"]["lost_miou"])
     assert shown["lost_at_most"] is None  # a single fold has no spread
     assert (tmp_path / "out-maps.webp").exists()
-    assert tables.bound([1.0, 2.0, 3.0]) == pytest.approx(2 + 2.91999 / 3**0.5)

@@ -184,6 +184,8 @@ def test_curves_compare_models_with_settings_of_their_own_and_a_control_with_mor
     assert run["points"][0]["seconds_in_all"] == pytest.approx(before + run["points"][0]["seconds"])
     text = (tmp_path / "tiny.md").read_text()
     assert "| control, 1 steps |" in text and "| control, 2 steps |" in text
+    ends = [result["arms"][name]["0"]["points"][-1]["fd_dinov2"] for name in ("last", "control")]
+    assert f"| last | FD-DINOv2 | {100 * (ends[0] / ends[1] - 1):+.1f} |" in text
 
 
 @pytest.mark.parametrize("kind", KINDS[:1], indirect=True)
