@@ -27,7 +27,7 @@ from unittest.mock import patch
 import timm
 import torch
 from PIL import Image
-from t5kernels import key_norm, ttt
+from t5kernels import key_norm, rotated, ttt
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
@@ -36,7 +36,7 @@ import t5lib
 from t5lib.data.decoding import image_of
 from t5lib.data.shards import ShardSet
 from t5lib.evaluation.classifier import score
-from t5lib.layers import attention, factory, rotary
+from t5lib.layers import attention, factory
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.mixers import Mixer, convolved
@@ -82,7 +82,7 @@ class Ordered(TTTMixer):
         return ttt(q, k, v, weights, inner=self.config.inner, scale=q.shape[3] ** -0.5 / k.shape[2])
 
     def rotated(self, *tokens: Tensor) -> Iterator[Tensor]:
-        return (rotary.rotated(each, self.rope, PREFIX, HALF) for each in tokens)
+        return (rotated(each, self.rope, PREFIX, HALF) for each in tokens)
 
     def convolved(self, q: Tensor, k: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
         return q + convolved(q, self.q_conv, grid), k + convolved(k, self.k_conv, grid)
