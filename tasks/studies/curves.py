@@ -13,6 +13,7 @@ begun, and what is there is shown.
 """
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class Job:
     @property
     def root(self) -> Path:
         """The folder of these settings alone: pictures that lie there are not drawn again."""
-        name = self.arm.name.replace(", ", "-").replace(" ", "-")
+        name = re.sub(r"[^\w+]+", "-", self.arm.name)
         return self.work / f"{name}--seed-{self.seed}--{common.checksum(self.settings)}"
 
     @property
@@ -294,7 +295,7 @@ def main() -> None:
     parser = common.parser("curves", __doc__)
     command_line.add_target(parser)
     sets = ["paper", "all"]
-    parser.add_argument("--layers", nargs="*", default=sets, help="layer sets to compare, as convert.layers takes them")
+    parser.add_argument("--layers", nargs="*", default=sets, help="layer sets to compare, or none")
     parser.add_argument(
         "--arm",
         nargs="+",

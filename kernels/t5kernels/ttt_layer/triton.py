@@ -3,7 +3,8 @@
 The forward takes the statistics of the keys, prepares the keys (normalizes and convolves them), accumulates the step,
 prepares the queries and applies the stepped inner model to them. Prepared tokens live until they are read. The backward
 prepares them once more, so that it keeps the inputs, O(H·D²) numbers, and with RMS norms a number a token and head.
-Every launch takes the tokens of both modalities, whose steps add up.
+Every launch takes the tokens of both modalities, whose steps add up. Rotary positions come before, by their own op
+(triton_rotary.py), which also normalizes the tokens and takes the statistics.
 """
 
 import itertools

@@ -81,9 +81,10 @@ def _parts(x, text_x, gain, text_gain, table, text_table, prefix) -> list[tuple]
     """Tokens, gain, table, and how many tokens come before those that are turned, of each part."""
     parts = [(x, gain, table, prefix)]
     if text_x is not None:
-        # A text without a table is not turned: all of its tokens come before those that are.
         own_gain = gain if text_gain is None else text_gain
-        parts.append((text_x, own_gain, *((text_table, 0) if text_table is not None else (table, text_x.shape[2]))))
+        # A text without a table is not turned: all of its tokens come before those that are.
+        turned_from = (table, text_x.shape[2]) if text_table is None else (text_table, 0)
+        parts.append((text_x, own_gain, *turned_from))
     return parts
 
 
@@ -115,10 +116,8 @@ def _turn_backward(
 
 def launch_turn_backward(dy, text_dy, x, text_x, gain, text_gain, table, text_table, prefix, half, rms_eps):
     parts = _parts(x, text_x, gain, text_gain, table, text_table, prefix)
-    tokens, gradients = (
-        lying_alike([each for each, *_ in parts]),
-        lying_alike([dy] if text_dy is None else [dy, text_dy]),
-    )
+    tokens = lying_alike([each for each, *_ in parts])
+    gradients = lying_alike([dy] if text_dy is None else [dy, text_dy])
     (_, gain, table, prefix), (_, text_gain, text_table, text_prefix) = parts[0], parts[-1]
     outs = [like_tokens(each) for each in tokens]
     (x, text), (dy, text_dy), (dx, text_dx) = ((each[0], each[-1]) for each in (tokens, gradients, outs))
