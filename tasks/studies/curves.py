@@ -295,7 +295,9 @@ def main() -> None:
     parser = common.parser("curves", __doc__)
     command_line.add_target(parser)
     sets = ["paper", "all"]
-    parser.add_argument("--layers", nargs="*", default=sets, help="layer sets to compare, or none")
+    parser.add_argument(
+        "--layers", nargs="*", default=sets, help="layer sets to compare, as convert.layers takes them, or none"
+    )
     parser.add_argument(
         "--arm",
         nargs="+",

@@ -72,6 +72,8 @@ LARGE = [
     Case(images=64, heads=6, rows=14, columns=14, prefix=1, width=64, settings=LINEAR),
     Case(images=2, heads=16, rows=33, columns=31, prefix=0, width=72, settings=LINEAR),
     Case(images=1, heads=10, rows=40, columns=41, prefix=0, width=128, settings=LINEAR),
+    Case(images=1, heads=24, rows=32, columns=48, prefix=0, width=128, text=333, rms=True, rotary="pairs"),
+    Case(images=64, heads=6, rows=14, columns=14, prefix=1, width=64, rotary="half of heads"),
 ]
 # For opcheck, which runs an op a dozen times and asks nothing about its numbers.
 SPECK = Case(heads=1, rows=1, columns=2, prefix=0, text=2, width=8, rms=True)
