@@ -4,7 +4,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class AttentionCall:
 
     def of(self, *tokens: Tensor) -> "AttentionCall":
         """This call with other tokens in the same places."""
-        return replace(self, tokens=tokens)
+        return AttentionCall(tokens, self.rope)
 
 
 class Adapter(ABC):

@@ -81,7 +81,7 @@ class DiffusersTTTAttention(TTTLayer):
         """
         self.check_call(hidden_states, encoder_hidden_states, attention_mask, others)
         text = () if encoder_hidden_states is None else (encoder_hidden_states,)
-        return self.mixed(AttentionCall((hidden_states, *text)), self.grid(grid))
+        return self.mixed(AttentionCall((hidden_states, *text), None), self.grid(grid))
 
     def check_call(self, x: Tensor, text: Tensor | None, mask: Tensor | None, others: dict[str, Any]) -> None:
         """Raises T5Error when the layer cannot do what it is called with; `others` only cause a warning."""
@@ -196,8 +196,10 @@ def check_attention(attention: nn.Module, name: str, kind: type[nn.Module], proc
 def _output(attention: nn.Module, o: Tensor, text_o: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
     """Heads (B, H, N, D), and the text's (B, H, T, D) if any, merged, and put through the output projections if any."""
     o = _merged(o)
-    for module in getattr(attention, "to_out", None) or ():  # projection, dropout
-        o = module(o)
+    to_out = getattr(attention, "to_out", None)
+    if to_out is not None:
+        projection, dropout = to_out[0], to_out[1]  # torch.compile takes a loop over them for a list that may change
+        o = dropout(projection(o))
     if text_o is None:
         return o
     to_add_out = getattr(attention, "to_add_out", None)
@@ -216,10 +218,10 @@ def projected(attention: nn.Module, call: AttentionCall, normed: bool = True) ->
         attention: a softmax attention or a TTT layer. Where it has no projections for text, the image's serve both.
         normed: whether the q and k norms are done here.
     """
-    text_names = IMAGE if getattr(attention, "add_k_proj", None) is None else TEXT
+    own_text = getattr(attention, "add_k_proj", None) is not None
     parts, start = [], 0
-    for x, names in zip(call.tokens, (IMAGE, text_names), strict=False):
-        q, k, v = _project(attention, x, names if normed else names[:3])
+    for x, of_text in zip(call.tokens, (False, own_text), strict=False):
+        q, k, v = _project(attention, x, of_text, normed)
         if call.rope is not None:
             rows = call.rope[start : start + x.shape[1]]
             q, k = (rotated(t, rows, num_prefix_tokens=0, half=False) for t in (q, k))
@@ -228,10 +230,16 @@ def projected(attention: nn.Module, call: AttentionCall, normed: bool = True) ->
     return parts
 
 
-def _project(attention: nn.Module, x: Tensor, names: tuple[str, ...]) -> Tokens:
-    """q, k and v (B, H, N, D) of x (B, N, C). `names`: of the projections, and of the norms unless those come later."""
-    to_q, to_k, to_v, *norms = (getattr(attention, name) for name in names)
-    norm_q, norm_k = norms or (None, None)
+def _project(attention: nn.Module, x: Tensor, of_text: bool, normed: bool) -> Tokens:
+    """q, k and v (B, H, N, D) of x (B, N, C), by the projections of the text or of the image, and their norms."""
+    if of_text:
+        projections = (attention.add_q_proj, attention.add_k_proj, attention.add_v_proj)
+        norm_q, norm_k = attention.norm_added_q, attention.norm_added_k
+    else:
+        projections = (attention.to_q, attention.to_k, attention.to_v)
+        norm_q, norm_k = attention.norm_q, attention.norm_k
     heads = getattr(attention, "heads", None) or attention.num_heads
-    q, k, v = (to(x).unflatten(-1, (heads, -1)).transpose(1, 2) for to in (to_q, to_k, to_v))
+    q, k, v = (to(x).unflatten(-1, (heads, -1)).transpose(1, 2) for to in projections)
+    if not normed:
+        return q, k, v
     return q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v

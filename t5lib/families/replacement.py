@@ -73,7 +73,7 @@ def chosen_layers(adapter: Adapter, model: nn.Module, config: TTTConfig) -> dict
     _check_position_bias(adapter, model, config, list(chosen))
     if fixed := adapter.fixed_grid(model):
         for own in chosen.values():
-            check_window(own, fixed)
+            check_window(own.locality, own.window, fixed)
     return _with_text_where_it_is(adapter, model, chosen)
 
 

@@ -131,7 +131,7 @@ class ClearMixer(Mixer):
             rows=grid.rows,
             columns=grid.columns,
             num_prefix_tokens=everywhere,
-            radius=self.config.radius,
+            radius=self.radius,
         ).to(q.dtype)
         return o.roll(-suffix, dims=2) if suffix else o
 

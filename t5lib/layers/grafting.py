@@ -21,12 +21,14 @@ class LocalMixer(Mixer):
     """An operator over the grid; class, register and text tokens, which have no place there, ask all tokens by softmax.
 
     A subclass defines `local`. Both parts have a cost that is linear in N.
+
+    Attributes:
+        reach: how far a patch looks in each direction, in patches.
     """
 
-    @property
-    def reach(self) -> int:
-        """How far a patch looks in each direction, in patches."""
-        return int(self.config.radius)
+    def __init__(self, num_heads: int, head_dim: int, config: TTTConfig, layers: int = 1):
+        super().__init__(num_heads, head_dim, config, layers)
+        self.reach = int(config.radius)
 
     def local(self, patches: Tokens, apart: tuple[Tensor, Tensor], grid: TokenGrid) -> Tensor:
         """What the patches give, (B, H, rows·columns, D).

@@ -171,7 +171,7 @@ def current_grid(num_prefix_tokens: int = 0) -> TokenGrid:
             "again in the backward pass has to wrap what iterating over the blocks gives"
         )
     rows, columns, _ = _thread.current.shape
-    return TokenGrid(rows, columns, num_prefix_tokens)
+    return TokenGrid(rows, columns, num_prefix_tokens, 0)  # in full: torch.compile would look up a default every time
 
 
 @contextmanager

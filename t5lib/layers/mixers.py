@@ -39,8 +39,15 @@ class Mixer(nn.Module):
     def __init__(self, num_heads: int, head_dim: int, config: TTTConfig, layers: int = 1):
         super().__init__()
         self.num_heads, self.head_dim, self.config, self.layers = num_heads * layers, head_dim, config, layers
-        # As plain values, because torch.compile checks in every call how a property comes by its value.
-        self.convolution, self.window = config.convolution, config.window
+        # What a forward reads lies here as plain values. torch.compile sees at a glance that nothing was replaced in a
+        # module; into any other object that it holds, and at every item of a list, it looks in every call.
+        self.convolution, self.window, self.locality = config.convolution, config.window, config.locality
+        self.key_norm, self.key_norm_eps, self.key_norm_scope = (
+            config.key_norm,
+            config.key_norm_eps,
+            config.key_norm_scope,
+        )
+        self.text, self.rescale, self.radius = config.text, config.rescale, config.radius
         channels = self.num_heads * head_dim
         if config.rescale:
             for name in ("q", "k"):
@@ -53,8 +60,9 @@ class Mixer(nn.Module):
             self.v_dconv = DynamicConvolution(self.num_heads, head_dim)
         if config.text == "exact":
             self.text_weight = nn.Parameter(torch.zeros(self.num_heads, 1, 1))
-        if self.window and config.neighborhood_share == "learned":
-            self.near_share = nn.Parameter(torch.zeros(self.num_heads, 1, head_dim))  # a half, by its sigmoid
+        learned = bool(self.window) and config.neighborhood_share == "learned"
+        share = nn.Parameter(torch.zeros(self.num_heads, 1, head_dim)) if learned else None  # a half, by its sigmoid
+        self.register_parameter("near_share", share)
 
     def inner_weight(self) -> nn.Parameter:
         """A new D×D weight a head, (H, D, D)."""
@@ -91,7 +99,7 @@ class Mixer(nn.Module):
         Raises:
             T5Error: the image's tokens do not fit the grid.
         """
-        if text is not None and self.config.text == "exact":
+        if text is not None and self.text == "exact":
             return self._with_exact_text(self.joint(image, None, grid)[0], image, text, grid)
         self._check(grid, image[0].shape[2])
         o, text_o = self.attend(image, text, grid, **norms)
@@ -126,14 +134,14 @@ class Mixer(nn.Module):
         return q, k
 
     def rescaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.config.rescale:
+        if not self.rescale:
             return q, k
         return q * self.q_scale + self.q_offset, k * self.k_scale + self.k_offset
 
     def normalized(self, k: Tensor, grid: TokenGrid) -> Tensor:
         """Key norm over all tokens, or over the image's and the text's (suffix) apart (config.key_norm_scope)."""
-        kind, eps = self.config.key_norm, self.config.key_norm_eps
-        if self.config.key_norm_scope == "joint" or not grid.num_suffix_tokens:
+        kind, eps = self.key_norm, self.key_norm_eps
+        if self.key_norm_scope == "joint" or not grid.num_suffix_tokens:
             return key_norm(k, kind, eps)
         text = k.shape[2] - grid.num_suffix_tokens
         return torch.cat([key_norm(k[:, :, :text], kind, eps), key_norm(k[:, :, text:], kind, eps)], dim=2)
@@ -143,7 +151,7 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def _check(self, grid: TokenGrid, num_tokens: int) -> None:
-        if self.config.locality != "none":
+        if self.locality != "none":
             grid.check(num_tokens)
 
     def _with_exact_text(self, o: Tensor, image: Tokens, text: Tokens, grid: TokenGrid) -> tuple[Tensor, Tensor]:
@@ -166,15 +174,15 @@ class Mixer(nn.Module):
 
     def _with_neighborhood(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, window: int) -> Tensor:
         """A part of `o` gives way to neighborhood attention of the projections as they come, on the grid alone."""
-        check_window(self.config, grid)
+        check_window(self.locality, window, grid)
 
         def attention(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
             return neighborhood_attention(q, k, v, rows=grid.rows, columns=grid.columns, window=window)
 
         q, k, v = (grid.on_grid(t) for t in (q, k, v))
         near = grid.with_neighbors(attention, q, k, v, window=window, moves_inward=True)
-        learned = self.config.neighborhood_share == "learned"
-        share = torch.sigmoid(self.near_share).to(o.dtype) if learned else 0.5
+        learned = self.near_share
+        share = 0.5 if learned is None else torch.sigmoid(learned).to(o.dtype)
         mixed = torch.lerp(grid.on_grid(o), near.to(o.dtype), share)
         own = grid.patches
         return torch.cat([o[:, :, : own.start], mixed, o[:, :, own.stop :]], dim=2)
@@ -186,13 +194,13 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask).to(q.dtype)
 
 
-def check_window(config: TTTConfig, grid: TokenGrid) -> None:
-    """Raises T5Error when the neighborhood of `config` is larger than `grid`."""
-    grid = grid.whole
-    if config.window and min(grid.rows, grid.columns) < config.window:
+def check_window(locality: str, window: int | None, grid: TokenGrid) -> None:
+    """Raises T5Error when the neighborhood of `locality`, `window` tokens a side if there is one, exceeds `grid`."""
+    whole = grid.whole
+    if window and min(whole.rows, whole.columns) < window:
         raise T5Error(
-            f"locality '{config.locality}' looks at {config.window}×{config.window} tokens, more than the grid of "
-            f"{grid.rows}×{grid.columns} holds; use larger images, '+nat3', or no neighborhood"
+            f"locality '{locality}' looks at {window}×{window} tokens, more than the grid of "
+            f"{whole.rows}×{whole.columns} holds; use larger images, '+nat3', or no neighborhood"
         )
 
 

@@ -3,12 +3,12 @@
 Shapes: B images, H heads, N image tokens, T text tokens, D head width.
 """
 
-import t5kernels
 from t5kernels import (
     INNER_WEIGHTS,
     OVER_TOKENS,
     KeyStatistics,
     RmsNorms,
+    Settings,
     ttt_accumulate,
     ttt_apply,
     ttt_layer,
@@ -31,15 +31,18 @@ class TTTMixer(Mixer):
         super().__init__(num_heads, head_dim, config, layers)
         # Each of the others wants normalized q and k itself.
         self.takes_norms = not config.rescale and not config.window and config.text == "linear"
-        self.weight_names = [f"w{i + 1}" for i in range(INNER_WEIGHTS[config.inner])]
-        for name in self.weight_names:
-            setattr(self, name, self.inner_weight())
-        self.settings = t5kernels.Settings(
-            inner=config.inner,
-            loss=config.inner_loss,
-            key_norm=config.key_norm,
-            eps=config.key_norm_eps,
-            norm_scope=config.key_norm_scope,
+        self.inner, self.inner_loss, self.num_weights = config.inner, config.inner_loss, INNER_WEIGHTS[config.inner]
+        for index in range(self.num_weights):
+            setattr(self, f"w{index + 1}", self.inner_weight())
+
+    def settings(self) -> Settings:
+        """What the layer's op does, apart from its weights."""
+        return Settings(
+            inner=self.inner,
+            loss=self.inner_loss,
+            key_norm=self.key_norm,
+            eps=self.key_norm_eps,
+            norm_scope=self.key_norm_scope,
         )
 
     def attend(
@@ -47,11 +50,12 @@ class TTTMixer(Mixer):
     ) -> tuple[Tensor, Tensor | None]:
         image = (*self.rescaled(*image[:2]), image[2])
         text = (*self.rescaled(*text[:2]), text[2]) if text else None
-        weights = tuple(getattr(self, name) for name in self.weight_names)
+        weights = tuple(getattr(self, f"w{index + 1}") for index in range(self.num_weights))
         if isinstance(grid, RowsOfGrid):
             return self._attend_together(image, text, grid, weights)
         q_conv, k_conv = self._convolutions()
-        return ttt_layer(image, weights, self.settings, grid=grid, q_conv=q_conv, k_conv=k_conv, text=text, norms=norms)
+        own = self.settings()
+        return ttt_layer(image, weights, own, grid=grid, q_conv=q_conv, k_conv=k_conv, text=text, norms=norms)
 
     def _convolutions(self) -> tuple[Conv | None, Conv | None]:
         """Weight and bias of the convolutions of q and of k, if there are any."""
@@ -63,7 +67,7 @@ class TTTMixer(Mixer):
         self, image: Tokens, text: Tokens | None, grid: RowsOfGrid, weights: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor | None]:
         """`attend` for a process that has some rows of the image; the text is the same in all, and is counted once."""
-        own = self.settings
+        own = self.settings()
         q, k, v = image
         of_image, of_text = self._statistics(k, text, grid)
 
@@ -88,13 +92,13 @@ class TTTMixer(Mixer):
         self, k: Tensor, text: Tokens | None, grid: RowsOfGrid
     ) -> tuple[KeyStatistics | None, KeyStatistics | None]:
         """The statistics that normalize the keys of image and text; None if the norm treats each token by itself."""
-        if self.settings.key_norm not in OVER_TOKENS:
+        if self.key_norm not in OVER_TOKENS:
             return None, None
         of_image = grid.statistics(k)
         if text is None:
             return of_image, None
         of_text = KeyStatistics.of(text[1])
-        if self.settings.norm_scope == "modality":
+        if self.key_norm_scope == "modality":
             return of_image, of_text
         both = KeyStatistics.merged([of_image, of_text])
         return both, both

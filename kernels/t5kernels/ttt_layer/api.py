@@ -7,7 +7,7 @@ norms "instance" and "none", with or without RMS norms of q and k. By default th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
 import torch
@@ -53,7 +53,7 @@ class GridLike(Protocol):
     def num_prefix_tokens(self) -> int: ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Grid:
     """Where the image's tokens lie: rows · columns of them, after `num_prefix_tokens` others; more may follow."""
 
@@ -79,12 +79,17 @@ class Settings:
     norm_scope: str = "joint"
 
     def __post_init__(self):
+        if torch.compiler.is_compiling():  # every name that is looked up here would be checked in every call
+            return
         ttt_api.check_names("ttt_layer", self.inner, self.loss)
         if self.key_norm not in KEY_NORMS or self.norm_scope not in NORM_SCOPES:
             raise ValueError(
                 f"ttt_layer: key_norm={self.key_norm!r}, norm_scope={self.norm_scope!r}; expected one of "
                 f"{list(KEY_NORMS)} and one of {NORM_SCOPES}"
             )
+
+
+_SETTINGS = tuple(field.name for field in fields(Settings))
 
 
 def ttt_layer(
@@ -122,6 +127,18 @@ def ttt_layer(
 
     Source: "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772), section 3.
     """
+    own = (settings.inner, settings.loss, settings.key_norm, settings.eps, settings.norm_scope)
+    place = None if grid is None else (grid.rows, grid.columns, grid.num_prefix_tokens)
+    return _layer(image, text, weights, q_conv, k_conv, own, place, norms and (*norms,), rotary and (*rotary,), impl)
+
+
+# torch.compile does not look into this function: it would check in every call of a compiled model every name, function
+# and attribute that is read here, which takes longer than launching the kernels.
+@torch.compiler.allow_in_graph
+def _layer(image, text, weights, q_conv, k_conv, own, place, norms, rotary, impl) -> tuple[Tensor, Tensor | None]:
+    """`ttt_layer`, given nothing but tensors, numbers and names, and tuples of them."""
+    settings = Settings(**dict(zip(_SETTINGS, own, strict=True)))
+    grid, norms, rotary = place and Grid(*place), norms and RmsNorms(*norms), rotary and Rotary(*rotary)
     _check_tokens(image, text)
     ttt_api.check_weights("ttt_layer", image[0], weights, settings.inner)
     _check_conv(image[0], grid, q_conv, k_conv)
