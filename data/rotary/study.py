@@ -78,7 +78,7 @@ class Ordered(TTTMixer):
     attend = Mixer.attend
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
-        weights = tuple(getattr(self, name) for name in self.weight_names)
+        weights = self.weights()
         return ttt(q, k, v, weights, inner=self.config.inner, scale=q.shape[3] ** -0.5 / k.shape[2])
 
     def rotated(self, *tokens: Tensor) -> Iterator[Tensor]:

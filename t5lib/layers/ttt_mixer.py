@@ -35,6 +35,10 @@ class TTTMixer(Mixer):
         for index in range(self.num_weights):
             setattr(self, f"w{index + 1}", self.inner_weight())
 
+    def weights(self) -> tuple[Tensor, ...]:
+        """The inner weights, each (H, D, D)."""
+        return tuple(getattr(self, f"w{index + 1}") for index in range(self.num_weights))
+
     def settings(self) -> Settings:
         """What the layer's op does, apart from its weights."""
         return Settings(
@@ -50,7 +54,7 @@ class TTTMixer(Mixer):
     ) -> tuple[Tensor, Tensor | None]:
         image = (*self.rescaled(*image[:2]), image[2])
         text = (*self.rescaled(*text[:2]), text[2]) if text else None
-        weights = tuple(getattr(self, f"w{index + 1}") for index in range(self.num_weights))
+        weights = self.weights()
         if isinstance(grid, RowsOfGrid):
             return self._attend_together(image, text, grid, weights)
         q_conv, k_conv = self._convolutions()
