@@ -78,8 +78,7 @@ class Ordered(TTTMixer):
     attend = Mixer.attend
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
-        weights = self.weights()
-        return ttt(q, k, v, weights, inner=self.config.inner, scale=q.shape[3] ** -0.5 / k.shape[2])
+        return ttt(q, k, v, self.weights(), inner=self.inner, scale=q.shape[3] ** -0.5 / k.shape[2])
 
     def rotated(self, *tokens: Tensor) -> Iterator[Tensor]:
         return (rotated(each, self.rope, PREFIX, HALF) for each in tokens)

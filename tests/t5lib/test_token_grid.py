@@ -219,8 +219,10 @@ def test_a_compiled_layer_is_checked_in_a_call_hardly_more_than_softmax():
     assert checks(make("sd3")) <= 1.1 * checks(softmax("sd3"))
 
 
-@pytest.mark.parametrize("kind", ["vit", "dinov3", "sd3"])
-@pytest.mark.parametrize("preset", ["t5", "linear+", "hedgehog", "graft-swa"])
+@pytest.mark.parametrize(
+    ("kind", "preset"),
+    [*((kind, "t5") for kind in INPUTS), *(("vit", preset) for preset in ("linear+", "hedgehog", "graft-swa"))],
+)
 @torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True)  # torch 2.11's default
 @torch.no_grad()
 def test_a_compiled_model_passes_over_its_layers_at_a_glance(kind, preset):

@@ -7,7 +7,7 @@ norms "instance" and "none", with or without RMS norms of q and k. By default th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -62,7 +62,7 @@ class Grid:
     num_prefix_tokens: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Settings:
     """What the layer does, apart from its weights.
 
@@ -87,9 +87,6 @@ class Settings:
                 f"ttt_layer: key_norm={self.key_norm!r}, norm_scope={self.norm_scope!r}; expected one of "
                 f"{list(KEY_NORMS)} and one of {NORM_SCOPES}"
             )
-
-
-_SETTINGS = tuple(field.name for field in fields(Settings))
 
 
 def ttt_layer(
@@ -133,11 +130,11 @@ def ttt_layer(
 
 
 # torch.compile does not look into this function: it would check in every call of a compiled model every name, function
-# and attribute that is read here, which takes longer than launching the kernels.
+# and attribute that is read here, and a launched model waits for such checks.
 @torch.compiler.allow_in_graph
 def _layer(image, text, weights, q_conv, k_conv, own, place, norms, rotary, impl) -> tuple[Tensor, Tensor | None]:
     """`ttt_layer`, given nothing but tensors, numbers and names, and tuples of them."""
-    settings = Settings(**dict(zip(_SETTINGS, own, strict=True)))
+    settings = Settings(*own)
     grid, norms, rotary = place and Grid(*place), norms and RmsNorms(*norms), rotary and Rotary(*rotary)
     _check_tokens(image, text)
     ttt_api.check_weights("ttt_layer", image[0], weights, settings.inner)

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from fake_card import fake_card
+from functorch.compile import make_boxed_func
 from layer_cases import LEAST, TINY, Case, call, draw
-from t5kernels import INNER_WEIGHTS, Grid, RmsNorms, Settings, convolved, ttt_layer
+from t5kernels import INNER_WEIGHTS, Grid, RmsNorms, Settings, choice, convolved, ttt_layer
+from torch._dynamo.backends.common import aot_autograd
 from torch.export import Dim
 from torch.testing import assert_close
 from triton_device import DEVICE
@@ -126,6 +128,39 @@ def test_under_torch_func_the_kernels_are_refused_and_the_reference_is_right():
     assert tangent.norm() > 0
     with pytest.raises(ValueError, match=r"expected no transform of torch\.func"):
         torch.func.jvp(lambda v: run(v, "triton"), (leaves["v"],), (leaves["v"],))
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["inference", "training"])
+def test_a_compiled_layer_takes_the_kernels_by_default_on_a_card(learns, monkeypatch):
+    """The choice is made where torch.compile does not look."""
+    monkeypatch.setattr(choice, "_is_supported_card", lambda device: True)  # DEVICE may be an emulated one
+    ops = []
+
+    def name_ops(graph, example_inputs):
+        ops.extend(str(node.target) for node in graph.graph.nodes if "t5kernels" in str(node.target))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(ttt_layer, backend=aot_autograd(fw_compiler=name_ops), fullgraph=True)
+    leaves = {name: leaf.requires_grad_(learns) for name, leaf in draw(TINY, torch.float16).leaves.items()}
+    with torch.set_grad_enabled(learns):
+        outs = call(TINY, leaves, None, compiled)
+    if learns:
+        torch.autograd.grad(sum(out.float().sum() for out in outs), list(leaves.values()))
+    assert ops == ["t5kernels.ttt_layer.default", "t5kernels.ttt_layer_backward.default"][: 1 + learns]
+
+
+def test_what_does_not_fit_is_told_from_a_compiled_layer_too():
+    inputs = draw(TINY)
+    compiled = torch.compile(ttt_layer, backend="eager", fullgraph=True)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="swiglu takes 3 weights of shape"):
+        call(
+            TINY,
+            inputs.leaves,
+            "reference",
+            lambda tokens, weights, *rest, **named: compiled(tokens, weights[:2], *rest, **named),
+        )
 
 
 def test_the_reference_is_compiled_once_for_all_sizes():
