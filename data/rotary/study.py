@@ -27,7 +27,7 @@ from unittest.mock import patch
 import timm
 import torch
 from PIL import Image
-from t5kernels import key_norm, rotated, ttt
+from t5kernels import key_norm, ttt
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
@@ -40,6 +40,7 @@ from t5lib.layers import attention, factory
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
 from t5lib.layers.mixers import Mixer, convolved
+from t5lib.layers.rotary import rotated
 from t5lib.layers.ttt_mixer import TTTMixer
 from t5lib.training.calibration import CalibrateConfig
 from t5lib.training.recorder import Recorder, token_errors

@@ -7,7 +7,6 @@ from t5kernels.ttt.api import INNER_LOSSES, INNER_WEIGHTS, ttt, ttt_accumulate, 
 from t5kernels.ttt_layer.api import Grid, RmsNorms, Settings, ttt_layer, ttt_prepare
 from t5kernels.ttt_layer.key_norm import KEY_NORMS, OVER_TOKENS, KeyStatistics, key_norm
 from t5kernels.ttt_layer.reference import convolved
-from t5kernels.ttt_layer.rotary import Rotary, rotated
 
 __all__ = [
     "INNER_LOSSES",
@@ -17,14 +16,12 @@ __all__ = [
     "Grid",
     "KeyStatistics",
     "RmsNorms",
-    "Rotary",
     "Settings",
     "circular_attention",
     "convolved",
     "key_norm",
     "linear_attention",
     "neighborhood_attention",
-    "rotated",
     "ttt",
     "ttt_accumulate",
     "ttt_apply",

@@ -11,7 +11,7 @@ from triton.language.extra import cuda
 COUNTS = (
     *("B", "H", "N", "T", "chunk", "chunks", "images", "groups", "count", "shares", "capacity", "free", "outside"),
     *("rows", "columns", "prefix", "segments", "on_grid", "chunk_outside", "heads", "end"),
-    *("text_prefix", "text_shares", "text_count", "text_begin", "text_end", "image_chunks", "text_chunks"),
+    *("text_shares", "text_count", "text_begin", "text_end", "image_chunks", "text_chunks"),
 )
 
 

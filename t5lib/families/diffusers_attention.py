@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.models.normalization import RMSNorm
-from t5kernels import RmsNorms, rotated
+from t5kernels import RmsNorms
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +18,7 @@ from t5lib.layers.attention import TTTLayer
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid, current_grid, grid_scope
 from t5lib.layers.mixers import Tokens, softmax_attention
+from t5lib.layers.rotary import rotated
 from t5lib.layers.split import Split
 from t5lib.utils.errors import T5Error
 

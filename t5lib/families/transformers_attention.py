@@ -6,7 +6,6 @@ Shapes: B images, N tokens, C channels, H heads, D head width.
 from typing import Any
 
 import torch
-from t5kernels import rotated
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_tracing
 
@@ -14,6 +13,7 @@ from t5lib.families.base import AttentionCall
 from t5lib.layers.attention import TTTLayer, share_parts
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.grid import TokenGrid
+from t5lib.layers.rotary import rotated
 from t5lib.utils.errors import T5Error
 
 MASK = (

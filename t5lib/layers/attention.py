@@ -4,13 +4,13 @@ Shapes: B images, N tokens, C channels, H heads, D head width.
 """
 
 import torch
-from t5kernels import rotated
 from torch import Tensor, nn
 
 from t5lib.layers.config import TTTConfig
 from t5lib.layers.factory import make_mixer
 from t5lib.layers.grid import TokenGrid, current_grid
 from t5lib.layers.mixers import Mixer
+from t5lib.layers.rotary import rotated
 from t5lib.layers.split import Split
 from t5lib.utils.config import shown
 from t5lib.utils.errors import T5Error
@@ -119,7 +119,7 @@ class TTTAttention(TTTLayer):
     def mixed(
         self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool, grid: TokenGrid | None
     ) -> Tensor:
-        """`forward` with the rotary table (`t5kernels.Rotary.image`), if any."""
+        """`forward` with the rotary table (`t5lib.layers.rotary`), if any."""
         if attn_mask is not None or is_causal:
             raise T5Error("a TTT layer sees all tokens: attn_mask and is_causal are not supported; call without them")
         grid = self.grid(grid)
@@ -168,7 +168,7 @@ class RotaryTTTAttention(TTTAttention):
         is_causal: bool = False,
         grid: TokenGrid | None = None,
     ) -> Tensor:
-        """See TTTAttention. `rope`: the rotary table of the patches (t5kernels.Rotary.image), None for no rotation."""
+        """See TTTAttention. `rope`: the rotary table of the patches (`t5lib.layers.rotary`), None for no rotation."""
         return self.mixed(x, rope, attn_mask, is_causal, grid)
 
 

@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from t5kernels import INNER_WEIGHTS, Grid, RmsNorms, Rotary, Settings, ttt_layer
+from t5kernels import INNER_WEIGHTS, Grid, RmsNorms, Settings, ttt_layer
 from triton_device import DEVICE
 
 USUAL, BARE = Settings(), Settings(key_norm="none")
@@ -23,7 +23,6 @@ class Case:
     conv: bool = True
     rms: bool = False
     rms_eps: float = 1e-6
-    rotary: str = ""
     settings: Settings = USUAL
 
     @property
@@ -38,7 +37,7 @@ class Case:
     def __str__(self):
         settings = self.settings
         kind = f"{settings.inner}-{settings.key_norm}-{settings.norm_scope}" + ("" if self.conv else "-no conv")
-        kind += ("-rms" if self.rms else "") + (f"-{self.rotary}" if self.rotary else "")
+        kind += "-rms" if self.rms else ""
         size = f"B{self.images}-{self.rows}x{self.columns}+{self.prefix}+{self.after}-H{self.heads}-D{self.width}"
         return f"{size}-T{self.text}-{kind}"
 
@@ -88,11 +87,6 @@ def draw(case, dtype=torch.float32, seed=0):
     if case.rms:
         for side in case.sides:
             leaves |= {f"{side}{name}_gain": (1 + 0.3 * normal(D)).to(dtype) for name in "qk"}
-    for side, turned in zip(case.sides, (count - case.prefix, case.text), strict=False):
-        if case.rotary:
-            angles = normal(*([H] if "heads" in case.rotary else []), turned, D // 2)
-            repeated = torch.cat([angles, angles], -1) if "half" in case.rotary else angles.repeat_interleave(2, -1)
-            leaves[f"{side}table"] = torch.cat([repeated.sin(), repeated.cos()], -1)
     d_outs = tuple(normal(B, n, H, D).to(dtype).transpose(1, 2) for n in (count, case.text) if n)
     return Inputs(leaves, d_outs)
 
@@ -104,20 +98,16 @@ def call(case, leaves, impl, op=ttt_layer):
     convs = {f"{n}_conv": (leaves[f"{n}_weight"], leaves[f"{n}_bias"]) for n in "qk"} if case.conv else {}
     gains = [tuple(leaves[f"{side}{n}_gain"] for n in "qk") for side in case.sides if case.rms]
     norms = RmsNorms(*gains, eps=case.rms_eps) if case.rms else None
-    tables = [leaves.get(f"{side}table") for side in ("", "text_")]
-    rotary = Rotary(*tables, case.prefix, "half" in case.rotary) if case.rotary else None
     grid = Grid(rows=case.rows, columns=case.columns, num_prefix_tokens=case.prefix)
     weights = tuple(leaves[name] for name in case.weight_names)
-    before = {"norms": norms, "rotary": rotary} if case.rotary else {"norms": norms}
-    outs = op(tokens, weights, case.settings, grid=grid, text=text, impl=impl, **before, **convs)
+    outs = op(tokens, weights, case.settings, grid=grid, text=text, impl=impl, norms=norms, **convs)
     return outs if case.text else outs[:1]
 
 
 def results(case, inputs, impl, op=ttt_layer):
     """The outputs and every gradient, by name."""
-    tables = {name: t for name, t in inputs.leaves.items() if name.endswith("table")}
-    leaves = {name: t.detach().requires_grad_() for name, t in inputs.leaves.items() if name not in tables}
-    outs = call(case, leaves | tables, impl, op)
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.leaves.items()}
+    outs = call(case, leaves, impl, op)
     gradients = torch.autograd.grad(outs, list(leaves.values()), inputs.d_outs)
     # A convolution's weights are compared as a whole: they have no heads.
     flat = (g.flatten() if name.endswith("weight") else g for name, g in zip(leaves, gradients, strict=True))

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from t5kernels.ttt.api import INNER_WEIGHTS
-from t5kernels.ttt_layer.api import Grid, RmsNorms, Settings, ttt_layer
-from t5kernels.ttt_layer.rotary import Rotary
-
-SIDES = ("", "text_")  # what names of leaves begin with
+from t5kernels.ttt_layer.api import Grid, Settings, ttt_layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +18,6 @@ class Case:
         prefix: tokens before the grid.
         text: tokens beside the image, as in joint attention.
         inner: the inner model.
-        turned: whether queries and keys are RMS-normalized and turned by rotary positions before.
         targets: by figure, what must be reached on one H200 in bfloat16 and what is aimed at (None: no more than that).
             Figures are milliseconds, and for "memory" the peak of a training step beyond inputs and outputs, in tensors
             of the tokens' size.
@@ -36,7 +32,6 @@ class Case:
     prefix: int = 0
     text: int = 0
     inner: str = "swiglu"
-    turned: bool = False
     targets: dict[str, tuple[float, float | None]] = field(default_factory=dict)
 
     @property
@@ -94,8 +89,6 @@ CASES = (
         name="flux", images=2, rows=64, columns=64, heads=24, width=128, text=512,
         targets={"forward_ms": (0.45, 0.34), "both_ms": (2.0, 1.5)},
     ),
-    Case(name="flux-turned", images=2, rows=64, columns=64, heads=24, width=128, text=512, turned=True),
-    Case(name="n4096-turned", images=2, rows=64, columns=64, heads=24, width=64, turned=True),
     Case(name="vit-s", images=128, rows=14, columns=14, prefix=1, heads=6, width=64),
     Case(
         name="so400m",  # DiT-XL at 512 px has the same shape
@@ -111,14 +104,12 @@ class Inputs:
     """Leaves that require gradients, by name, and the gradients of the outputs.
 
     q, k, v and text_q, text_k, text_v (B, H, N, D) are views of one projection each; w1, w2 and, for most inner
-    models, w3 (H, D, D); q_weight, k_weight (H·D, 1, 3, 3) and q_bias, k_bias (H·D,) of the convolutions; q_gain and
-    so on (D,) of RMS norms. `tables` are rotary ones of image and text, as in Rotary.
+    models, w3 (H, D, D); q_weight, k_weight (H·D, 1, 3, 3) and q_bias, k_bias (H·D,) of the convolutions.
     """
 
     case: Case
     leaves: dict[str, Tensor]
     d_outs: tuple[Tensor, ...]
-    tables: tuple[Tensor, ...] = ()
 
     @classmethod
     def draw(cls, case: Case, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> "Inputs":
@@ -142,27 +133,18 @@ class Inputs:
         for name in "qk":
             leaves[f"{name}_weight"] = (normal(H * D, 1, 3, 3) * 0.2).to(dtype)
             leaves[f"{name}_bias"] = (normal(H * D) * 0.2).to(dtype)
-        if case.turned:
-            sides = SIDES[: len(counts)]
-            leaves |= {f"{side}{name}_gain": (1 + 0.3 * normal(D)).to(dtype) for side in sides for name in "qk"}
-        angles = [normal(count, D // 2).repeat_interleave(2, 1) for count in counts if case.turned]
-        tables = tuple(torch.cat([each.sin(), each.cos()], dim=1) for each in angles)
         d_outs = tuple(normal(B, count, H, D).to(dtype).transpose(1, 2) for count in counts)
-        return cls(case, {name: t.detach().requires_grad_() for name, t in leaves.items()}, d_outs, tables)
+        return cls(case, {name: t.detach().requires_grad_() for name, t in leaves.items()}, d_outs)
 
     def double(self) -> "Inputs":
         """The same in float64."""
         leaves = {name: t.detach().double().requires_grad_() for name, t in self.leaves.items()}
-        return Inputs(self.case, leaves, *(tuple(t.double() for t in each) for each in (self.d_outs, self.tables)))
+        return Inputs(self.case, leaves, tuple(d.double() for d in self.d_outs))
 
     def layer(self, impl: str, **leaves: Tensor) -> tuple[Tensor, ...]:
         """The outputs of image and, if any, text: of the layer on these leaves, or on `leaves` in their place."""
         tensors = self.leaves | leaves
-        case, text, norms, rotary = self.case, None, None, None
-        if case.turned:
-            image, *texts = [(tensors[f"{side}q_gain"], tensors[f"{side}k_gain"]) for side in SIDES[: len(self.tables)]]
-            norms = RmsNorms(image, texts[0] if texts else None)
-            rotary = Rotary(self.tables[0], self.tables[1] if texts else None)
+        case, text = self.case, None
         if case.text:
             text = (tensors["text_q"], tensors["text_k"], tensors["text_v"])
         out, text_out = ttt_layer(
@@ -173,8 +155,6 @@ class Inputs:
             q_conv=(tensors["q_weight"], tensors["q_bias"]),
             k_conv=(tensors["k_weight"], tensors["k_bias"]),
             text=text,
-            norms=norms,
-            rotary=rotary,
             impl=impl,
         )
         return (out,) if text_out is None else (out, text_out)

@@ -23,14 +23,14 @@ from t5kernels.neighborhood import triton_kernels as neighborhood_kernels
 from t5kernels.ttt import triton as ttt
 from t5kernels.ttt import triton_tiles
 from t5kernels.ttt_layer import triton as ttt_layer
-from t5kernels.ttt_layer import triton_finish, triton_launch, triton_norms, triton_prepare, triton_turn
+from t5kernels.ttt_layer import triton_finish, triton_launch, triton_norms, triton_prepare
 
 EVERY_TILE = (
     ttt_layer.EVERY_TILE | neighborhood.TILES | {"parameters": dict.fromkeys((32, 64, 128), triton_finish.TILE)}
 )
 TARGET = GPUTarget("cuda", 90, 32)
 # Arguments that are pointers to float32, and to tokens or weights in bfloat16. The others are strides and counts.
-FLOAT = {"step", "d_step", "sums", "parts", "table", "totals", "factors", "lse", "delta"}
+FLOAT = {"step", "d_step", "sums", "parts", "totals", "factors", "lse", "delta"}
 FLOAT |= {"of_queries", "weight_sums", "q_sums", "k_sums", "gain_sums"}
 TOKENS = {"q", "k", "v", "out", "do", "dq", "dk", "dv", "first", "x", "y", "dx", "dy", "dn"}
 HALF = TOKENS | {"w1", "w2", "w3", "weight", "bias", "gain", "first_gain", "d_parameters"}
@@ -62,7 +62,7 @@ class Occupancy:
 
 def occupancy(kernel: str, tile: Tile, head_dim: int, rms: bool = False, text: bool = False) -> Occupancy:
     """Compile `kernel`, a key of EVERY_TILE, with a tile. rms: with RMS norms of q and k; text: with text tokens."""
-    modules = (triton_norms, triton_prepare, triton_finish, triton_turn, neighborhood_kernels)
+    modules = (triton_norms, triton_prepare, triton_finish, neighborhood_kernels)
     every = ttt.KERNELS | {name: value for module in modules for name, value in vars(module).items()}
     function = every[f"{kernel}_kernel"]
     constants = {"D": head_dim, "WIDTH": padded_width(head_dim), "BLOCK": tile.block}
@@ -79,8 +79,6 @@ def occupancy(kernel: str, tile: Tile, head_dim: int, rms: bool = False, text: b
     }
     constants |= {
         "BLOCK_OUTSIDE": triton_launch.OUTSIDE[padded_width(head_dim)],
-        "PAIRS": padded_width(head_dim) // 2,
-        "HALF": False,
         "WEIGHTS": 3,
         "QUERIED": 3,
         "FIRST": 0,

@@ -22,7 +22,7 @@ from t5kernels.tools.cases import CASES, Case, Inputs
 from t5kernels.ttt import triton as ttt
 from t5kernels.ttt.triton_tiles import groups_of
 from t5kernels.ttt_layer import triton as layer
-from t5kernels.ttt_layer import triton_launch, triton_prepare, triton_rotary
+from t5kernels.ttt_layer import triton_launch, triton_prepare
 from t5kernels.ttt_layer.reference import inner_rate
 from t5kernels.ttt_layer.triton import EVERY_TILE
 
@@ -76,7 +76,7 @@ def calls(case: Case) -> dict[str, Call]:
     d_out = inputs.d_outs[0]
     q_conv, k_conv = ((leaves[f"{name}_weight"], leaves[f"{name}_bias"]) for name in "qk")
     convs = layer.convolutions(*q_conv, *k_conv, (case.rows, case.columns, case.prefix))
-    key_sums, none = triton_launch.empty_sums(k, None, case.settings.norm_scope), (None, None)
+    key_sums, none = layer.empty_sums(k, None, case.settings.norm_scope), (None, None)
     (part,) = layer.parts_of(
         (q, k, v), (None, None, None), convs, (none, none), key_sums, k, case.settings.norm_scope, case.settings.eps
     )
@@ -105,18 +105,7 @@ def calls(case: Case) -> dict[str, Call]:
         layer.take_statistics([part], case.settings.norm_scope, 0.0)
         return (key_sums[:, :, :2].sum(1),)  # without s, of which every program has its own
 
-    table = torch.cat([k[0, 0, case.prefix :].sin(), k[0, 0, case.prefix :].cos()], dim=1).float().contiguous()
-    turning = (case.prefix, False, 1e-6)
-
-    def turn() -> tuple[Tensor, Tensor]:
-        turned, _, own_sums = triton_rotary.launch_turn(k, None, None, None, table, None, *turning, "joint")
-        return turned, own_sums[:, :, :2].sum(1)
-
     return {
-        "turn": turn,
-        "turn_backward": lambda: triton_rotary.launch_turn_backward(
-            dk, None, k, None, None, None, table, None, *turning
-        )[:1],
         "statistics": statistics,
         "prepare": lambda: tuple(triton_launch.prepared([(k, part.for_k)])),
         "prepare_backward": prepare_backward,

@@ -19,7 +19,6 @@ from t5kernels.ttt import api as ttt_api
 from t5kernels.ttt_layer import reference
 from t5kernels.ttt_layer.key_norm import KEY_NORMS, KeyStatistics
 from t5kernels.ttt_layer.reference import Conv, Tokens
-from t5kernels.ttt_layer.rotary import Rotary
 
 FUSED_KEY_NORMS = ("instance", "none")
 NORM_SCOPES = ("joint", "modality")
@@ -99,7 +98,6 @@ def ttt_layer(
     k_conv: Conv | None = None,
     text: Tokens | None = None,
     norms: RmsNorms | None = None,
-    rotary: Rotary | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One TTT layer between the projections: normalize keys, convolve q and k, fit the inner model, apply it.
@@ -112,8 +110,6 @@ def ttt_layer(
         text: q, k and v (B, H, T, D) of more tokens of the same sequence, which are not convolved. The inner model is
             fitted on all N + T tokens; the kernels concatenate nothing.
         norms: RMS norms of q and k, which come before everything else.
-        rotary: rotary positions of q and k, which come after those norms and before everything else. Its tables get
-            no gradients from the kernels.
         impl: "triton", "reference", or None for the fastest one that can do it (see above).
 
     Returns:
@@ -126,28 +122,25 @@ def ttt_layer(
     """
     own = (settings.inner, settings.loss, settings.key_norm, settings.eps, settings.norm_scope)
     place = None if grid is None else (grid.rows, grid.columns, grid.num_prefix_tokens)
-    return _layer(image, text, weights, q_conv, k_conv, own, place, norms and (*norms,), rotary and (*rotary,), impl)
+    return _layer(image, text, weights, q_conv, k_conv, own, place, norms and (*norms,), impl)
 
 
 # torch.compile does not look into this function: it would check in every call of a compiled model every name, function
 # and attribute that is read here, and a launched model waits for such checks.
 @torch.compiler.allow_in_graph
-def _layer(image, text, weights, q_conv, k_conv, own, place, norms, rotary, impl) -> tuple[Tensor, Tensor | None]:
+def _layer(image, text, weights, q_conv, k_conv, own, place, norms, impl) -> tuple[Tensor, Tensor | None]:
     """`ttt_layer`, given nothing but tensors, numbers and names, and tuples of them."""
     settings = Settings(*own)
-    grid, norms, rotary = place and Grid(*place), norms and RmsNorms(*norms), rotary and Rotary(*rotary)
+    grid, norms = place and Grid(*place), norms and RmsNorms(*norms)
     _check_tokens(image, text)
     ttt_api.check_weights("ttt_layer", image[0], weights, settings.inner)
     _check_conv(image[0], grid, q_conv, k_conv)
     _check_norms(image[0], text, norms)
-    _check_rotary(image[0], text, rotary)
-    if choose("ttt_layer", impl, _kernels(image, text, weights, settings, rotary)) == "triton":
-        return _fused(image, weights, settings, grid, q_conv, k_conv, text, norms, rotary)
+    if choose("ttt_layer", impl, _kernels(image, text, weights, settings)) == "triton":
+        return _fused(image, weights, settings, grid, q_conv, k_conv, text, norms)
     if norms:
         image = reference.rms_normalized(image, norms.image, norms.eps)
         text = text and reference.rms_normalized(text, norms.text, norms.eps)
-    if rotary:
-        image, text = reference.turned(image, text, rotary)
     return reference.layer(image, text, weights, q_conv, k_conv, grid, settings)
 
 
@@ -199,20 +192,16 @@ def ttt_prepare(
     return triton.prepare(narrow, None if key_norm == "none" else statistics, eps, conv, grid).to(x.dtype)
 
 
-def _kernels(
-    image: Tokens, text: Tokens | None, weights: Sequence[Tensor], settings: Settings, rotary: Rotary | None
-) -> Candidate:
+def _kernels(image: Tokens, text: Tokens | None, weights: Sequence[Tensor], settings: Settings) -> Candidate:
     """The fused kernels as a candidate: they can do what those of `ttt` can, with some key norms."""
     candidate = ttt_api.kernels(settings.inner, settings.loss, (*image, *(text or ())), weights)
-    wrong = None
-    if settings.key_norm not in FUSED_KEY_NORMS:
-        wrong = f"with key_norm={settings.key_norm!r}; expected one of {FUSED_KEY_NORMS}; use 'reference'"
-    elif rotary and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in rotary[:2]):
-        wrong = "with a rotary table that is trained; use 'reference'"
-    return candidate if wrong is None else candidate._replace(obstacle=lambda: wrong)
+    if settings.key_norm in FUSED_KEY_NORMS:
+        return candidate
+    wrong = f"with key_norm={settings.key_norm!r}; expected one of {FUSED_KEY_NORMS}; use 'reference'"
+    return candidate._replace(obstacle=lambda: wrong)
 
 
-def _fused(image, weights, settings, grid, q_conv, k_conv, text, norms, rotary) -> tuple[Tensor, Tensor | None]:
+def _fused(image, weights, settings, grid, q_conv, k_conv, text, norms) -> tuple[Tensor, Tensor | None]:
     from t5kernels.ttt_layer import triton
 
     dtype = image[0].dtype
@@ -220,7 +209,7 @@ def _fused(image, weights, settings, grid, q_conv, k_conv, text, norms, rotary) 
     grid = grid or Grid(rows=0, columns=0)
     rms = norms or (None, None, 0.0)
     parts = as_in_autocast(*image), as_in_autocast(*(text or ()))
-    o, text_o = triton.layer(*parts, weights, settings.inner, q_conv, k_conv, grid, norm, settings.eps, rms, rotary)
+    o, text_o = triton.layer(*parts, weights, settings.inner, q_conv, k_conv, grid, norm, settings.eps, rms)
     return o.to(dtype), text_o.to(dtype) if text else None
 
 
@@ -246,21 +235,6 @@ def _check_norms(q: Tensor, text: Tokens | None, norms: RmsNorms | None) -> None
             f"ttt_layer: norms with gains of {shapes}; expected one for q and one for k, {tuple(q.shape[3:])} each, of "
             "the image, and of the text if there is any"
         )
-
-
-def _check_rotary(q: Tensor, text: Tokens | None, rotary: Rotary | None) -> None:
-    if rotary is None:
-        return
-    counts = (q.shape[2] - rotary.num_prefix_tokens, text[0].shape[2] if text else 0)
-    for table, tokens, name in zip(rotary[:2], counts, ("image", "text"), strict=True):
-        if table is None:
-            continue
-        fits = table.ndim in (2, 3) and table.shape[-2] == tokens and table.shape[-1] == 2 * q.shape[3]
-        if not fits or (table.ndim == 3 and table.shape[0] != q.shape[1]) or q.shape[3] % 2:
-            raise ValueError(
-                f"ttt_layer: a rotary table {tuple(table.shape)} for {tokens} tokens of the {name} and heads "
-                f"{tuple(q.shape[1::2])}; expected (tokens, 2·D) or (H, tokens, 2·D) with an even D"
-            )
 
 
 def _check_conv(q: Tensor, grid: GridLike | None, q_conv: Conv | None, k_conv: Conv | None) -> None:

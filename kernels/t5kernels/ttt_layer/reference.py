@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from t5kernels.ttt.api import ttt
 from t5kernels.ttt_layer.key_norm import KeyStatistics, key_norm
-from t5kernels.ttt_layer.rotary import Rotary, rotated
 
 HALF = (torch.float16, torch.bfloat16)
 Tokens = tuple[Tensor, Tensor, Tensor]
@@ -52,16 +51,6 @@ def rms_normalized(tokens, gains, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (B, H, N, D) after the RMS norms of q and k, with gains (D,) of each."""
     q, k, v = tokens
     return _rms(q, gains[0], eps), _rms(k, gains[1], eps), v
-
-
-def turned(image: Tokens, text: Tokens | None, rotary: Rotary) -> tuple[Tokens, Tokens | None]:
-    """q, k, v of image and text with turned q and k."""
-    q, k, v = image
-    q, k = (rotated(x, rotary.image, rotary.num_prefix_tokens, rotary.half) for x in (q, k))
-    if text is not None and rotary.text is not None:
-        text_q, text_k = (rotated(x, rotary.text, 0, rotary.half) for x in text[:2])
-        text = text_q, text_k, text[2]
-    return (q, k, v), text
 
 
 def _rms(x: Tensor, gain: Tensor, eps: float) -> Tensor:

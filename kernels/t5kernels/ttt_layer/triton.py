@@ -3,8 +3,7 @@
 The forward takes the statistics of the keys, prepares the keys (normalizes and convolves them), accumulates the step,
 prepares the queries and applies the stepped inner model to them. Prepared tokens live until they are read. The backward
 prepares them once more, so that it keeps the inputs, O(H·D²) numbers, and with RMS norms a number a token and head.
-Every launch takes the tokens of both modalities, whose steps add up. Rotary positions come before, by their own op
-(triton_rotary.py), which also normalizes the tokens and takes the statistics.
+Every launch takes the tokens of both modalities, whose steps add up.
 """
 
 import itertools
@@ -14,18 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from t5kernels.launch import like_tokens
+from t5kernels.launch import MOST_CHUNKS, like_tokens
 from t5kernels.ops import differentiable, op
 from t5kernels.plans import planned
 from t5kernels.ttt import triton as ttt
 from t5kernels.ttt.triton_tiles import TILES
-from t5kernels.ttt_layer import triton_finish, triton_launch, triton_rotary
+from t5kernels.ttt_layer import triton_finish, triton_launch, triton_norms
 from t5kernels.ttt_layer.key_norm import KeyStatistics
 from t5kernels.ttt_layer.reference import inner_rate
 from t5kernels.ttt_layer.triton_launch import BackwardSums, Convolution, GainSums, KeyNorm, Preparation, RmsNorm
 
 EVERY_TILE = TILES | triton_launch.TILES  # the tiles of all kernels that the layer launches
-INPUT_TENSORS = 18  # so many of the op's inputs are tensors, and come first
+INPUT_TENSORS = 17  # so many of the op's inputs are tensors, and come first
 
 
 class Part(NamedTuple):
@@ -40,40 +39,19 @@ class Part(NamedTuple):
     sums: Tensor
 
 
-def layer(image, text, weights, inner: str, q_conv, k_conv, grid, norm: str, eps: float, rms, rotary) -> tuple:
+def layer(image, text, weights, inner: str, q_conv, k_conv, grid, norm: str, eps: float, rms) -> tuple:
     """The outputs of image and text, each (B, H, N, D); the text's is empty where there is no text.
 
     `inner`: the inner model's name. `norm`: "none" or a norm_scope. `rms`: gains (D,) of the image's q and k and of the
-    text's, or None; and their eps. `rotary`: a Rotary, or None.
+    text's, or None; and their eps.
     """
-    sums = None
-    if rotary:
-        image, text, sums = _turned(image, text, norm, rms, rotary)
-        rms = (None, None, 0.0)
     text = text or (None, None, None)
     convs = (*(q_conv or (None, None)), *(k_conv or (None, None)))
     image_gains, text_gains, rms_eps = rms
     gains = (*(image_gains or (None, None)), *(text_gains or (None, None)))
     place = (grid.rows, grid.columns, grid.num_prefix_tokens)
-    given = (*image, *text, *ttt.three(weights), *convs, *gains, sums)
+    given = (*image, *text, *ttt.three(weights), *convs, *gains)
     return _differentiable_layer(*given, *place, norm, eps, rms_eps, inner)[:2]
-
-
-def _turned(image, text, norm: str, rms, rotary) -> tuple:
-    """The tokens of image and text with turned queries and keys, and the sums of the keys for their norm, if any."""
-    *gains, eps = rms
-    tables = (rotary.image, rotary.text)
-    sides = []
-    for side, own_norm in enumerate(("none", norm)):
-        parts = [
-            (tokens[side], None if gain is None else gain[side], table)
-            for tokens, gain, table in zip((image, text), gains, tables, strict=True)
-            if tokens
-        ]
-        sides.append(triton_rotary.turned(parts, own_norm, rotary.num_prefix_tokens, rotary.half, eps))
-    (q, _), (k, sums) = sides
-    turned = [(q[i], k[i], tokens[2]) for i, tokens in enumerate((image, text)) if tokens]
-    return turned[0], turned[1] if text else None, None if norm == "none" else sums
 
 
 def prepare(x: Tensor, statistics: KeyStatistics | None, eps: float, conv, grid) -> Tensor:
@@ -113,33 +91,30 @@ def _layer(
     w1: Tensor, w2: Tensor, w3: Tensor | None,
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
     q_gain: Tensor | None, k_gain: Tensor | None, text_q_gain: Tensor | None, text_k_gain: Tensor | None,
-    key_sums: Tensor | None, rows: int, columns: int, prefix: int, norm: str, eps: float, rms_eps: float, inner: str,
+    rows: int, columns: int, prefix: int, norm: str, eps: float, rms_eps: float, inner: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The two outputs, and in float32 what the backward needs beside the inputs.
 
     That is the step (B, H, *step_shape); the sums (B·H, capacity, STATISTICS, D) of the image's keys and then of the
-    text's, empty where `key_sums` are given; and the factors (2, B·H, N + T) of the RMS norms of q and k, empty where
-    there is no such norm.
+    text's; and the factors (2, B·H, N + T) of the RMS norms of q and k, empty where there is no such norm.
 
     The inner learning rate is no argument: torch.compile would fix its value, and with it the number of tokens.
     """
     tokens = (q, k, v, text_q, text_k, text_v)
     parameters = (w1, w2, w3, q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain)
-    return planned(_launch_layer, (*tokens, *parameters, key_sums), rows, columns, prefix, norm, eps, rms_eps, inner)
+    return planned(_launch_layer, (*tokens, *parameters), rows, columns, prefix, norm, eps, rms_eps, inner)
 
 
 def _launch_layer(
     q, k, v, text_q, text_k, text_v, w1, w2, w3, q_weight, q_bias, k_weight, k_bias,
-    q_gain, k_gain, text_q_gain, text_k_gain, key_sums, rows, columns, prefix, norm, eps, rms_eps, inner,
+    q_gain, k_gain, text_q_gain, text_k_gain, rows, columns, prefix, norm, eps, rms_eps, inner,
 ):  # fmt: skip
     weights, scale, model = ttt.present(w1, w2, w3), inner_rate(q, text_q), ttt.INNERS[inner]
     convs = convolutions(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
     gains = ((q_gain, k_gain), (text_q_gain, text_k_gain))
-    sums, factors = _new_sums(k, text_k, norm, key_sums), _empty_factors(q, text_q, q_gain)
-    known = sums if key_sums is None else key_sums
-    parts = parts_of((q, k, v), (text_q, text_k, text_v), convs, gains, known, factors, norm, eps, key_sums is not None)
-    if key_sums is None:
-        take_statistics(parts, norm, rms_eps)
+    sums, factors = empty_sums(k, text_k, norm), _empty_factors(q, text_q, q_gain)
+    parts = parts_of((q, k, v), (text_q, text_k, text_v), convs, gains, sums, factors, norm, eps)
+    take_statistics(parts, norm, rms_eps)
     keys = triton_launch.prepared([(part.k, part.for_k) for part in parts])
     step = ttt.launch_accumulate(list(zip(keys, (part.v for part in parts), strict=True)), weights, scale, model)
     del keys
@@ -151,12 +126,12 @@ def _launch_layer(
 @torch.library.register_fake("t5kernels::ttt_layer")
 def _(
     q, k, v, text_q, text_k, text_v, w1, w2, w3, q_weight, q_bias, k_weight, k_bias,
-    q_gain, k_gain, text_q_gain, text_k_gain, key_sums, rows, columns, prefix, norm, eps, rms_eps, inner,
+    q_gain, k_gain, text_q_gain, text_k_gain, rows, columns, prefix, norm, eps, rms_eps, inner,
 ):  # fmt: skip
     B, H, _, D = q.shape
     text_out = q.new_empty(0) if text_q is None else like_tokens(text_q)
     step = q.new_empty(B, H, *ttt.INNERS[inner].step_shape(D), dtype=torch.float32)
-    return like_tokens(q), text_out, step, _new_sums(k, text_k, norm, key_sums), _empty_factors(q, text_q, q_gain)
+    return like_tokens(q), text_out, step, empty_sums(k, text_k, norm), _empty_factors(q, text_q, q_gain)
 
 
 @op("ttt_layer_backward")
@@ -166,7 +141,7 @@ def _layer_backward(
     w1: Tensor, w2: Tensor, w3: Tensor | None,
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
     q_gain: Tensor | None, k_gain: Tensor | None, text_q_gain: Tensor | None, text_k_gain: Tensor | None,
-    turned: bool, rows: int, columns: int, prefix: int, norm: str, eps: float, inner: str,
+    rows: int, columns: int, prefix: int, norm: str, eps: float, inner: str,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the three or six tokens, and of all parameters, one after the other in one tensor.
 
@@ -175,18 +150,18 @@ def _layer_backward(
     tokens = (q, k, v, text_q, text_k, text_v)
     parameters = (w1, w2, w3, q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain)
     given = (d_out, d_text, step, sums, factors, *tokens, *parameters)
-    return list(planned(_launch_layer_backward, given, turned, rows, columns, prefix, norm, eps, inner))
+    return list(planned(_launch_layer_backward, given, rows, columns, prefix, norm, eps, inner))
 
 
 def _launch_layer_backward(
     d_out, d_text, step, sums, factors, q, k, v, text_q, text_k, text_v, w1, w2, w3,
     q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain,
-    turned, rows, columns, prefix, norm, eps, inner,
+    rows, columns, prefix, norm, eps, inner,
 ):  # fmt: skip
     weights, scale, model = ttt.present(w1, w2, w3), inner_rate(q, text_q), ttt.INNERS[inner]
     convs = convolutions(q_weight, q_bias, k_weight, k_bias, (rows, columns, prefix))
     gains = ((q_gain, k_gain), (text_q_gain, text_k_gain))
-    parts = parts_of((q, k, v), (text_q, text_k, text_v), convs, gains, sums, factors, norm, eps, turned)
+    parts = parts_of((q, k, v), (text_q, text_k, text_v), convs, gains, sums, factors, norm, eps)
     dq, of_queries, q_sums = _queries_backward(parts, (d_out, d_text), weights, step, scale, model)
     dk, dv, weight_sums, k_sums = _keys_backward(parts, model.step_gradient(of_queries), weights, scale, model)
     gain_sums = _norms_backward(dq, dk, parts, k_sums, norm)
@@ -199,7 +174,7 @@ def _launch_layer_backward(
 def _(
     d_out, d_text, step, sums, factors, q, k, v, text_q, text_k, text_v, w1, w2, w3,
     q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain,
-    turned, rows, columns, prefix, norm, eps, inner,
+    rows, columns, prefix, norm, eps, inner,
 ):  # fmt: skip
     tokens = [like_tokens(t) for t in ttt.present(q, k, v, text_q, text_k, text_v)]
     own = ttt.present(w1, w2, w3, q_weight, q_bias, k_weight, k_bias, q_gain, k_gain, text_q_gain, text_k_gain)
@@ -215,21 +190,19 @@ def _keep_for_backward(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, d_out, d_text, *_d_kept):
     everything = ctx.saved_tensors  # read once, because checkpointing allows no more
-    *tensors, key_sums = everything[:INPUT_TENSORS]
-    step, sums, factors = everything[INPUT_TENSORS:]
-    statistics = (step, sums if key_sums is None else key_sums, factors)
+    tensors, statistics = everything[:INPUT_TENSORS], everything[INPUT_TENSORS:]
     q, text_q = tensors[0], tensors[3]
     d_out = torch.zeros_like(q) if d_out is None else d_out
     if text_q is None:
         d_text = None  # the forward gave an empty tensor in the place of the text's output
     elif d_text is None:
         d_text = torch.zeros_like(text_q)
-    *d_tokens, d_parameters = _layer_backward(d_out, d_text, *statistics, *tensors, key_sums is not None, *ctx.numbers)
+    *d_tokens, d_parameters = _layer_backward(d_out, d_text, *statistics, *tensors, *ctx.numbers)
     own = ttt.present(*tensors[6:])
     pieces = d_parameters.split([p.numel() for p in own])
     d_own = [g.view_as(p) if g.dtype == p.dtype else g.view_as(p).to(p.dtype) for g, p in zip(pieces, own, strict=True)]
     found = iter([*d_tokens, *d_own])
-    return *(None if t is None else next(found) for t in tensors), *(None,) * 8
+    return *(None if t is None else next(found) for t in tensors), *(None,) * 7
 
 
 _differentiable_layer = differentiable(_layer, _keep_for_backward, _differentiate)
@@ -245,9 +218,11 @@ def convolutions(q_weight, q_bias, k_weight, k_bias, grid) -> tuple[Convolution 
     )
 
 
-def _new_sums(k: Tensor, text_k: Tensor | None, norm: str, key_sums: Tensor | None) -> Tensor:
-    """Room for the sums of keys, nothing where they are given."""
-    return triton_launch.empty_sums(k, text_k, norm if key_sums is None else "none")
+def empty_sums(k: Tensor, text_k: Tensor | None, norm: str) -> Tensor:
+    """Room for the sums of the keys of image and text, a place for each program."""
+    B, H, _, D = k.shape
+    capacity = 0 if norm == "none" else MOST_CHUNKS * (1 if text_k is None else 2)
+    return k.new_empty(B * H, capacity, triton_norms.STATISTICS.value, D, dtype=torch.float32)
 
 
 def _empty_factors(q: Tensor, text_q: Tensor | None, gain: Tensor | None) -> Tensor:
@@ -262,17 +237,10 @@ def _rms(gain: Tensor | None, factors: Tensor, side: int, start: int, x: Tensor)
     return None if gain is None else RmsNorm(gain.contiguous(), factors[side][:, start : start + x.shape[2]])
 
 
-def parts_of(
-    image, text, convs, gains, sums: Tensor, factors: Tensor, norm: str, eps: float, turned: bool = False
-) -> list[Part]:
-    """The image's part and, if there is text, the text's; views of `sums` and `factors` tell each where its own lie.
-
-    `turned`: the sums were taken of whole heads, as keys were turned.
-    """
+def parts_of(image, text, convs, gains, sums: Tensor, factors: Tensor, norm: str, eps: float) -> list[Part]:
+    """The image's part and, if there is text, the text's; views of `sums` and `factors` tell each where its own lie."""
     tokens = [image] if text[0] is None else [image, text]
-    together = (
-        not turned and gains[0][0] is None and triton_launch.can_regroup(*(t for q, k, _ in tokens for t in (q, k)))
-    )
+    together = gains[0][0] is None and triton_launch.can_regroup(*(t for q, k, _ in tokens for t in (q, k)))
     keys = [triton_launch.regrouped(k) if together else k for _, k, _ in tokens]
     apart = [keys] if norm == "joint" else [[k] for k in keys]  # those that are normalized together
     shares = [count for group in apart for count in triton_launch.shares_of("statistics", *group)[1]]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from t5kernels.launch import (
-    MOST_CHUNKS,
     Tile,
     blocks_of,
     ceil_div,
@@ -36,8 +35,6 @@ TILES = {
         64: Tile(block=4, warps=2, stages=3, resident=6),
         128: Tile(block=2, warps=2, stages=3, resident=6),
     },
-    "turn": {width: Tile(block=2048 // width, warps=4, stages=3, resident=4) for width in (32, 64, 128)},
-    "turn_backward": {width: Tile(block=2048 // width, warps=4, stages=3, resident=4) for width in (32, 64, 128)},
     "norm_backward": {width: Tile(block=4096 // width, warps=8, stages=3, resident=2) for width in (32, 64, 128)},
 }
 
@@ -112,17 +109,10 @@ def _as_prepared(preparation: Preparation, *tokens: Tensor) -> list[Tensor]:
     return [regrouped(t) if preparation.regrouped else t for t in tokens]
 
 
-def empty_sums(k: Tensor, text_k: Tensor | None, norm: str) -> Tensor:
-    """Room for the sums of the keys of image and text, a place for each program. `norm`: "none" or a norm_scope."""
-    B, H, _, D = k.shape
-    places = 0 if norm == "none" else MOST_CHUNKS * (1 if text_k is None else 2)
-    return k.new_empty(B * H, places, triton_norms.STATISTICS.value, D, dtype=torch.float32)
-
-
 def shares_of(kernel: str, *parts: Tensor) -> tuple[int, list[int]]:
     """Tokens that a program takes, and programs a head for each part of a sequence."""
     x = parts[0]
-    return chunks_of(parts, tile_for(kernel, x)[1], x.shape[0] * x.shape[1])[:2]
+    return chunks_of(parts, _tile_for(kernel, x)[1], x.shape[0] * x.shape[1])[:2]
 
 
 def take_statistics(
@@ -139,7 +129,7 @@ def take_statistics(
     *tokens, first = _as_prepared(preparation, *lying_alike([x for x, _ in parts]), first)
     x, text = tokens[0], tokens[-1]
     B, H, N, D = x.shape
-    width, tile = tile_for("statistics", x)
+    width, tile = _tile_for("statistics", x)
     chunk, chunks = shares_of("statistics", *tokens)
     (gain, factors), (text_gain, text_factors) = (parts[i][1].rms or (x, x) for i in (0, -1))
     b, h, _, d = first.stride()
@@ -147,12 +137,12 @@ def take_statistics(
         *(triton_norms.statistics_kernel, (B * H, sum(chunks)), x, tile),
         *(x, text, gain, text_gain, first, first_rms.gain if first_rms else x, sums, factors, text_factors),
         *(*x.stride(), *text.stride()[:3], b, h, d, factors.stride(0)),
-        *(H, N, text.shape[2], chunk, chunks[0], capacity(sums), sums.shape[1], rms_eps),
+        *(H, N, text.shape[2], chunk, chunks[0], _capacity(sums), sums.shape[1], rms_eps),
         *(D, width, tile.block, tile.stages, *preparation.switches[:2], len(parts) > 1),
     )
 
 
-def capacity(sums: Tensor) -> int:
+def _capacity(sums: Tensor) -> int:
     """For how many programs a head there is room in the tensor of which `sums` is a part."""
     return sums.stride(0) // (triton_norms.STATISTICS.value * sums.shape[3])
 
@@ -267,7 +257,7 @@ def norm_backward(
     xs = _as_prepared(preparation, *lying_alike([x for _, x, _ in parts]))
     (dn, text_dn), (x, text) = ((each[0], each[-1]) for each in (dns, xs))
     B, H, N, D = x.shape
-    width, tile = tile_for("norm_backward", x)
+    width, tile = _tile_for("norm_backward", x)
     chunk, chunks = shares_of("norm_backward", *xs)
     totals, every, own = x, 0, 0
     if preparation.norm and sums:
@@ -288,7 +278,7 @@ def _norm_arguments(x: Tensor, preparation: Preparation) -> tuple[tuple[Tensor, 
     """Gain, factors and sums (x stands for a tensor that is not read); the numbers from `factors_h` to `eps`."""
     gain, factors = preparation.rms or (x, x)
     sums, shares, tokens, eps = preparation.norm or (x, 0, 0, 0.0)
-    return (gain, factors, sums), (factors.stride(0), capacity(sums), shares, tokens, eps)
+    return (gain, factors, sums), (factors.stride(0), _capacity(sums), shares, tokens, eps)
 
 
 class _Programs(NamedTuple):
@@ -312,7 +302,7 @@ def _programs(kernel: str, parts: Sequence[Tensor], preparation: Preparation) ->
     """The programs for the tokens (B, H, N, D) of an image and, if any, of a text."""
     x, *texts = parts
     B, H, N, D = x.shape
-    width, tile = tile_for(kernel, x)
+    width, tile = _tile_for(kernel, x)
     rows, columns, prefix = preparation.conv.grid if preparation.conv else (0, 0, 0)
     segments, block_outside = ceil_div(columns, tile.block), OUTSIDE[width]
     blocks = [ceil_div(N - rows * columns, block_outside), *(ceil_div(t.shape[2], block_outside) for t in texts)]
@@ -325,7 +315,7 @@ def _programs(kernel: str, parts: Sequence[Tensor], preparation: Preparation) ->
     return _Programs(tile, grid, on_grid, on_grid + outside, numbers, constants)
 
 
-def tile_for(kernel: str, x: Tensor) -> tuple[int, Tile]:
+def _tile_for(kernel: str, x: Tensor) -> tuple[int, Tile]:
     """The padded head width, and the tile."""
     width = padded_width(x.shape[3])
     return width, TILES[kernel][width]

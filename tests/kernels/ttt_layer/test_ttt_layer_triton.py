@@ -11,12 +11,11 @@ import pytest
 import torch
 from exactness import assert_as_exact_as_plain
 from layer_cases import BARE, FULL, LEAST, TINY, Case, call, draw, kernel_results, results
-from t5kernels import Rotary, Settings, ttt_layer
+from t5kernels import Settings, ttt_layer
 from t5kernels.tools.graphs import recorded
 from t5kernels.ttt.triton import INNERS
 from t5kernels.ttt_layer import triton as kernels
 from t5kernels.ttt_layer import triton_launch
-from t5kernels.ttt_layer import triton_rotary as turning
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from triton_device import CUDA, DEVICE, DTYPES, needs_cuda
@@ -41,11 +40,6 @@ SMALL = [
     WIDE,
     Case(images=2, heads=8, rows=3, columns=2, width=24, text=3),  # the channels of three groups
     Case(images=2, heads=4, rows=2, columns=2, width=16, text=2, settings=MODALITY),  # of one
-    replace(FULL, rotary="pairs"),
-    replace(FULL, rotary="half of heads", settings=MODALITY),
-    replace(WIDE, rotary="half", rms=False),
-    Case(images=2, heads=4, rows=3, columns=2, prefix=0, width=16, rotary="pairs of heads"),
-    Case(rows=2, text=3, conv=False, rotary="pairs", settings=BARE),
     replace(FULL, settings=LAST),
     replace(WIDE, prefix=51, settings=LAST),
     Case(images=3, heads=1, rows=2, settings=replace(LAST, key_norm="none")),
@@ -72,13 +66,10 @@ LARGE = [
     Case(images=64, heads=6, rows=14, columns=14, prefix=1, width=64, settings=LINEAR),
     Case(images=2, heads=16, rows=33, columns=31, prefix=0, width=72, settings=LINEAR),
     Case(images=1, heads=10, rows=40, columns=41, prefix=0, width=128, settings=LINEAR),
-    Case(images=1, heads=24, rows=32, columns=48, prefix=0, width=128, text=333, rms=True, rotary="pairs"),
-    Case(images=64, heads=6, rows=14, columns=14, prefix=1, width=64, rotary="half of heads"),
 ]
 # For opcheck, which runs an op a dozen times and asks nothing about its numbers.
 SPECK = Case(heads=1, rows=1, columns=2, prefix=0, text=2, width=8, rms=True)
 SPECK_BARE = replace(SPECK, text=0, rms=False, conv=False, settings=BARE)
-SPECK_TURNED = replace(SPECK, rotary="pairs")
 SPECK_LAST, SPECK_LINEAR = replace(SPECK, settings=LAST), replace(SPECK, settings=LINEAR)
 
 
@@ -204,96 +195,17 @@ def test_the_custom_ops_keep_what_pytorch_asks_of_them(case):
     torch.library.opcheck(kernels._layer_backward, backward)
 
 
-def turn_arguments(case):
-    """Those of the ops that turn the keys, forward and backward."""
-    leaves = draw(case).leaves
-    tensors = [leaves.get(name) for name in ("k", "text_k", "k_gain", "text_k_gain", "table", "text_table")]
-    numbers = (case.prefix, False, 1e-6)
-    gradients = [torch.ones_like(t) for t in tensors[:2] if t is not None]
-    return (*tensors, *numbers, "joint"), (gradients[0], gradients[1] if case.text else None, *tensors, *numbers)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [SPECK_TURNED, replace(SPECK_TURNED, text=0, rms=False)], ids=str)
-def test_the_ops_that_turn_keep_what_pytorch_asks_of_them(case):
-    forward, backward = turn_arguments(case)
-    torch.library.opcheck(turning._turn, forward)
-    torch.library.opcheck(turning._turn_backward, backward)
-
-
-def test_image_and_text_may_have_the_same_norms_before_they_are_turned():
-    inputs = draw(replace(LEAST, rotary="pairs"))
-    case, leaves = replace(LEAST, rotary="pairs"), dict(inputs.leaves)
-    for name in ("q_gain", "k_gain"):
-        leaves[name].requires_grad_()
-        del leaves[f"text_{name}"]
-    wanted = [leaves["q_gain"], leaves["k_gain"]]
-    shared = leaves | {f"text_{name}": leaves[name] for name in ("q_gain", "k_gain")}
-    ours, expected = (
-        torch.autograd.grad(call(case, shared, impl), wanted, inputs.d_outs) for impl in ("triton", "reference")
-    )
-    assert_close(ours, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_turning_takes_no_launch_more(monkeypatch):
-    """Where queries and keys are normalized before; the table is read in the passes that take statistics."""
-    from t5kernels import launch
-
-    def launches(case):
-        noted = launch.noted.launches = []
-        try:
-            call(case, draw(case, torch.float16).leaves, "triton")
-        finally:
-            del launch.noted.launches
-        return len(noted)
-
-    monkeypatch.setattr(kernels, "planned", lambda run, inputs, *numbers: run(*inputs, *numbers))
-    monkeypatch.setattr(turning, "planned", lambda run, inputs, *numbers: run(*inputs, *numbers))
-    assert launches(replace(FULL, rotary="pairs")) == launches(FULL)
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"image": torch.zeros(14, 32)}, r"table \(14, 32\) for 15 tokens of the image"),
-        ({"image": torch.zeros(15, 16)}, r"table \(15, 16\) for 15 tokens"),
-        ({"image": torch.zeros(3, 15, 32)}, r"table \(3, 15, 32\)"),
-        ({"text": torch.zeros(2, 32)}, r"table \(2, 32\) for 3 tokens of the text"),
-    ],
-    ids=lambda value: None,
-)
-@pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_a_table_that_does_not_fit_is_refused(change, told, impl):
-    case = Case(text=3)
-    leaves = draw(case).leaves
-    tokens = [tuple(leaves[f"{side}{name}"] for name in "qkv") for side in ("", "text_")]
-    rotary = Rotary(torch.zeros(15, 32), torch.zeros(3, 32), 1)._replace(**change)
-    weights = tuple(leaves[name] for name in case.weight_names)
-    with pytest.raises(ValueError, match=told):
-        ttt_layer(tokens[0], weights, case.settings, text=tokens[1], rotary=rotary, impl=impl)
-
-
-def test_a_table_that_is_trained_is_not_for_the_kernels():
-    case = Case(heads=1, rows=2, prefix=0, rotary="pairs")
-    leaves = draw(case).leaves
-    leaves["table"].requires_grad_()
-    with pytest.raises(ValueError, match="with a rotary table that is trained; use 'reference'"):
-        call(case, leaves, "triton")
-    assert torch.autograd.grad(call(case, leaves, None)[0].sum(), leaves["table"])[0].abs().sum() > 0
-
-
 def op_arguments(case):
     """Those of the ops of forward and backward."""
     inputs = draw(case)
     names = ("q", "k", "v", "text_q", "text_k", "text_v", "w1", "w2", "w3", "q_weight", "q_bias", "k_weight", "k_bias")
-    names += ("q_gain", "k_gain", "text_q_gain", "text_k_gain")  # and no sums of keys, which are taken
+    names += ("q_gain", "k_gain", "text_q_gain", "text_k_gain")
     norm = "none" if case.settings.key_norm == "none" else case.settings.norm_scope
     numbers = (case.rows, case.columns, case.prefix, norm, 1.0, 1e-6, case.settings.inner)
     plain = [inputs.leaves.get(name) for name in names]
-    *_, step, sums, factors = kernels._layer(*plain, None, *numbers)
+    *_, step, sums, factors = kernels._layer(*plain, *numbers)
     d_text = inputs.d_outs[1] if case.text else None
-    backward = (inputs.d_outs[0], d_text, step, sums, factors, *plain, False, *numbers[:5], numbers[-1])
-    return (*plain, None, *numbers), backward
+    return (*plain, *numbers), (inputs.d_outs[0], d_text, step, sums, factors, *plain, *numbers[:5], numbers[-1])
 
 
 @pytest.mark.parametrize("regrouped", [False, True])

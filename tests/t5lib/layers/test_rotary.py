@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from t5kernels import rotated
 from timm.layers import RotaryEmbeddingCat, apply_rot_embed_cat
+
+from t5lib.layers.rotary import rotated
 
 layouts = pytest.mark.parametrize("half", [False, True], ids=["neighbours", "halves"])
 

@@ -4,31 +4,17 @@ Source: "RoFormer: Enhanced Transformer with Rotary Position Embedding" (arXiv 2
 columns "Rotary Position Embedding for Vision Transformer" (arXiv 2403.13298).
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 
-class Rotary(NamedTuple):
-    """By what the tokens of an image, and of a text beside it, are turned.
+def rotated(x: Tensor, rope: Tensor, num_prefix_tokens: int, half: bool) -> Tensor:
+    """x, queries or keys (B, H, N, D), with the patches turned; tokens before them have no position and stay.
 
-    Attributes:
-        image: sines, then cosines, for each channel of each patch: (N − prefix, 2·D), or (H, N − prefix, 2·D). The two
-            channels of a pair have the same.
-        text: the same for the text's tokens, (T, 2·D) or (H, T, 2·D); None where text is not turned.
-        num_prefix_tokens: image tokens before the patches, which have no position and stay.
+    Args:
+        rope: sines, then cosines, for each channel of each patch: (N − prefix, 2·D), or (H, N − prefix, 2·D).
         half: whether channel i turns with channel i + D/2; otherwise channels 2i and 2i + 1 turn together.
     """
-
-    image: Tensor
-    text: Tensor | None = None
-    num_prefix_tokens: int = 0
-    half: bool = False
-
-
-def rotated(x: Tensor, rope: Tensor, num_prefix_tokens: int, half: bool) -> Tensor:
-    """x, queries or keys (B, H, N, D), with the patches turned. `rope` is Rotary.image; the others are as there."""
     prefix, patches = x[:, :, :num_prefix_tokens], x[:, :, num_prefix_tokens:]
     sines, cosines = rope.chunk(2, dim=-1)
     if half:
