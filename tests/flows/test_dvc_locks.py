@@ -23,17 +23,25 @@ def rwlock(tmp_path):
     return tmp_path / ".dvc/tmp/rwlock"
 
 
+def running(seconds, folder):
+    """A process with `dvc` in its command line, once it runs: just after the fork a command line can be empty."""
+    program = f"import time; print(flush=True); time.sleep({seconds})"
+    process = subprocess.Popen([sys.executable, "-c", program, "dvc"], cwd=folder, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
 def refusal(pid):
     return [line for line in REFUSAL.format(pid=pid).splitlines() if line]
 
 
 def test_it_waits_for_the_process_that_dvc_names_and_says_so(tmp_path):
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)", "dvc"])
+    other = running(0.5, tmp_path)
     started, said = time.monotonic(), []
     assert dvc_locks.settled(tmp_path, refusal(other.pid), said.append)
     assert time.monotonic() - started > 0.3
     assert said == [f"process {other.pid} (dvc repro fetch@small) is working on the same files; waiting until it ends"]
-    other.wait()
+    other.communicate()
 
 
 def test_a_stranger_with_the_number_of_a_killed_dvc_is_taken_off_its_list(tmp_path, rwlock):
@@ -53,10 +61,10 @@ def test_a_list_that_a_killed_process_left_half_written_is_emptied(tmp_path, rwl
 
 def test_a_list_that_a_living_process_may_be_writing_stays(tmp_path, rwlock):
     rwlock.write_text("")
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "dvc"], cwd=tmp_path)
+    other = running(60, tmp_path)
     assert not dvc_locks.mend(tmp_path)
     other.kill()
-    other.wait()
+    other.communicate()
     assert rwlock.read_text() == "" and dvc_locks.mend(tmp_path)
 
 
