@@ -30,7 +30,7 @@ from t5lib.families.inputs import Inputs, check_finite, placed
 from t5lib.layers.grid import TokenGrid
 from t5lib.training.loop import Log
 from t5lib.training.pair import check_pair, dtypes
-from t5lib.training.recipe import LoopConfig
+from t5lib.training.recipe import LoopConfig, RecordableConfig
 from t5lib.training.recorder import Recorder, output_error, token_errors, token_variance
 from t5lib.training.trainer import Objective, Trainer, TrainReport, train
 from t5lib.utils.config import BatchSize, Rate, Share, Weight, WholeNumber, checked, settings
@@ -44,7 +44,7 @@ AUTO = "auto"
 
 
 @settings
-class AlignConfig(LoopConfig):
+class AlignConfig(RecordableConfig):
     """A recipe for alignment.
 
     Every error is the squared error over the variance of what the teacher gives.
@@ -66,10 +66,7 @@ class AlignConfig(LoopConfig):
             leaves every block to its own error. The first blocks of a calibrated model are nearly right already; the
             errors of all later ones together would drive them away from that. More of it bears higher rates.
         prefix: weight of class and register tokens beside that of the image's, in blocks and features.
-        graphs: record forward and backward pass as a CUDA graph, one for every size of batch, and replay it in each
-            step. It helps where a card waits for Python, as with small models, and takes more memory: every graph
-            keeps gradients of its own. One process, accumulate 1, no gradient_checkpointing.
-        Others: see LoopConfig.
+        Others: see RecordableConfig and LoopConfig.
     """
 
     steps: WholeNumber = 2000
@@ -88,15 +85,9 @@ class AlignConfig(LoopConfig):
     cosine: Weight = 2.0
     damping: Share = 0.75
     prefix: Weight = 0.1
-    graphs: bool = False
 
     def __post_init__(self):
-        if self.graphs and (self.accumulate > 1 or self.recomputed_share):
-            raise T5Error(
-                f"align: graphs is on with accumulate {self.accumulate} and gradient_checkpointing "
-                f"{self.gradient_checkpointing}; a graph is one forward and backward pass that keeps its activations: "
-                "set accumulate: 1 and gradient_checkpointing: false, or leave graphs out"
-            )
+        super().__post_init__()
         if not (self.blocks or self.output or (self.features and (self.features_weight or self.cosine))):
             raise T5Error("align: blocks, features and output all have weight 0; there is nothing to learn from")
 

@@ -15,7 +15,7 @@ from t5lib.data.batches import seeded
 from t5lib.families import family_of
 from t5lib.families.inputs import Inputs
 from t5lib.training.objectives import Batch, Noised, Noising
-from t5lib.training.recipe import Decay, LoopConfig
+from t5lib.training.recipe import Decay, RecordableConfig
 from t5lib.training.trainer import Objective, Trainer
 from t5lib.utils import processes
 from t5lib.utils.config import AtLeastOne, BatchSize, Rate, Share, Weight, settings
@@ -26,7 +26,7 @@ TRAINING, VALIDATION = range(2)  # what tells the noise of one from that of the 
 
 
 @settings
-class DenoiserTrainConfig(LoopConfig):
+class DenoiserTrainConfig(RecordableConfig):
     """A recipe for denoisers. The defaults are for SD3.5 (section 6 of the method says what is published).
 
     Attributes:
@@ -34,7 +34,7 @@ class DenoiserTrainConfig(LoopConfig):
         align: weight of the squared distance to a teacher's prediction on the same noised latents; 0 for none.
         teacher: "ema" (the averaged weights of this training, as the paper does for SD3.5), or "source" (the frozen
             softmax original).
-        Others: see LoopConfig.
+        Others: see RecordableConfig and LoopConfig.
     """
 
     steps: AtLeastOne = 3000
@@ -48,6 +48,7 @@ class DenoiserTrainConfig(LoopConfig):
     teacher: Literal["ema", "source"] = "ema"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.align and self.teacher == "ema" and self.ema is None:
             raise T5Error("teacher 'ema' needs averaged weights; set ema, such as 0.999, or teacher 'source'")
 
@@ -74,6 +75,7 @@ class Denoising(Objective[Noised]):
                 "teacher.float(), or set precision: bf16"
             )
         self.config, self.noising, self.teacher = config, noising, teacher
+        self.in_graphs = config.graphs
 
     def begin(self, trainer: Trainer) -> None:
         for module in trainer.plain.modules():  # batches come with labels dropped; every block would drop others
@@ -95,6 +97,9 @@ class Denoising(Objective[Noised]):
 
     def inputs(self, example: Noised) -> Inputs:
         return example.inputs
+
+    def tensors(self, example: Noised) -> dict[str, Tensor]:
+        return example.tensors()
 
     def loss(self, example: Noised, trainer: Trainer) -> Tensor:
         if self.teacher is None:

@@ -13,14 +13,14 @@ examples, the optimizer, averaged weights and the log stay outside. A training l
 Source: "Whole-network capture" in PyTorch's notes on CUDA semantics.
 """
 
+import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from t5kernels.tools.graphs import recorded
 from torch import Tensor, nn
 
-from t5lib.families.inputs import Inputs
 from t5lib.utils.errors import T5Error, reason
 
 
@@ -36,10 +36,10 @@ def check(device: torch.device, num_processes: int) -> None:
 
 
 class _Recording(NamedTuple):
-    """A replay reads `inputs`, and gives a loss and a gradient, or None, for every parameter: the same memory every
+    """A replay reads `tensors`, and gives a loss and a gradient, or None, for every parameter: the same memory every
     time."""
 
-    inputs: Inputs
+    tensors: dict[str, Tensor]
     replay: Callable[[], tuple[Tensor, list[Tensor | None]]]
 
 
@@ -48,14 +48,16 @@ class RecordedPasses:
 
     Args:
         model: whose parameters are trained, those that have a gradient now.
+        tensors: all that a pass reads of an example, by name.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, tensors: Callable[[Any], dict[str, Tensor]]):
+        self.tensors = tensors
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.pool = torch.cuda.graph_pool_handle()
         self.recordings: dict[tuple, _Recording] = {}
 
-    def __call__(self, learn: Callable[[Inputs], Tensor], example: Inputs) -> Tensor:
+    def __call__(self, learn: Callable[[Any], Tensor], example: Any) -> Tensor:
         """What `learn(example)` does, in place of the gradients that were there.
 
         Args:
@@ -67,30 +69,32 @@ class RecordedPasses:
         Raises:
             T5Error: `learn` cannot be recorded.
         """
-        layout = tuple((name, tensor.shape, tensor.dtype) for name, tensor in example.items())
+        given = self.tensors(example)
+        layout = tuple((name, tensor.shape, tensor.dtype) for name, tensor in given.items())
         if layout not in self.recordings:
             self.recordings[layout] = self._recorded(learn, example)
-        inputs, replay = self.recordings[layout]
-        for name, tensor in example.items():
-            inputs[name].copy_(tensor)
+        tensors, replay = self.recordings[layout]
+        for name, tensor in given.items():
+            tensors[name].copy_(tensor)
         loss, gradients = replay()
         for parameter, gradient in zip(self.trained, gradients, strict=True):
             parameter.grad = gradient
         return loss
 
-    def _recorded(self, learn: Callable[[Inputs], Tensor], example: Inputs) -> _Recording:
-        inputs = {name: tensor.clone() for name, tensor in example.items()}
+    def _recorded(self, learn: Callable[[Any], Tensor], example: Any) -> _Recording:
+        kept = copy.deepcopy(example)
+        tensors = self.tensors(kept)
 
         def run() -> tuple[Tensor, list[Tensor | None]]:
             for parameter in self.trained:
                 parameter.grad = None
-            loss = learn(inputs)
+            loss = learn(kept)
             return loss, [parameter.grad for parameter in self.trained]
 
         try:
-            return _Recording(inputs, recorded(run, self.pool))
+            return _Recording(tensors, recorded(run, self.pool))
         except RuntimeError as error:
-            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
             raise T5Error(
                 f"training on {shapes} cannot be recorded as a CUDA graph ({reason(error)}); leave graphs out"
             ) from error

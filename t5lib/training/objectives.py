@@ -50,8 +50,14 @@ class Noised:
     level: Tensor
 
     def to(self, device: torch.device) -> "Noised":
-        rest = placed({"clean": self.clean, "noise": self.noise, "level": self.level}, device)
-        return Noised(inputs=placed(self.inputs, device), **rest)
+        return Noised(inputs=placed(self.inputs, device), **placed(self._known(), device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, by name."""
+        return {**self.inputs, **self._known()}
+
+    def _known(self) -> dict[str, Tensor]:
+        return {"clean": self.clean, "noise": self.noise, "level": self.level}
 
 
 @settings
@@ -166,7 +172,8 @@ class NoiseAndVariance:
     def _bound(self, predicted: Tensor, fraction: Tensor, noised: Noised) -> Tensor:
         """The step's term of the variational bound, in bits, (B, C, h, w)."""
         noisy = noised.inputs["hidden_states"]
-        table = {name: _per_image(row.to(noisy.device)[noised.level]) for name, row in self._tables().items()}
+        tables = _tables(self, noisy.device)
+        table = {name: _per_image(row[noised.level]) for name, row in tables.items()}
         start = (noisy - table["noise"] * predicted) / table["signal"]
         true, given = (table["from_start"] * x + table["from_noisy"] * noisy for x in (noised.clean, start))
         log_variance = torch.lerp(table["log_least"], table["log_largest"], fraction)
@@ -182,23 +189,6 @@ class NoiseAndVariance:
 
     def _scheduler(self) -> DDPMScheduler:
         return _diffusion(self.steps, self.beta_start, self.beta_end)
-
-    def _tables(self) -> dict[str, Tensor]:
-        """Of each step (steps,): signal and noise in x_t, the true step's mean, and the range of its log-variance."""
-        betas = self._scheduler().betas.double()
-        kept = (1 - betas).cumprod(0)
-        before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
-        least = betas * (1 - before) / (1 - kept)
-        least[0] = least[1]  # it is 0, and never used: the last step's term is a likelihood
-        tables = {
-            "signal": kept.sqrt(),
-            "noise": (1 - kept).sqrt(),
-            "from_start": betas * before.sqrt() / (1 - kept),
-            "from_noisy": (1 - before) * (1 - betas).sqrt() / (1 - kept),
-            "log_least": least.log(),
-            "log_largest": betas.log(),
-        }
-        return {name: values.float() for name, values in tables.items()}
 
 
 Noising = RectifiedFlow | NoiseAndVariance
@@ -299,3 +289,25 @@ def _flow(shift: float) -> FlowMatchEulerDiscreteScheduler:
 @functools.cache
 def _diffusion(steps: int, beta_start: float, beta_end: float) -> DDPMScheduler:
     return DDPMScheduler(num_train_timesteps=steps, beta_start=beta_start, beta_end=beta_end, beta_schedule="linear")
+
+
+@functools.cache
+def _tables(noising: NoiseAndVariance, device: torch.device) -> dict[str, Tensor]:
+    """Of each step (steps,): signal and noise in x_t, the true step's mean, and the range of its log-variance.
+
+    They stay on the device, because nothing can be moved to it while a graph is being recorded.
+    """
+    betas = _diffusion(noising.steps, noising.beta_start, noising.beta_end).betas.double()
+    kept = (1 - betas).cumprod(0)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
+    least = betas * (1 - before) / (1 - kept)
+    least[0] = least[1]  # it is 0, and never used: the last step's term is a likelihood
+    tables = {
+        "signal": kept.sqrt(),
+        "noise": (1 - kept).sqrt(),
+        "from_start": betas * before.sqrt() / (1 - kept),
+        "from_noisy": (1 - before) * (1 - betas).sqrt() / (1 - kept),
+        "log_least": least.log(),
+        "log_largest": betas.log(),
+    }
+    return {name: values.float().to(device) for name, values in tables.items()}

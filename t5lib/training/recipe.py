@@ -10,6 +10,7 @@ from t5lib.training.checkpoints import Kept
 from t5lib.utils import processes
 from t5lib.utils.config import AtLeastOne, BatchSize, Rate, Share, WholeNumber, settings
 from t5lib.utils.devices import can_compile
+from t5lib.utils.errors import T5Error
 
 Decay = Annotated[float, Field(gt=0, lt=1)]
 COMPILING_PAYS = 500  # steps: compiling takes as long as a minute
@@ -85,3 +86,25 @@ class LoopConfig:
     def recomputed_share(self) -> float:
         """The share of the blocks that recompute their activations; for "auto" the most that it may be."""
         return 1.0 if self.gradient_checkpointing == "auto" else float(self.gradient_checkpointing)
+
+
+@settings
+class RecordableConfig(LoopConfig):
+    """A recipe whose passes can be recorded as CUDA graphs (t5lib.training.graphs).
+
+    Attributes:
+        graphs: record forward and backward pass as a CUDA graph, one for every size of batch, and replay it in each
+            step. It helps where a card waits for Python, as with small models, and takes more memory: every graph
+            keeps gradients of its own. One process, accumulate 1, no gradient_checkpointing.
+        Others: see LoopConfig.
+    """
+
+    graphs: bool = False
+
+    def __post_init__(self):
+        if self.graphs and (self.accumulate > 1 or self.recomputed_share):
+            raise T5Error(
+                f"graphs is on with accumulate {self.accumulate} and gradient_checkpointing "
+                f"{self.gradient_checkpointing}; a graph is one forward and backward pass that keeps its activations: "
+                "set accumulate: 1 and gradient_checkpointing: false, or leave graphs out"
+            )

@@ -48,7 +48,7 @@ class Objective(ABC, Generic[E]):
 
     Attributes:
         in_graphs: whether passes are recorded as CUDA graphs (t5lib.training.graphs). `loss` then draws no random
-            numbers and never waits for the device, and examples are Inputs.
+            numbers, never waits for the device, and moves nothing to it.
     """
 
     in_graphs = False
@@ -68,6 +68,10 @@ class Objective(ABC, Generic[E]):
     @abstractmethod
     def inputs(self, example: E) -> Inputs:
         """What the model is called with, for the search after a loss that is not finite."""
+
+    def tensors(self, example: E) -> dict[str, Tensor]:
+        """All that `loss` reads of an example, by name: what differs between the replays of a graph."""
+        return self.inputs(example)
 
     @abstractmethod
     def loss(self, example: E, trainer: "Trainer") -> Tensor:
@@ -163,7 +167,7 @@ class Trainer(Work):
         optimizer = make_optimizer(groups(model, config))
         self.model = model if self.in_pieces else self.accelerator.prepare(model)
         self.optimizer = self.accelerator.prepare(optimizer)
-        self.graphs = graphs.RecordedPasses(model) if objective.in_graphs else None
+        self.graphs = graphs.RecordedPasses(model, objective.tensors) if objective.in_graphs else None
         self.dropping = share_draws(model, self.part)
         self.compiled = to_compile(config.compile, self.device, steps)
         self.blocks_altered = contextlib.ExitStack()

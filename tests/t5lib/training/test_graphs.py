@@ -6,15 +6,20 @@ from itertools import count
 import pytest
 import torch
 from tiny import random_images, tiny_vit
+from tiny_denoisers import dit_batches, sd3_batches, tiny_dit, tiny_sd3
 from torch import nn
 
 import t5lib
 from t5lib.training import checkpoints, graphs
 from t5lib.training.alignment import AlignConfig, Alignment
+from t5lib.training.denoiser import DenoiserTrainConfig, Denoising
+from t5lib.training.objectives import NoiseAndVariance, RectifiedFlow
+from t5lib.training.trainer import train
 from t5lib.utils.errors import T5Error
 
 SIDES = (32, 32, 48)  # pixels, in turn
 QUICK = AlignConfig(steps=6, batch_size=4, lr=1e-3, lr_new=3e-3, warmup=0.0)
+DENOISERS = {"sd3": (tiny_sd3, sd3_batches, RectifiedFlow()), "dit": (tiny_dit, dit_batches, NoiseAndVariance())}
 
 
 @pytest.fixture
@@ -65,6 +70,16 @@ def aligned(**changes) -> tuple[nn.Module, list[float]]:
     return model, losses
 
 
+def denoised(kind: str, **changes) -> tuple[nn.Module, list[float]]:
+    """The trained denoiser, whose teacher are its averaged weights, and the loss of every step."""
+    make, given, noising = DENOISERS[kind]
+    model, losses = t5lib.convert(make()), []
+    config = DenoiserTrainConfig(steps=6, batch_size=4, lr=1e-3, lr_new=3e-3, warmup=0.0, ema=0.9, align=0.5, **changes)
+    log = lambda values, _: losses.append(values["loss"])  # noqa: E731
+    train(model, given, Denoising(config, noising), config, steps=config.steps, log=log)
+    return model, losses
+
+
 def weights(model: nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().cpu().flatten() for parameter in model.parameters()])
 
@@ -86,11 +101,20 @@ def test_a_training_learns_the_same_and_records_every_shape_once(replays):
     assert replays == [4, 2]
 
 
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_a_denoiser_learns_the_same_from_new_noise_in_every_step(replays, kind):
+    model, losses = denoised(kind, graphs=True)
+    plain, expected = denoised(kind)
+    assert losses == pytest.approx(expected, rel=1e-5) and len(set(losses)) == len(losses)
+    assert torch.allclose(weights(model), weights(plain), atol=1e-4)
+    assert replays == [6]
+
+
 def test_a_pass_reads_the_example_and_leaves_the_gradients_in_the_recording(replays):
     model = nn.Linear(3, 1, bias=False)
     frozen, weight = nn.Parameter(torch.ones(1), requires_grad=False), model.weight
     model.frozen = frozen
-    passes = graphs.RecordedPasses(model)
+    passes = graphs.RecordedPasses(model, lambda inputs: inputs)
 
     def learn(inputs):
         loss = model(inputs["x"]).sum()
@@ -131,6 +155,8 @@ def test_what_cannot_be_is_refused(replays, monkeypatch):
         aligned(graphs=True, accumulate=2)
     with pytest.raises(T5Error, match=r"gradient_checkpointing 0\.5; .*leave graphs out"):
         aligned(graphs=True, gradient_checkpointing=0.5)
+    with pytest.raises(T5Error, match="graphs is on with accumulate 2"):
+        DenoiserTrainConfig(graphs=True, accumulate=2)
 
     def recorded(call, pool):
         raise RuntimeError("CUDA error: operation not permitted\nand more")
@@ -160,3 +186,10 @@ def test_a_training_may_go_on_with_graphs_or_without(replays):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_on_a_card_graphs_learn_what_passes_learn(compiled, precision):
     assert_learns_the_same(1e-3 if precision == "fp32" else 2e-2, compile=compiled, precision=precision)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_on_a_card_graphs_teach_a_denoiser_what_passes_teach_it(kind):
+    losses, expected = (denoised(kind, graphs=graphs)[1] for graphs in (True, False))
+    assert losses == pytest.approx(expected, rel=1e-3)
