@@ -69,12 +69,12 @@ class RecordedPasses:
         Raises:
             T5Error: `learn` cannot be recorded.
         """
-        given = self.tensors(example)
-        layout = tuple((name, tensor.shape, tensor.dtype) for name, tensor in given.items())
+        current = self.tensors(example)
+        layout = tuple((name, tensor.shape, tensor.dtype) for name, tensor in current.items())
         if layout not in self.recordings:
             self.recordings[layout] = self._recorded(learn, example)
         tensors, replay = self.recordings[layout]
-        for name, tensor in given.items():
+        for name, tensor in current.items():
             tensors[name].copy_(tensor)
         loss, gradients = replay()
         for parameter, gradient in zip(self.trained, gradients, strict=True):
