@@ -297,7 +297,7 @@ def _tables(noising: NoiseAndVariance, device: torch.device) -> dict[str, Tensor
 
     They stay on the device, because nothing can be moved to it while a graph is being recorded.
     """
-    betas = _diffusion(noising.steps, noising.beta_start, noising.beta_end).betas.double()
+    betas = noising._scheduler().betas.double()
     kept = (1 - betas).cumprod(0)
     before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
     least = betas * (1 - before) / (1 - kept)

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -23,10 +22,14 @@ def rwlock(tmp_path):
     return tmp_path / ".dvc/tmp/rwlock"
 
 
-def running(seconds, folder):
-    """A process with `dvc` in its command line, once it runs: just after the fork a command line can be empty."""
-    program = f"import time; print(flush=True); time.sleep({seconds})"
-    process = subprocess.Popen([sys.executable, "-c", program, "dvc"], cwd=folder, stdout=subprocess.PIPE)
+def running(folder):
+    """A process with `dvc` in its command line, until its input is closed and a moment longer.
+
+    It is waited for until it runs: just after the fork a command line can be empty.
+    """
+    program = "import sys, time; print(flush=True); sys.stdin.read(); time.sleep(0.2)"
+    command = [sys.executable, "-c", program, "dvc"]
+    process = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     process.stdout.readline()
     return process
 
@@ -36,12 +39,16 @@ def refusal(pid):
 
 
 def test_it_waits_for_the_process_that_dvc_names_and_says_so(tmp_path):
-    other = running(0.5, tmp_path)
-    started, said = time.monotonic(), []
-    assert dvc_locks.settled(tmp_path, refusal(other.pid), said.append)
-    assert time.monotonic() - started > 0.3
+    other, said = running(tmp_path), []
+
+    def say(line):
+        said.append(line)
+        other.stdin.close()
+
+    assert dvc_locks.settled(tmp_path, refusal(other.pid), say)
+    assert other.poll() == 0
     assert said == [f"process {other.pid} (dvc repro fetch@small) is working on the same files; waiting until it ends"]
-    other.communicate()
+    other.stdout.close()
 
 
 def test_a_stranger_with_the_number_of_a_killed_dvc_is_taken_off_its_list(tmp_path, rwlock):
@@ -61,7 +68,7 @@ def test_a_list_that_a_killed_process_left_half_written_is_emptied(tmp_path, rwl
 
 def test_a_list_that_a_living_process_may_be_writing_stays(tmp_path, rwlock):
     rwlock.write_text("")
-    other = running(60, tmp_path)
+    other = running(tmp_path)
     assert not dvc_locks.mend(tmp_path)
     other.kill()
     other.communicate()
