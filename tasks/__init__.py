@@ -3,12 +3,9 @@
 import os
 import sys
 
-# On a CPU PyTorch's threads wait for each other in a busy loop. Two stages at once, or a stage beside another program
-# that computes, take each other's cores that way: on two cores each was ten times as slow as alone. With this many
-# rounds (GNU's OpenMP has 300,000) it is four times, and a stage alone loses nothing. The variable is read when PyTorch
-# is imported.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from t5lib.utils import openmp
+
+openmp.wait_briefly()  # stages run side by side, and beside other programs
 
 # A flow runs `python -m tasks.…`, and launchers of several processes `python -u -m tasks.…`: before anything heavy is
 # imported (tasks/runtime/warm.py).

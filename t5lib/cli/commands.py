@@ -23,6 +23,7 @@ from t5lib.cli.options import (
     given,
 )
 from t5lib.cli.screen import error
+from t5lib.utils import openmp
 from t5lib.utils.errors import T5Error
 from t5lib.utils.extras import extras_named
 
@@ -74,6 +75,7 @@ def t5(
     inspect also take the folder of a diffusers pipeline, diagnose and convert a folder of transformers
     (save_pretrained, with its image processor). Images are your own; labels are not needed.
     """
+    openmp.wait_briefly()  # no command has imported PyTorch yet
 
 
 @app.command()
