@@ -94,13 +94,14 @@ def generate(pipeline: "DiffusionPipeline", jobs: Sequence[Job], config: Generat
 
     Args:
         jobs: of t5lib.evaluation.prompts.jobs, or your own.
-        model: names the pipeline in the files, so that another one's images are not taken for its own.
+        model: names the pipeline in the files, so that another one's images are not taken for its own; progress tells
+            it too, of a path the last part.
 
     Raises:
         T5Error: a whole file that was made with other settings, or what `sample` refuses.
     """
     missing = [job for job in jobs if not _is_made(job, _recipe(job, config, model))]
-    with progress("generate", len(jobs), len(jobs) - len(missing)) as report:
+    with progress(f"generate {Path(model).name}", len(jobs), len(jobs) - len(missing)) as report:
         for done, (job, images) in enumerate(_made(pipeline, missing, config), len(jobs) - len(missing) + 1):
             _write(_side_by_side(images), job.path, _recipe(job, config, model))
             report.advance(done)

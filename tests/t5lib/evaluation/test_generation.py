@@ -187,6 +187,12 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_images(dit, tmp_path, mon
         assert alike(*(read_images([folder / path.name], channels=1) for folder in (path.parent, tmp_path / "cut")))
 
 
+@pytest.mark.parametrize(("model", "told"), [("control", "control"), ("/home/me/sd35-t5", "sd35-t5")])
+def test_progress_tells_which_model_draws(dit, tmp_path, capsys, model, told):
+    generate(dit, plan(tmp_path, 2), GenerateConfig(**QUICK), model=model)
+    assert f"generate {told}: 2/2" in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize("other", [{"model": "n"}, {"config": {"steps": 4, "guidance": 3.0}}])
 def test_images_of_other_settings_are_not_mixed_in(dit, tmp_path, other):
     generate(dit, plan(tmp_path, 1), GenerateConfig(**QUICK), model="m")
