@@ -128,7 +128,7 @@ def main() -> None:
     files = command.run(
         lambda: LIBRARIES,
         lambda variables: _plan(Path.cwd(), arguments.name, variables),
-        lambda: ablate(arguments.name, arguments.seeds, arguments.out),
+        lambda: ablate(arguments.name, arguments.seeds, arguments.out, return_state=True),
     )
     print(*files, sep="\n")
 

@@ -5,21 +5,23 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
+from prefect.states import State
+
+from flows import outcome
 from flows.process import environment, interrupt_on_signals
 from t5lib.utils.errors import T5Error
 from tasks.runtime import failures, readiness, tracking, warm
-
-Result = TypeVar("Result")
 
 
 def run(
     libraries: Callable[[], Sequence[str]],
     check: Callable[[Mapping[str, str]], object],
-    flow: Callable[[], Result],
-) -> Result:
-    """What `flow` returns. Ends the process with one message where any of the three raises a T5Error.
+    flow: Callable[[], State],
+) -> Any:
+    """The result of the flow run whose state `flow` returns. Ends the process with one message where any of the three
+    raises a T5Error, or where the run failed.
 
     Args:
         libraries: tells what the check and the flow's stages import that takes long.
@@ -31,7 +33,7 @@ def run(
         with failures.in_words(Path.cwd(), lambda: "finished work is kept"), warmed(libraries()) as variables:
             check(variables)
             os.environ.update(variables)
-            return flow()
+            return outcome.result(flow())
     except T5Error as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ class WholeLog:
 
 
 def _worth_showing(record: logging.LogRecord) -> bool:
-    """False for the tracebacks through Prefect's inner workings that follow a failure whose message was just logged."""
+    """False for what repeats a reason that `failed` logs: the tracebacks through Prefect's inner workings that follow
+    it, and the states of the flow and its task, which Prefect's page shows. Tracebacks of bugs are worth it."""
+    if record.getMessage().startswith("Finished in state Failed("):
+        return False
     error = record.exc_info[1] if record.exc_info else record
     return error is not None and not isinstance(error, T5Error)
 
@@ -67,6 +71,14 @@ def failed(error: T5Error, what: str, kept: str) -> State:
     get_run_logger().error("\n".join(lines))
     # A returned state, not an exception, so that Prefect shows the message alone.
     return Failed(message=str(error), data=error)
+
+
+def result(state: State) -> Any:
+    """What a flow run returned. Where it failed with a reason that `failed` logged, this ends the process."""
+    try:
+        return state.result()
+    except T5Error:
+        sys.exit("\nfailed; the log above says why")
 
 
 def publish(name: str, markdown: str, description: str) -> None:

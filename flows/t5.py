@@ -156,8 +156,7 @@ def run_stage(root: str, name: str, target: str, variables: dict[str, str]) -> S
             skipped = True
         elif not DVC_NOISE.match(line):
             lines.append(line)
-            # DVC's own words; _stage_error shows them if need be
-            if not line.startswith("ERROR: failed to reproduce") and not dvc_locks.REFUSAL.match(line):
+            if not _told_later(line, name, error_file):
                 log.info(line)
 
     repro = ["dvc", "--wait-for-lock", "repro", "-s", f"{name}@{target}"]
@@ -173,6 +172,13 @@ def run_stage(root: str, name: str, target: str, variables: dict[str, str]) -> S
     if skipped:
         log.info("nothing changed: results of an earlier run")
     return Completed(message="nothing changed" if skipped else "done", data=None)
+
+
+def _told_later(line: str, name: str, error_file: Path) -> bool:
+    """Whether a line is of the error that `_stage_error` makes, which the flow logs: DVC's words, or the stage's."""
+    if line.startswith("ERROR: failed to reproduce") or dvc_locks.REFUSAL.match(line):
+        return True
+    return error_file.is_file() and line in f"{name}: {read_json(error_file)['message']}".splitlines()
 
 
 def _stage_error(name: str, error_file: Path, lines: list[str], code: int) -> StageError:
@@ -248,11 +254,11 @@ def main() -> None:
     root, target, name = Path.cwd(), arguments.target, arguments.name
     changes = ["--set", *arguments.set, "--as", name] if arguments.set else []
 
-    def flow() -> dict[str, Any]:
+    def flow() -> State:
         if changes:
             params.write_changed(root, target, arguments.set, name)
             print(f"params.yaml: '{name}' is {target} with {' '.join(arguments.set)}", flush=True)
-        return t5(name, dict(word.split("=", 1) for word in arguments.on))
+        return t5(name, dict(word.split("=", 1) for word in arguments.on), return_state=True)
 
     command.run(
         lambda: targets.libraries(params.read_target(root, target)),

@@ -13,6 +13,7 @@ from filelock import FileLock
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.logging.handlers import APILogWorker
+from prefect.states import Completed
 from prefect.testing.cli import CycloptsCliRunner
 
 from flows import t5 as t5_module
@@ -127,6 +128,19 @@ def test_a_failing_stage_shows_its_own_words_and_stops_the_flow(mlflow_repo, unr
     assert [run.info.status for run in mlflow_repo.recorded(stage="flow")] == ["FAILED"]
 
 
+def test_the_command_tells_the_reason_of_a_failure_once(mlflow_repo, unrecorded, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    mlflow_repo.set('{inner: "2"}', '{inner: "2", fail: "top-1 is 9.6, below the floor of 30"}')
+    monkeypatch.setattr(t5_module.command, "interrupt_on_signals", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["t5", "small"])
+    with pytest.raises(SystemExit) as end:
+        t5_module.main()
+    assert end.value.code == "\nfailed; the log above says why"
+    lines = caplog.text.splitlines()
+    [reason] = [line for line in lines if "below the floor" in line]
+    assert "small failed in the stage fetch: top-1 is 9.6" in reason and not any("Failed" in line for line in lines)
+
+
 def test_only_what_may_pass_by_itself_is_tried_again(mlflow_repo, unrecorded, monkeypatch):
     monkeypatch.setattr(t5_module, "RETRY_AFTER_SECONDS", [0, 0])
     mlflow_repo.set('{inner: "2"}', '{inner: "2", fail: "no network; try later", retryable: true}')
@@ -230,7 +244,12 @@ def test_slips_are_told_before_prefect_starts_and_nothing_is_written(small_repo,
 def test_changed_settings_are_a_target_of_its_own_for_the_flow_and_for_dvc(small_repo, unrecorded, monkeypatch):
     monkeypatch.setattr(t5_module.targets, "libraries", lambda settings: ())
     monkeypatch.setattr(t5_module.command, "interrupt_on_signals", lambda: None)
-    monkeypatch.setattr(t5_module, "t5", lambda target, on: params.enable(small_repo.root, target))
+
+    def enable(target, on, return_state):
+        params.enable(small_repo.root, target)
+        return Completed(data={})
+
+    monkeypatch.setattr(t5_module, "t5", enable)
     monkeypatch.setattr(t5_module, "show", lambda root, target: None)
     monkeypatch.setattr(sys, "argv", ["t5", "small", "--set", "fetch.steps=2"])
     t5_module.main()
