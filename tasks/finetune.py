@@ -18,27 +18,24 @@ def run(target: Target) -> dict[str, Any]:
 def tune_stage(target: Target, start: str) -> dict[str, Any]:
     """Train the model of stage `start` by the section `finetune`, or pass it on as it is where there are no images to
     learn from; the metrics then hold the reason as "skipped"."""
-    recipe = target.section("finetune")
     if reason := target.nothing_to_tune_on():
-        print(f"{target.stage.name} is skipped: {reason}; the model of {start} is passed on as it is", flush=True)
-        target.save(target.load(start))
-        return {"steps": 0, "seconds": 0.0, "skipped": reason}
-    return train_stage(target, start, recipe)
+        return pass_on(target, start, reason)
+    return train_stage(target, start, target.section("finetune"))
 
 
-def train_stage(target: Target, start: str, recipe: LoopConfig, gate: object | None = None) -> dict[str, float]:
-    """Train the model of stage `start` by `recipe` and save it; returns the metrics of a training stage.
+def pass_on(target: Target, start: str, reason: str) -> dict[str, Any]:
+    """Save the model of stage `start` as it is, and say why."""
+    print(f"{target.stage.name} is skipped: {reason}; the model of {start} is passed on as it is", flush=True)
+    target.save(target.load(start))
+    return {"steps": 0, "seconds": 0.0, "skipped": reason}
 
-    Args:
-        gate: the section `freeze`, whose check the result has to pass, or the stage fails and leaves nothing.
-    """
+
+def train_stage(target: Target, start: str, recipe: LoopConfig) -> dict[str, float]:
+    """Train the model of stage `start` by `recipe` and save it; returns the metrics of a training stage."""
     model = target.load(start)
     report = target.fit(model, recipe)
     target.save(model)
-    metrics = target.held_out(model)
-    if gate is not None:
-        metrics |= target.check_gate(metrics, gate)
-    return metrics | {
+    return target.held_out(model) | {
         "steps": report.steps,
         "seconds": report.seconds,
         "samples_per_second": report.samples_per_second,

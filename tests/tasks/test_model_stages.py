@@ -195,6 +195,19 @@ def test_the_gate_stops_a_model_whose_loss_is_not_finite():
     target.check_gate({"top1": 10.0, "loss": 1.0}, config)
 
 
+@pytest.mark.parametrize("inner", ["clear", "swa"])
+def test_layers_that_add_no_weights_are_measured_at_the_gate_without_training(tmp_path, inner):
+    classifier_target.write(tmp_path)
+    convert = {**SETTINGS["convert"], "inner": inner, "key_norm": "none", "locality": "none"}
+    names = ("source", "convert", "calibrate", "align", "freeze")
+    done = {name: stage(tmp_path, name, convert=convert) for name in names}
+    assert done["freeze"]["skipped"] == "convert added no weights that could be trained alone"
+    assert done["freeze"]["steps"] == 0 and done["freeze"]["top1"] > 0
+    assert changed(tmp_path, "freeze", "align") == set()
+    with pytest.raises(T5Error, match="freeze gate: top-1 is"):
+        stage(tmp_path, "freeze", convert=convert, freeze={**SETTINGS["freeze"], "floor": 100})
+
+
 def test_the_freeze_protocol_cannot_be_loosened_by_a_forgotten_setting(root):
     with pytest.raises(T5Error, match="this protocol needs 'trainable: new'"):
         stage(root, "freeze", freeze={"floor": 1, "train": TRAINED})
