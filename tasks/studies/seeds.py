@@ -7,13 +7,15 @@ sets all the target's seeds: head, source, new weights, calibration, order of im
 run again.
 """
 
-from collections.abc import Collection
+import statistics
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from t5lib.evaluation.level import upper_bound
 from t5lib.report import plots
 from t5lib.report.models import MODELS
 from t5lib.report.score_table import METRICS
@@ -34,7 +36,8 @@ SCORES = {
     "agreement": ("agreement with source (%)", "higher", 2),
 } | METRICS
 DRAWN = ("top1", "fid", "fd_dinov2", "retrieval_r1")  # the scores that the picture shows
-GAPS = (("finetuned", "control"), ("calibrated", "source"))  # differences that matter, taken seed by seed
+# Differences that matter, taken seed by seed.
+GAPS = (("finetuned", "control"), ("calibrated", "source"), ("aligned", "source"))
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def _spreads(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as Markdown: a row a model, a column a score; then the foremost score seed by seed."""
+    """The result as Markdown: a row a model, a column a score; then the foremost score and its gaps seed by seed."""
     summary, runs = result["summary"], result["seeds"]
     scores = summary["scores"]
     metrics = [metric for metric in SCORES if any(metric in score for score in scores.values())]
@@ -137,12 +140,6 @@ def table(result: dict[str, Any]) -> str:
         [f"{ours} − {theirs}", *_cells(summary[f"{ours}_minus_{theirs}"], metrics)] for ours, theirs in _gaps(scores)
     ]
     main = next(metric for metric in DRAWN if metric in metrics)
-    heading, _, digits = SCORES[main]
-    each = [
-        [name, *(f"{run['models'][name][main]:.{digits}f}" for run in runs.values())]
-        for name, score in scores.items()
-        if main in score
-    ]
     seconds = [f"{stage} {plus_minus(value, 0)}" for stage, value in summary["seconds"].items()]
     measured = common.measured_on(next(iter(runs.values()))["models"])
     lines = [
@@ -153,14 +150,54 @@ def table(result: dict[str, Any]) -> str:
         "",
         *markdown.table(["model", *(common.heading(SCORES[metric]) for metric in metrics)], rows, numbers=True),
         "",
-        f"{heading} of every seed:",
-        "",
-        *markdown.table(["model", *(f"seed {seed}" for seed in runs)], each, numbers=True),
-        "",
+        *_by_seed(runs, main),
+        *_gaps_by_seed(runs, main),
         f"Seconds: {', '.join(seconds)}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _by_seed(runs: dict[str, dict[str, Any]], metric: str) -> list[str]:
+    """The models' scores in every run."""
+    heading, _, digits = SCORES[metric]
+    rows = [[name, *(f"{value:.{digits}f}" for value in values)] for name, values in _values(runs, metric).items()]
+    header = ["model", *(f"seed {seed}" for seed in runs)]
+    return [f"{heading} of every seed:", "", *markdown.table(header, rows, numbers=True), ""]
+
+
+def _gaps_by_seed(runs: dict[str, dict[str, Any]], metric: str) -> list[str]:
+    """Whether models are level: the differences in every run, their mean, and how bad it may be."""
+    heading, better, digits = SCORES[metric]
+    values, rows = _values(runs, metric), []
+    for ours, theirs in _gaps(values):
+        over = [mine - its for mine, its in zip(values[ours], values[theirs], strict=True)]
+        shown = [*over, statistics.mean(over), _at_worst(over, better)]
+        cells = [None if value is None else f"{value:+.{digits}f}" for value in shown]
+        rows.append([f"{ours} − {theirs}", *cells])
+    if not rows:
+        return []
+    said = (
+        f"Differences in {heading}. The last column is the one-sided bound of 95 % of the mean over seeds, on the side "
+        "where the first model is worse."
+    )
+    header = ["difference", *(f"seed {seed}" for seed in runs), "mean", "at worst"]
+    return [said, "", *markdown.table(header, rows, numbers=True), ""]
+
+
+def _values(runs: dict[str, dict[str, Any]], metric: str) -> dict[str, list[float]]:
+    """By model, its score in every run; without the models that have none."""
+    models = [run["models"] for run in runs.values()]
+    names = [name for name, score in models[0].items() if score.get(metric) is not None]
+    return {name: [run[name][metric] for run in models] for name in names}
+
+
+def _at_worst(differences: Sequence[float], better: str) -> float | None:
+    """The bound of their mean on the side that is worse; None for a single one."""
+    if better == "lower":
+        return upper_bound(differences)
+    bound = upper_bound([-value for value in differences])
+    return None if bound is None else -bound
 
 
 def _cells(score: dict[str, dict[str, float]], metrics: list[str]) -> list[str | None]:

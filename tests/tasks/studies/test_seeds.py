@@ -62,6 +62,22 @@ def test_summary_and_table_hold_means_spreads_and_paired_gaps(asked):
     assert Path("out.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("metric", "gaps", "row"),
+    [
+        ("top1", [3.0, 1.0], "| aligned − source | +3.00 | +1.00 | +2.00 | -4.31 |"),
+        ("fid", [3.0, 1.0], "| aligned − source | +3.0 | +1.0 | +2.0 | +8.3 |"),
+        ("top1", [3.0], "| aligned − source | +3.00 | +3.00 |  |"),
+    ],
+    ids=["higher is better", "lower is better", "one seed has no bound"],
+)
+def test_a_gap_is_shown_seed_by_seed_with_how_bad_its_mean_may_be(metric, gaps, row):
+    scores = [{"source": {metric: 50.0, "n": 10}, "aligned": {metric: 50.0 + gap}} for gap in gaps]
+    runs = {str(seed): {"models": models, "stages": {}} for seed, models in enumerate(scores)}
+    result = {"target": "x", "device": "a card", "torch": "2.11", "seeds": runs}
+    assert row in seeds.table(result | {"summary": seeds.summarize(list(runs.values()))}).splitlines()
+
+
 def test_a_seed_that_broke_is_named_after_the_others_were_done(asked):
     with pytest.raises(T5Error, match="seed 9 failed: no images"):
         run([9, 0])
