@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import nn
+
 from t5lib.training.recipe import LoopConfig
 from tasks.targets.base import Target
 from tasks.targets.run import main
@@ -20,7 +22,7 @@ def tune_stage(target: Target, start: str) -> dict[str, Any]:
     learn from; the metrics then hold the reason as "skipped"."""
     if reason := target.nothing_to_tune_on():
         return pass_on(target, start, reason)
-    return train_stage(target, start, target.section("finetune"))
+    return train_stage(target, target.load(start), target.section("finetune"))
 
 
 def pass_on(target: Target, start: str, reason: str) -> dict[str, Any]:
@@ -30,9 +32,8 @@ def pass_on(target: Target, start: str, reason: str) -> dict[str, Any]:
     return {"steps": 0, "seconds": 0.0, "skipped": reason}
 
 
-def train_stage(target: Target, start: str, recipe: LoopConfig) -> dict[str, float]:
-    """Train the model of stage `start` by `recipe` and save it; returns the metrics of a training stage."""
-    model = target.load(start)
+def train_stage(target: Target, model: nn.Module, recipe: LoopConfig) -> dict[str, float]:
+    """Train `model` by `recipe` and save it; returns the metrics of a training stage."""
     report = target.fit(model, recipe)
     target.save(model)
     return target.held_out(model) | {

@@ -15,7 +15,7 @@ def run(target: Target) -> dict[str, Any]:
     """Raises T5Error, and leaves nothing, where the model does not pass the gate."""
     config, model = target.section(), target.load("align")
     if new_parameters(model):
-        metrics = train_stage(target, "align", config.train)
+        metrics = train_stage(target, model, config.train)
     else:
         reason = "convert added no weights that could be trained alone"
         metrics = pass_on(target, "align", reason) | target.held_out(model)

@@ -18,8 +18,8 @@ from t5lib.report.plots import (
     T5_PALE,
     WIDTH,
     layer_label,
+    log_where_positive,
     new_axes,
-    plain_log_ticks,
     styled,
 )
 
@@ -129,9 +129,7 @@ def layer_similarity(
     above.plot(rows, layer_error, "o-", ms=4, color=T5_LIGHT, label="layer alone, on softmax's inputs")
     above.plot(rows, block_error, "o-", ms=4, color=T5, label="output of its block, as the models run")
     above.set(title="How far the layers are off", ylabel="error (share of variance)")
-    if not all(map(math.isnan, layer_error + block_error)):  # a logarithmic axis has no place for 0
-        above.set_yscale("log")
-        plain_log_ticks(above.yaxis)
+    log_where_positive(above, "y", layer_error + block_error)
     below.plot(rows, cka, "o-", ms=4, color=T5)
     below.set(ylabel="CKA (1: alike)", ylim=(min(0.9, *cka) - 0.04, 1.02), xlabel="layer")
     below.set_xticks(rows, [layer_label(name) for name in layers])

@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib
 from matplotlib import font_manager
@@ -143,8 +143,7 @@ def alignment_curve(history: Sequence[dict[str, float]]) -> Figure:
 def _logarithmic_curve(history: Sequence[dict[str, float]], title: str, what: str) -> Figure:
     figure, axes = new_axes(3.0, title, "step", what)
     _draw_loss(axes, history, T5)
-    axes.set_yscale("log")
-    plain_log_ticks(axes.yaxis)
+    log_where_positive(axes, "y", [row["loss"] for row in history if "loss" in row])
     return figure
 
 
@@ -201,8 +200,7 @@ def layer_errors(layers: Sequence[str], before: Sequence[float], after: Sequence
     axes.hlines(rows, after, before, color=RULE, linewidth=2.5)
     axes.plot(before, rows, "o", color=GROUND, markeredgecolor=MUTED, label="after conversion")
     axes.plot(after, rows, "o", color=T5, label="after calibration")
-    axes.set_xscale("log")
-    plain_log_ticks(axes.xaxis)
+    log_where_positive(axes, "x", [*before, *after])
     axes.set_yticks(rows, [layer_label(name) for name in layers])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -270,6 +268,13 @@ def plain_log_ticks(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_locator(NullLocator())
+
+
+def log_where_positive(axes: Axes, which: Literal["x", "y"], values: Sequence[float]) -> None:
+    """A logarithmic axis, unless none of the values has a place on it: layers may equal softmax exactly."""
+    if any(value > 0 for value in values):
+        axes.set(**{f"{which}scale": "log"})
+        plain_log_ticks(axes.xaxis if which == "x" else axes.yaxis)
 
 
 def save(figure: Figure, path: Path | str) -> None:

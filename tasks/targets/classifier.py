@@ -222,7 +222,7 @@ class ClassifierTarget(Target[TrainConfig]):
             )
         if not measured["top1"] >= config.floor:
             raise T5Error(
-                f"freeze gate: top-1 is {measured['top1']:.1f} % with only the new parameters trained, below the floor "
+                f"freeze gate: top-1 is {measured['top1']:.1f} % before the fine-tune, below the floor "
                 f"of {config.floor:g} %. The new layers do not stand in for attention yet, and a fine-tune would "
                 "overwrite pretrained weights to make up for it. Calibrate longer (calibrate.steps), use inner "
                 "'swiglu' with key_norm 'instance' and locality 'dwc_qk', or lower freeze.floor if this is good enough "

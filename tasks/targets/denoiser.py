@@ -264,7 +264,7 @@ class DenoiserTarget(Target[DenoiserTrainConfig]):
         loss, source = measured["loss"], self._known_loss(self.stage.input("source"))
         if not (math.isfinite(loss) and loss <= config.ceiling * source):
             raise T5Error(
-                f"freeze gate: with only the new parameters trained the held-out loss is {loss:.4g}, more than "
+                f"freeze gate: before the fine-tune the held-out loss is {loss:.4g}, more than "
                 f"{config.ceiling:g} times the source's {source:.4g}. The new layers do not stand in for attention "
                 "yet, and a fine-tune would overwrite pretrained weights to make up for it. Calibrate longer "
                 "(calibrate.steps), use inner 'swiglu' with key_norm 'instance' and locality 'dwc_qk', convert fewer "

@@ -97,25 +97,6 @@ class TestHelp:
         assert run("--version").stdout.strip() == f"t5 {version('t5-ttt')}"
 
 
-def test_threads_know_to_give_up_a_busy_wait_soon_when_pytorch_is_imported(monkeypatch):
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
-    code = """if True:
-        import os, sys
-
-        class AtTorch:
-            def find_spec(self, name, *_):
-                if name == "torch":
-                    sys.exit(f"GOMP_SPINCOUNT is {os.environ.get('GOMP_SPINCOUNT')}")
-
-        sys.meta_path.insert(0, AtTorch())
-        from t5lib.cli import app
-        app(["convert", "vit_tiny_patch16_224", "out", "--no-pretrained"])
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stderr.strip() == "GOMP_SPINCOUNT is 10000"
-
-
 class TestRefusedBeforeAnyWork:
     @pytest.fixture(autouse=True)
     def check_order(self, no_weights):

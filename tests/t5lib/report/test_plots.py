@@ -19,9 +19,11 @@ FIGURES = {
     "shift": lambda: plots.shift_ratio_map(LAYERS, [[0.7, 0.9]] * 3, [[0.2, 0.1]] * 3),
     "shift, many heads": lambda: plots.shift_ratio_map(LAYERS, [[0.7] * 16] * 3, [[0.2] * 16] * 3),
     "calibration": lambda: plots.calibration_curve(HISTORY),
+    "calibration of layers without error": lambda: plots.calibration_curve([{"step": 1, "loss": 0.0}] * 2),
     "training": lambda: plots.training_curves({"control": HISTORY}, {"control": plots.SOFTMAX}),
     "quality": lambda: plots.quality_bars(BARS),
     "layers": lambda: plots.layer_errors(LAYERS, [1.0, 1.1, 0.9], [0.1, 0.02, 0.03]),
+    "layers without error": lambda: plots.layer_errors(LAYERS, [0.0] * 3, [0.0] * 3),
     "speed": lambda: plots.speed_curves(ROWS, 200),
     "flops": lambda: plots.flops_curves(ROWS, None),
 }
