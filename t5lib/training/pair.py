@@ -13,7 +13,7 @@ from t5lib.utils.errors import T5Error
 logger = logging.getLogger(__name__)
 
 FOREIGN = 0.5  # two models that were trained apart are more than 1 apart; a fine-tune moves weights by less than this
-MOVED = 0.02  # more than rounding to bfloat16 does
+MOVED = 0.1  # more than calibration and alignment moved them in our trials: by 0.03 to 0.08
 REMEDY = "pass the softmax model that was converted"
 
 
