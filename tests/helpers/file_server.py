@@ -52,7 +52,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         server, path = self.server, unquote(urlsplit(self.path).path)
-        server.seen.append((self.command, path, dict(self.headers)))
+        if path in server.content:  # not what another process asks, whose own server had this port before
+            server.seen.append((self.command, path, dict(self.headers)))
         body, status, extra = server.content.get(path), server.status or 200, dict(server.headers or {})
         if isinstance(body, dict):  # a file of the hub, with headers of its own
             extra |= body["headers"]

@@ -95,13 +95,17 @@ def test_hf_branch_is_resolved_to_its_commit_with_a_warning(hub, tmp_path, caplo
     assert fetch("hf:owner/repo@main#config.json", tmp_path / "out").read_bytes() == b"{}"
 
 
+def tokens(hub):
+    return {headers.get("Authorization", headers.get("authorization")) for *_, headers in hub.seen}
+
+
 def test_hf_token_of_argument_or_environment_is_sent(hub, tmp_path, monkeypatch):
     fetch(f"hf:owner/repo@{COMMIT}#config.json", tmp_path / "a", token="given")
-    assert {headers.get("Authorization", headers.get("authorization")) for *_, headers in hub.seen} == {"Bearer given"}
+    assert tokens(hub) == {"Bearer given"}
     hub.seen.clear()
     monkeypatch.setenv("HF_TOKEN", "mine")
     fetch(f"hf:owner/repo@{COMMIT}#config.json", tmp_path / "b")
-    assert {headers.get("Authorization", headers.get("authorization")) for *_, headers in hub.seen} == {"Bearer mine"}
+    assert tokens(hub) == {"Bearer mine"}
 
 
 @pytest.mark.parametrize(
