@@ -21,7 +21,14 @@ from flows import services
 from tests.conftest import SmallRepo
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.slow, pytest.mark.xdist_group("services")]
-FLOW = "from flows import elsewhere; elsewhere.LOST = 2; from flows.t5 import t5; t5('small', {'convert': 'gpu'})"
+FLOW = """\
+from flows import elsewhere
+from flows.t5 import t5
+from tasks import targets
+elsewhere.LOST, elsewhere.POLL = 2, 0.5
+targets._LIBRARIES = {"classifier": ()}
+t5("small", {"convert": "gpu"})
+"""
 
 
 @pytest.fixture(scope="module")
